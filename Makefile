@@ -1,0 +1,44 @@
+# Two commands for a fresh machine with Python 3.12: `make demo` and `make test`. Both set up .venv first.
+.DEFAULT_GOAL := help
+# Start-up time is mostly reading Python files: let their compiled form be kept.
+unexport PYTHONDONTWRITEBYTECODE
+
+PYTHON ?= python3.12
+UV := .venv/bin/python -m uv
+READY := .venv/.ready
+
+.PHONY: help setup demo test test-slow lint lock clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY) ## make .venv with everything locked in requirements/
+
+$(READY): requirements/lock.txt requirements/no-deps.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' \
+		|| { echo "Python 3.12 is needed: install it, or name it with make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet -r requirements/uv.txt
+	$(UV) pip install --quiet --python .venv/bin/python -r requirements/lock.txt
+	$(UV) pip install --quiet --python .venv/bin/python --no-deps -r requirements/no-deps.txt
+	$(UV) pip install --quiet --python .venv/bin/python --no-deps --editable .
+	touch $@
+
+demo: $(READY) ## SmolLM2-135M to a student of 60 % of its size, on this machine's CPUs
+	.venv/bin/python launch/demo.py output=outputs/demo
+
+test: $(READY) ## the tests, under 10 minutes
+	.venv/bin/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(READY) ## the slow tests: whole commands under torchrun, larger models
+	.venv/bin/python -m pytest -m "slow and not gpu"
+
+lint: $(READY) ## ruff: rules and format
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+lock: $(READY) ## resolve pyproject.toml anew into requirements/lock.txt
+	$(UV) pip compile --quiet --python-version 3.12 --extra dev --no-header --upgrade pyproject.toml -o requirements/lock.txt
+
+clean: ## remove .venv and outputs
+	rm -rf .venv outputs

@@ -1,0 +1,218 @@
+"""Output folders that are whole or not there, and the manifest that says how each was made.
+
+    outputs/.name.partial/   while a command works (its lock keeps a second run out; a killed run's is swept by the next)
+    outputs/name/            renamed when complete; a folder with manifest.yaml is whole
+
+A model folder holds model.yaml (its shape), weights/ (Megatron distributed checkpoint), tokenizer/ and manifest.yaml.
+"""
+
+import datetime
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minitron_megatron import __version__
+from minitron_megatron.errors import UserError
+from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.parallel import collectives
+
+MANIFEST, SHAPE_FILE, WEIGHTS, TOKENIZER = "manifest.yaml", "model.yaml", "weights", "tokenizer"
+log = logging.getLogger(__name__)
+
+# Keys of the resolved config that do not change what is computed: the same output may be asked for in another layout.
+_HOW_NOT_WHAT = frozenset({"parallel", "device", "dry_run", "resume", "verify", "output", "logger"})
+
+
+@dataclass
+class Output:
+    """A folder being written: put files under `path`, figures for the manifest into `results`."""
+
+    path: Path
+    done: bool = False
+    results: dict[str, Any] = field(default_factory=dict)
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A whole model folder."""
+
+    path: Path
+    shape: ModelShape
+    digest: str
+
+    @property
+    def weights(self) -> Path:
+        """The Megatron distributed checkpoint."""
+        return self.path / WEIGHTS
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer's files; may be absent in folders of random models."""
+        return self.path / TOKENIZER
+
+
+def read_manifest(path: Path | str) -> dict[str, Any]:
+    """The manifest of a whole folder. Raises UserError when the folder is missing, half-written or damaged."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist or is not a folder: give the output of the command that makes it")
+    file = path / MANIFEST
+    if not file.is_file():
+        raise UserError(f"{path} has no {MANIFEST}: it is half-written or not one of our folders; make it again")
+    manifest = load_yaml(file)
+    for name, size in manifest.get("files", {}).items():
+        there = path / name
+        if not there.is_file() or there.stat().st_size != size:
+            found = f"has {there.stat().st_size} bytes instead of {size}" if there.is_file() else "is missing"
+            raise UserError(f"{there} {found}: the folder is damaged; make it again")
+    return manifest
+
+
+def load_yaml(file: Path) -> dict[str, Any]:
+    """A YAML mapping, without ever building objects. Raises UserError when it is not one."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is not a mapping of keys to values")
+    return values
+
+
+def open_model_folder(path: Path | str) -> ModelFolder:
+    """Check a model folder by its manifest and give its shape; the output of a training run stands for its `model/`."""
+    path = Path(path)
+    if not (path / MANIFEST).exists() and (path / "model" / MANIFEST).exists():
+        path = path / "model"
+    manifest = read_manifest(path)
+    if not (path / SHAPE_FILE).is_file() or not (path / WEIGHTS / ".metadata").is_file():
+        made = manifest.get("command", "another command")
+        raise UserError(f"{path} is not a model folder (it was made by {made}): give the output of import_hf or prune")
+    return ModelFolder(
+        path, ModelShape.from_dict(load_yaml(path / SHAPE_FILE), str(path / SHAPE_FILE)), manifest["digest"]
+    )
+
+
+@contextmanager
+def output_folder(
+    path: Path | str, *, command: str, config: Mapping[str, Any], inputs: Mapping[str, str], resume: bool
+) -> Iterator[Output]:
+    """Write a folder that appears whole or not at all; every rank enters, rank 0 creates, renames and sweeps.
+
+    Args:
+        path: where the folder is to be.
+        command: what makes it, for the manifest.
+        config: resolved configuration (plain values).
+        inputs: digest of each input, by name.
+        resume: when a whole folder with the same config and inputs is there already, yield it with `done=True`.
+
+    Raises:
+        UserError: `path` exists and was made otherwise, another run is writing it, or the disk is full.
+    """
+    path = Path(path)
+    fingerprint = _fingerprint(config, inputs)
+    if _already_there(path, fingerprint, resume):
+        log.info("%s is complete already: nothing to do", path)
+        yield Output(path, done=True, results=read_manifest(path).get("results", {}))
+        return
+    partial = path.parent / f".{path.name}.partial"
+    lock = _start_partial(partial) if collectives.is_rank_zero() else None
+    collectives.barrier()
+    output = Output(partial)
+    try:
+        yield output
+        collectives.barrier()
+        if lock is not None:
+            _finish(output, path, command, config, inputs, fingerprint)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"no space left while writing {path}: free some and run the same command again") from error
+        raise
+    finally:
+        if lock is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+    collectives.barrier()
+    output.path = path
+
+
+def _already_there(path: Path, fingerprint: str, resume: bool) -> bool:
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return False
+    if not (path / MANIFEST).is_file():
+        raise UserError(f"output={path} exists and is not one of our folders: choose another output=")
+    if not resume:
+        raise UserError(f"output={path} exists and resume=false: remove it or choose another output=")
+    if read_manifest(path).get("fingerprint") != fingerprint:
+        raise UserError(f"output={path} was made with other options or inputs: remove it or choose another output=")
+    return True
+
+
+def _start_partial(partial: Path) -> int:
+    """Lock and empty the temporary folder; what a killed run left in it goes."""
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(f"another run is writing {partial}: wait for it or choose another output=") from None
+    for entry in partial.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    return lock
+
+
+def _finish(
+    output: Output, path: Path, command: str, config: Mapping[str, Any], inputs: Mapping[str, str], fingerprint: str
+) -> None:
+    files = {str(f.relative_to(output.path)): f.stat().st_size for f in sorted(output.path.rglob("*")) if f.is_file()}
+    manifest = {
+        "command": command,
+        "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "digest": output.digest or _digest_of_files(output.path, files),
+        "fingerprint": fingerprint,
+        "inputs": dict(inputs),
+        "results": output.results,
+        "versions": _versions(),
+        "config": dict(config),
+        "files": files,
+    }
+    with open(output.path / MANIFEST, "w", encoding="utf-8") as file:
+        yaml.safe_dump(manifest, file, sort_keys=False, allow_unicode=True)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        path.rmdir()
+    os.rename(output.path, path)
+
+
+def _fingerprint(config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    what = {key: value for key, value in config.items() if key not in _HOW_NOT_WHAT}
+    return hashlib.sha256(json.dumps([what, dict(inputs)], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _digest_of_files(folder: Path, files: Mapping[str, int]) -> str:
+    whole = hashlib.sha256()
+    for name in sorted(files):
+        with open(folder / name, "rb") as file:
+            whole.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return "sha256:" + whole.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("torch", "megatron-core", "transformers")
+    return {"minitron-megatron": __version__, **{name: version(name) for name in names}}

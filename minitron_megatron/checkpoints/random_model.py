@@ -1,0 +1,56 @@
+"""Random models of any preset: for tests, benchmarks and rehearsals of a job before the real weights are at hand.
+
+Each chunk has a generator of its own, seeded by its name and place: the same bits for any number of ranks.
+"""
+
+import hashlib
+import time
+
+import torch
+
+from minitron_megatron.checkpoints.folder import WEIGHTS, output_folder
+from minitron_megatron.checkpoints.hf import print_shape, write_shape
+from minitron_megatron.checkpoints.weights import Chunk, write_weights
+from minitron_megatron.config import RandomModelConfig
+from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.models.axes import count_parameters
+from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.layout import tool_job
+
+# GPT's usual initial spread of weights.
+STANDARD_DEVIATION = 0.02
+
+
+def random_chunk(shape: ModelShape, chunk: Chunk, seed: int) -> torch.Tensor:
+    """Normal weights with σ = 0.02; norm gains (one dimension) near 1; padded vocabulary rows zero."""
+    name = f"{seed}:{chunk.slot.row.name}:{chunk.offsets}"
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1)
+    out = torch.empty(chunk.shape, dtype=getattr(torch, shape.dtype))
+    mean = 1.0 if len(chunk.shape) == 1 else 0.0
+    out.normal_(mean, STANDARD_DEVIATION, generator=generator)
+    if "vocab" in chunk.slot.row.axes and chunk.stop > shape.vocab_size:
+        out[max(0, shape.vocab_size - chunk.start) :] = 0
+    return out
+
+
+def make_random_model(cfg: RandomModelConfig) -> None:
+    """`launch/random_model.py`: a model folder with random weights of a preset's shape."""
+    with tool_job(cfg.parallel, seed=cfg.seed):
+        shape = ModelShape.from_dict(cfg.model.sizes, "model")
+        if cfg.dry_run:
+            print_shape("would be made", shape)
+            return
+        with output_folder(
+            cfg.output, command=command_line(), config=resolved_config(cfg), inputs={}, resume=cfg.resume
+        ) as out:
+            if out.done:
+                return
+            began = time.monotonic()
+            out.digest = write_weights(
+                out.path / WEIGHTS, shape, lambda chunk: random_chunk(shape, chunk, cfg.seed), "random weights"
+            )
+            if collectives.is_rank_zero():
+                write_shape(out.path, shape)
+            out.results = {"parameters": count_parameters(shape), "seconds": round(time.monotonic() - began, 2)}
+        print_shape(f"{cfg.output}: random weights", shape, out.results)

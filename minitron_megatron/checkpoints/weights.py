@@ -1,0 +1,369 @@
+"""A model's weights on disk: Megatron's distributed checkpoint, written and read one tensor at a time.
+
+Layers are stacked under one key with shape [layers, …]; a file chunk is one layer's tensor, or one block of rows of a
+vocabulary tensor, so that no step holds more than that. Chunks do not depend on the layout that wrote them:
+
+    key decoder.layers.mlp.linear_fc1.weight  [L, 2*ffn, hidden]      rank 0: chunk layer 0, 2, …   (__0_0.distcp)
+                                                                      rank 1: chunk layer 1, 3, …   (__1_0.distcp)
+
+`write_weights` takes a function that makes each chunk when it is written, `WeightReader` reads any region of a key, and
+`load_model` fills a live sharded model. The folder is plain `torch_dist`: megatron.core.dist_checkpointing loads it.
+"""
+
+import hashlib
+import io
+import pickle
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from minitron_megatron.checkpoints.folder import ModelFolder
+from minitron_megatron.console import progress
+from minitron_megatron.errors import UserError
+from minitron_megatron.models.axes import Row, Slot, axis_table, slots
+from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.parallel import collectives
+
+# Largest block of a vocabulary tensor that is held at once; every other tensor is one layer's.
+BLOCK_BYTES = 64 * 2**20
+_COMMON_STATE = "common_state/shard_0_1"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What is written in one piece: rows `start` to `stop` of a slot's first dimension."""
+
+    slot: Slot
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Place in the stacked checkpoint tensor."""
+        lead = (self.slot.layer,) if self.slot.row.stacked else ()
+        return (*lead, self.start, *(0 for _ in self.shape[1:]))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Extent in the stacked checkpoint tensor."""
+        return (*((1,) if self.slot.row.stacked else ()), *self.shape)
+
+
+Producer = Callable[[Chunk], torch.Tensor]
+
+
+def chunks(shape: ModelShape) -> Iterator[Chunk]:
+    """Every chunk of a model, in data-flow order, the same for every layout."""
+    itemsize = getattr(torch, shape.dtype).itemsize
+    for slot in slots(shape):
+        whole = slot.row.shape(shape)
+        rows = whole[0]
+        if "vocab" in slot.row.axes:
+            rows = max(1, min(rows, BLOCK_BYTES // (itemsize * whole[1])))
+        for start in range(0, whole[0], rows):
+            stop = min(start + rows, whole[0])
+            yield Chunk(slot, start, stop, (stop - start, *whole[1:]))
+
+
+def stacked_shape(row: Row, shape: ModelShape) -> tuple[int, ...]:
+    """Global shape of a row's checkpoint key."""
+    return (*((shape.num_layers,) if row.stacked else ()), *row.shape(shape))
+
+
+def total_bytes(shape: ModelShape) -> int:
+    """Bytes of a model's weights on disk, vocabulary padding included."""
+    return sum(torch.Size(c.shape).numel() for c in chunks(shape)) * getattr(torch, shape.dtype).itemsize
+
+
+def write_weights(folder: Path, shape: ModelShape, produce: Producer, description: str) -> str:
+    """Write a model's weights, every rank its share of the chunks; `produce` is called for one chunk at a time.
+
+    Args:
+        folder: the (empty) weights folder.
+        shape: the model; its dtype is the dtype on disk.
+        produce: gives a chunk's tensor, of the chunk's shape; padded vocabulary rows must be zero.
+        description: what the progress bar is called.
+
+    Returns:
+        A digest of the content on rank 0 (and on all others) that does not depend on the number of ranks.
+    """
+    need = total_bytes(shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise UserError(
+            f"no space left for {folder}: {need / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free"
+        )
+    alone = collectives.world_size() == 1
+    with progress(description, need // collectives.world_size(), unit="B") as advance:
+        planner = _StreamPlanner(shape, produce, advance)
+        dcp.save({}, storage_writer=dcp.FileSystemWriter(folder), planner=planner, no_dist=alone)
+    if collectives.is_rank_zero():
+        _write_backend_file(folder)
+    return _content_digest(shape, planner.digests)
+
+
+def _write_backend_file(folder: Path) -> None:
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
+    save_config(CheckpointingConfig("torch_dist"), str(folder))
+
+
+def _content_digest(shape: ModelShape, digests: dict[tuple[str, tuple[int, ...]], str]) -> str:
+    gathered = collectives.all_gather_objects(digests)
+    everything = {key: digest for part in gathered for key, digest in part.items()}
+    whole = hashlib.sha256(repr(sorted(shape.to_dict().items())).encode())
+    for key in sorted(everything):
+        whole.update(repr((key, everything[key])).encode())
+    return "sha256:" + whole.hexdigest()
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of a CPU tensor's bytes."""
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+class _StreamPlanner(SavePlanner):
+    """Plans this rank's share of the chunks and makes each when the writer asks for it."""
+
+    def __init__(self, shape: ModelShape, produce: Producer, on_chunk: Callable[[int], None]) -> None:
+        self.shape, self.produce, self.on_chunk = shape, produce, on_chunk
+        self.dtype = getattr(torch, shape.dtype)
+        self.chunks: dict[MetadataIndex, Chunk] = {}
+        self.digests: dict[tuple[str, tuple[int, ...]], str] = {}
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        pass
+
+    def create_local_plan(self) -> SavePlan:
+        mine = [c for i, c in enumerate(chunks(self.shape)) if i % collectives.world_size() == collectives.rank()]
+        items = []
+        for chunk in mine:
+            index = MetadataIndex(chunk.slot.row.key, torch.Size(chunk.offsets))
+            self.chunks[index] = chunk
+            data = TensorWriteData(
+                chunk=ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)),
+                properties=TensorProperties(dtype=self.dtype),
+                size=torch.Size(stacked_shape(chunk.slot.row, self.shape)),
+            )
+            items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
+        if collectives.is_rank_zero():
+            # Megatron's loader wants its (here empty) non-tensor state.
+            items.append(WriteItem(index=MetadataIndex(_COMMON_STATE), type=WriteItemType.BYTE_IO))
+        return SavePlan(items)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return create_default_global_save_plan(all_plans)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        if write_item.type is WriteItemType.BYTE_IO:
+            state = io.BytesIO()
+            torch.save([{}], state)
+            return state
+        chunk = self.chunks[MetadataIndex(write_item.index.fqn, write_item.index.offset)]
+        tensor = self.produce(chunk).to(self.dtype).contiguous()
+        if tuple(tensor.shape) != chunk.shape:
+            raise ValueError(f"{write_item.index}: made {tuple(tensor.shape)}, expected {chunk.shape}")
+        self.digests[(chunk.slot.row.key, chunk.offsets)] = tensor_digest(tensor)
+        self.on_chunk(tensor.numel() * tensor.itemsize)
+        return tensor.view(chunk.sizes)
+
+
+class WeightReader:
+    """Reads any region of any key of a distributed checkpoint, without a process group and without executing code."""
+
+    def __init__(self, folder: Path) -> None:
+        self.reader = dcp.FileSystemReader(folder)
+        self.metadata = read_metadata(folder)
+        self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
+
+    def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """The region of `key` at `offsets` with extent `sizes`, in the dtype on disk."""
+        stored = self.metadata.state_dict_metadata[key]
+        out = torch.empty(tuple(sizes), dtype=stored.properties.dtype)
+        region = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        items = create_read_items_for_chunk_list(key, stored, [region])
+        if sum(item.lengths.numel() for item in items) != out.numel():
+            raise UserError(f"{self.reader.path}: {key} is incomplete; make the folder again")
+        self.reader.read_data(LoadPlan(items), _RegionPlanner(out)).wait()
+        return out
+
+    def read_slot(self, slot: Slot, shape: ModelShape, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """One layer's tensor, or rows `start` to `stop` of it."""
+        whole = slot.row.shape(shape)
+        stop = whole[0] if stop is None else stop
+        lead = (slot.layer,) if slot.row.stacked else ()
+        offsets = (*lead, start, *(0 for _ in whole[1:]))
+        region = self.read(slot.row.key, offsets, (*(1 for _ in lead), stop - start, *whole[1:]))
+        return region.view(stop - start, *whole[1:])
+
+
+class _RegionPlanner(LoadPlanner):
+    """Puts what the reader reads into one tensor."""
+
+    def __init__(self, out: torch.Tensor) -> None:
+        self.out = out
+
+    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
+        pass
+
+    def create_local_plan(self) -> LoadPlan:
+        return LoadPlan([])
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise ValueError(f"{read_item.storage_index} is not a tensor")
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        target = self.out
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            target = target.narrow(dim, start, length)
+        return target
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        pass
+
+
+_SAFE_GLOBALS = {
+    ("torch", "Size"),
+    ("collections", "OrderedDict"),
+    ("builtins", "dict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "Path"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+} | {
+    ("torch.distributed.checkpoint.metadata", name)
+    for name in (
+        "Metadata",
+        "MetadataIndex",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    )
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """torch writes `.metadata` as a pickle and reads it with bare pickle.load: allow its own data classes alone."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _SAFE_GLOBALS or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint's metadata")
+
+
+def _unpickle_metadata(file: IO[bytes]) -> Metadata:
+    metadata = _MetadataUnpickler(file).load()
+    if not isinstance(metadata, Metadata):
+        raise pickle.UnpicklingError("not a checkpoint's metadata")
+    return metadata
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """The index of a distributed checkpoint, by an unpickler that builds nothing but its data classes."""
+    try:
+        with open(folder / ".metadata", "rb") as file:
+            return _unpickle_metadata(file)
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no .metadata: it is not a whole distributed checkpoint") from None
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
+        raise UserError(f"{folder}/.metadata is damaged or unsafe ({error}): make the folder again") from None
+
+
+@contextmanager
+def safe_reading() -> Iterator[None]:
+    """Within it, megatron.core.dist_checkpointing reads checkpoint indices with the allow-list unpickler."""
+
+    def read(self: dcp.FileSystemReader, *args: Any, **kwargs: Any) -> Metadata:
+        return read_metadata(Path(self.path))
+
+    original = dcp.FileSystemReader.read_metadata
+    dcp.FileSystemReader.read_metadata = read
+    try:
+        yield
+    finally:
+        dcp.FileSystemReader.read_metadata = original
+
+
+def load_model(chunks_of_model: Sequence[torch.nn.Module], folder: ModelFolder) -> None:
+    """Fill this rank's live model (its pipeline chunks) from a model folder written in any layout."""
+    load_weights(chunks_of_model, folder.weights)
+
+
+def load_weights(chunks_of_model: Sequence[torch.nn.Module], weights: Path) -> None:
+    """Fill this rank's live model from a distributed checkpoint folder, casting to the model's dtype."""
+    from megatron.core import dist_checkpointing
+
+    for chunk in chunks_of_model:
+        wanted = {k: v for k, v in chunk.sharded_state_dict().items() if not k.endswith("_extra_state")}
+        with safe_reading():
+            loaded = dist_checkpointing.load(wanted, str(weights))
+        result = chunk.load_state_dict(loaded, strict=False)
+        missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+        if missing or result.unexpected_keys:
+            raise UserError(f"{weights} does not fit the model: {(missing + list(result.unexpected_keys))[0]}")
+
+
+def check_weights(folder: ModelFolder) -> None:
+    """Check that the index of a folder's weights has every key of its shape, in full. Raises UserError."""
+    stored = read_metadata(folder.weights).state_dict_metadata
+    for row in axis_table(folder.shape):
+        found = stored.get(row.key)
+        if not isinstance(found, TensorStorageMetadata) or tuple(found.size) != stacked_shape(row, folder.shape):
+            size = None if found is None or isinstance(found, BytesStorageMetadata) else tuple(found.size)
+            raise UserError(
+                f"{folder.weights}: {row.key} is {size}, model.yaml says {stacked_shape(row, folder.shape)}; make it again"
+            )
+
+
+def verify_digest(folder: ModelFolder) -> None:
+    """Read every chunk (each rank its share) and compare the content with the manifest's digest. Raises UserError."""
+    reader = WeightReader(folder.weights)
+    digests = {}
+    for i, chunk in enumerate(chunks(folder.shape)):
+        if i % collectives.world_size() == collectives.rank():
+            tensor = reader.read_slot(chunk.slot, folder.shape, chunk.start, chunk.stop)
+            digests[(chunk.slot.row.key, chunk.offsets)] = tensor_digest(tensor)
+    if _content_digest(folder.shape, digests) != folder.digest:
+        raise UserError(f"{folder.path}: the weights differ from the digest in manifest.yaml; make the folder again")

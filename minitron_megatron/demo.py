@@ -1,0 +1,220 @@
+"""The whole road on a laptop: SmolLM2-135M to a student of 60 % of its size, each stage as a user would run it.
+
+Every stage is a command of its own in a process of its own, printed before it runs; its outputs are whole or not there,
+so a second run continues where the first stopped. What is done is remembered in `stages.json`.
+"""
+
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron_megatron.config import DemoConfig
+from minitron_megatron.console import console, print_table
+from minitron_megatron.errors import UserError
+
+log = logging.getLogger(__name__)
+PROMPT = "A list in Python is"
+# 60 % of the parameters of SmolLM2-135M: hidden 576 → 432, ffn 1536 → 1024, all heads and layers kept.
+TARGET = ("target.hidden_size=432", "target.ffn_hidden_size=1024")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much the demo does: the whole takes minutes, the short form shows that every stage works."""
+
+    calibration_samples: int
+    steps: int
+    sequence_length: int
+    validation_samples: int
+
+    @property
+    def distill(self) -> list[str]:
+        """Options of the distillation."""
+        warmup = max(1, self.steps // 20)
+        return [
+            f"trainer.steps={self.steps}",
+            f"data.sequence_length={self.sequence_length}",
+            "trainer.global_batch_size=8",
+            "trainer.micro_batch_size=4",
+            f"trainer.save_interval={max(10, self.steps // 4)}",
+            "optim.lr=1e-3",
+            "optim.min_lr=1e-4",
+            f"optim.warmup_steps={warmup}",
+        ]
+
+
+WHOLE = Effort(calibration_samples=64, steps=160, sequence_length=256, validation_samples=64)
+SHORT = Effort(calibration_samples=8, steps=12, sequence_length=128, validation_samples=8)
+
+
+class Stages:
+    """Runs stages once, times them, and remembers that they are done."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "stages.json"
+        self.seconds: dict[str, float] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self.commands: list[str] = []
+
+    def run(self, name: str, output: Path, work: Callable[[], None]) -> None:
+        """Do `work` unless it was done before and its output is still there."""
+        if name in self.seconds and output.exists():
+            console().print(f"[dim]{name}: done before in {self.seconds[name]:.0f} s ({output})[/dim]")
+            return
+        began = time.monotonic()
+        work()
+        # A stage that was interrupted and continued took the sum of both.
+        self.seconds[name] = round(time.monotonic() - began, 1)
+        self.file.write_text(json.dumps(self.seconds, indent=2) + "\n")
+
+    def command(self, name: str, output: Path, *words: str, processes: int = 1) -> None:
+        """A stage that is one command of launch/; `processes` above 1 start it with torchrun."""
+        start = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
+        line = shlex.join([*start, *words, f"output={output}"])
+        self.commands.append(line)
+
+        def work() -> None:
+            console().print(f"\n[bold]$ {line}[/bold]", highlight=False, soft_wrap=True)
+            program = [str(Path(sys.executable).parent / start[0]), *start[1:], *words, f"output={output}"]
+            threads = max(1, (os.cpu_count() or 1) // processes)
+            done = subprocess.run(program, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False)
+            if done.returncode:
+                raise UserError(f"the stage {name} ended with status {done.returncode}: mend what it says and run again")
+
+        self.run(name, output, work)
+
+
+def write_text(folder: Path) -> None:
+    """The text that every Python carries: the reference topics of `pydoc`, one document each."""
+    from pydoc_data.topics import topics
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"text": text.strip(), "source": name}) for name, text in sorted(topics.items()))
+    (folder / "python_topics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def run_demo(cfg: DemoConfig) -> None:
+    """`launch/demo.py`: every stage, a table, summary.json and report.html."""
+    root, effort = Path(cfg.output), SHORT if cfg.short else WHOLE
+    if cfg.dry_run:
+        console().print(f"would run the stages of the demo in {root}: {effort}")
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    stages = Stages(root)
+    folders = {name: root / name for name in ("smollm2", "teacher", "text", "data", "scores", "pruned", "distilled")}
+    _make_models(stages, folders, effort)
+    _judge(stages, root, folders, effort)
+    _show(stages, root, folders)
+
+
+def _make_models(stages: Stages, at: dict[str, Path], effort: Effort) -> None:
+    """From the packaged model to the distilled student."""
+    stages.command("source", at["smollm2"], "launch/smollm2.py")
+    stages.command("import", at["teacher"], "launch/import_hf.py", f"hf={at['smollm2']}")
+    write_text(at["text"])
+    stages.command(
+        "data", at["data"], "launch/prepare_data.py", f"input={at['text']}", f"model={at['teacher']}", "validation_fraction=0.1"
+    )
+    stages.command(
+        "importance",
+        at["scores"],
+        "launch/importance.py",
+        f"model={at['teacher']}",
+        f"data.path={at['data']}",
+        f"data.sequence_length={effort.sequence_length}",
+        f"samples={effort.calibration_samples}",
+        "trainer.micro_batch_size=4",
+        "parallel.pipeline=2",
+        processes=2,
+    )
+    stages.command(
+        "prune",
+        at["pruned"],
+        "launch/prune.py",
+        f"model={at['teacher']}",
+        f"scores={at['scores']}",
+        *TARGET,
+        processes=2,
+    )
+    stages.command(
+        "distill",
+        at["distilled"],
+        "launch/distill.py",
+        f"teacher={at['teacher']}",
+        f"student={at['pruned']}",
+        f"data.path={at['data']}",
+        *effort.distill,
+        processes=2,
+    )
+
+
+def _judge(stages: Stages, root: Path, at: dict[str, Path], effort: Effort) -> None:
+    """Perplexity of the three models, and the pruned and distilled ones as Hugging Face folders."""
+    for name in ("teacher", "pruned", "distilled"):
+        stages.command(
+            f"evaluate {name}",
+            root / f"evaluate_{name}",
+            "launch/evaluate.py",
+            f"model={at[name]}",
+            f"data.path={at['data']}",
+            f"data.sequence_length={effort.sequence_length}",
+            f"samples={effort.validation_samples}",
+            "split=validation",
+            processes=2,
+        )
+    for name in ("pruned", "distilled"):
+        stages.command(f"export {name}", root / f"{name}_hf", "launch/export_hf.py", f"model={at[name]}")
+
+
+def complete(folder: Path, prompt: str = PROMPT, tokens: int = 32) -> str:
+    """A greedy completion by plain transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    with torch.no_grad():
+        ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+def _show(stages: Stages, root: Path, at: dict[str, Path]) -> None:
+    """The table, summary.json and report.html."""
+    from minitron_megatron.checkpoints.folder import open_model_folder
+    from minitron_megatron.models.axes import count_parameters
+    from minitron_megatron.report.demo import MODELS, demo_report
+
+    shown = {"teacher": at["smollm2"], "pruned": root / "pruned_hf", "distilled": root / "distilled_hf"}
+    samples: dict[str, str] = {}
+    file = root / "samples.json"
+    stages.run("completions", file, lambda: _write_json(file, {name: complete(folder) for name, folder in shown.items()}))
+    samples = json.loads(file.read_text())
+    results = {name: json.loads((root / f"evaluate_{name}" / "results.json").read_text()) for name in MODELS}
+    summary: dict[str, Any] = {
+        "parameters": {name: count_parameters(open_model_folder(at[name]).shape) for name in MODELS},
+        "perplexity": {name: results[name]["perplexity"] for name in MODELS},
+        "seconds": stages.seconds,
+    }
+    _write_json(root / "summary.json", summary)
+    demo_report(root / "report.html", summary, samples, stages.commands, at)
+    print_table(
+        "What became of SmolLM2-135M",
+        ["model", "parameters", "perplexity", "completion"],
+        [[n, summary["parameters"][n], round(summary["perplexity"][n], 1), samples[n]] for n in MODELS],
+    )
+    total = sum(stages.seconds.values())
+    rows = [[name, seconds] for name, seconds in stages.seconds.items()]
+    print_table("Time", ["stage", "seconds"], [*rows, ["all", round(total, 1)]])
+    console().print(f"Written: {root / 'summary.json'}, {root / 'report.html'}")
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

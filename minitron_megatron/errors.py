@@ -1,0 +1,8 @@
+"""The one exception that a user's mistake raises: its message is one line that says what, where and what to do.
+
+The launcher prints it as ``error: …`` on rank 0 and exits with status 2 on every rank, without a traceback.
+"""
+
+
+class UserError(Exception):
+    """Something the user can put right: a wrong option, a missing file, a layout that does not divide."""

@@ -1,0 +1,90 @@
+"""Hooks that read activations where the axis table's probes say, on each rank's own shard and own tokens.
+
+Hidden channels and layers are seen by each tensor-parallel rank for its own tokens only when sequence parallelism is on:
+their sums are added over the group at the end of each micro-batch, before a sample is finished.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as ps
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from minitron_megatron.errors import UserError
+from minitron_megatron.importance.statistics import BatchStatistic, finish_sequence, sequence_sums
+from minitron_megatron.models.axes import PROBES, Probe
+
+
+class Recorder:
+    """Collects the statistics of every probe of every local layer while micro-batches run through the model."""
+
+    def __init__(
+        self, chunks: Iterable[torch.nn.Module], head_dim: int, sequence: str, sequence_parallel: bool
+    ) -> None:
+        self.head_dim, self.how, self.sequence_parallel = head_dim, sequence, sequence_parallel
+        self.statistics: dict[tuple[str, int], BatchStatistic] = {}
+        self.pending: dict[tuple[str, int], torch.Tensor] = {}
+        self.cosines: dict[int, torch.Tensor] = {}
+        self.valid = torch.ones(1)
+        self.tokens = 1
+        self.handles: list[Any] = []
+        for chunk in chunks:
+            for layer in (module for module in chunk.modules() if isinstance(module, TransformerLayer)):
+                self._watch(layer)
+
+    def _watch(self, layer: TransformerLayer) -> None:
+        number = layer.layer_number - 1
+        for probe in PROBES:
+            module = layer.get_submodule(probe.module)
+            if probe.side == "input":
+                hook = module.register_forward_pre_hook(lambda m, args, p=probe: self._see(p, number, args[0]))
+            else:
+                hook = module.register_forward_hook(lambda m, args, out, p=probe: self._see(p, number, out))
+            self.handles.append(hook)
+        # The layer's own hook fires last: by then its probes have been seen.
+        self.handles.append(
+            layer.register_forward_hook(lambda m, a, kw, o: self._layer(number, a, kw, o), with_kwargs=True)
+        )
+
+    def begin(self, batch: dict[str, torch.Tensor]) -> None:
+        """Before each micro-batch: which of its samples count, and how long a sequence is."""
+        self.tokens = batch["tokens"].shape[1]
+        self.valid = batch["valid"]
+
+    def _see(self, probe: Probe, layer: int, activations: torch.Tensor) -> None:
+        a = activations[0] if isinstance(activations, tuple) else activations
+        if probe.heads:
+            a = a.unflatten(-1, (-1, self.head_dim)).float().norm(dim=-1)
+        self.pending[(probe.score, layer)] = sequence_sums(a, self.how)
+
+    def _layer(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """A layer is done: finish its samples, and take the cosine between its input and its output."""
+        before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        after = out[0] if isinstance(out, tuple) else out
+        cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).sum(0)
+        shared = {p.score for p in PROBES if p.sequence_sharded}
+        if self.sequence_parallel:
+            self._add_over_sequence_shards([self.pending[(s, layer)] for s in sorted(shared)] + [cosine])
+        for probe in PROBES:
+            x = finish_sequence(self.pending.pop((probe.score, layer)), self.tokens, self.how)
+            if not torch.isfinite(x).all():
+                raise UserError(
+                    f"layer {layer}: non-finite activations at {probe.score}; check the model and precision="
+                )
+            self.statistics.setdefault((probe.score, layer), BatchStatistic()).add(x, self.valid)
+        influence = (1 - cosine.double() / self.tokens)[:, None]
+        self.statistics.setdefault(("layers", layer), BatchStatistic()).add(influence, self.valid)
+
+    @staticmethod
+    def _add_over_sequence_shards(tensors: list[torch.Tensor]) -> None:
+        """One all-reduce for all the sums of a layer."""
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        torch.distributed.all_reduce(flat, group=ps.get_tensor_model_parallel_group())
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()

@@ -1,0 +1,80 @@
+"""Scores on disk: one vector per axis and layer in global order, float32, the same whatever layout measured them.
+
+scores.safetensors   ffn [L, ffn] · heads [L, heads] · hidden.attention_norm, hidden.mlp_norm [L, hidden] · layers [L]
+manifest.yaml        aggregations, samples, tokens, digest of the model
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from minitron_megatron.checkpoints.folder import read_manifest
+from minitron_megatron.errors import UserError
+from minitron_megatron.models.shape import ModelShape
+
+FILE = "scores.safetensors"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Importance of every axis of one model; higher is more important."""
+
+    tensors: Mapping[str, np.ndarray]
+    model_digest: str
+
+    @property
+    def ffn(self) -> np.ndarray:
+        """[layers, ffn]."""
+        return self.tensors["ffn"]
+
+    @property
+    def heads(self) -> np.ndarray:
+        """[layers, query heads]."""
+        return self.tensors["heads"]
+
+    @property
+    def hidden(self) -> np.ndarray:
+        """[hidden], summed over the norms of all layers ([A], section 2.2)."""
+        return sum(t.sum(0, dtype=np.float64) for name, t in self.tensors.items() if name.startswith("hidden."))
+
+    @property
+    def layers(self) -> np.ndarray:
+        """[layers], Block Influence 1 − E[cos(X_l, X_{l+1})]."""
+        return self.tensors["layers"]
+
+
+def save_scores(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write scores.safetensors into a folder that is being made."""
+    save_file({name: np.ascontiguousarray(t, np.float32) for name, t in tensors.items()}, folder / FILE)
+
+
+def load_scores(path: Path | str) -> Scores:
+    """Read a whole scores folder. Raises UserError."""
+    path = Path(path)
+    manifest = read_manifest(path)
+    if not (path / FILE).is_file():
+        raise UserError(f"scores={path} has no {FILE}: give the output of launch/importance.py")
+    try:
+        tensors = load_file(path / FILE)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path / FILE} is damaged ({error}): measure the importance again") from None
+    return Scores(tensors, manifest["inputs"]["model"])
+
+
+def check_scores(scores: Scores, shape: ModelShape, digest: str, where: str) -> None:
+    """Raise UserError unless the scores were measured on this very model."""
+    if scores.model_digest != digest:
+        raise UserError(f"scores={where} were measured on another model (digest differs): measure this one")
+    expected = {
+        "ffn": (shape.num_layers, shape.ffn_hidden_size),
+        "heads": (shape.num_layers, shape.num_attention_heads),
+        "layers": (shape.num_layers,),
+    }
+    for name, size in expected.items():
+        found = scores.tensors.get(name)
+        if found is None or found.shape != size or not np.isfinite(found).all():
+            raise UserError(f"scores={where}: {name} is missing, misshapen or not finite: measure the importance again")

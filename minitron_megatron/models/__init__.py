@@ -1,0 +1,1 @@
+"""Architectures as data: sizes (shape), the named-axis table (axes), families, and the real Megatron model (build)."""

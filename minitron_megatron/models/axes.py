@@ -1,0 +1,302 @@
+"""The named-axis table: for every parameter, which axes its dimensions run along. Everything else is derived from it.
+
+A decoder has the axes layers, hidden, ffn, kv_groups, q_heads (per group), head_dim and vocab. A dimension is written as
+products and sums of them, and named parts are what Hugging Face keeps as tensors of their own:
+
+    "hidden"                                                      a norm's gain, an embedding's width
+    "gate: ffn + up: ffn"                                         linear_fc1: all gate rows, then all up rows
+    "kv_groups * (q: q_heads * head_dim + k: head_dim + v: head_dim)"   linear_qkv, interleaved by group:
+
+        group 0                         group 1
+        | q0 .. q0 | q1 .. q1 | k | v | | q2 .. q2 | q3 .. q3 | k | v | ...      (each cell: head_dim rows)
+
+Sharding and pruning are the same act on this table: keep some indices of an axis, in every parameter that has the axis.
+A tensor-parallel shard keeps one contiguous range of the axis in TENSOR_PARALLEL_AXES that the parameter has; a
+parameter with none of them is replicated. That gives the rank's [gate_r; up_r] order of linear_fc1 with no special case.
+
+This is the only file of the package that knows parameter and module names.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from minitron_megatron.models.shape import ModelShape
+
+AXES = ("layers", "hidden", "ffn", "kv_groups", "q_heads", "head_dim", "vocab")
+TENSOR_PARALLEL_AXES = ("vocab", "kv_groups", "ffn")
+
+# Indices to keep, per axis; an axis that is absent is kept whole. `q_heads` may be two-dimensional
+# [source kv_groups, kept heads] where each group keeps heads of its own.
+Keep = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One addend of a dimension: a product of axes, outermost first."""
+
+    name: str
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One dimension of a parameter: `outer` axes times the concatenation of `parts`."""
+
+    outer: str | None
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Dim":
+        """Read the notation of the module docstring."""
+        nested = re.fullmatch(r"(\w+) \* \((.+)\)", text)
+        outer, body = nested.groups() if nested else (None, text)
+        parts = []
+        for addend in body.split(" + "):
+            name, _, product = addend.rpartition(": ")
+            parts.append(Part(name, tuple(product.split(" * "))))
+        if outer is None and len(parts) == 1 and len(parts[0].axes) > 1:
+            # A plain product nests in its first axis, so that inner indices may depend on it (heads on their group).
+            outer, parts = parts[0].axes[0], [Part(parts[0].name, parts[0].axes[1:])]
+        dim = cls(outer, tuple(parts))
+        unknown = set(dim.axes) - set(AXES)
+        if unknown:
+            raise ValueError(f"unknown axes {sorted(unknown)} in {text!r}")
+        return dim
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Every axis that this dimension has, once each."""
+        inner = [axis for part in self.parts for axis in part.axes]
+        return tuple(dict.fromkeys(([self.outer] if self.outer else []) + inner))
+
+    def size(self, lengths: Mapping[str, int]) -> int:
+        """Length of the dimension."""
+        outer = lengths[self.outer] if self.outer else 1
+        return outer * sum(_product(part.axes, lengths) for part in self.parts)
+
+    def indices(self, lengths: Mapping[str, int], keep: Keep, part: str | None = None) -> np.ndarray:
+        """Flat positions in the whole dimension of what `keep` leaves, in stored order.
+
+        Args:
+            lengths: axis lengths of the whole (source) parameter.
+            keep: kept indices per axis.
+            part: only the positions of this part, in the order of its own (Hugging Face) tensor.
+
+        Returns:
+            int64 [kept positions].
+        """
+        groups = keep.get(self.outer, np.arange(lengths[self.outer])) if self.outer else np.zeros(1, np.int64)
+        block = sum(_product(p.axes, lengths) for p in self.parts)
+        columns, offset = [], 0
+        for p in self.parts:
+            if part is None or p.name == part:
+                columns.append(offset + _inner(p.axes, lengths, keep, groups))
+            offset += _product(p.axes, lengths)
+        return (groups[:, None] * block + np.concatenate(columns, axis=1)).reshape(-1)
+
+
+def _product(axes: tuple[str, ...], lengths: Mapping[str, int]) -> int:
+    return int(np.prod([lengths[axis] for axis in axes], dtype=np.int64))
+
+
+def _inner(axes: tuple[str, ...], lengths: Mapping[str, int], keep: Keep, groups: np.ndarray) -> np.ndarray:
+    """Positions inside one block: int64 [len(groups), kept inner positions]."""
+    positions = np.zeros((len(groups), 1), np.int64)
+    for axis in axes:
+        chosen = np.asarray(keep.get(axis, np.arange(lengths[axis])))
+        rows = chosen[groups] if chosen.ndim == 2 else np.broadcast_to(chosen, (len(groups), len(chosen)))
+        positions = (positions[:, :, None] * lengths[axis] + rows[:, None, :]).reshape(len(groups), -1)
+    return positions
+
+
+class Place(Enum):
+    """Which pipeline stages hold a parameter."""
+
+    FIRST = "first stage"
+    LAYER = "the stage of its layer"
+    LAST = "last stage"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter of the architecture (one per layer where place is LAYER).
+
+    `path` is its name in Megatron's local engine, `te_path` in Transformer Engine where that differs; `{layer}` stands for
+    the layer. `hf` maps each part to its Hugging Face tensor. A tied embedding is one row: Megatron's last stage holds a
+    copy under the same checkpoint key.
+    """
+
+    name: str
+    place: Place
+    dims: tuple[Dim, ...]
+    path: str
+    hf: Mapping[str, str]
+    te_path: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Key in the distributed checkpoint, which both engines share and which follows Transformer Engine's names.
+
+        Layers are stacked under one key along a leading dimension [layers, …].
+        """
+        return (self.te_path or self.path).replace(".{layer}", "")
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the parameter exists once a layer."""
+        return self.place is Place.LAYER
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """All axes of all dimensions, once each."""
+        return tuple(dict.fromkeys(axis for dim in self.dims for axis in dim.axes))
+
+    @property
+    def tensor_parallel_axis(self) -> str | None:
+        """The axis along which tensor parallelism shards it; None where it is replicated."""
+        return next((axis for axis in TENSOR_PARALLEL_AXES if axis in self.axes), None)
+
+    def shape(self, shape: ModelShape) -> tuple[int, ...]:
+        """Global shape of one layer's parameter."""
+        lengths = shape.lengths()
+        return tuple(dim.size(lengths) for dim in self.dims)
+
+    def indices(self, shape: ModelShape, keep: Keep) -> tuple[np.ndarray | None, ...]:
+        """For each dimension the kept positions in the whole parameter; None where the dimension is kept whole."""
+        lengths = shape.lengths()
+        touched = [any(axis in keep for axis in dim.axes) for dim in self.dims]
+        return tuple(dim.indices(lengths, keep) if t else None for dim, t in zip(self.dims, touched, strict=True))
+
+
+def _row(name: str, place: Place, dims: list[str], path: str, hf: str | dict[str, str], te: str | None = None) -> Row:
+    return Row(name, place, tuple(map(Dim.parse, dims)), path, {"": hf} if isinstance(hf, str) else hf, te)
+
+
+_BLOCK, _HF = "decoder.layers.{layer}.", "model.layers.{layer}."
+
+_LLAMA = (
+    _row(
+        "embedding", Place.FIRST, ["vocab", "hidden"], "embedding.word_embeddings.weight", "model.embed_tokens.weight"
+    ),
+    _row(
+        "attention_norm",
+        Place.LAYER,
+        ["hidden"],
+        _BLOCK + "input_layernorm.weight",
+        _HF + "input_layernorm.weight",
+        te=_BLOCK + "self_attention.linear_qkv.layer_norm_weight",
+    ),
+    _row(
+        "qkv",
+        Place.LAYER,
+        ["kv_groups * (q: q_heads * head_dim + k: head_dim + v: head_dim)", "hidden"],
+        _BLOCK + "self_attention.linear_qkv.weight",
+        {part: f"{_HF}self_attn.{part}_proj.weight" for part in "qkv"},
+    ),
+    _row(
+        "attention_output",
+        Place.LAYER,
+        ["hidden", "kv_groups * q_heads * head_dim"],
+        _BLOCK + "self_attention.linear_proj.weight",
+        _HF + "self_attn.o_proj.weight",
+    ),
+    _row(
+        "mlp_norm",
+        Place.LAYER,
+        ["hidden"],
+        _BLOCK + "pre_mlp_layernorm.weight",
+        _HF + "post_attention_layernorm.weight",
+        te=_BLOCK + "mlp.linear_fc1.layer_norm_weight",
+    ),
+    _row(
+        "fc1",
+        Place.LAYER,
+        ["gate: ffn + up: ffn", "hidden"],
+        _BLOCK + "mlp.linear_fc1.weight",
+        {part: f"{_HF}mlp.{part}_proj.weight" for part in ("gate", "up")},
+    ),
+    _row("fc2", Place.LAYER, ["hidden", "ffn"], _BLOCK + "mlp.linear_fc2.weight", _HF + "mlp.down_proj.weight"),
+    _row("final_norm", Place.LAST, ["hidden"], "decoder.final_layernorm.weight", "model.norm.weight"),
+    _row("output", Place.LAST, ["vocab", "hidden"], "output_layer.weight", "lm_head.weight"),
+)
+
+TABLES: dict[str, tuple[Row, ...]] = {"llama": _LLAMA, "mistral": _LLAMA}
+
+
+def axis_table(shape: ModelShape) -> tuple[Row, ...]:
+    """The rows of a model; a tied model has no output row of its own."""
+    return tuple(row for row in TABLES[shape.family] if not (shape.tied_embeddings and row.name == "output"))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of one layer: a row and, where it is stacked, its layer."""
+
+    row: Row
+    layer: int | None
+
+    def hf_names(self) -> dict[str, str]:
+        """Hugging Face tensor of each part."""
+        return {part: name.format(layer=self.layer) for part, name in self.row.hf.items()}
+
+
+def slots(shape: ModelShape) -> Iterator[Slot]:
+    """Every tensor of a model, in the order of its data flow: embedding, layer 0, layer 1, …, head."""
+    rows = axis_table(shape)
+    yield from (Slot(row, None) for row in rows if row.place is Place.FIRST)
+    for layer in range(shape.num_layers):
+        yield from (Slot(row, layer) for row in rows if row.place is Place.LAYER)
+    yield from (Slot(row, None) for row in rows if row.place is Place.LAST)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Where activation importance of an axis is read: the input or the output of one module of every layer.
+
+    `module` is the path inside a layer (empty: the layer itself); `heads` says that channels are to be joined to one
+    score a head by their L2 norm over head_dim before anything else (2407.14679, section 2.2).
+    """
+
+    score: str
+    axis: str
+    module: str
+    side: str
+    heads: bool = False
+    sequence_sharded: bool = field(default=False)
+
+
+# The MLP score is read after the gate, at the input of the second linear, as NVIDIA's own code does; the paper writes it
+# for the first linear's output. Hidden channels are read at the output of both norms of a block.
+PROBES = (
+    Probe("ffn", "ffn", "mlp.linear_fc2", "input"),
+    Probe("heads", "kv_groups", "self_attention.linear_proj", "input", heads=True),
+    Probe("hidden.attention_norm", "hidden", "input_layernorm", "output", sequence_sharded=True),
+    Probe("hidden.mlp_norm", "hidden", "pre_mlp_layernorm", "output", sequence_sharded=True),
+)
+
+
+def count_parameters(shape: ModelShape, *, embedding: bool = True) -> int:
+    """Parameters without vocabulary padding; `embedding=False` leaves out every parameter with the vocab axis."""
+    lengths = {**shape.lengths(), "vocab": shape.vocab_size}
+    total = 0
+    for row in axis_table(shape):
+        if embedding or "vocab" not in row.axes:
+            size = int(np.prod([dim.size(lengths) for dim in row.dims], dtype=np.int64))
+            total += size * (shape.num_layers if row.stacked else 1)
+    return total
+
+
+def flops_per_token(shape: ModelShape, sequence_length: int) -> float:
+    """Floating-point operations of one token's forward pass: 2 a matrix weight, and causal attention's two products."""
+    matrices = sum(
+        int(np.prod(row.shape(shape), dtype=np.int64)) * (shape.num_layers if row.stacked else 1)
+        for row in axis_table(shape)
+        if len(row.dims) == 2 and row.place is not Place.FIRST
+    )
+    head = shape.padded_vocab_size * shape.hidden_size if shape.tied_embeddings else 0
+    attention = shape.num_layers * 2 * shape.num_attention_heads * shape.head_dim * sequence_length
+    return 2.0 * (matrices + head) + attention

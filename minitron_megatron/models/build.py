@@ -1,0 +1,163 @@
+"""From sizes to Megatron: builds this rank's part of a real megatron.core GPTModel, and refuses layouts that do not fit.
+
+Two engines: Transformer Engine's layers on GPUs where it is installed, Megatron's local layers elsewhere. Both have the
+same checkpoint keys, so a model folder serves either.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from minitron_megatron.errors import UserError
+from minitron_megatron.models.shape import ModelShape, RopeScaling
+from minitron_megatron.parallel.layout import Layout
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def model_dtype(shape: ModelShape, precision: str) -> torch.dtype:
+    """The dtype to compute in: `precision` is auto (the folder's own dtype), bf16 or fp32."""
+    return DTYPES[shape.dtype if precision == "auto" else precision]
+
+
+def check_layout(shape: ModelShape, layout: Layout, what: str = "the model") -> None:
+    """Raise UserError when the model's sizes do not divide over the layout."""
+    sharded = {
+        "num_query_groups": shape.num_query_groups,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "padded vocabulary": shape.padded_vocab_size,
+    }
+    for name, size in sharded.items():
+        if size % layout.tensor:
+            fits = [n for n in range(1, size + 1) if all(s % n == 0 for s in sharded.values()) and n <= 64]
+            raise UserError(
+                f"parallel.tensor={layout.tensor} does not divide {name}={size} of {what}: "
+                f"use one of {', '.join(map(str, fits))}"
+            )
+    stages = layout.pipeline * (layout.virtual_pipeline or 1)
+    if shape.num_layers % stages:
+        fits = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0]
+        names = "parallel.pipeline" + (" × parallel.virtual_pipeline" if layout.virtual_pipeline else "")
+        raise UserError(
+            f"{names}={stages} does not divide num_layers={shape.num_layers} of {what}: "
+            f"use one of {', '.join(map(str, fits))}"
+        )
+
+
+def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) -> Any:
+    """The megatron.core TransformerConfig of a model in a layout."""
+    from megatron.core.transformer import TransformerConfig
+
+    cpu = not torch.distributed.is_initialized() or torch.distributed.get_backend() != "nccl"
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=layout.tensor,
+        sequence_parallel=layout.sequence and layout.tensor > 1,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        # Weights are always read from a folder: drawing random ones first would hold each whole matrix on every rank.
+        perform_initialization=False,
+        use_cpu_initialization=cpu,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        # Sums of token losses are divided once by the global token count: the same for any split over ranks.
+        calculate_per_token_loss=True,
+    )
+
+
+def layer_spec(config: Any, layout: Layout, vp_stage: int | None) -> Any:
+    """Megatron's local layers with a norm that works under sequence parallelism, for this rank's pipeline stage."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+    from minitron_megatron.models.norms import Norm
+
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
+    layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm)
+
+
+def scaled_inverse_frequencies(inv_freq: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Llama 3's rotary frequencies: long wavelengths slowed by `factor`, short ones kept, a ramp between.
+
+    Megatron has the ramp's bounds as constants, so it is done here for any of them.
+    """
+    wavelength = 2 * math.pi / inv_freq
+    low, high, original = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings
+    ramp = ((original / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 - ramp) * inv_freq / scaling.factor + ramp * inv_freq
+
+
+def build_gpt(
+    shape: ModelShape,
+    layout: Layout,
+    dtype: torch.dtype,
+    *,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+) -> torch.nn.Module:
+    """One pipeline chunk of the model on this rank, uninitialised: fill it with checkpoints.weights.load_model."""
+    from megatron.core.models.gpt import GPTModel
+
+    config = transformer_config(shape, layout, dtype)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=layer_spec(config, layout, vp_stage),
+        vocab_size=shape.padded_vocab_size,
+        max_sequence_length=shape.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+        vp_stage=vp_stage,
+    )
+    if shape.rope_scaling:
+        rotary = model.rotary_pos_emb
+        rotary.inv_freq = scaled_inverse_frequencies(rotary.inv_freq, shape.rope_scaling)
+    return model.cuda(torch.cuda.current_device())
+
+
+def build_model_chunks(shape: ModelShape, layout: Layout, dtype: torch.dtype) -> list[torch.nn.Module]:
+    """This rank's pipeline chunks: one, or `virtual_pipeline` of them in an interleaved schedule."""
+    from megatron.core import parallel_state as ps
+
+    def stage(vp: int | None) -> torch.nn.Module:
+        return build_gpt(
+            shape,
+            layout,
+            dtype,
+            pre_process=ps.is_pipeline_first_stage(ignore_virtual=vp is None, vp_stage=vp),
+            post_process=ps.is_pipeline_last_stage(ignore_virtual=vp is None, vp_stage=vp),
+            vp_stage=vp,
+        )
+
+    return [stage(vp) for vp in (range(layout.virtual_pipeline) if layout.virtual_pipeline else [None])]
+
+
+OutputProcessor = Callable[..., torch.Tensor]

@@ -1,0 +1,80 @@
+"""Forward-only passes of a (pipelined) model over micro-batches, through Megatron's own schedules.
+
+Importance and evaluation run on this: each stage calls `before` with the micro-batch it is about to run, and the last
+stage turns final hidden states into whatever the caller collects, before any logits exist.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+Batch = dict[str, torch.Tensor]
+Collect = Callable[..., Any]
+
+
+def forward_only(
+    chunks: Sequence[torch.nn.Module],
+    batches: Iterable[Batch],
+    *,
+    num_micro_batches: int,
+    micro_batch_size: int,
+    sequence_length: int,
+    collect: Collect,
+    before: Callable[[Batch], None] = lambda batch: None,
+) -> list[Any]:
+    """Run every micro-batch through all pipeline stages without gradients.
+
+    Args:
+        chunks: this rank's model chunks.
+        batches: micro-batches of this data-parallel rank: `tokens`, `position_ids`, `labels`, `loss_mask`, each
+            [micro_batch_size, sequence_length]; the same sequence on every pipeline stage.
+        num_micro_batches: how many of them; equal on all ranks.
+        micro_batch_size: samples in each.
+        sequence_length: tokens in each sample.
+        collect: called on the last stage as `collect(batch, hidden_states=…, output_layer=…, output_weight=…)`, where
+            hidden_states is [sequence / tp if sequence parallel, batch, hidden].
+        before: called on every stage and model chunk before it runs a micro-batch.
+
+    Returns:
+        What `collect` returned for each micro-batch, in order, on the last stage; an empty list elsewhere.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    collected: list[Any] = []
+
+    def processor(
+        *, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, context: Batch, **_: Any
+    ) -> Any:
+        result = collect(context, hidden_states=hidden_states, output_layer=output_layer, output_weight=output_weight)
+        collected.append(result)
+        return hidden_states
+
+    def step(data: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+        batch = {name: tensor.to(torch.cuda.current_device()) for name, tensor in next(data).items()}
+        before(batch)
+        out = model(
+            batch["tokens"],
+            batch["position_ids"],
+            None,
+            output_processor=processor,
+            output_processor_context=batch,
+        )
+        return out, lambda output, non_loss_data=True: None
+
+    iterators = list(itertools.tee(iter(batches), len(chunks)))
+    with torch.no_grad():
+        for chunk in chunks:
+            chunk.eval()
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=list(chunks),
+            num_microbatches=num_micro_batches,
+            seq_length=sequence_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return collected

@@ -1,0 +1,118 @@
+"""The sizes of a decoder, as plain data: what ``model.yaml`` in a model folder holds and what presets in ``conf/model`` give.
+
+A ModelShape knows nothing of tensors or ranks; the axis table (axes.py) says which parameters have which of its axes.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from minitron_megatron.errors import UserError
+
+# Padding is a property of the model folder, not of a run's layout: any tensor-parallel size up to 8 divides it
+# and each shard stays a multiple of 128, which tensor cores like.
+VOCAB_MULTIPLE = 128 * 8
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's scaling of rotary frequencies (``rope_type: llama3`` in Hugging Face configs)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of one decoder. Raises UserError when they contradict each other."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rope_theta: float
+    norm_eps: float
+    tied_embeddings: bool
+    dtype: str
+    rope_scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        """Check what no layout and no checkpoint could repair."""
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "head_dim",
+            "vocab_size",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name}={value!r} in the model's shape: must be a whole number of at least 1")
+        if self.num_attention_heads % self.num_query_groups:
+            raise UserError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of num_query_groups="
+                f"{self.num_query_groups}: every key-value group needs the same number of query heads"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim} is odd: rotary embeddings turn pairs of channels")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype={self.dtype!r} in the model's shape: use one of {', '.join(DTYPES)}")
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.num_attention_heads // self.num_query_groups
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding on disk and in memory; rows from vocab_size on are padding and masked in every loss."""
+        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def lengths(self) -> dict[str, int]:
+        """Length of every named axis (``vocab`` with its padding)."""
+        return {
+            "layers": self.num_layers,
+            "hidden": self.hidden_size,
+            "ffn": self.ffn_hidden_size,
+            "kv_groups": self.num_query_groups,
+            "q_heads": self.heads_per_group,
+            "head_dim": self.head_dim,
+            "vocab": self.padded_vocab_size,
+        }
+
+    def resized(self, **sizes: Any) -> "ModelShape":
+        """The same architecture with other sizes."""
+        return replace(self, **sizes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for YAML."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> "ModelShape":
+        """Build from YAML or config values; `where` names the source in errors."""
+        names = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - names)
+        optional = {"rope_scaling"}
+        missing = sorted(n for n in names - optional if values.get(n) is None)
+        if unknown or missing:
+            what = f"unknown {', '.join(unknown)}" if unknown else f"missing {', '.join(missing)}"
+            raise UserError(f"{where}: {what} in the model's shape")
+        scaling = values.get("rope_scaling")
+        try:
+            rope_scaling = RopeScaling(**scaling) if scaling else None
+        except TypeError as error:
+            raise UserError(f"{where}: rope_scaling is malformed ({error})") from None
+        return cls(**{**values, "rope_scaling": rope_scaling})
