@@ -86,7 +86,9 @@ class Stages:
             threads = max(1, (os.cpu_count() or 1) // processes)
             done = subprocess.run(program, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False)
             if done.returncode:
-                raise UserError(f"the stage {name} ended with status {done.returncode}: mend what it says and run again")
+                raise UserError(
+                    f"the stage {name} ended with status {done.returncode}: mend what it says and run again"
+                )
 
         self.run(name, output, work)
 
@@ -120,7 +122,12 @@ def _make_models(stages: Stages, at: dict[str, Path], effort: Effort) -> None:
     stages.command("import", at["teacher"], "launch/import_hf.py", f"hf={at['smollm2']}")
     write_text(at["text"])
     stages.command(
-        "data", at["data"], "launch/prepare_data.py", f"input={at['text']}", f"model={at['teacher']}", "validation_fraction=0.1"
+        "data",
+        at["data"],
+        "launch/prepare_data.py",
+        f"input={at['text']}",
+        f"model={at['teacher']}",
+        "validation_fraction=0.1",
     )
     stages.command(
         "importance",
@@ -195,7 +202,9 @@ def _show(stages: Stages, root: Path, at: dict[str, Path]) -> None:
     shown = {"teacher": at["smollm2"], "pruned": root / "pruned_hf", "distilled": root / "distilled_hf"}
     samples: dict[str, str] = {}
     file = root / "samples.json"
-    stages.run("completions", file, lambda: _write_json(file, {name: complete(folder) for name, folder in shown.items()}))
+    stages.run(
+        "completions", file, lambda: _write_json(file, {name: complete(folder) for name, folder in shown.items()})
+    )
     samples = json.loads(file.read_text())
     results = {name: json.loads((root / f"evaluate_{name}" / "results.json").read_text()) for name in MODELS}
     summary: dict[str, Any] = {

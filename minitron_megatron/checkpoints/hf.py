@@ -145,7 +145,7 @@ def chunk_from_hf(source: HfFolder, chunk: Chunk) -> torch.Tensor:
 
 def import_hf(cfg: ImportHfConfig) -> None:
     """`launch/import_hf.py`: a Hugging Face folder into a model folder."""
-    with tool_job(cfg.parallel, seed=cfg.seed):
+    with tool_job():
         source = HfFolder(cfg.hf)
         source.check()
         shape = source.shape
@@ -252,8 +252,8 @@ def plan_shards(shape: ModelShape, max_bytes: int) -> dict[str, dict[str, tuple[
 
 def export_hf(cfg: ExportHfConfig) -> None:
     """`launch/export_hf.py`: a model folder into a Hugging Face folder that plain transformers loads."""
-    with tool_job(cfg.parallel, seed=cfg.seed):
-        folder = open_model_folder(cfg.model.folder)
+    with tool_job():
+        folder = open_model_folder(cfg.model.folder("model"))
         shape = folder.shape
         files = plan_shards(shape, int(cfg.max_shard_gb * 1e9))
         if cfg.verify:

@@ -36,8 +36,8 @@ def random_chunk(shape: ModelShape, chunk: Chunk, seed: int) -> torch.Tensor:
 
 def make_random_model(cfg: RandomModelConfig) -> None:
     """`launch/random_model.py`: a model folder with random weights of a preset's shape."""
-    with tool_job(cfg.parallel, seed=cfg.seed):
-        shape = ModelShape.from_dict(cfg.model.sizes, "model")
+    with tool_job():
+        shape = ModelShape.from_dict(cfg.model.sizes("model"), "model")
         if cfg.dry_run:
             print_shape("would be made", shape)
             return

@@ -66,8 +66,8 @@ def make_plan(cfg: PruneConfig, folder: ModelFolder) -> tuple[ModelShape, Kept, 
 
 def prune_model(cfg: PruneConfig) -> None:
     """`launch/prune.py`: scores and a target, or a plan, into a smaller model folder."""
-    with tool_job(cfg.parallel, seed=cfg.seed):
-        folder = open_model_folder(cfg.model.folder)
+    with tool_job():
+        folder = open_model_folder(cfg.model.folder("model"))
         if cfg.verify:
             verify_digest(folder)
         target, kept, inputs = make_plan(cfg, folder)

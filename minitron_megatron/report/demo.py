@@ -34,7 +34,9 @@ def demo_report(
             _learning(folders["distilled"]),
             _importance(folders["scores"], folders["pruned"]),
             Section("What each says", quotes=list(samples.items())),
-            Section("Time", table=Table(["stage", "seconds"], [[k, f"{v:.0f}"] for k, v in summary["seconds"].items()])),
+            Section(
+                "Time", table=Table(["stage", "seconds"], [[k, f"{v:.0f}"] for k, v in summary["seconds"].items()])
+            ),
             Section("Commands", text="Each stage, as a user would run it:", commands=commands),
         ],
     )

@@ -1,0 +1,15 @@
+"""Perplexity of a model on a data folder. `python launch/evaluate.py --help` lists the options."""
+
+from minitron_megatron.config import EvaluateConfig
+from minitron_megatron.launcher import command
+
+
+def main(cfg: EvaluateConfig) -> None:
+    """Heavy imports wait until the options are checked."""
+    from minitron_megatron.evaluate.perplexity import evaluate
+
+    evaluate(cfg)
+
+
+if __name__ == "__main__":
+    command(main, "evaluate")

