@@ -5,7 +5,6 @@ same checkpoint keys, so a model folder serves either.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,6 +43,16 @@ def check_layout(shape: ModelShape, layout: Layout, what: str = "the model") -> 
         raise UserError(
             f"{names}={stages} does not divide num_layers={shape.num_layers} of {what}: "
             f"use one of {', '.join(map(str, fits))}"
+        )
+
+
+def check_sequence(sequence_length: int, layout: Layout) -> None:
+    """Raise UserError when a sequence cannot be split over the ranks that share it."""
+    shares = (layout.tensor if layout.sequence else 1) * layout.context * (2 if layout.context > 1 else 1)
+    if sequence_length % shares:
+        raise UserError(
+            f"data.sequence_length={sequence_length} is not a multiple of the {shares} parts that sequence and context "
+            "parallelism split it into"
         )
 
 
@@ -158,6 +167,3 @@ def build_model_chunks(shape: ModelShape, layout: Layout, dtype: torch.dtype) ->
         )
 
     return [stage(vp) for vp in (range(layout.virtual_pipeline) if layout.virtual_pipeline else [None])]
-
-
-OutputProcessor = Callable[..., torch.Tensor]

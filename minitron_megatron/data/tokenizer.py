@@ -1,0 +1,33 @@
+"""Tokenizers from local folders only: no hub, no remote code."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from minitron_megatron.checkpoints.folder import TOKENIZER
+from minitron_megatron.errors import UserError
+
+
+def load_tokenizer(folder: Path | str) -> Any:
+    """The Hugging Face tokenizer of a model folder or of a Hugging Face folder. Raises UserError."""
+    from transformers import AutoTokenizer
+
+    folder = Path(folder)
+    path = folder / TOKENIZER if (folder / TOKENIZER).is_dir() else folder
+    if not (path / "tokenizer_config.json").is_file() and not (path / "tokenizer.json").is_file():
+        raise UserError(f"model={folder} has no tokenizer: import the model from a Hugging Face folder that has one")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a tokenizer's files can be wrong in as many ways as transformers has loaders
+        raise UserError(f"{path}: the tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no end-of-sequence token, which ends each document")
+    return tokenizer
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of a tokenizer's files."""
+    whole = hashlib.sha256()
+    for file in sorted(p for p in folder.iterdir() if p.is_file()):
+        whole.update(file.name.encode() + b"\0" + file.read_bytes())
+    return "sha256:" + whole.hexdigest()
