@@ -38,6 +38,11 @@ _HARMLESS = (
     ".*ShardedTensor.*deprecated.*",
     ".*CPU random generator seem to be failing.*",
     ".*using the device under current context.*",
+    ".*torch.distributed is disabled, unavailable or uninitialized.*",
+    ".*full scope is deprecated.*",
+    ".*argument order of load has been changed.*",
+    ".*deprecating ShardedTensor.*",
+    ".*invalid escape sequence.*",
 )
 
 
@@ -225,7 +230,7 @@ def resolved_config(config: CommandConfig) -> dict[str, Any]:
 def _quiet() -> None:
     for message in _HARMLESS:
         warnings.filterwarnings("ignore", message=message)
-    for library in ("megatron.core.models.gpt.gpt_model", "megatron.core.utils"):
+    for library in ("megatron.core.models.gpt.gpt_model", "megatron.core.utils", "torch.utils.cpp_extension"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 

@@ -121,7 +121,8 @@ def gather_scores(recorder: Recorder, how: str) -> dict[str, np.ndarray] | None:
     for (name, layer), statistic in sorted(recorder.statistics.items()):
         packed = statistic.packed()
         torch.distributed.all_reduce(packed, group=ps.get_data_parallel_group())
-        score = finish_batch(packed, how)
+        # Block Influence is an expectation over the samples, whatever the aggregation of the other axes.
+        score = finish_batch(packed, "mean" if name == "layers" else how)
         if name in sharded:
             parts = [torch.empty_like(score) for _ in range(ps.get_tensor_model_parallel_world_size())]
             torch.distributed.all_gather(parts, score, group=ps.get_tensor_model_parallel_group())

@@ -1,7 +1,12 @@
-"""Collectives with names, on Megatron's groups; every one is a no-op in a process without a process group."""
+"""Collectives with names, on Megatron's groups. In a process without a process group each one is a no-op.
 
+Tensors are reduced in place and returned. Object collectives pickle: small control data only, never weights.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 
@@ -20,10 +25,51 @@ def is_rank_zero() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
+def on_first_stage() -> bool:
+    """Whether this rank is on the first pipeline stage, where the embedding is."""
+    return not dist.is_initialized() or _groups().get_pipeline_model_parallel_rank() == 0
+
+
+def on_last_stage() -> bool:
+    """Whether this rank is on the last pipeline stage, where the loss is."""
+    if not dist.is_initialized():
+        return True
+    ps = _groups()
+    return ps.get_pipeline_model_parallel_rank() == ps.get_pipeline_model_parallel_world_size() - 1
+
+
+def sum_over_tensor_parallel(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum in place over the ranks that share each matrix."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.all_reduce(tensor, group=_groups().get_tensor_model_parallel_group())
+    return tensor
+
+
+def sum_over_data_parallel(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum in place over the ranks that hold the same weights and other tokens: data- and context-parallel ones."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, group=_groups().get_data_parallel_group(with_context_parallel=True))
+    return tensor
+
+
+def broadcast_from_last_stage[T: (torch.Tensor, float)](value: T) -> T:
+    """The last pipeline stage's value on every stage: a float, or a tensor (in place; same shape and dtype everywhere)."""
+    if not dist.is_initialized():
+        return value
+    ps = _groups()
+    whole = isinstance(value, torch.Tensor)
+    tensor = value if whole else torch.tensor(value, dtype=torch.float64, device=torch.cuda.current_device())
+    dist.broadcast(tensor, ps.get_pipeline_model_parallel_last_rank(), group=ps.get_pipeline_model_parallel_group())
+    return tensor if whole else tensor.item()
+
+
+def gather_objects(value: Any) -> list[Any] | None:
+    """Small control data of every rank, by rank, on rank 0; None elsewhere."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] | None = [None] * world_size() if is_rank_zero() else None
+    dist.gather_object(value, gathered)
+    return gathered
 
 
 def all_gather_objects(value: Any) -> list[Any]:
@@ -33,3 +79,40 @@ def all_gather_objects(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's small control data on every rank; what other ranks pass is ignored."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _groups() -> Any:
+    """Megatron's groups; imported late, because tools without a model need only the functions above."""
+    from megatron.core import parallel_state
+
+    return parallel_state
+
+
+def sum_from_last_stage(values: Sequence[float], everywhere: Sequence[float] = ()) -> list[float]:
+    """Sums over the job's ranks in float64, known to every rank afterwards.
+
+    `values` are figures of the last pipeline stage, the same on all ranks of a tensor-parallel group, of which one
+    counts; other stages give zeros. `everywhere` counts on every rank.
+    """
+    from megatron.core import parallel_state as ps
+
+    counts = ps.is_pipeline_last_stage(ignore_virtual=True) and ps.get_tensor_model_parallel_rank() == 0
+    mine = [v if counts else 0.0 for v in values] + list(everywhere)
+    total = torch.tensor(mine, dtype=torch.float64, device=torch.cuda.current_device())
+    dist.all_reduce(total)
+    return total.tolist()

@@ -1,7 +1,8 @@
 """The CPU adapter: lets Megatron-core, which addresses CUDA throughout, run unchanged on CPUs over gloo.
 
 This is the only place that knows CPUs. While it is on, `device="cuda"` means the CPU, `Tensor.cuda()` is the identity,
-and the torch.cuda functions that Megatron calls have stand-ins. Everything is put back at the end.
+and the torch.cuda functions that Megatron calls have stand-ins. Everything is put back at the end. The device rewriting
+holds for the thread that entered it, which is also the one that runs a CPU backward pass.
 """
 
 import contextlib
@@ -85,6 +86,10 @@ class _Event:
         return True
 
 
+def _no(*_: Any, **__: Any) -> bool:
+    return False
+
+
 def _nothing(*_: Any, **__: Any) -> None:
     return None
 
@@ -99,6 +104,8 @@ def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
 
 def _stand_ins() -> dict[str, Any]:
     return {
+        # On a machine with GPUs, a job on its CPUs must take the same paths as elsewhere.
+        "is_available": _no,
         "current_device": lambda: CPU,
         "device_count": lambda: 1,
         "synchronize": _nothing,
@@ -117,7 +124,11 @@ def _stand_ins() -> dict[str, Any]:
 
 
 def _loads_on_cpu(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron writes loaded optimizer state into leaf parameters in place and asks for keys that CPU Adam lacks."""
+    """Mend a distributed optimizer's load where torch's Adam stands in for the fused one of the GPU packages.
+
+    `dp_reshardable` copies into fp32 parameters that require grad, outside no_grad; and torch's Adam keeps `step` as a
+    state tensor, which checkpoints carry elsewhere (in the parameter groups) and the copy asks for by name.
+    """
 
     def wrapped(self: Any, model_param: Any, tensors: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():

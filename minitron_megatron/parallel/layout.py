@@ -8,8 +8,8 @@
 
 import contextlib
 import datetime
+import math
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -44,12 +44,26 @@ class Layout:
         if self.world_size % part:
             raise UserError(
                 f"parallel.tensor × pipeline × context = {self.tensor} × {self.pipeline} × {self.context} = {part} does "
-                f"not divide the {self.world_size} processes: start a multiple of {part} (torchrun --nproc-per-node)"
+                f"not divide the number of processes, {self.world_size}: start a multiple of {part} "
+                f"(torchrun --nproc-per-node), or use {' or '.join(self._neighbours())}"
             )
         if self.virtual_pipeline is not None and (self.pipeline < 2 or self.virtual_pipeline < 2):
             raise UserError(
                 f"parallel.virtual_pipeline={self.virtual_pipeline} must be at least 2 and needs parallel.pipeline of at least 2"
             )
+
+    def _neighbours(self) -> list[str]:
+        """The three nearest tensor × pipeline × context that divide the processes."""
+        sizes = [n for n in range(1, self.world_size + 1) if self.world_size % n == 0]
+        wanted = (self.tensor, self.pipeline, self.context)
+        fits = [
+            (sum(abs(math.log2(size / want)) for size, want in zip(found, wanted, strict=True)), found)
+            for tensor in sizes
+            for pipeline in sizes
+            for context in (sizes if self.context > 1 else [1])
+            if self.world_size % math.prod(found := (tensor, pipeline, context)) == 0
+        ]
+        return [" × ".join(map(str, found)) for _, found in sorted(fits)[:3]]
 
     @property
     def data(self) -> int:
@@ -75,6 +89,7 @@ class Job:
 
     layout: Layout
     device: torch.device
+    rank: int
 
 
 def world_size_from_env() -> int:
@@ -93,8 +108,13 @@ def pick_device(device: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def parallel_job(layout: Layout, *, seed: int, device: str = "auto") -> Iterator[Job]:
-    """Process group, Megatron's groups and seeds, and the CPU adapter where needed; all ended on the way out."""
+def parallel_job(
+    layout: Layout, *, seed: int, device: str = "auto", timeout: datetime.timedelta = TIMEOUT
+) -> Iterator[Job]:
+    """Process group, Megatron's groups and seeds, and the CPU adapter where needed; all ended on the way out.
+
+    `timeout` is how long a rank waits in a collective. Raises UserError for what this device cannot do.
+    """
     where = pick_device(device)
     if where.type == "cpu" and layout.context > 1:
         raise UserError("parallel.context above 1 needs Transformer Engine's attention, which needs a GPU")
@@ -103,9 +123,9 @@ def parallel_job(layout: Layout, *, seed: int, device: str = "auto") -> Iterator
             stack.enter_context(adapter())
         else:
             torch.cuda.set_device(where)
-        stack.enter_context(process_group("gloo" if where.type == "cpu" else "nccl"))
-        stack.enter_context(model_parallel(layout, seed))
-        yield Job(layout, where)
+        stack.enter_context(process_group("gloo" if where.type == "cpu" else "nccl", timeout))
+        stack.enter_context(model_parallel(layout, seed, timeout))
+        yield Job(layout, where, dist.get_rank())
 
 
 @contextlib.contextmanager
@@ -119,33 +139,39 @@ def tool_job() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def process_group(backend: str) -> Iterator[None]:
-    """torch.distributed over torchrun's processes, or over this one alone without any port."""
-    with contextlib.ExitStack() as stack:
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, timeout=TIMEOUT)
-        else:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            store = dist.FileStore(os.path.join(folder, "store"), 1)
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
+def process_group(backend: str, timeout: datetime.timedelta = TIMEOUT) -> Iterator[None]:
+    """torch.distributed over torchrun's processes, or over this one alone without any port.
+
+    Where there is a process group already it is used and left as it is.
+    """
+    if dist.is_initialized():
+        yield
+        return
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def model_parallel(layout: Layout, seed: int) -> Iterator[None]:
+def model_parallel(layout: Layout, seed: int, timeout: datetime.timedelta = TIMEOUT) -> Iterator[None]:
     """Megatron's groups and seeds for a layout, on a process group that is there already."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    if layout.world_size != dist.get_world_size():
+        raise ValueError(f"{layout} on {dist.get_world_size()} processes")
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
         create_gloo_process_groups=True,
+        distributed_timeout_minutes=timeout / datetime.timedelta(minutes=1),
     )
     try:
         torch.manual_seed(seed)

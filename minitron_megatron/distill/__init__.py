@@ -1,0 +1,1 @@
+"""Distillation: losses over the sharded vocabulary, and the teacher beside the student."""

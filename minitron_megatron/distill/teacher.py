@@ -1,0 +1,71 @@
+"""The teacher beside the student: frozen, in the same process and layout, giving final hidden states a micro-batch.
+
+    pipeline = 1:  student's micro-batch m asks ──▶ teacher runs m now
+    pipeline > 1:  teacher runs all micro-batches of the step through its stages, the last stage keeps their final hidden
+                   states [s, b, teacher hidden]; the student's pass takes and frees them one by one
+
+Logits are made only when the loss asks for them, one micro-batch at a time.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from minitron_megatron.models.forward import Batch, forward_only
+
+
+class Teacher:
+    """Frozen model chunks that answer with logits in the order of the micro-batches."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], *, pipelined: bool) -> None:
+        self.chunks, self.pipelined = list(chunks), pipelined
+        self.states: deque[torch.Tensor] = deque()
+        self.head: tuple[Any, Any] | None = None
+        for chunk in self.chunks:
+            chunk.requires_grad_(False)
+            chunk.eval()
+
+    def run_ahead(self, batches: Sequence[Batch]) -> None:
+        """With a pipeline, run the step's micro-batches and keep their final hidden states on the last stage."""
+        if not self.pipelined:
+            return
+        self.states.clear()
+        self.states.extend(self._forward(batches))
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Logits [s, b, V / tp] of the next micro-batch in order; `batch` is that micro-batch."""
+        if not self.pipelined:
+            self.states.extend(self._forward([batch]))
+        layer, weight = self.head
+        with torch.no_grad():
+            return layer(self.states.popleft(), weight=weight)[0]
+
+    def _forward(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        def keep(batch: Batch, *, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any) -> torch.Tensor:
+            self.head = (output_layer, output_weight)
+            return hidden_states
+
+        if not self.pipelined:
+            return [self._one_stage(batches[0], keep)]
+        size, length = batches[0]["tokens"].shape
+        return forward_only(
+            self.chunks,
+            batches,
+            num_micro_batches=len(batches),
+            micro_batch_size=size,
+            sequence_length=length,
+            collect=keep,
+        )
+
+    def _one_stage(self, batch: Batch, keep: Any) -> torch.Tensor:
+        """Without a pipeline the model is called directly: the schedule of the student's step is running around it."""
+
+        def processor(**given: Any) -> torch.Tensor:
+            names = ("hidden_states", "output_layer", "output_weight")
+            return keep(batch, **{name: given[name] for name in names})
+
+        (chunk,) = self.chunks
+        with torch.no_grad():
+            return chunk(batch["tokens"], batch["position_ids"], None, output_processor=processor)

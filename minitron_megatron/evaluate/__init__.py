@@ -1,0 +1,1 @@
+"""Judging a model: perplexity on a data folder."""

@@ -1,0 +1,94 @@
+"""Perplexity of a model on a split: every token once, over the full vocabulary, the same number in any layout."""
+
+import json
+import math
+import time
+
+import torch
+
+from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder, output_folder
+from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest
+from minitron_megatron.config import EvaluateConfig
+from minitron_megatron.console import print_table, progress
+from minitron_megatron.data.datasets import DataFolder, MicroBatches, Windows, open_data
+from minitron_megatron.distill.losses import vocab_parallel_nll
+from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype
+from minitron_megatron.models.forward import Batch, forward_only
+from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.layout import Layout, parallel_job
+
+RESULTS = "results.json"
+
+
+def evaluate(cfg: EvaluateConfig) -> None:
+    """`launch/evaluate.py`: loss and perplexity into results.json of the output folder."""
+    layout = Layout.from_config(cfg.parallel)
+    folder = open_model_folder(cfg.model.folder("model"))
+    check_layout(folder.shape, layout)
+    check_sequence(cfg.data.sequence_length, layout)
+    check_weights(folder)
+    data = open_data(cfg.data.path, cfg.split, folder.shape, cfg.data.sequence_length)
+    windows = Windows(data, cfg.split, cfg.data.sequence_length)
+    count = min(len(windows), cfg.samples or len(windows))
+    if cfg.dry_run:
+        print_table("would be evaluated", ["", "value"], [["model", str(folder.path)], ["windows", count]])
+        return
+    with parallel_job(layout, seed=cfg.seed, device=cfg.device):
+        if cfg.verify:
+            verify_digest(folder)
+        inputs = {"model": folder.digest, "data": data.digest}
+        with output_folder(
+            cfg.output, command=command_line(), config=resolved_config(cfg), inputs=inputs, resume=cfg.resume
+        ) as out:
+            if out.done:
+                return
+            out.results = measure(folder, data, layout, cfg, count)
+            if collectives.is_rank_zero():
+                (out.path / RESULTS).write_text(json.dumps(out.results, indent=2) + "\n", encoding="utf-8")
+        print_table(f"{folder.path} on {cfg.data.path}, {cfg.split}", ["", "value"], list(out.results.items()))
+
+
+def measure(folder: ModelFolder, data: DataFolder, layout: Layout, cfg: EvaluateConfig, count: int) -> dict[str, float]:
+    """Mean negative log likelihood (nats a token), perplexity and tokens over the first `count` windows."""
+    from megatron.core import parallel_state as ps
+
+    began = time.monotonic()
+    chunks = build_model_chunks(folder.shape, layout, model_dtype(folder.shape, cfg.precision))
+    load_model(chunks, folder)
+    group, vocabulary = ps.get_tensor_model_parallel_group(), folder.shape.vocab_size
+    batches = MicroBatches(
+        Windows(data, cfg.split, cfg.data.sequence_length),
+        range(count),
+        cfg.trainer.micro_batch_size,
+        ps.get_data_parallel_rank(),
+        ps.get_data_parallel_world_size(),
+        multiple_of=layout.pipeline if layout.virtual_pipeline else 1,
+    )
+
+    def collect(
+        batch: Batch, *, hidden_states: torch.Tensor, output_layer: object, output_weight: object
+    ) -> torch.Tensor:
+        logits, _ = output_layer(hidden_states, weight=output_weight)
+        nll = vocab_parallel_nll(logits, batch["labels"].t().contiguous(), vocab_size=vocabulary, group=group)
+        mask = batch["loss_mask"].t()
+        return torch.stack(((nll * mask).sum(dtype=torch.float64), mask.sum(dtype=torch.float64)))
+
+    with progress("evaluate", len(batches) * len(chunks), unit="micro-batches") as advance:
+        collected = forward_only(
+            chunks,
+            batches,
+            num_micro_batches=len(batches),
+            micro_batch_size=cfg.trainer.micro_batch_size,
+            sequence_length=cfg.data.sequence_length,
+            collect=collect,
+            before=lambda batch: advance(1),
+        )
+    mine = sum((c.cpu() for c in collected), torch.zeros(2, dtype=torch.float64))
+    nll, tokens = collectives.sum_from_last_stage(mine.tolist())
+    return {
+        "loss": nll / tokens,
+        "perplexity": math.exp(min(nll / tokens, 700)),
+        "tokens": int(tokens),
+        "seconds": round(time.monotonic() - began, 2),
+    }

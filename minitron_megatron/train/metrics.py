@@ -1,0 +1,115 @@
+"""Metrics of a run: metrics.jsonl in the run folder, wandb, and a progress bar; all from rank 0.
+
+A resumed run cuts metrics.jsonl back to the step it restored and continues wandb's run.
+"""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from minitron_megatron.config import LoggerConfig
+from minitron_megatron.console import SECONDS_BETWEEN_LINES, console, speaks
+
+log = logging.getLogger(__name__)
+
+
+class Metrics:
+    """Takes one dictionary a step, with the key `step`, and shows and keeps it."""
+
+    def __init__(self, folder: Path, options: LoggerConfig, config: dict[str, Any], steps: int, start: int) -> None:
+        self.active = speaks()
+        self.interval, self.steps = options.interval, steps
+        if not self.active:
+            return
+        self.file = folder / "metrics.jsonl"
+        _cut_back(self.file, start)
+        self.out = open(self.file, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run, closed by close())
+        self.wandb = _start_wandb(folder, options, config)
+        screen = console()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=screen,
+            disable=not screen.is_terminal,
+        )
+        self.task = self.bar.add_task("distill", total=steps, completed=start, loss="…", rate="…")
+        self.bar.start()
+        self.terminal, self.last_line = screen.is_terminal, 0.0
+        self.began, self.first = time.monotonic(), start
+
+    def add(self, values: dict[str, Any]) -> None:
+        """Keep the values of a step; `tokens_per_second` and `loss` are shown."""
+        if not self.active:
+            return
+        step = values["step"]
+        if step % self.interval == 0 or step == self.steps or "validation_loss" in values:
+            self.out.write(json.dumps(values) + "\n")
+            self.out.flush()
+            if self.wandb is not None:
+                self.wandb.log({k: v for k, v in values.items() if k != "step"}, step=step)
+        if "loss" not in values:
+            return
+        loss, rate = f"{values['loss']:.4f}", f"{values['tokens_per_second']:,.0f}"
+        self.bar.update(self.task, completed=step, loss=loss, rate=rate)
+        now = time.monotonic()
+        if not self.terminal and (now - self.last_line > SECONDS_BETWEEN_LINES or step == self.steps):
+            self.last_line = now
+            left = (now - self.began) / max(1, step - self.first) * (self.steps - step)
+            log.info("step %d of %d: loss %s, %s tokens/s, %.0f s left", step, self.steps, loss, rate, left)
+
+    def close(self) -> None:
+        """End the bar, the file and wandb's run."""
+        if not self.active:
+            return
+        self.bar.stop()
+        self.out.close()
+        if self.wandb is not None:
+            self.wandb.finish(quiet=True)
+
+
+def _cut_back(file: Path, step: int) -> None:
+    """Drop lines after `step`, and a line that a killed run left unfinished."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            break
+    file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _start_wandb(folder: Path, options: LoggerConfig, config: dict[str, Any]) -> Any:
+    """wandb's run of this folder: its id is kept there, so that a restarted job continues it."""
+    if options.wandb == "disabled":
+        return None
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    mode = options.wandb
+    if mode == "auto":
+        mode = "online" if wandb.api.api_key else "offline"
+    id_file = folder / "wandb_id.txt"
+    if not id_file.is_file():
+        id_file.write_text(wandb.util.generate_id() + "\n")
+    return wandb.init(
+        project=options.project,
+        name=options.name or folder.name,
+        id=id_file.read_text().strip(),
+        resume="allow",
+        mode=mode,
+        dir=str(folder),
+        config=config,
+    )

@@ -1,0 +1,52 @@
+"""Megatron's data-parallel wrapper and distributed optimizer around a model's chunks.
+
+Gradients are accumulated and reduced in float32; bf16 models have float32 master weights, and every optimizer state is
+spread over the data-parallel ranks.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from minitron_megatron.config import OptimConfig
+
+
+def wrap_and_optimize(chunks: Sequence[torch.nn.Module], optim: OptimConfig) -> tuple[list[Any], Any]:
+    """DistributedDataParallel chunks and their distributed AdamW; norms have no weight decay."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    bf16 = next(chunks[0].parameters()).dtype is torch.bfloat16
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    wrapped = [
+        DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+    ]
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=optim.min_lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.adam_beta1,
+            adam_beta2=optim.adam_beta2,
+            adam_eps=optim.adam_eps,
+            clip_grad=optim.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=True,
+        ),
+        wrapped,
+    )
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.grad_scale_func = optimizer.scale_loss
+        chunk.config.no_sync_func = [w.no_sync for w in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    return wrapped, optimizer
+
+
+def set_learning_rate(optimizer: Any, lr: float, weight_decay: float) -> None:
+    """Give every parameter group the step's learning rate and its share of the weight decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
