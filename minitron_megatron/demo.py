@@ -51,7 +51,7 @@ class Effort:
         ]
 
 
-WHOLE = Effort(calibration_samples=64, steps=160, sequence_length=256, validation_samples=64)
+WHOLE = Effort(calibration_samples=64, steps=72, sequence_length=256, validation_samples=64)
 SHORT = Effort(calibration_samples=8, steps=12, sequence_length=128, validation_samples=8)
 
 

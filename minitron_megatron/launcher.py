@@ -43,6 +43,7 @@ _HARMLESS = (
     ".*argument order of load has been changed.*",
     ".*deprecating ShardedTensor.*",
     ".*invalid escape sequence.*",
+    ".*is experimental and still under active development.*",
 )
 
 
@@ -230,7 +231,13 @@ def resolved_config(config: CommandConfig) -> dict[str, Any]:
 def _quiet() -> None:
     for message in _HARMLESS:
         warnings.filterwarnings("ignore", message=message)
-    for library in ("megatron.core.models.gpt.gpt_model", "megatron.core.utils", "torch.utils.cpp_extension"):
+    for library in (
+        "megatron.core.models.gpt.gpt_model",
+        "megatron.core.utils",
+        "megatron.core.distributed.distributed_data_parallel",
+        "megatron.core.dist_checkpointing.strategies.async_utils",
+        "torch.utils.cpp_extension",
+    ):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 

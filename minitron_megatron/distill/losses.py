@@ -27,10 +27,8 @@ def _reduce(tensor: torch.Tensor, op: Any, group: Any) -> torch.Tensor:
 
 def _log_softmax(logits: torch.Tensor, group: Any) -> torch.Tensor:
     """Log-softmax of [n, real columns of this rank] over the whole group; n rows, in place."""
-    if logits.shape[-1]:
-        highest = logits.max(-1).values
-    else:
-        highest = logits.new_full(logits.shape[:1], -torch.inf)
+    # A rank may hold nothing but padding.
+    highest = logits.max(-1).values if logits.shape[-1] else logits.new_full(logits.shape[:1], -torch.inf)
     logits -= _reduce(highest, dist.ReduceOp.MAX, group)[:, None]
     total = _reduce(logits.exp().sum(-1), dist.ReduceOp.SUM, group)
     return logits.sub_(total.log()[:, None])

@@ -123,18 +123,35 @@ def _stand_ins() -> dict[str, Any]:
     }
 
 
-def _loads_on_cpu(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Mend a distributed optimizer's load where torch's Adam stands in for the fused one of the GPU packages.
+def _optimizer_stand_ins(optimizer: type) -> dict[str, Any]:
+    """DistributedOptimizer's checkpoint methods, mended for torch's Adam: Megatron means the fused one of the GPU packages.
 
-    `dp_reshardable` copies into fp32 parameters that require grad, outside no_grad; and torch's Adam keeps `step` as a
-    state tensor, which checkpoints carry elsewhere (in the parameter groups) and the copy asks for by name.
+    Torch's Adam keeps its step count as one state tensor a parameter, made in its first step.
     """
 
-    def wrapped(self: Any, model_param: Any, tensors: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return load(self, model_param, defaultdict(lambda: None, tensors), *args, **kwargs)
+    load_states = "_set_main_param_and_optimizer_states"
+    before = {name: getattr(optimizer, name) for name in ("state_dict", "load_state_dict", load_states)}
 
-    return wrapped
+    def state_dict(self: Any) -> Any:
+        # Megatron reads the step out of the state, also when a fresh optimizer prepares to load.
+        if not self.optimizer.state:
+            for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
+                zeros = {name: torch.zeros_like(parameter, requires_grad=False) for name in self.optimizer_state_keys}
+                self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+        return before["state_dict"](self)
+
+    def load_state_dict(self: Any, state: Any) -> None:
+        before["load_state_dict"](self, state)
+        # Megatron gives all parameters one and the same tensor, which each of them would then count up.
+        for own in self.optimizer.state.values():
+            own["step"] = own["step"].clone()
+
+    def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        # It copies into parameters that require grad, and asks for `step`, which was loaded before.
+        with torch.no_grad():
+            before[load_states](self, model_param, defaultdict(lambda: None, tensors))
+
+    return {"state_dict": state_dict, "load_state_dict": load_state_dict, load_states: set_states}
 
 
 @contextlib.contextmanager
@@ -150,12 +167,13 @@ def adapter() -> Iterator[None]:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random
 
-    load = "_set_main_param_and_optimizer_states"
     changes = [(torch.cuda, name, value) for name, value in _stand_ins().items()]
     changes += [
         (random, "_get_cuda_rng_state", _get_rng_state),
         (random, "_set_cuda_rng_state", _set_rng_state),
-        (DistributedOptimizer, load, _loads_on_cpu(getattr(DistributedOptimizer, load))),
+    ]
+    changes += [
+        (DistributedOptimizer, name, value) for name, value in _optimizer_stand_ins(DistributedOptimizer).items()
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     _Active.depth += 1

@@ -159,12 +159,16 @@ def process_group(backend: str, timeout: datetime.timedelta = TIMEOUT) -> Iterat
 
 @contextlib.contextmanager
 def model_parallel(layout: Layout, seed: int, timeout: datetime.timedelta = TIMEOUT) -> Iterator[None]:
-    """Megatron's groups and seeds for a layout, on a process group that is there already."""
+    """Megatron's groups and seeds for a layout, on a process group that is there already.
+
+    Layouts can follow one another in a process: the groups made here are ended, not only forgotten as Megatron does.
+    """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     if layout.world_size != dist.get_world_size():
         raise ValueError(f"{layout} on {dist.get_world_size()} processes")
+    before = set(dist.distributed_c10d._world.pg_map)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -179,3 +183,7 @@ def model_parallel(layout: Layout, seed: int, timeout: datetime.timedelta = TIME
         yield
     finally:
         parallel_state.destroy_model_parallel()
+        # A gloo group of four ranks holds two threads and several open files: dozens of them a layout.
+        for group in reversed(list(dist.distributed_c10d._world.pg_map)):
+            if group not in before:
+                dist.destroy_process_group(group)

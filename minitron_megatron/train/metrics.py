@@ -6,6 +6,7 @@ A resumed run cuts metrics.jsonl back to the step it restored and continues wand
 import json
 import logging
 import os
+import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ class Metrics:
         self.bar.stop()
         self.out.close()
         if self.wandb is not None:
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
 
 
 def _cut_back(file: Path, step: int) -> None:
@@ -100,10 +101,10 @@ def _start_wandb(folder: Path, options: LoggerConfig, config: dict[str, Any]) ->
 
     mode = options.wandb
     if mode == "auto":
-        mode = "online" if wandb.api.api_key else "offline"
+        mode = "online" if wandb.login(prompt=False) else "offline"
     id_file = folder / "wandb_id.txt"
     if not id_file.is_file():
-        id_file.write_text(wandb.util.generate_id() + "\n")
+        id_file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
     return wandb.init(
         project=options.project,
         name=options.name or folder.name,

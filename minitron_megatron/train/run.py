@@ -120,9 +120,10 @@ def check_pair(teacher: ModelShape, student: ModelShape, cfg: DistillConfig, lay
     batch, micro = cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size
     at_once = micro * layout.data * (layout.pipeline if layout.virtual_pipeline else 1)
     if batch % at_once:
+        stages = " × pipeline stages" if layout.virtual_pipeline else ""
         raise UserError(
             f"trainer.global_batch_size={batch} is not a multiple of {at_once} (trainer.micro_batch_size={micro} × "
-            f"{layout.data} data-parallel ranks{' × pipeline stages' if layout.virtual_pipeline else ''}): use {batch // at_once * at_once or at_once}"
+            f"{layout.data} data-parallel ranks{stages}): use {max(1, batch // at_once) * at_once}"
         )
     if cfg.optim.min_lr > cfg.optim.lr:
         raise UserError(f"optim.min_lr={cfg.optim.min_lr} is above optim.lr={cfg.optim.lr}")

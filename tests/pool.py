@@ -1,0 +1,224 @@
+"""One pool of worker processes for a whole pytest run: torch and Megatron are imported once, layouts follow one another.
+
+    test ──(function, args)──▶ worker 0 … n-1, joined by a fresh gloo process group ──▶ [result of each rank]
+
+Functions and results travel as bytes, so functions are top-level ones of an importable module and nothing is shared. A
+worker that fails ends its group, which fails the ranks that wait for it; one that still hangs is killed and replaced.
+"""
+
+import atexit
+import datetime
+import faulthandler
+import io
+import os
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from minitron_megatron.parallel.layout import Layout
+
+WORKERS = 4
+# What other ranks need to notice that one of them failed.
+GRACE = 10.0
+
+
+class WorkerError(Exception):
+    """A rank raised or hung: the message has its traceback."""
+
+
+class Pool:
+    """Up to four workers, started when first needed; call it like a function."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="pool-")
+        self._workers: list[tuple[Any, Connection]] = []
+        self._calls = 0
+        # pytest may die without ending its fixtures; multiprocessing would then wait for the workers forever.
+        atexit.register(self.close)
+
+    def __call__(
+        self,
+        world_size: int,
+        function: Callable[..., Any],
+        *args: Any,
+        layout: Layout | dict[str, Any] | None = None,
+        seed: int = 1234,
+        timeout: float = 120.0,
+    ) -> list[Any]:
+        """Run `function(*args)` on ranks 0 … world_size-1 and give their results by rank.
+
+        With a layout (its world_size is filled in; a dict has only the fields that matter) Megatron's groups are set up
+        around the call, with seeds from `seed`. Without one there is a process group only, and the function may start
+        a `parallel_job` itself, as commands do.
+
+        Raises:
+            WorkerError: a rank raised, or did not answer within `timeout` seconds.
+        """
+        if isinstance(layout, dict):
+            layout = Layout(**layout, world_size=world_size)
+        elif layout is not None:
+            layout = replace(layout, world_size=world_size)
+        self._calls += 1
+        store = os.path.join(self._folder.name, f"store-{self._calls}")
+        task = _pack((function, args, layout, seed, world_size, store, timeout))
+        self._start(world_size)
+        for _, pipe in self._workers[:world_size]:
+            pipe.send_bytes(task)
+        answers = self._collect(world_size, timeout)
+        failed = {rank: text for rank, (ok, text) in answers.items() if not ok}
+        if failed:
+            # The first to fail is the cause; later ones mostly report a lost connection.
+            rank = next(iter(failed))
+            also = f"\n(then ranks {sorted(set(failed) - {rank})} failed too)" if len(failed) > 1 else ""
+            raise WorkerError(f"rank {rank} of {world_size}:\n{failed[rank]}{also}")
+        return [answers[rank][1] for rank in range(world_size)]
+
+    def _start(self, world_size: int) -> None:
+        """Have at least so many workers."""
+        if not 1 <= world_size <= WORKERS:
+            raise ValueError(f"world_size={world_size}: the pool has {WORKERS} workers")
+        if any(not process.is_alive() for process, _ in self._workers):
+            self._kill()
+        env = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        before = {name: os.environ.get(name) for name in env}
+        os.environ.update(env)
+        try:
+            for rank in range(len(self._workers), world_size):
+                ours, theirs = get_context("spawn").Pipe()
+                process = get_context("spawn").Process(target=_work, args=(rank, theirs, self._stack_file(rank)))
+                process.start()
+                theirs.close()
+                self._workers.append((process, ours))
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+        # Importing Megatron is not the test's time.
+        for _, pipe in self._workers[:world_size]:
+            pipe.send_bytes(_pack(None))
+        for rank, (_, pipe) in enumerate(self._workers[:world_size]):
+            if not pipe.poll(300):
+                raise WorkerError(f"worker {rank} did not start")
+            pipe.recv_bytes()
+
+    def _collect(self, world_size: int, timeout: float) -> dict[int, tuple[bool, Any]]:
+        """Each rank's (succeeded, result or traceback), in the order they came."""
+        ranks = {pipe: rank for rank, (_, pipe) in enumerate(self._workers[:world_size])}
+        answers: dict[int, tuple[bool, Any]] = {}
+        limit, deadline = f"within {timeout:g} s", time.monotonic() + timeout
+        while len(answers) < world_size:
+            waiting = [pipe for pipe, rank in ranks.items() if rank not in answers]
+            ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                hung = [ranks[pipe] for pipe in waiting]
+                text = f"no answer {limit}; it was in\n{self._stack(hung[0])}"
+                answers.update({rank: (False, text) for rank in hung})
+                self._kill()
+                break
+            for pipe in ready:
+                try:
+                    answers[ranks[pipe]] = _unpack(pipe.recv_bytes())
+                except EOFError:
+                    answers[ranks[pipe]] = (False, "the process died")
+                if not answers[ranks[pipe]][0] and time.monotonic() + GRACE < deadline:
+                    limit, deadline = f"{GRACE:g} s after another rank failed", time.monotonic() + GRACE
+        return answers
+
+    def _stack_file(self, rank: int) -> str:
+        return os.path.join(self._folder.name, f"stack-{rank}")
+
+    def _stack(self, rank: int) -> str:
+        """Where a worker is now, from faulthandler."""
+        os.kill(self._workers[rank][0].pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        return Path(self._stack_file(rank)).read_text()
+
+    def _kill(self) -> None:
+        for process, pipe in self._workers:
+            process.kill()
+            process.join()
+            pipe.close()
+        self._workers.clear()
+
+    def close(self) -> None:
+        """End the workers."""
+        self._kill()
+        self._folder.cleanup()
+        atexit.unregister(self.close)
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _pack(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpack(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=False)
+
+
+def _work(rank: int, pipe: Connection, stack_file: str) -> None:
+    """A worker's life: take a task, answer it, until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with open(stack_file, "w") as stacks:
+        faulthandler.register(signal.SIGUSR1, file=stacks)
+        import megatron.core.parallel_state  # noqa: F401
+
+        from minitron_megatron.parallel.cpu import adapter
+
+        with adapter():
+            while True:
+                try:
+                    task = pipe.recv_bytes()
+                except EOFError:
+                    return
+                pipe.send_bytes(_answer(rank, task))
+
+
+def _answer(rank: int, task: bytes) -> bytes:
+    try:
+        content = _unpack(task)
+        return _pack((True, None if content is None else _run(rank, *content)))
+    except BaseException:
+        return _pack((False, traceback.format_exc()))
+
+
+def _run(
+    rank: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    layout: Layout | None,
+    seed: int,
+    world_size: int,
+    store: str,
+    timeout: float,
+) -> Any:
+    from minitron_megatron.parallel.layout import model_parallel
+
+    limit = datetime.timedelta(seconds=timeout)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=limit
+    )
+    try:
+        if layout is None:
+            return function(*args)
+        with model_parallel(layout, seed, limit):
+            return function(*args)
+    finally:
+        dist.destroy_process_group()
