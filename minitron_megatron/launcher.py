@@ -235,7 +235,7 @@ def _quiet() -> None:
         "megatron.core.models.gpt.gpt_model",
         "megatron.core.utils",
         "megatron.core.distributed.distributed_data_parallel",
-        "megatron.core.dist_checkpointing.strategies.async_utils",
+        "megatron.core.dist_checkpointing.strategies.torch",
         "torch.utils.cpp_extension",
     ):
         logging.getLogger(library).setLevel(logging.ERROR)

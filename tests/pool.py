@@ -7,6 +7,7 @@ worker that fails ends its group, which fails the ranks that wait for it; one th
 """
 
 import atexit
+import contextlib
 import datetime
 import faulthandler
 import io
@@ -41,7 +42,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="pool-")
-        self._workers: list[tuple[Any, Connection]] = []
+        self._workers: dict[int, tuple[Any, Connection]] = {}
         self._calls = 0
         # pytest may die without ending its fixtures; multiprocessing would then wait for the workers forever.
         atexit.register(self.close)
@@ -72,8 +73,8 @@ class Pool:
         store = os.path.join(self._folder.name, f"store-{self._calls}")
         task = _pack((function, args, layout, seed, world_size, store, timeout))
         self._start(world_size)
-        for _, pipe in self._workers[:world_size]:
-            pipe.send_bytes(task)
+        for rank in range(world_size):
+            self._workers[rank][1].send_bytes(task)
         answers = self._collect(world_size, timeout)
         failed = {rank: text for rank, (ok, text) in answers.items() if not ok}
         if failed:
@@ -84,35 +85,26 @@ class Pool:
         return [answers[rank][1] for rank in range(world_size)]
 
     def _start(self, world_size: int) -> None:
-        """Have at least so many workers."""
+        """Have so many live workers."""
         if not 1 <= world_size <= WORKERS:
             raise ValueError(f"world_size={world_size}: the pool has {WORKERS} workers")
-        if any(not process.is_alive() for process, _ in self._workers):
-            self._kill()
-        env = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        before = {name: os.environ.get(name) for name in env}
-        os.environ.update(env)
-        try:
-            for rank in range(len(self._workers), world_size):
-                ours, theirs = get_context("spawn").Pipe()
-                process = get_context("spawn").Process(target=_work, args=(rank, theirs, self._stack_file(rank)))
-                process.start()
-                theirs.close()
-                self._workers.append((process, ours))
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
-        # Importing Megatron is not the test's time.
-        for _, pipe in self._workers[:world_size]:
-            pipe.send_bytes(_pack(None))
-        for rank, (_, pipe) in enumerate(self._workers[:world_size]):
-            if not pipe.poll(300):
+        self._end([rank for rank, (process, _) in self._workers.items() if not process.is_alive()])
+        missing = [rank for rank in range(world_size) if rank not in self._workers]
+        for rank in missing:
+            ours, theirs = get_context("spawn").Pipe()
+            process = get_context("spawn").Process(target=_work, args=(rank, theirs, self._stack_file(rank)))
+            process.start()
+            theirs.close()
+            self._workers[rank] = process, ours
+        for rank in missing:
+            # Importing Megatron is not the test's time.
+            if not self._workers[rank][1].poll(300):
                 raise WorkerError(f"worker {rank} did not start")
-            pipe.recv_bytes()
+            self._workers[rank][1].recv_bytes()
 
     def _collect(self, world_size: int, timeout: float) -> dict[int, tuple[bool, Any]]:
         """Each rank's (succeeded, result or traceback), in the order they came."""
-        ranks = {pipe: rank for rank, (_, pipe) in enumerate(self._workers[:world_size])}
+        ranks = {pipe: rank for rank, (_, pipe) in self._workers.items() if rank < world_size}
         answers: dict[int, tuple[bool, Any]] = {}
         limit, deadline = f"within {timeout:g} s", time.monotonic() + timeout
         while len(answers) < world_size:
@@ -122,13 +114,14 @@ class Pool:
                 hung = [ranks[pipe] for pipe in waiting]
                 text = f"no answer {limit}; it was in\n{self._stack(hung[0])}"
                 answers.update({rank: (False, text) for rank in hung})
-                self._kill()
+                self._end(hung)
                 break
             for pipe in ready:
                 try:
                     answers[ranks[pipe]] = _unpack(pipe.recv_bytes())
                 except EOFError:
                     answers[ranks[pipe]] = (False, "the process died")
+                    self._end([ranks[pipe]])
                 if not answers[ranks[pipe]][0] and time.monotonic() + GRACE < deadline:
                     limit, deadline = f"{GRACE:g} s after another rank failed", time.monotonic() + GRACE
         return answers
@@ -142,16 +135,21 @@ class Pool:
         time.sleep(0.5)
         return Path(self._stack_file(rank)).read_text()
 
-    def _kill(self) -> None:
-        for process, pipe in self._workers:
+    def _end(self, ranks: list[int], patience: float = 0.0) -> None:
+        """End workers with their children (Megatron's checkpoint writers); an idle one goes by itself, given time."""
+        gone = [self._workers.pop(rank) for rank in ranks]
+        for _, pipe in gone:
+            pipe.close()
+        for process, _ in gone:
+            process.join(patience)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.join()
-            pipe.close()
-        self._workers.clear()
 
     def close(self) -> None:
         """End the workers."""
-        self._kill()
+        self._end(list(self._workers), patience=10)
         self._folder.cleanup()
         atexit.unregister(self.close)
 
@@ -174,14 +172,18 @@ def _unpack(data: bytes) -> Any:
 
 def _work(rank: int, pipe: Connection, stack_file: str) -> None:
     """A worker's life: take a task, answer it, until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A group of its own: its children can be ended with it, and Ctrl-C is left to pytest.
+    os.setpgid(0, 0)
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
     with open(stack_file, "w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks)
-        import megatron.core.parallel_state  # noqa: F401
+        import megatron.core.optimizer  # noqa: F401
 
         from minitron_megatron.parallel.cpu import adapter
 
         with adapter():
+            pipe.send_bytes(b"ready")
             while True:
                 try:
                     task = pipe.recv_bytes()
@@ -192,8 +194,7 @@ def _work(rank: int, pipe: Connection, stack_file: str) -> None:
 
 def _answer(rank: int, task: bytes) -> bytes:
     try:
-        content = _unpack(task)
-        return _pack((True, None if content is None else _run(rank, *content)))
+        return _pack((True, _run(rank, *_unpack(task))))
     except BaseException:
         return _pack((False, traceback.format_exc()))
 

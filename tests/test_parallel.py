@@ -2,6 +2,7 @@
 
 import os
 import time
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.cpu import adapter
 from minitron_megatron.parallel.layout import Layout, parallel_job
-from tests.pool import WorkerError
+from tests.pool import Pool, WorkerError
 
 SHAPE = ModelShape(
     family="llama",
@@ -32,7 +33,6 @@ SHAPE = ModelShape(
 )
 SAMPLES = 4
 SEQUENCE = 16
-OPTIMIZER_FORMATS = ["dp_reshardable", "fully_reshardable"]
 
 
 # Layouts
@@ -214,7 +214,7 @@ def test_data_parallel_training_is_that_of_one_process(gloo, overlap):
 
 
 def _optimizer_resumes(folder, kind, dtype, layout):
-    """Losses of two more steps: of the trainer that goes on, and of a new one that loaded its checkpoint."""
+    """Losses of three more steps: of the trainer that goes on, and of a new one that loaded its checkpoint."""
     from megatron.core import dist_checkpointing
     from megatron.core import parallel_state as ps
 
@@ -223,7 +223,7 @@ def _optimizer_resumes(folder, kind, dtype, layout):
             "distrib_optim_sharding_type": kind,
             "dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True),
         }
-        model = trainer.chunks[0].sharded_state_dict(metadata=metadata)
+        model = trainer.chunks[0].module.sharded_state_dict(metadata=metadata)
         return {"model": model, "optimizer": trainer.optimizer.sharded_state_dict(model, loading, metadata=metadata)}
 
     first = Trainer(layout, dtype)
@@ -235,13 +235,13 @@ def _optimizer_resumes(folder, kind, dtype, layout):
     dist_checkpointing.save(state(first, False), folder)
     second = Trainer(layout, dtype)
     loaded = dist_checkpointing.load(state(second, True), folder)
-    second.chunks[0].load_state_dict(loaded["model"])
+    second.chunks[0].module.load_state_dict(loaded["model"])
     second.optimizer.load_state_dict(loaded["optimizer"])
-    return [first.step(), first.step()], [second.step(), second.step()]
+    return [first.step() for _ in range(3)], [second.step() for _ in range(3)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", OPTIMIZER_FORMATS)
+@pytest.mark.parametrize("kind", ["dp_reshardable", "fully_reshardable"])
 @pytest.mark.parametrize(("world_size", "sizes"), [(1, {}), (4, {"tensor": 2})], ids=str)
 def test_the_distributed_optimizer_resumes_exactly_on_cpus(gloo, tmp_path, world_size, sizes, kind, dtype):
     layout = Layout(**sizes, world_size=world_size)
@@ -320,6 +320,13 @@ def _one_dies():
     dist.barrier()
 
 
+def _has_a_child():
+    """Like Megatron's checkpoint writer: it would outlive a killed parent."""
+    child = get_context("spawn").Process(target=time.sleep, args=(60,), daemon=True)
+    child.start()
+    return child.pid
+
+
 def test_a_failing_rank_is_reported_and_the_pool_goes_on(gloo):
     before = gloo(2, _jobs)
     assert [rank for rank, _ in before] == [0, 1]
@@ -334,3 +341,10 @@ def test_a_rank_that_hangs_or_dies_is_replaced(gloo):
     with pytest.raises(WorkerError, match="rank 1 of 2:\nthe process died"):
         gloo(2, _one_dies)
     assert [rank for rank, _ in gloo(2, _jobs)] == [0, 1]
+
+
+def test_closing_a_pool_leaves_no_process_behind():
+    with Pool() as pool:
+        (child,) = pool(1, _has_a_child)
+        assert os.path.exists(f"/proc/{child}")
+    assert not os.path.exists(f"/proc/{child}")

@@ -335,11 +335,15 @@ def load_weights(chunks_of_model: Sequence[torch.nn.Module], weights: Path) -> N
     """Fill this rank's live model from a distributed checkpoint folder, casting to the model's dtype."""
     from megatron.core import dist_checkpointing
 
-    for chunk in chunks_of_model:
-        wanted = {k: v for k, v in chunk.sharded_state_dict().items() if not k.endswith("_extra_state")}
-        with safe_reading():
-            loaded = dist_checkpointing.load(wanted, str(weights))
-        result = chunk.load_state_dict(loaded, strict=False)
+    # All chunks at once: Megatron checks that together the ranks read every tensor just once.
+    wanted = {
+        f"chunk{i}": {k: v for k, v in chunk.sharded_state_dict().items() if not k.endswith("_extra_state")}
+        for i, chunk in enumerate(chunks_of_model)
+    }
+    with safe_reading():
+        loaded = dist_checkpointing.load(wanted, str(weights))
+    for i, chunk in enumerate(chunks_of_model):
+        result = chunk.load_state_dict(loaded[f"chunk{i}"], strict=False)
         missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
         if missing or result.unexpected_keys:
             raise UserError(f"{weights} does not fit the model: {(missing + list(result.unexpected_keys))[0]}")

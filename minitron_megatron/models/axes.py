@@ -113,6 +113,13 @@ def _inner(axes: tuple[str, ...], lengths: Mapping[str, int], keep: Keep, groups
     return positions
 
 
+def tensor_parallel_keep(shape: ModelShape, rank: int, size: int) -> Keep:
+    """What tensor-parallel rank `rank` of `size` holds: a contiguous range of every sharded axis."""
+    lengths = shape.lengths()
+    per_rank = {axis: lengths[axis] // size for axis in TENSOR_PARALLEL_AXES}
+    return {axis: np.arange(rank * n, (rank + 1) * n) for axis, n in per_rank.items()}
+
+
 class Place(Enum):
     """Which pipeline stages hold a parameter."""
 

@@ -7,7 +7,7 @@ holds for the thread that entered it, which is also the one that runs a CPU back
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -128,7 +128,6 @@ def _optimizer_stand_ins(optimizer: type) -> dict[str, Any]:
 
     Torch's Adam keeps its step count as one state tensor a parameter, made in its first step.
     """
-
     load_states = "_set_main_param_and_optimizer_states"
     before = {name: getattr(optimizer, name) for name in ("state_dict", "load_state_dict", load_states)}
 
@@ -147,9 +146,10 @@ def _optimizer_stand_ins(optimizer: type) -> dict[str, Any]:
             own["step"] = own["step"].clone()
 
     def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        # It copies into parameters that require grad, and asks for `step`, which was loaded before.
+        # It copies into parameters that require grad. `step` came with load_state_dict: some formats lack it here, and in
+        # dp_reshardable it is the fresh optimizer's own zero.
         with torch.no_grad():
-            before[load_states](self, model_param, defaultdict(lambda: None, tensors))
+            before[load_states](self, model_param, defaultdict(lambda: None, tensors, step=None))
 
     return {"state_dict": state_dict, "load_state_dict": load_state_dict, load_states: set_states}
 

@@ -1,0 +1,65 @@
+"""Plain single-process references on transformers' own modules, in float64: what the sharded code must reproduce."""
+
+import numpy as np
+import torch
+
+
+def importance(model, samples: list[torch.Tensor], sequence: str, batch: str) -> dict[str, np.ndarray]:
+    """Scores by hooks on a transformers model, one sample at a time, written out from the paper's definitions."""
+    model = model.double()
+    config = model.config
+    layers = model.model.layers
+    seen: dict[tuple[str, int], list[torch.Tensor]] = {}
+
+    def keep(name: str, layer: int, activations: torch.Tensor) -> None:
+        seen.setdefault((name, layer), []).append(_over_sequence(activations[0], sequence))
+
+    handles = []
+    for i, layer in enumerate(layers):
+        heads = (config.num_attention_heads, config.head_dim)
+        handles += [
+            layer.mlp.down_proj.register_forward_pre_hook(lambda m, a, i=i: keep("ffn", i, a[0])),
+            layer.self_attn.o_proj.register_forward_pre_hook(
+                lambda m, a, i=i: keep("heads", i, a[0].unflatten(-1, heads).norm(dim=-1))
+            ),
+            layer.input_layernorm.register_forward_hook(lambda m, a, o, i=i: keep("hidden.attention_norm", i, o)),
+            layer.post_attention_layernorm.register_forward_hook(lambda m, a, o, i=i: keep("hidden.mlp_norm", i, o)),
+            layer.register_forward_hook(lambda m, a, o, i=i: _influence(seen, i, a[0], o)),
+        ]
+    with torch.no_grad():
+        for tokens in samples:
+            model(tokens[None])
+    for handle in handles:
+        handle.remove()
+    names = ("ffn", "heads", "hidden.attention_norm", "hidden.mlp_norm")
+    found = {
+        name: np.stack([_over_batch(torch.stack(seen[(name, i)]), batch).numpy() for i in range(len(layers))])
+        for name in names
+    }
+    found["layers"] = np.array([float(torch.stack(seen[("layers", i)]).mean()) for i in range(len(layers))])
+    return found
+
+
+def _influence(seen, layer: int, before: torch.Tensor, out) -> None:
+    after = out[0] if isinstance(out, tuple) else out
+    cosine = torch.nn.functional.cosine_similarity(before[0], after.reshape(before.shape)[0], dim=-1)
+    seen.setdefault(("layers", layer), []).append(1 - cosine.mean())
+
+
+def _over_sequence(a: torch.Tensor, how: str) -> torch.Tensor:
+    if how == "mean":
+        return a.abs().mean(0)
+    return a.square().sum(0).sqrt() if how == "l2" else a.var(0, correction=0)
+
+
+def _over_batch(x: torch.Tensor, how: str) -> torch.Tensor:
+    if how == "mean":
+        return x.mean(0)
+    return x.square().sum(0).sqrt() if how == "l2" else x.var(0, correction=0)
+
+
+def kl(student: torch.Tensor, teacher: torch.Tensor, vocab_size: int, temperature: float) -> torch.Tensor:
+    """T² KL(teacher ‖ student) per token over the real vocabulary, by torch's own softmax."""
+    log_q = torch.log_softmax(student[..., :vocab_size] / temperature, -1)
+    log_p = torch.log_softmax(teacher[..., :vocab_size] / temperature, -1)
+    return temperature**2 * torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)

@@ -1,0 +1,338 @@
+"""Pruning: equal to a NumPy reference, identity at full size, planted truth, plans, and bad targets."""
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from minitron_megatron.checkpoints.folder import open_model_folder, output_folder, read_manifest
+from minitron_megatron.checkpoints.hf import export_hf
+from minitron_megatron.config import ExportHfConfig, PruneConfig, TargetConfig
+from minitron_megatron.errors import UserError
+from minitron_megatron.importance.scores import Scores, save_scores
+from minitron_megatron.prune.plan import ranges
+from minitron_megatron.prune.prune import prune_model
+from minitron_megatron.prune.select import Kept, choose, target_shape, top
+from tests import jobs
+from tests.test_models import names
+from tests.tiny import data_folder, hf_model, imported, model_option
+
+LAYOUTS = [(1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2}), (2, {}), (4, {"tensor": 2, "pipeline": 2})]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    return imported(hf_model(), folder)
+
+
+def random_scores(path, seed=0) -> Scores:
+    folder = open_model_folder(path)
+    shape, draw = folder.shape, np.random.default_rng(seed)
+    layers = shape.num_layers
+    tensors = {
+        "ffn": draw.random((layers, shape.ffn_hidden_size)),
+        "heads": draw.random((layers, shape.num_attention_heads)),
+        "hidden.attention_norm": draw.random((layers, shape.hidden_size)),
+        "hidden.mlp_norm": draw.random((layers, shape.hidden_size)),
+        "layers": draw.random(layers),
+    }
+    return Scores({k: v.astype(np.float32) for k, v in tensors.items()}, folder.digest)
+
+
+def write_scores(scores: Scores, path):
+    with output_folder(path, command="test", config={}, inputs={"model": scores.model_digest}, resume=False) as out:
+        save_scores(out.path, scores.tensors)
+    return path
+
+
+def exported(model, folder) -> dict[str, torch.Tensor]:
+    export_hf(ExportHfConfig(model=model_option(model), output=str(folder)))
+    return load_file(folder / "model.safetensors")
+
+
+def cut_by_hand(weights: dict[str, torch.Tensor], kept: Kept, source, target) -> dict[str, torch.Tensor]:
+    """The same pruning on Hugging Face tensors, head by head."""
+    whole = {name: tensor.numpy() for name, tensor in weights.items()}
+    hidden = np.arange(source.hidden_size) if kept.hidden is None else kept.hidden
+    out = {name: whole[name][:, hidden] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    out["model.norm.weight"] = whole["model.norm.weight"][hidden]
+    d, per_group = source.head_dim, source.heads_per_group
+    for new, old in enumerate(kept.layers):
+        a, b = f"model.layers.{old}.", f"model.layers.{new}."
+        groups = range(source.num_query_groups) if kept.kv_groups is None else kept.kv_groups[old]
+        heads = [
+            g * per_group + h
+            for g in groups
+            for h in (range(per_group) if kept.q_heads is None else kept.q_heads[old, g])
+        ]
+        q = np.concatenate([np.arange(h * d, h * d + d) for h in heads])
+        k = np.concatenate([np.arange(g * d, g * d + d) for g in groups])
+        ffn = np.arange(source.ffn_hidden_size) if kept.ffn is None else kept.ffn[old]
+        for name, rows in {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": k}.items():
+            out[f"{b}{name}.weight"] = whole[f"{a}{name}.weight"][rows][:, hidden]
+        for name in ("mlp.gate_proj", "mlp.up_proj"):
+            out[f"{b}{name}.weight"] = whole[f"{a}{name}.weight"][ffn][:, hidden]
+        out[f"{b}self_attn.o_proj.weight"] = whole[f"{a}self_attn.o_proj.weight"][hidden][:, q]
+        out[f"{b}mlp.down_proj.weight"] = whole[f"{a}mlp.down_proj.weight"][hidden][:, ffn]
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            out[f"{b}{name}.weight"] = whole[f"{a}{name}.weight"][hidden]
+    return {name: torch.from_numpy(np.ascontiguousarray(tensor)) for name, tensor in out.items()}
+
+
+TARGETS = [
+    {"hidden_size": 20},
+    {"ffn_hidden_size": 17},
+    {"num_attention_heads": 4},
+    {"num_query_groups": 2, "num_attention_heads": 4},
+    {"num_query_groups": 3, "num_attention_heads": 3},
+    {"num_layers": 3},
+    {"num_layers": 2, "hidden_size": 12, "ffn_hidden_size": 30, "num_attention_heads": 6, "num_query_groups": 3},
+]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=names)
+def test_pruning_equals_cutting_by_hand(source, tmp_path, target):
+    scores = random_scores(source)
+    folder = open_model_folder(source)
+    where = write_scores(scores, tmp_path / "scores")
+    cfg = PruneConfig(
+        model=model_option(source), scores=str(where), target=TargetConfig(**target), output=str(tmp_path / "pruned")
+    )
+    prune_model(cfg)
+    shape = target_shape(folder.shape, target, [])
+    kept = choose(folder.shape, shape, scores, [])
+    wanted = cut_by_hand(exported(source, tmp_path / "whole"), kept, folder.shape, shape)
+    found = exported(tmp_path / "pruned", tmp_path / "cut")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS, ids=names)
+def test_the_pruned_model_is_the_same_for_any_number_of_ranks(gloo, source, tmp_path, ranks, layout):
+    where = write_scores(random_scores(source), tmp_path / "scores")
+    digests = []
+    for n, output in ((1, "one"), (ranks, "many")):
+        cfg = PruneConfig(
+            model=model_option(source),
+            scores=str(where),
+            target=TargetConfig(hidden_size=20, ffn_hidden_size=28, num_attention_heads=4),
+            output=str(tmp_path / output),
+        )
+        gloo(n, prune_model, cfg)
+        digests.append(open_model_folder(tmp_path / output).digest)
+    assert digests[0] == digests[1]
+    tokens = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(1))
+    (wanted,) = gloo(1, jobs.logits, str(tmp_path / "one"), tokens, {}, layout={})
+    found = [
+        out
+        for out in gloo(ranks, jobs.logits, str(tmp_path / "many"), tokens, layout, layout=layout)
+        if out is not None
+    ]
+    assert all(float((out - wanted).abs().max() / wanted.abs().max()) <= 1e-5 for out in found)
+
+
+def test_pruning_to_the_same_shape_is_the_identity(source, tmp_path):
+    shape = open_model_folder(source).shape
+    target = TargetConfig(hidden_size=shape.hidden_size, num_layers=shape.num_layers, num_attention_heads=8)
+    prune_model(PruneConfig(model=model_option(source), target=target, output=str(tmp_path / "same")))
+    assert open_model_folder(tmp_path / "same").digest == open_model_folder(source).digest
+
+
+def test_a_plan_repeats_the_pruning_and_can_be_edited(source, tmp_path):
+    where = write_scores(random_scores(source), tmp_path / "scores")
+    target = TargetConfig(num_layers=3, hidden_size=20, ffn_hidden_size=28, num_attention_heads=3, num_query_groups=3)
+    prune_model(PruneConfig(model=model_option(source), scores=str(where), target=target, output=str(tmp_path / "a")))
+    plan = tmp_path / "a" / "plan.yaml"
+    prune_model(PruneConfig(model=model_option(source), plan=str(plan), output=str(tmp_path / "b")))
+    assert open_model_folder(tmp_path / "a").digest == open_model_folder(tmp_path / "b").digest
+    edited = yaml.safe_load(plan.read_text())
+    edited["hidden"] = "0-19"
+    (tmp_path / "edited.yaml").write_text(yaml.safe_dump(edited))
+    prune_model(PruneConfig(model=model_option(source), plan=str(tmp_path / "edited.yaml"), output=str(tmp_path / "c")))
+    embedding = exported(tmp_path / "c", tmp_path / "c_hf")["model.embed_tokens.weight"]
+    assert torch.equal(embedding, exported(source, tmp_path / "whole")["model.embed_tokens.weight"][:, :20])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"hidden": "0-5"}, "hidden keeps 6 indices, target says 20"),
+        ({"hidden": "0-18 18"}, "ascending, without repeats"),
+        ({"hidden": "0-18 99"}, "from 0 to 31"),
+        ({"hidden": "none"}, "is not a list of indices"),
+        ({"hidden": "all"}, "keeps all 32, target says 20"),
+        ({"ffn": {0: "0-27"}}, "ffn has no entry 1"),
+        ({"model": "sha256:0"}, "another model"),
+        ({"extra": 1}, "extra is not a key"),
+        ({"target": {"hidden_size": 20}}, "target must give"),
+    ],
+)
+def test_plans_edited_into_nonsense_are_refused(source, tmp_path, change, says):
+    where = write_scores(random_scores(source), tmp_path / "scores")
+    target = TargetConfig(hidden_size=20, ffn_hidden_size=28)
+    prune_model(PruneConfig(model=model_option(source), scores=str(where), target=target, output=str(tmp_path / "a")))
+    plan = {**yaml.safe_load((tmp_path / "a" / "plan.yaml").read_text()), **change}
+    (tmp_path / "edited.yaml").write_text(yaml.safe_dump(plan))
+    with pytest.raises(UserError, match=says):
+        prune_model(
+            PruneConfig(model=model_option(source), plan=str(tmp_path / "edited.yaml"), output=str(tmp_path / "b"))
+        )
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"target": TargetConfig(hidden_size=64)}, "hidden_size=64 must be between 1 and the source model's 32"),
+        ({"target": TargetConfig(num_attention_heads=6)}, "not a multiple of num_query_groups=4"),
+        ({"target": TargetConfig(num_query_groups=2)}, "needs 4 heads a group"),
+        ({"target": TargetConfig(hidden_size=20), "scores": None}, "scores= is missing"),
+        ({"drop_layers": [4]}, "4 is not a layer"),
+        ({"drop_layers": [1, 1]}, "named twice"),
+        ({"drop_layers": [1], "target": TargetConfig(num_layers=2)}, "leaves 3 layers"),
+        ({"plan": "x", "scores": "y"}, "exclude each other"),
+        ({"plan": "missing.yaml", "scores": None}, "does not exist"),
+        ({"scores": "missing"}, "does not exist"),
+    ],
+)
+def test_impossible_targets_are_refused(source, tmp_path, options, says):
+    where = write_scores(random_scores(source), tmp_path / "scores")
+    given = {"target": TargetConfig(hidden_size=20), "scores": str(where), **options}
+    with pytest.raises(UserError, match=says):
+        prune_model(PruneConfig(model=model_option(source), output=str(tmp_path / "out"), **given))
+    assert not (tmp_path / "out").exists()
+
+
+def test_scores_of_another_model_are_refused(source, tmp_path):
+    scores = Scores(random_scores(source).tensors, "sha256:another")
+    where = write_scores(scores, tmp_path / "scores")
+    target = TargetConfig(hidden_size=20)
+    with pytest.raises(UserError, match="another model"):
+        prune_model(
+            PruneConfig(model=model_option(source), scores=str(where), target=target, output=str(tmp_path / "o"))
+        )
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.data())
+def test_ties_go_to_the_lower_index(values, data):
+    count = data.draw(st.integers(1, len(values)))
+    by_hand = sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:count])
+    assert top(np.array(values, float), count).tolist() == by_hand
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(st.sets(st.integers(0, 60), min_size=1))
+def test_ranges_say_every_index(indices):
+    text = ranges(np.array(sorted(indices)))
+    spans = [list(map(int, span.split("-"))) for span in text.split()]
+    assert [i for span in spans for i in range(span[0], span[-1] + 1)] == sorted(indices)
+
+
+# Planted truth: parts of a model that do nothing are ranked last, and cutting them changes nothing.
+
+
+def zero_neurons(model, dead):
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.weight[dead] = 0
+        layer.mlp.up_proj.weight[dead] = 0
+
+
+def zero_groups(model, dead):
+    d = model.config.head_dim
+    for layer in model.model.layers:
+        for g in dead:
+            layer.self_attn.v_proj.weight[g * d : (g + 1) * d] = 0
+
+
+def zero_heads_of_output(model, dead):
+    """Query heads inside a group: their values are the group's, so it is their score that has to be planted."""
+    d = model.config.head_dim
+    for layer in model.model.layers:
+        for h in dead:
+            layer.self_attn.q_proj.weight[h * d : (h + 1) * d] = 0
+            layer.self_attn.o_proj.weight[:, h * d : (h + 1) * d] = 0
+
+
+def zero_channels(model, dead):
+    model.model.embed_tokens.weight[:, dead] = 0
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[dead] = 0
+        layer.mlp.down_proj.weight[dead] = 0
+
+
+def planted(gloo, tmp_path, sizes, plant, dead, target):
+    """Plant, measure, prune; gives (scores, logits before, logits after, pruned folder)."""
+    model = hf_model(**sizes)
+    with torch.no_grad():
+        plant(model, dead)
+    path = imported(model, tmp_path)
+    data = data_folder(tmp_path, path)
+    layout = {"tensor": 2}
+    found = gloo(2, jobs.scores, str(path), str(data), layout, 4, 2, ("mean", "l2"), layout=layout)[0]
+    scores = Scores({name: score.numpy() for name, score in found.items()}, open_model_folder(path).digest)
+    where = write_scores(scores, tmp_path / "scores")
+    prune_model(
+        PruneConfig(model=model_option(path), scores=str(where), target=target, output=str(tmp_path / "pruned"))
+    )
+    tokens = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = model(tokens).logits
+    (after,) = gloo(1, jobs.logits, str(tmp_path / "pruned"), tokens, {}, layout={})
+    return model, scores, before, after
+
+
+def same(a, b, tolerance=1e-5):
+    return float((a - b).abs().max() / b.abs().max()) <= tolerance
+
+
+def test_dead_neurons_are_cut_and_nothing_changes(gloo, tmp_path):
+    dead = [0, 5, 6, 47]
+    _, scores, before, after = planted(gloo, tmp_path, {}, zero_neurons, dead, TargetConfig(ffn_hidden_size=44))
+    assert (np.sort(np.argsort(scores.ffn, axis=1)[:, :4], axis=1) == dead).all()
+    assert same(after, before)
+
+
+def test_dead_plain_heads_are_cut_and_nothing_changes(gloo, tmp_path):
+    dead, sizes = [1, 6], {"num_key_value_heads": 8}
+    target = TargetConfig(num_attention_heads=6, num_query_groups=6)
+    _, scores, before, after = planted(gloo, tmp_path, sizes, zero_groups, dead, target)
+    assert (np.sort(np.argsort(scores.heads, axis=1)[:, :2], axis=1) == dead).all()
+    assert same(after, before)
+
+
+def test_dead_groups_are_cut_and_nothing_changes(gloo, tmp_path):
+    target = TargetConfig(num_attention_heads=6, num_query_groups=3)
+    _, scores, before, after = planted(gloo, tmp_path, {}, zero_groups, [2], target)
+    assert (scores.heads.reshape(4, 4, 2).sum(-1).argmin(1) == 2).all()
+    assert same(after, before)
+
+
+def test_channels_of_the_residual_stream_are_cut_up_to_the_norms_mean(gloo, tmp_path):
+    """RMSNorm's mean then runs over fewer channels: gains grow by sqrt(kept/old), epsilon by kept/old is the same model."""
+    dead, kept = [3, 4, 30], 29
+    model, scores, _, after = planted(gloo, tmp_path, {}, zero_channels, dead, TargetConfig(hidden_size=kept))
+    assert sorted(np.argsort(scores.hidden)[:3].tolist()) == dead
+    from transformers import LlamaForCausalLM
+
+    export_hf(ExportHfConfig(model=model_option(tmp_path / "pruned"), output=str(tmp_path / "pruned_hf")))
+    tokens = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(1))
+    # The reference: the whole model, with its norms made to average over the kept channels.
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if name.endswith("norm"):
+                module.weight *= (kept / 32) ** 0.5
+                module.variance_epsilon *= kept / 32
+        reference = model(tokens).logits
+    assert same(after, reference)
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "pruned_hf").config.hidden_size == kept
+
+
+def test_manifest_has_the_parameters(source, tmp_path):
+    prune_model(PruneConfig(model=model_option(source), drop_layers=[1], output=str(tmp_path / "o")))
+    results = read_manifest(tmp_path / "o")["results"]
+    kept = exported(tmp_path / "o", tmp_path / "hf")
+    assert results["parameters"] == sum(t.numel() for t in kept.values()) < results["parameters_source"]
