@@ -51,7 +51,7 @@ class Effort:
         ]
 
 
-WHOLE = Effort(calibration_samples=64, steps=72, sequence_length=256, validation_samples=64)
+WHOLE = Effort(calibration_samples=64, steps=60, sequence_length=256, validation_samples=64)
 SHORT = Effort(calibration_samples=8, steps=12, sequence_length=128, validation_samples=8)
 
 
@@ -190,7 +190,7 @@ def complete(folder: Path, prompt: str = PROMPT, tokens: int = 32) -> str:
     inputs = tokenizer(prompt, return_tensors="pt")
     with torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+    return " ".join(str(tokenizer.decode(ids[0], skip_special_tokens=True)).split())
 
 
 def _show(stages: Stages, root: Path, at: dict[str, Path]) -> None:

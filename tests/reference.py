@@ -20,7 +20,7 @@ def importance(model, samples: list[torch.Tensor], sequence: str, batch: str) ->
         handles += [
             layer.mlp.down_proj.register_forward_pre_hook(lambda m, a, i=i: keep("ffn", i, a[0])),
             layer.self_attn.o_proj.register_forward_pre_hook(
-                lambda m, a, i=i: keep("heads", i, a[0].unflatten(-1, heads).norm(dim=-1))
+                lambda m, a, i=i, heads=heads: keep("heads", i, a[0].unflatten(-1, heads).norm(dim=-1))
             ),
             layer.input_layernorm.register_forward_hook(lambda m, a, o, i=i: keep("hidden.attention_norm", i, o)),
             layer.post_attention_layernorm.register_forward_hook(lambda m, a, o, i=i: keep("hidden.mlp_norm", i, o)),

@@ -248,10 +248,12 @@ def zero_groups(model, dead):
             layer.self_attn.v_proj.weight[g * d : (g + 1) * d] = 0
 
 
-def zero_heads_of_output(model, dead):
-    """Query heads inside a group: their values are the group's, so it is their score that has to be planted."""
+def zero_queries(model, dead):
+    """A head without a query averages over all it may see, which is short where sharp heads pick one token's value."""
     d = model.config.head_dim
     for layer in model.model.layers:
+        layer.self_attn.q_proj.weight *= 30
+        layer.self_attn.k_proj.weight *= 30
         for h in dead:
             layer.self_attn.q_proj.weight[h * d : (h + 1) * d] = 0
             layer.self_attn.o_proj.weight[:, h * d : (h + 1) * d] = 0
@@ -311,11 +313,18 @@ def test_dead_groups_are_cut_and_nothing_changes(gloo, tmp_path):
     assert same(after, before)
 
 
+def test_dead_query_heads_inside_groups_are_cut_and_nothing_changes(gloo, tmp_path):
+    dead = [0, 3, 5, 6]
+    _, scores, before, after = planted(gloo, tmp_path, {}, zero_queries, dead, TargetConfig(num_attention_heads=4))
+    assert (scores.heads.reshape(4, 4, 2).argmin(-1) == np.array([h % 2 for h in dead])).all()
+    assert same(after, before)
+
+
 def test_channels_of_the_residual_stream_are_cut_up_to_the_norms_mean(gloo, tmp_path):
     """RMSNorm's mean then runs over fewer channels: gains grow by sqrt(kept/old), epsilon by kept/old is the same model."""
-    dead, kept = [3, 4, 30], 29
+    dead, kept = [0, 3, 4, 11, 17, 25, 30, 31], 24
     model, scores, _, after = planted(gloo, tmp_path, {}, zero_channels, dead, TargetConfig(hidden_size=kept))
-    assert sorted(np.argsort(scores.hidden)[:3].tolist()) == dead
+    assert sorted(np.argsort(scores.hidden)[:8].tolist()) == dead
     from transformers import LlamaForCausalLM
 
     export_hf(ExportHfConfig(model=model_option(tmp_path / "pruned"), output=str(tmp_path / "pruned_hf")))

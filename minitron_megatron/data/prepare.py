@@ -103,21 +103,16 @@ def _write(cfg: PrepareDataConfig, files: list[Path], out: Output, tokenizer: An
 
 
 def _with_validation(texts: Iterable[str], fraction: float, seed: int) -> Iterator[tuple[str, str]]:
-    """Pairs of split and text. Where the hash gives none to validation, the first document goes there."""
-    held: str | None = None
+    """Pairs of split and text, in order. Where the hash gives none to validation, the last document goes there."""
+    held: tuple[str, str] | None = None
     found = False
     for text in texts:
-        split = split_of(text, fraction, seed)
-        found = found or split == "validation"
-        if not found and held is None:
-            held = text
-            continue
-        if found and held is not None:
-            yield "train", held
-            held = None
-        yield split, text
+        if held is not None:
+            yield held
+        held = split_of(text, fraction, seed), text
+        found = found or held[0] == "validation"
     if held is not None:
-        yield "validation", held
+        yield held if found else ("validation", held[1])
 
 
 def split_of(text: str, fraction: float, seed: int) -> str:

@@ -83,6 +83,10 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) ->
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
+        # With two stages the interleaved schedule sends activations and gradients between the same two ranks in one batch,
+        # where they may be taken for each other: separate, overlapped transfers keep them apart.
+        overlap_p2p_comm=layout.virtual_pipeline is not None,
+        batch_p2p_comm=layout.virtual_pipeline is None,
         # Weights are always read from a folder: drawing random ones first would hold each whole matrix on every rank.
         perform_initialization=False,
         use_cpu_initialization=cpu,

@@ -71,6 +71,12 @@ def prune_model(cfg: PruneConfig) -> None:
         if cfg.verify:
             verify_digest(folder)
         target, kept, inputs = make_plan(cfg, folder)
+        if target.hidden_size % target.num_attention_heads:
+            log.warning(
+                "hidden_size=%d is not a multiple of num_attention_heads=%d: transformers 5 will refuse to load its export",
+                target.hidden_size,
+                target.num_attention_heads,
+            )
         if cfg.dry_run:
             _print("would be pruned", folder, target, {})
             return

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minitron_megatron.checkpoints.weights import safe_reading
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel import collectives
@@ -71,23 +69,11 @@ def save(folder: Path, chunks: Sequence[Any], optimizer: Any, step: int) -> None
     log.info("step %d: saved %s", step, folder / name)
 
 
-def _allocate_adam(optimizer: Any) -> None:
-    """Give torch's own AdamW its state before a load: Megatron asks for it, and torch makes it in the first step."""
-    for part in optimizer.chained_optimizers:
-        inner = part.optimizer
-        if not isinstance(inner, torch.optim.AdamW | torch.optim.Adam) or inner.state:
-            continue
-        for parameter in (p for group in inner.param_groups for p in group["params"]):
-            moments = {name: torch.zeros_like(parameter, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
-            inner.state[parameter] = {"step": torch.tensor(0.0), **moments}
-
-
 def load(path: Path, chunks: Sequence[Any], optimizer: Any) -> int:
     """Fill model and optimizer from a checkpoint written in any layout; gives its step. Raises UserError."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
-    _allocate_adam(optimizer)
     try:
         with safe_reading():
             state = dist_checkpointing.load(_state(chunks, optimizer, 0, loading=True), str(path))

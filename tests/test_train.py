@@ -1,0 +1,287 @@
+"""The distill command: runs that stop and go on as if they had not, their folders, and what is refused before any work."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
+from minitron_megatron.checkpoints.weights import WeightReader
+from minitron_megatron.config import (
+    BatchConfig,
+    DistillConfig,
+    EvaluateConfig,
+    LoggerConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainerConfig,
+)
+from minitron_megatron.errors import UserError
+from minitron_megatron.evaluate.perplexity import evaluate
+from minitron_megatron.models.axes import slots
+from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.train import checkpoint
+from minitron_megatron.train.loop import Distiller
+from minitron_megatron.train.run import check_pair, check_run_folder, distill, number_of_steps
+from tests.test_models import names
+from tests.tiny import data_folder, data_option, hf_model, imported, model_option
+
+STEPS = 6
+LENGTH = 32
+LAYOUTS = [
+    (1, {}),
+    (2, {}),
+    (2, {"tensor": 2, "sequence": True}),
+    (4, {"tensor": 2, "pipeline": 2}),
+    (2, {"pipeline": 2, "virtual_pipeline": 2}),
+]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Folder with a teacher, a smaller student in float32 and in bfloat16, and data."""
+    folder = tmp_path_factory.mktemp("sources")
+    small = {"hidden_size": 24, "intermediate_size": 24}
+    teacher = imported(hf_model(0), folder / "teacher")
+    imported(hf_model(1, **small), folder / "float32")
+    imported(hf_model(1, **small), folder / "bfloat16", torch.bfloat16)
+    data_folder(folder, teacher)
+    return folder
+
+
+def options(sources: Path, output: Path, layout=None, dtype="float32", **trainer) -> DistillConfig:
+    """A short run; checkpoints every two steps."""
+    given = {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "save_interval": 2}
+    return DistillConfig(
+        output=str(output),
+        parallel=ParallelConfig(**(layout or {})),
+        teacher=model_option(sources / "teacher" / "model"),
+        student=model_option(sources / dtype / "model"),
+        data=data_option(sources / "data", LENGTH),
+        trainer=TrainerConfig(**{**given, "validation_interval": 3, "validation_samples": 9, **trainer}),
+        optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
+        logger=LoggerConfig(wandb="disabled"),
+    )
+
+
+def exit_code(cfg: DistillConfig) -> int | None:
+    """Run the command on this rank; how it exits, None when it returns."""
+    try:
+        distill(cfg)
+    except SystemExit as end:
+        return end.code
+    return None
+
+
+def signalled(cfg: DistillConfig, number: int, step: int) -> int | None:
+    """The same, while the last rank alone gets a signal in the middle of a step (from 0)."""
+    train_step = Distiller.train_step
+
+    def stepping(self, at, *rest):
+        if at == step and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            os.kill(os.getpid(), number)
+        return train_step(self, at, *rest)
+
+    Distiller.train_step = stepping
+    try:
+        return exit_code(cfg)
+    finally:
+        Distiller.train_step = train_step
+
+
+def killed_while_saving(cfg: DistillConfig, step: int) -> str:
+    """The same, but the checkpoint of a step is left half-written."""
+    save = checkpoint.save
+
+    def saving(folder, chunks, optimizer, at):
+        if at == step:
+            (folder / f".step_{at:08d}.partial").mkdir(exist_ok=True)
+            raise RuntimeError("killed")
+        save(folder, chunks, optimizer, at)
+
+    checkpoint.save = saving
+    try:
+        distill(cfg)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        checkpoint.save = save
+    return "not killed"
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(run: Path) -> list[dict]:
+    """Metrics but for what the clock says."""
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "step_seconds")} for line in lines(run)]
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS, ids=names)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_that_stopped_goes_on_as_if_it_had_not(gloo, sources, tmp_path, dtype, ranks, layout):
+    """Every figure of every step and every bit of the published weights."""
+    whole, stopped = (options(sources, tmp_path / name, layout, dtype) for name in ("whole", "stopped"))
+    assert gloo(ranks, exit_code, whole) == [None] * ranks
+    assert gloo(ranks, signalled, stopped, signal.SIGTERM, 2) == [0] * ranks
+    assert checkpoints(tmp_path / "stopped") == ["step_00000002", "step_00000003"]
+    assert not (tmp_path / "stopped" / "model").exists()
+    assert gloo(ranks, exit_code, stopped) == [None] * ranks
+    assert checkpoints(tmp_path / "stopped") == ["step_00000004", "step_00000006"]
+    assert untimed(tmp_path / "stopped") == untimed(tmp_path / "whole")
+    digests = {open_model_folder(tmp_path / name / "model").digest for name in ("whole", "stopped")}
+    assert len(digests) == 1
+
+
+def test_metrics_go_back_to_the_checkpoint_of_a_killed_run(gloo, sources, tmp_path):
+    whole, killed = (options(sources, tmp_path / name) for name in ("whole", "killed"))
+    gloo(1, exit_code, whole)
+    assert gloo(1, killed_while_saving, killed, STEPS) == ["killed"]
+    assert checkpoints(tmp_path / "killed") == [".step_00000006.partial", "step_00000002", "step_00000004"]
+    assert lines(tmp_path / "killed")[-1]["step"] == STEPS
+    with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
+    gloo(1, exit_code, killed)
+    assert checkpoints(tmp_path / "killed") == ["step_00000004", "step_00000006"]
+    assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")
+
+
+def test_a_run_goes_on_in_another_layout(gloo, sources, tmp_path):
+    """Losses to 1e-4: sums run in another order there."""
+    gloo(1, exit_code, options(sources, tmp_path / "whole"))
+    gloo(4, signalled, options(sources, tmp_path / "moved", {"tensor": 2, "pipeline": 2}), signal.SIGUSR1, 1)
+    gloo(2, signalled, options(sources, tmp_path / "moved"), signal.SIGUSR1, 3)
+    gloo(2, exit_code, options(sources, tmp_path / "moved", {"tensor": 2}))
+    found, wanted = untimed(tmp_path / "moved"), untimed(tmp_path / "whole")
+    assert [line["step"] for line in found] == [line["step"] for line in wanted]
+    for there, here in zip(found, wanted, strict=True):
+        for key in there.keys() & {"loss", "validation_loss", "validation_perplexity"}:
+            assert there[key] == pytest.approx(here[key], rel=1e-4)
+
+
+def test_the_published_student_is_the_one_that_was_trained(gloo, sources, tmp_path):
+    """Its perplexity by the evaluate command is what training measured; its weights are not the first ones."""
+    cfg = options(sources, tmp_path / "run")
+    gloo(1, exit_code, cfg)
+    manifest = read_manifest(tmp_path / "run" / "model")
+    assert manifest["results"]["steps"] == STEPS and manifest["results"]["tokens"] == STEPS * 8 * LENGTH
+    assert set(manifest["inputs"]) == {"teacher", "student", "data"}
+    asked = EvaluateConfig(
+        output=str(tmp_path / "evaluated"),
+        model=model_option(tmp_path / "run" / "model"),
+        data=data_option(sources / "data", LENGTH),
+        samples=9,
+        trainer=BatchConfig(micro_batch_size=2),
+    )
+    gloo(1, evaluate, asked)
+    perplexity = json.loads((tmp_path / "evaluated" / "results.json").read_text())["perplexity"]
+    assert perplexity == pytest.approx(manifest["results"]["validation_perplexity"], rel=1e-5)
+    shape = open_model_folder(tmp_path / "run" / "model").shape
+    trained, first = (WeightReader(p / "model" / "weights") for p in (tmp_path / "run", sources / "float32"))
+    for slot in slots(shape):
+        assert not torch.equal(trained.read_slot(slot, shape), first.read_slot(slot, shape)), slot
+        if "vocab" in slot.row.axes:
+            assert (trained.read_slot(slot, shape)[shape.vocab_size :] == 0).all()
+
+
+def test_a_complete_run_is_left_alone(gloo, sources, tmp_path):
+    cfg = options(sources, tmp_path / "run", steps=1, validation_samples=0)
+    gloo(1, exit_code, cfg)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "model").rglob("*")}
+    metrics = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
+    assert gloo(1, exit_code, cfg) == [None]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "model").rglob("*")} == before
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == metrics
+
+
+def test_validation_does_not_depend_on_the_stages(gloo, sources, tmp_path):
+    """Nine samples neither fill the micro-batches nor the rounds of an interleaved pipeline of three stages."""
+    folder = tmp_path / "deep"
+    imported(hf_model(0, num_hidden_layers=6), folder / "teacher")
+    imported(hf_model(1, num_hidden_layers=6), folder / "float32")
+    (folder / "data").symlink_to(sources / "data")
+    found = []
+    for ranks, layout in ((1, {}), (3, {"pipeline": 3, "virtual_pipeline": 2})):
+        trainer = {"steps": 1, "global_batch_size": 3, "micro_batch_size": 1}
+        gloo(ranks, exit_code, options(folder, tmp_path / f"run{ranks}", layout, **trainer))
+        found.append(lines(tmp_path / f"run{ranks}")[-1])
+    assert found[1]["validation_loss"] == pytest.approx(found[0]["validation_loss"], rel=1e-5)
+    assert found[1]["validation_perplexity"] == pytest.approx(found[0]["validation_perplexity"], rel=1e-5)
+
+
+# What is refused, before a process group starts
+
+
+def refused(cfg: DistillConfig, words: str) -> None:
+    """Refused with these words, in one line, and nothing is written."""
+    with pytest.raises(UserError, match=words) as error:
+        distill(cfg)
+    assert "\n" not in str(error.value)
+    assert not Path(cfg.output).exists()
+
+
+def test_impossible_runs_are_refused(sources, tmp_path):
+    cfg = options(sources, tmp_path / "run")
+    trainer = cfg.trainer
+    refused(replace(cfg, trainer=replace(trainer, steps=None)), "either trainer.steps= or trainer.tokens=")
+    refused(replace(cfg, trainer=replace(trainer, tokens=1e6)), "either trainer.steps= or trainer.tokens=")
+    refused(replace(cfg, trainer=replace(trainer, micro_batch_size=3)), "not a multiple of 3")
+    refused(replace(cfg, data=data_option(sources / "data", 256)), "above the teacher's 128 positions")
+    refused(replace(cfg, optim=OptimConfig(lr=1e-5, min_lr=1e-4)), "min_lr=0.0001 is above optim.lr=1e-05")
+    refused(replace(cfg, student=model_option(tmp_path / "none")), "none does not exist")
+    refused(replace(cfg, data=data_option(tmp_path / "none", LENGTH)), "none does not exist")
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(sources, tmp_path):
+    shape = open_model_folder(sources / "teacher" / "model").shape
+    with pytest.raises(UserError, match="vocabulary of 301, student of 300"):
+        check_pair(shape.resized(vocab_size=301), shape, options(sources, tmp_path), Layout())
+
+
+def test_layouts_that_do_not_divide_are_refused(sources, tmp_path):
+    cfg, shape = options(sources, tmp_path / "run"), open_model_folder(sources / "teacher" / "model").shape
+    odd = shape.resized(num_layers=3)
+    with pytest.raises(UserError, match="num_layers=3 of the student"):
+        check_pair(shape, odd, cfg, Layout(pipeline=2, world_size=2))
+    with pytest.raises(UserError, match="not a multiple of 6 .*: use 6"):
+        check_pair(shape, shape, cfg, Layout(world_size=3))
+
+
+def test_tokens_become_steps(sources, tmp_path):
+    cfg = options(sources, tmp_path, steps=None, tokens=1000.0)
+    assert number_of_steps(cfg) == 4  # of 256 tokens
+
+
+def test_a_folder_with_another_run_is_refused(sources, tmp_path):
+    cfg = options(sources, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    check_run_folder(tmp_path / "run", cfg)
+    (tmp_path / "run" / "notes").touch()
+    with pytest.raises(UserError, match="is not a run folder"):
+        check_run_folder(tmp_path / "run", cfg)
+    from minitron_megatron.launcher import resolved_config
+
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(resolved_config(cfg)))
+    check_run_folder(tmp_path / "run", replace(cfg, parallel=ParallelConfig(tensor=2)))
+    with pytest.raises(UserError, match="resume=false"):
+        check_run_folder(tmp_path / "run", replace(cfg, resume=False))
+    with pytest.raises(UserError, match="holds a run with seed=1234, not 5"):
+        check_run_folder(tmp_path / "run", replace(cfg, seed=5))
+
+
+def test_a_dry_run_counts_and_writes_nothing(sources, tmp_path, capsys):
+    distill(replace(options(sources, tmp_path / "run"), dry_run=True))
+    shown = capsys.readouterr().out
+    for words in ("teacher parameters", "student parameters", "optimizer, GiB a rank", "1,536"):
+        assert words in shown
+    assert not (tmp_path / "run").exists()
