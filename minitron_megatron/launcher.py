@@ -43,6 +43,7 @@ _HARMLESS = (
     ".*argument order of load has been changed.*",
     ".*deprecating ShardedTensor.*",
     ".*invalid escape sequence.*",
+    ".*grad attribute of a Tensor that is not a leaf.*",
     ".*is experimental and still under active development.*",
 )
 
@@ -141,6 +142,8 @@ def _takes_text(key: str, config_class: type[CommandConfig]) -> bool:
 
 def explain(error: Exception, name: str, config_class: type[CommandConfig], words: list[str]) -> str:
     """One line for a complaint of Hydra or OmegaConf, with the nearest option where one was mistyped."""
+    from hydra.errors import OverrideParseException
+
     known = [o.name for o in options(config_class)] + list(MODEL_OPTIONS)
     for word in words:
         key = word.partition("=")[0].lstrip("+~")
@@ -156,6 +159,8 @@ def explain(error: Exception, name: str, config_class: type[CommandConfig], word
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         return f"unknown option {key!r} of launch/{name}.py: {hint}(--help lists all)"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} cannot be read ({_first_line(error)}): put quotes around odd characters"
     return _first_line(error)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -28,17 +29,19 @@ from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train import checkpoint
 from minitron_megatron.train.loop import Distiller
 from minitron_megatron.train.run import check_pair, check_run_folder, distill, number_of_steps
+from tests.pool import WorkerError
 from tests.test_models import names
 from tests.tiny import data_folder, data_option, hf_model, imported, model_option
 
 STEPS = 6
 LENGTH = 32
-LAYOUTS = [
-    (1, {}),
-    (2, {}),
-    (2, {"tensor": 2, "sequence": True}),
-    (4, {"tensor": 2, "pipeline": 2}),
-    (2, {"pipeline": 2, "virtual_pipeline": 2}),
+RUNS = [
+    (1, {}, "float32"),
+    (2, {}, "bfloat16"),
+    (4, {"tensor": 2, "pipeline": 2, "sequence": True}, "float32"),
+    pytest.param(2, {"tensor": 2}, "bfloat16", marks=pytest.mark.slow),
+    pytest.param(4, {"pipeline": 2}, "float32", marks=pytest.mark.slow),
+    pytest.param(2, {"pipeline": 2, "virtual_pipeline": 2}, "bfloat16", marks=pytest.mark.slow),
 ]
 
 
@@ -127,9 +130,8 @@ def checkpoints(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS, ids=names)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_that_stopped_goes_on_as_if_it_had_not(gloo, sources, tmp_path, dtype, ranks, layout):
+@pytest.mark.parametrize(("ranks", "layout", "dtype"), RUNS, ids=names)
+def test_a_run_that_stopped_goes_on_as_if_it_had_not(gloo, sources, tmp_path, ranks, layout, dtype):
     """Every figure of every step and every bit of the published weights."""
     whole, stopped = (options(sources, tmp_path / name, layout, dtype) for name in ("whole", "stopped"))
     assert gloo(ranks, exit_code, whole) == [None] * ranks
@@ -204,6 +206,22 @@ def test_a_complete_run_is_left_alone(gloo, sources, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == metrics
 
 
+def test_a_run_can_be_made_longer(gloo, sources, tmp_path):
+    """Its published student has to be removed by hand first; what was trained stays."""
+    short = options(sources, tmp_path / "run", steps=2, validation_samples=0)
+    longer = replace(short, trainer=replace(short.trainer, steps=3))
+    gloo(1, exit_code, short)
+    before = untimed(tmp_path / "run")
+    with pytest.raises(WorkerError, match="made with other options or inputs: remove it"):
+        gloo(1, exit_code, longer)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["steps"] == 2
+    shutil.rmtree(tmp_path / "run" / "model")
+    gloo(1, exit_code, longer)
+    found = untimed(tmp_path / "run")
+    assert found[:2] == before and [line["step"] for line in found] == [1, 2, 3]
+    assert read_manifest(tmp_path / "run" / "model")["results"]["steps"] == 3
+
+
 def test_validation_does_not_depend_on_the_stages(gloo, sources, tmp_path):
     """Nine samples neither fill the micro-batches nor the rounds of an interleaved pipeline of three stages."""
     folder = tmp_path / "deep"
@@ -240,6 +258,7 @@ def test_impossible_runs_are_refused(sources, tmp_path):
     refused(replace(cfg, optim=OptimConfig(lr=1e-5, min_lr=1e-4)), "min_lr=0.0001 is above optim.lr=1e-05")
     refused(replace(cfg, student=model_option(tmp_path / "none")), "none does not exist")
     refused(replace(cfg, data=data_option(tmp_path / "none", LENGTH)), "none does not exist")
+    refused(replace(cfg, data=data_option(tmp_path / "none", LENGTH), dry_run=True), "none does not exist")
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(sources, tmp_path):
@@ -253,7 +272,7 @@ def test_layouts_that_do_not_divide_are_refused(sources, tmp_path):
     odd = shape.resized(num_layers=3)
     with pytest.raises(UserError, match="num_layers=3 of the student"):
         check_pair(shape, odd, cfg, Layout(pipeline=2, world_size=2))
-    with pytest.raises(UserError, match="not a multiple of 6 .*: use 6"):
+    with pytest.raises(UserError, match=r"not a multiple of 6 .*: use 6 or 12"):
         check_pair(shape, shape, cfg, Layout(world_size=3))
 
 
@@ -266,6 +285,8 @@ def test_a_folder_with_another_run_is_refused(sources, tmp_path):
     cfg = options(sources, tmp_path / "run")
     (tmp_path / "run").mkdir()
     check_run_folder(tmp_path / "run", cfg)
+    (tmp_path / "run" / ".model.partial").mkdir()
+    check_run_folder(tmp_path / "run", cfg)
     (tmp_path / "run" / "notes").touch()
     with pytest.raises(UserError, match="is not a run folder"):
         check_run_folder(tmp_path / "run", cfg)
@@ -275,8 +296,14 @@ def test_a_folder_with_another_run_is_refused(sources, tmp_path):
     check_run_folder(tmp_path / "run", replace(cfg, parallel=ParallelConfig(tensor=2)))
     with pytest.raises(UserError, match="resume=false"):
         check_run_folder(tmp_path / "run", replace(cfg, resume=False))
-    with pytest.raises(UserError, match="holds a run with seed=1234, not 5"):
-        check_run_folder(tmp_path / "run", replace(cfg, seed=5))
+    other = replace(cfg, seed=5, optim=replace(cfg.optim, lr=1e-3))
+    with pytest.raises(UserError, match=r"holds a run with seed=1234, not 5 \(optim.lr too\)"):
+        check_run_folder(tmp_path / "run", other)
+    check_run_folder(tmp_path / "run", replace(cfg, trainer=replace(cfg.trainer, steps=STEPS + 1)))
+    with pytest.raises(UserError, match="holds a run with trainer.steps=6, not 5"):
+        check_run_folder(tmp_path / "run", replace(cfg, trainer=replace(cfg.trainer, steps=STEPS - 1)))
+    with pytest.raises(UserError, match="holds a run with trainer.steps=6, not None"):
+        check_run_folder(tmp_path / "run", replace(cfg, trainer=replace(cfg.trainer, steps=None, tokens=1e6)))
 
 
 def test_a_dry_run_counts_and_writes_nothing(sources, tmp_path, capsys):

@@ -6,6 +6,7 @@ Every loss is a sum over tokens, divided once by the step's global token count, 
 split over ranks and micro-batches.
 """
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.optimizer import set_learning_rate
 from minitron_megatron.train.schedule import learning_rate
 
-# Micro-batches of a validation that run through the pipeline together.
+# Micro-batches of a validation that run through the pipeline together, at least.
 VALIDATION_ROUND = 8
 
 
@@ -147,8 +148,11 @@ class Distiller:
         models = [chunk.module for chunk in self.chunks]
         batches = [_on_device(b) for b in self.micro_batches(samples, range(count))]
         sums = torch.zeros(3, dtype=torch.float64)
-        for start in range(0, len(batches), VALIDATION_ROUND):
-            part = batches[start : start + VALIDATION_ROUND]
+        # The interleaved schedule takes whole multiples of its stages only.
+        stages = self.layout.pipeline if self.layout.virtual_pipeline else 1
+        at_once = math.ceil(VALIDATION_ROUND / stages) * stages
+        for start in range(0, len(batches), at_once):
+            part = batches[start : start + at_once]
             self.teacher.run_ahead(part)
             collected = forward_only(
                 models,

@@ -22,7 +22,9 @@ def wrap_and_optimize(chunks: Sequence[torch.nn.Module], optim: OptimConfig) -> 
     first = next(chunks[0].parameters())
     if first.is_cuda and not HAVE_APEX_OR_TE:
         # The CPU adapter mends what Megatron's checkpoints get wrong with torch's own Adam; on GPUs nobody should need it.
-        raise UserError("training on GPUs needs Transformer Engine's or apex's fused Adam: use the image of docker/Dockerfile")
+        raise UserError(
+            "training on GPUs needs Transformer Engine's or apex's fused Adam: use the image of docker/Dockerfile"
+        )
     bf16 = first.dtype is torch.bfloat16
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     wrapped = [

@@ -35,6 +35,7 @@ from minitron_megatron.train.optimizer import wrap_and_optimize
 log = logging.getLogger(__name__)
 # What may differ between the command that began a run and the one that continues it.
 _MAY_CHANGE = frozenset({"parallel", "device", "resume", "verify", "dry_run", "output", "logger"})
+_MAY_GROW = frozenset({"trainer.steps", "trainer.tokens"})
 
 
 def distill(cfg: DistillConfig) -> None:
@@ -46,34 +47,30 @@ def distill(cfg: DistillConfig) -> None:
         _shape(cfg.student, "student", cfg.dry_run),
     )
     check_pair(teacher_shape, student_shape, cfg, layout)
+    run = Path(cfg.output)
+    # A rehearsal of presets has no folders to look into.
+    if not (cfg.dry_run and None in (cfg.teacher.path, cfg.student.path)):
+        teacher, student, data = _inputs(cfg)
+        check_run_folder(run, cfg)
     if cfg.dry_run:
         _dry_run(cfg, layout, steps, teacher_shape, student_shape)
         return
-    teacher, student = (
-        open_model_folder(cfg.teacher.folder("teacher")),
-        open_model_folder(cfg.student.folder("student")),
-    )
-    check_weights(teacher)
-    check_weights(student)
-    data = open_data(cfg.data.path, "train", student_shape, cfg.data.sequence_length)
-    if cfg.trainer.validation_samples:
-        open_data(cfg.data.path, "validation", student_shape, cfg.data.sequence_length)
-    run = Path(cfg.output)
-    check_run_folder(run, cfg)
     with parallel_job(layout, seed=cfg.seed, device=cfg.device):
         if cfg.verify:
             verify_digest(teacher)
             verify_digest(student)
-        if collectives.is_rank_zero():
-            (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (run / "config.yaml").write_text(yaml.safe_dump(resolved_config(cfg), sort_keys=False), encoding="utf-8")
-        collectives.barrier()
         inputs = {"teacher": teacher.digest, "student": student.digest, "data": data.digest}
         with output_folder(
             run / "model", command=command_line(), config=resolved_config(cfg), inputs=inputs, resume=cfg.resume
         ) as out:
             if out.done:
                 return
+            if collectives.is_rank_zero():
+                (run / "checkpoints").mkdir(exist_ok=True)
+                (run / "config.yaml").write_text(
+                    yaml.safe_dump(resolved_config(cfg), sort_keys=False), encoding="utf-8"
+                )
+            collectives.barrier()
             results = _train(cfg, layout, steps, teacher, student, data)
             if results is None:
                 raise SystemExit(0)
@@ -102,6 +99,20 @@ def _shape(model: Any, name: str, dry_run: bool) -> ModelShape:
     return open_model_folder(model.folder(name)).shape
 
 
+def _inputs(cfg: DistillConfig) -> tuple[ModelFolder, ModelFolder, DataFolder]:
+    """Teacher, student and data, checked to be whole and to go together. Raises UserError."""
+    teacher, student = (
+        open_model_folder(cfg.teacher.folder("teacher")),
+        open_model_folder(cfg.student.folder("student")),
+    )
+    check_weights(teacher)
+    check_weights(student)
+    data = open_data(cfg.data.path, "train", student.shape, cfg.data.sequence_length)
+    if cfg.trainer.validation_samples:
+        open_data(cfg.data.path, "validation", student.shape, cfg.data.sequence_length)
+    return teacher, student, data
+
+
 def check_pair(teacher: ModelShape, student: ModelShape, cfg: DistillConfig, layout: Layout) -> None:
     """Raise UserError when teacher, student, batch and layout do not go together."""
     if teacher.vocab_size != student.vocab_size:
@@ -121,9 +132,10 @@ def check_pair(teacher: ModelShape, student: ModelShape, cfg: DistillConfig, lay
     at_once = micro * layout.data * (layout.pipeline if layout.virtual_pipeline else 1)
     if batch % at_once:
         stages = " × pipeline stages" if layout.virtual_pipeline else ""
+        fits = [n for n in (batch // at_once * at_once, (batch // at_once + 1) * at_once) if n]
         raise UserError(
             f"trainer.global_batch_size={batch} is not a multiple of {at_once} (trainer.micro_batch_size={micro} × "
-            f"{layout.data} data-parallel ranks{stages}): use {max(1, batch // at_once) * at_once}"
+            f"{layout.data} data-parallel ranks{stages}): use {' or '.join(map(str, fits))}"
         )
     if cfg.optim.min_lr > cfg.optim.lr:
         raise UserError(f"optim.min_lr={cfg.optim.min_lr} is above optim.lr={cfg.optim.lr}")
@@ -131,18 +143,32 @@ def check_pair(teacher: ModelShape, student: ModelShape, cfg: DistillConfig, lay
 
 def check_run_folder(run: Path, cfg: DistillConfig) -> None:
     """Raise UserError when the output folder holds another run, or something else."""
-    if not run.exists() or not any(run.iterdir()):
+    # A run killed in its first moments leaves this alone.
+    if not run.exists() or {path.name for path in run.iterdir()} <= {".model.partial"}:
         return
     if not (run / "config.yaml").is_file():
         raise UserError(f"output={run} exists and is not a run folder: choose another output=")
     if not cfg.resume:
         raise UserError(f"output={run} has a run in it and resume=false: remove it or choose another output=")
-    before, now = load_yaml(run / "config.yaml"), resolved_config(cfg)
-    for key, value in _flat(now).items():
-        if key.split(".")[0] not in _MAY_CHANGE and _flat(before).get(key, value) != value:
-            raise UserError(
-                f"output={run} holds a run with {key}={_flat(before)[key]}, not {value}: give the same, or another output="
-            )
+    before, now = _flat(load_yaml(run / "config.yaml")), _flat(resolved_config(cfg))
+    differ = [k for k in now if k.split(".")[0] not in _MAY_CHANGE and before.get(k, now[k]) != now[k]]
+    longer = [k for k in differ if k in _MAY_GROW and None not in (before[k], now[k]) and now[k] > before[k]]
+    differ = [k for k in differ if k not in longer]
+    if differ:
+        first, *others = differ
+        also = f" ({', '.join(others[:3])} too)" if others else ""
+        raise UserError(
+            f"output={run} holds a run with {first}={before[first]}, not {now[first]}{also}: "
+            "give the same, or another output="
+        )
+    for key in longer:
+        log.info(
+            "%s grows from %s to %s: from here on the learning rate, and the order of the data where they are read more "
+            "than once, are those of the longer run",
+            key,
+            before[key],
+            now[key],
+        )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

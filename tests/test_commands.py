@@ -1,0 +1,227 @@
+"""The commands as users type them: help, one-line errors with exit status 2, and whole runs under torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minitron_megatron.config import COMMANDS, ModelConfig, options
+from minitron_megatron.launcher import CONF, presets
+from minitron_megatron.models.axes import count_parameters
+from minitron_megatron.models.shape import ModelShape
+from tests.tiny import data_folder, hf_model, imported
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = str(Path(sys.executable).parent / "torchrun")
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(*words: object, processes: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """`python launch/NAME.py …`, or with torchrun for `processes` above 0."""
+    name, *rest = map(str, words)
+    start = [TORCHRUN, "--nproc-per-node", str(processes)] if processes else [sys.executable]
+    command = [*start, str(ROOT / "launch" / f"{name}.py"), *rest]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=300, check=False)
+
+
+def error_of(done: subprocess.CompletedProcess) -> str:
+    """The one line on standard error of a refused command."""
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_every_option(name):
+    done = run(name, "--help")
+    assert done.returncode == 0 and not done.stderr
+    for option in options(COMMANDS[name]):
+        shown = option.name.split(".")[0] if option.name.startswith(("model.", "teacher.", "student.")) else option.name
+        assert shown in done.stdout
+
+
+def test_every_command_has_its_file_and_its_config():
+    assert {p.stem for p in (ROOT / "launch").glob("*.py")} == set(COMMANDS)
+    assert {p.stem for p in CONF.glob("*.yaml")} == set(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ("prune", "target.hiden_size=3"),
+            "unknown option 'target.hiden_size' of launch/prune.py: did you mean target.hidden_size?",
+        ),
+        (("distill", "trainer.step=3"), "did you mean trainer.steps?"),
+        (("prune", "nonsense=1"), "unknown option 'nonsense'"),
+        (("prune", "target=llama3_1_minitron_4b"), "llama3_1_minitron_4b"),
+        (("prune",), "needs output=… (folder to write"),
+        (("distill", "output=x", "data.path=y", "trainer.steps=abc"), "trainer.steps"),
+        (("distill", "output=x", "data.path=y", "trainer.steps=-1"), "trainer.steps=-1 must be above 0"),
+        (("distill", "output=x", "data.path=y"), "trainer.steps= or trainer.tokens="),
+        (("prune", "output=x", "model=nowhere"), "nowhere does not exist"),
+        (("prune", "output=x", "model=llama3_1_8b"), "must be a model folder here"),
+        (
+            ("evaluate", "output=x", "data.path=y", "model=z", "split=test"),
+            "split=test is not one of train, validation",
+        ),
+        (
+            ("import_hf", "output=x", "hf=a path, with = odd 'ch@racters'"),
+            "hf=a path, with = odd 'ch@racters' does not exist",
+        ),
+        (("importance", "output=x", "data.path=y", "model=z", "parallel.tensor=2"), "does not divide"),
+        (("import_hf", "output=x", "hf=[1"), "'hf=[1' cannot be read"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_mistakes_are_one_line(words, says, tmp_path):
+    assert says in error_of(run(*words, cwd=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_presets_are_whole_shapes_of_the_published_sizes():
+    import yaml
+
+    published = {
+        "llama3_1_8b": 8.03e9,
+        "llama3_1_minitron_4b_width": 4.51e9,
+        "llama3_1_minitron_4b_depth": 4.54e9,
+        "mistral_nemo_12b": 12.2e9,
+        "mn_minitron_8b": 8.4e9,
+        "smollm2_135m": 134.5e6,
+    }
+    found = presets(COMMANDS["distill"])["model"]
+    assert set(found) == set(published)
+    for name, parameters in published.items():
+        values = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
+        shape = ModelShape.from_dict(ModelConfig(**values).sizes("model"), name)
+        assert count_parameters(shape) == pytest.approx(parameters, rel=5e-3)
+
+
+def test_a_job_of_published_size_can_be_rehearsed_without_weights(tmp_path):
+    done = run(
+        "distill",
+        "teacher=llama3_1_8b",
+        "student=llama3_1_minitron_4b_width",
+        "experiment=llama3_1_minitron_4b_width",
+        "data.path=nowhere",
+        f"output={tmp_path / 'x'}",
+        "dry_run=true",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4,512,746,496" in done.stdout and "9,961" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hydras_own_flags_work(tmp_path):
+    done = run("prune", "--cfg", "job", "model=a/b", "output=x", "target=llama3_1_minitron_4b_width", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "hidden_size: 3072" in done.stdout and "path: a/b" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(teacher, data) of a tiny model."""
+    folder = tmp_path_factory.mktemp("commands")
+    path = imported(hf_model(), folder)
+    return path, data_folder(folder, path)
+
+
+def distill_words(teacher, student, data, output, steps=8):
+    return (
+        "distill",
+        f"teacher={teacher}",
+        f"student={student}",
+        f"data.path={data}",
+        "data.sequence_length=32",
+        f"trainer.steps={steps}",
+        "trainer.global_batch_size=4",
+        "trainer.save_interval=2",
+        "trainer.validation_samples=4",
+        "optim.lr=1e-2",
+        "optim.warmup_steps=2",
+        "logger.wandb=disabled",
+        f"output={output}",
+    )
+
+
+def losses(run_folder: Path) -> dict[int, float]:
+    lines = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_the_whole_road_under_torchrun(folders, tmp_path):
+    """Every stage in two processes, each in another layout; the last one is read by transformers."""
+    teacher, data = folders
+    length = "data.sequence_length=32"
+    stages = [
+        ("importance", f"model={teacher}", f"data.path={data}", length, "samples=4", "parallel.pipeline=2"),
+        ("prune", f"model={teacher}", f"scores={tmp_path / 'importance'}", "target.hidden_size=16"),
+        (
+            *distill_words(teacher, tmp_path / "prune", data, "", steps=3)[:-1],
+            "parallel.tensor=2",
+            "parallel.sequence=true",
+        ),
+        ("evaluate", f"model={tmp_path / 'distill'}", f"data.path={data}", length, "split=validation"),
+        ("export_hf", f"model={tmp_path / 'distill'}"),
+    ]
+    for name, *words in stages:
+        done = run(name, *words, f"output={tmp_path / name}", processes=2)
+        assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "evaluate" / "results.json").read_text())
+    assert set(results) >= {"loss", "perplexity", "tokens"}
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "export_hf").config.hidden_size == 16
+    again = run("prune", *stages[1][1:], f"output={tmp_path / 'prune'}")
+    assert again.returncode == 0 and "complete already" in again.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_a_stopped_run_continues_to_the_same_losses(folders, tmp_path, number):
+    """A signal after the first checkpoint; the same command then ends with the losses of an undisturbed run, bit for bit."""
+    teacher, data = folders
+    student = imported(hf_model(1, hidden_size=16), tmp_path)
+    whole = run(*distill_words(teacher, student, data, tmp_path / "whole", steps=24))
+    assert whole.returncode == 0, whole.stderr
+    words = [*map(str, distill_words(teacher, student, data, tmp_path / "stopped", steps=24))]
+    command = [sys.executable, str(ROOT / "launch" / "distill.py"), *words[1:]]
+    with subprocess.Popen(
+        command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    ) as running:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "stopped" / "checkpoints").glob("step_*")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        # A kill takes the whole job, as Slurm's does: Megatron's checkpoint writer is a process of its own.
+        os.killpg(running.pid, number) if number == signal.SIGKILL else running.send_signal(number)
+        running.communicate(timeout=60)
+        assert running.returncode == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert not (tmp_path / "stopped" / "model").exists()
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
+    assert "continuing from step" in done.stdout
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 24
+    other = run(*[w.replace("optim.lr=1e-2", "optim.lr=1e-3") for w in words])
+    assert "holds a run with optim.lr=0.01, not 0.001" in error_of(other)
+
+
+@pytest.mark.slow
+def test_errors_under_torchrun_are_one_line_too(folders, tmp_path):
+    teacher, data = folders
+    words = ("importance", f"model={teacher}", f"data.path={data}", "data.sequence_length=32", "samples=4")
+    done = run(*words, "parallel.tensor=3", f"output={tmp_path / 'x'}", processes=3)
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        "error: parallel.tensor=3 does not divide num_query_groups=4 of the model: use one of 1, 2, 4"
+    ]
+    assert not (tmp_path / "x").exists()
