@@ -249,11 +249,16 @@ def zero_groups(model, dead):
 
 
 def zero_queries(model, dead):
-    """A head without a query averages over all it may see, which is short where sharp heads pick one token's value."""
+    """A head without a query averages over all it may see: short, where tokens differ and other heads pick one's value.
+
+    So the others are made to attend sharply, and the residual stream to stay mostly the token's own embedding.
+    """
     d = model.config.head_dim
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight *= 30
         layer.self_attn.k_proj.weight *= 30
+        layer.self_attn.o_proj.weight *= 0.1
+        layer.mlp.down_proj.weight *= 0.1
         for h in dead:
             layer.self_attn.q_proj.weight[h * d : (h + 1) * d] = 0
             layer.self_attn.o_proj.weight[:, h * d : (h + 1) * d] = 0

@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from minitron_megatron.models.axes import slots
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train import checkpoint
 from minitron_megatron.train.loop import Distiller
+from minitron_megatron.train.metrics import Metrics
 from minitron_megatron.train.run import check_pair, check_run_folder, distill, number_of_steps
 from tests.pool import WorkerError
 from tests.test_models import names
@@ -38,7 +41,7 @@ LENGTH = 32
 RUNS = [
     (1, {}, "float32"),
     (2, {}, "bfloat16"),
-    (4, {"tensor": 2, "pipeline": 2, "sequence": True}, "float32"),
+    pytest.param(4, {"tensor": 2, "pipeline": 2, "sequence": True}, "float32", marks=pytest.mark.slow),
     pytest.param(2, {"tensor": 2}, "bfloat16", marks=pytest.mark.slow),
     pytest.param(4, {"pipeline": 2}, "float32", marks=pytest.mark.slow),
     pytest.param(2, {"pipeline": 2, "virtual_pipeline": 2}, "bfloat16", marks=pytest.mark.slow),
@@ -156,6 +159,35 @@ def test_metrics_go_back_to_the_checkpoint_of_a_killed_run(gloo, sources, tmp_pa
     gloo(1, exit_code, killed)
     assert checkpoints(tmp_path / "killed") == ["step_00000004", "step_00000006"]
     assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")
+
+
+def test_wandb_continues_the_run_of_the_folder(tmp_path, monkeypatch):
+    """Online only where someone is logged in; one id for all starts; what it is given is what metrics.jsonl has."""
+    started, logged = [], []
+
+    class FakeRun:
+        def log(self, values, step):
+            logged.append((step, values))
+
+        def finish(self):
+            logged.append("finished")
+
+    def init(**given):
+        started.append(given)
+        return FakeRun()
+
+    fake = SimpleNamespace(login=lambda prompt: len(started) == 1, init=init)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    values = {"step": 1, "loss": 2.0, "tokens_per_second": 3.0}
+    for start in (0, 1):
+        metrics = Metrics(tmp_path, LoggerConfig(wandb="auto"), {}, 2, start)
+        metrics.add({**values, "step": start + 1})
+        metrics.close()
+    assert [given["mode"] for given in started] == ["offline", "online"]
+    assert started[0]["id"] == started[1]["id"] and {given["dir"] for given in started} == {str(tmp_path)}
+    rest = {"loss": 2.0, "tokens_per_second": 3.0}
+    assert logged == [(1, rest), "finished", (2, rest), "finished"]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
 def test_a_run_goes_on_in_another_layout(gloo, sources, tmp_path):
@@ -297,12 +329,12 @@ def test_a_folder_with_another_run_is_refused(sources, tmp_path):
     with pytest.raises(UserError, match="resume=false"):
         check_run_folder(tmp_path / "run", replace(cfg, resume=False))
     other = replace(cfg, seed=5, optim=replace(cfg.optim, lr=1e-3))
-    with pytest.raises(UserError, match=r"holds a run with seed=1234, not 5 \(optim.lr too\)"):
+    with pytest.raises(UserError, match=r"holds a run with seed=1234, not 5 \(optim\.lr too\)"):
         check_run_folder(tmp_path / "run", other)
     check_run_folder(tmp_path / "run", replace(cfg, trainer=replace(cfg.trainer, steps=STEPS + 1)))
-    with pytest.raises(UserError, match="holds a run with trainer.steps=6, not 5"):
+    with pytest.raises(UserError, match=r"holds a run with trainer\.steps=6, not 5"):
         check_run_folder(tmp_path / "run", replace(cfg, trainer=replace(cfg.trainer, steps=STEPS - 1)))
-    with pytest.raises(UserError, match="holds a run with trainer.steps=6, not None"):
+    with pytest.raises(UserError, match=r"holds a run with trainer\.steps=6, not None"):
         check_run_folder(tmp_path / "run", replace(cfg, trainer=replace(cfg.trainer, steps=None, tokens=1e6)))
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -112,34 +113,29 @@ class HfFolder:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows `start` to `stop` of a tensor. The file is mapped only while it is read, so memory does not grow."""
         with safe_open(self.files[name], "pt") as tensors:
-            return tensors.get_slice(name)[start:stop].clone()
+            return tensors.get_slice(name)[start:stop]
 
 
 def hf_tensors(slot: Slot, shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Hugging Face tensors of a slot with their shapes; the vocabulary is not padded there."""
-    whole, lengths = slot.row.shape(shape), shape.lengths()
-    rows = {part: len(slot.row.dims[0].indices(lengths, {}, part)) for part in slot.row.hf}
-    if "vocab" in slot.row.axes:
-        rows = {part: shape.vocab_size for part in rows}
-    return {name: (rows[part], *whole[1:]) for part, name in slot.hf_names().items()}
+    rest = slot.row.shape(shape)[1:]
+    return {name: (len(part_positions(slot, shape, part)), *rest) for part, name in slot.hf_names().items()}
+
+
+def part_positions(slot: Slot, shape: ModelShape, part: str) -> np.ndarray:
+    """Ascending rows of a slot's tensor that are, in this order, the rows of one Hugging Face tensor (without padding)."""
+    positions = slot.row.dims[0].indices(shape.lengths(), {}, part)
+    return positions[: shape.vocab_size] if "vocab" in slot.row.axes else positions
 
 
 def chunk_from_hf(source: HfFolder, chunk: Chunk) -> torch.Tensor:
     """A checkpoint chunk out of Hugging Face tensors: parts interleaved, vocabulary padded with zeros."""
-    slot, shape = chunk.slot, source.shape
-    if "vocab" in slot.row.axes:
-        (name,) = slot.hf_names().values()
-        out = torch.zeros(chunk.shape, dtype=getattr(torch, shape.dtype))
-        stop = min(chunk.stop, shape.vocab_size)
-        if chunk.start < stop:
-            out[: stop - chunk.start] = source.read(name, chunk.start, stop)
-        return out
-    if len(slot.row.hf) == 1:
-        (name,) = slot.hf_names().values()
-        return source.read(name)
-    out = torch.empty(chunk.shape, dtype=getattr(torch, shape.dtype))
-    for part, name in slot.hf_names().items():
-        out[torch.from_numpy(slot.row.dims[0].indices(shape.lengths(), {}, part))] = source.read(name)
+    out = torch.zeros(chunk.shape, dtype=getattr(torch, source.shape.dtype))
+    for part, name in chunk.slot.hf_names().items():
+        positions = part_positions(chunk.slot, source.shape, part)
+        first, last = np.searchsorted(positions, (chunk.start, chunk.stop))
+        if first < last:
+            out[torch.from_numpy(positions[first:last] - chunk.start)] = source.read(name, int(first), int(last))
     return out
 
 
@@ -211,25 +207,18 @@ class _Exporter:
         self.shape = folder.shape
         self.reader = WeightReader(folder.weights)
         self.where = {name: (slot, part) for slot in slots(self.shape) for part, name in slot.hf_names().items()}
-        # The three parts of qkv follow each other: keep the slot that was read last.
-        self.last: tuple[Slot, torch.Tensor] | None = None
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """The rows of a tensor, some at a time."""
         slot, part = self.where[name]
-        if "vocab" in slot.row.axes:
-            step = max(1, BLOCK_BYTES // (self.shape.hidden_size * 4))
-            for start in range(0, self.shape.vocab_size, step):
-                stop = min(start + step, self.shape.vocab_size)
-                yield self.reader.read_slot(slot, self.shape, start, stop)
-            return
-        if self.last is None or self.last[0] != slot:
-            self.last = None
-            self.last = (slot, self.reader.read_slot(slot, self.shape))
-        merged = self.last[1]
-        if len(slot.row.hf) == 1:
-            yield merged
-        else:
-            yield merged[torch.from_numpy(slot.row.dims[0].indices(self.shape.lengths(), {}, part))]
+        positions = part_positions(slot, self.shape, part)
+        row_bytes = torch.Size(slot.row.shape(self.shape)[1:]).numel() * getattr(torch, self.shape.dtype).itemsize
+        step = max(1, BLOCK_BYTES // row_bytes)
+        for start in range(0, len(positions), step):
+            rows = positions[start : start + step]
+            first = int(rows[0])
+            block = self.reader.read_slot(slot, self.shape, first, int(rows[-1]) + 1)
+            yield block if len(block) == len(rows) else block[torch.from_numpy(rows - first)]
 
 
 def plan_shards(shape: ModelShape, max_bytes: int) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -1,10 +1,10 @@
 """A model's weights on disk: Megatron's distributed checkpoint, written and read one tensor at a time.
 
-Layers are stacked under one key with shape [layers, …]; a file chunk is one layer's tensor, or one block of rows of a
-vocabulary tensor, so that no step holds more than that. Chunks do not depend on the layout that wrote them:
+Layers are stacked under one key with shape [layers, …]; a file chunk is a block of rows of one layer's tensor, of at most
+64 MiB, so that no step holds much more than that. Chunks do not depend on the layout that wrote them:
 
-    key decoder.layers.mlp.linear_fc1.weight  [L, 2*ffn, hidden]      rank 0: chunk layer 0, 2, …   (__0_0.distcp)
-                                                                      rank 1: chunk layer 1, 3, …   (__1_0.distcp)
+    key decoder.layers.mlp.linear_fc1.weight  [L, 2*ffn, hidden]      rank 0: every other chunk   (__0_0.distcp)
+                                                                      rank 1: the others          (__1_0.distcp)
 
 `write_weights` takes a function that makes each chunk when it is written, `WeightReader` reads any region of a key, and
 `load_model` fills a live sharded model. The folder is plain `torch_dist`: megatron.core.dist_checkpointing loads it.
@@ -50,7 +50,7 @@ from minitron_megatron.models.axes import Row, Slot, axis_table, slots
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 
-# Largest block of a vocabulary tensor that is held at once; every other tensor is one layer's.
+# Largest chunk. Writing one takes about three times as much: the chunk, its source, and torch's copy on the way to the file.
 BLOCK_BYTES = 64 * 2**20
 _COMMON_STATE = "common_state/shard_0_1"
 
@@ -83,13 +83,11 @@ def chunks(shape: ModelShape) -> Iterator[Chunk]:
     """Every chunk of a model, in data-flow order, the same for every layout."""
     itemsize = getattr(torch, shape.dtype).itemsize
     for slot in slots(shape):
-        whole = slot.row.shape(shape)
-        rows = whole[0]
-        if "vocab" in slot.row.axes:
-            rows = max(1, min(rows, BLOCK_BYTES // (itemsize * whole[1])))
-        for start in range(0, whole[0], rows):
-            stop = min(start + rows, whole[0])
-            yield Chunk(slot, start, stop, (stop - start, *whole[1:]))
+        rows, *rest = slot.row.shape(shape)
+        step = max(1, BLOCK_BYTES // (itemsize * torch.Size(rest).numel()))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            yield Chunk(slot, start, stop, (stop - start, *rest))
 
 
 def stacked_shape(row: Row, shape: ModelShape) -> tuple[int, ...]:
@@ -124,7 +122,9 @@ def write_weights(folder: Path, shape: ModelShape, produce: Producer, descriptio
     alone = collectives.world_size() == 1
     with progress(description, need // collectives.world_size(), unit="B") as advance:
         planner = _StreamPlanner(shape, produce, advance)
-        dcp.save({}, storage_writer=dcp.FileSystemWriter(folder), planner=planner, no_dist=alone)
+        # Nothing ahead of what is being written: one chunk at a time, also where there is a GPU.
+        writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
+        dcp.save({}, storage_writer=writer, planner=planner, no_dist=alone)
     if collectives.is_rank_zero():
         _write_backend_file(folder)
     return _content_digest(shape, planner.digests)

@@ -1,7 +1,7 @@
 """From sizes to Megatron: builds this rank's part of a real megatron.core GPTModel, and refuses layouts that do not fit.
 
-Two engines: Transformer Engine's layers on GPUs where it is installed, Megatron's local layers elsewhere. Both have the
-same checkpoint keys, so a model folder serves either.
+Layers are Megatron's local ones, on CPUs and GPUs alike. Checkpoint keys follow Transformer Engine's names, as Megatron's own
+local layers write them, so a model folder serves any engine.
 """
 
 import math

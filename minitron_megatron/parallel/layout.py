@@ -116,8 +116,11 @@ def parallel_job(
     `timeout` is how long a rank waits in a collective. Raises UserError for what this device cannot do.
     """
     where = pick_device(device)
-    if where.type == "cpu" and layout.context > 1:
-        raise UserError("parallel.context above 1 needs Transformer Engine's attention, which needs a GPU")
+    if layout.context > 1:
+        raise UserError(
+            f"parallel.context={layout.context} needs Transformer Engine's attention, and models are built of Megatron's local "
+            "layers: use parallel.tensor with parallel.sequence=true for long sequences"
+        )
     with contextlib.ExitStack() as stack:
         if where.type == "cpu":
             stack.enter_context(adapter())

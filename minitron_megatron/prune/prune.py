@@ -1,4 +1,4 @@
-"""Cuts a model by a plan, tensor by tensor, shared out over the ranks: no rank holds more than one layer's tensor.
+"""Cuts a model by a plan, chunk by chunk, shared out over the ranks: no rank holds more than a chunk and its source.
 
     source chunk  [rows, columns] ──table: which rows and columns have a kept index──▶  target chunk
 
@@ -38,7 +38,9 @@ def prune_chunk(reader: WeightReader, source: ModelShape, kept: Kept, chunk: Chu
     if rows is None:
         tensor = reader.read_slot(origin, source, chunk.start, chunk.stop)
     else:
-        tensor = reader.read_slot(origin, source)[torch.from_numpy(rows[chunk.start : chunk.stop])]
+        wanted = rows[chunk.start : chunk.stop]
+        first = int(wanted[0])
+        tensor = reader.read_slot(origin, source, first, int(wanted[-1]) + 1)[torch.from_numpy(wanted - first)]
     for dim, chosen in enumerate(columns, start=1):
         if chosen is not None:
             tensor = tensor.index_select(dim, torch.from_numpy(chosen))

@@ -13,19 +13,23 @@ from minitron_megatron.config import OptimConfig
 from minitron_megatron.errors import UserError
 
 
-def wrap_and_optimize(chunks: Sequence[torch.nn.Module], optim: OptimConfig) -> tuple[list[Any], Any]:
-    """DistributedDataParallel chunks and their distributed AdamW; norms have no weight decay."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+def check_optimizer(device: torch.device) -> None:
+    """Raise UserError where a GPU has no fused Adam: before any model is there."""
     from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 
-    first = next(chunks[0].parameters())
-    if first.is_cuda and not HAVE_APEX_OR_TE:
+    if device.type == "cuda" and not HAVE_APEX_OR_TE:
         # The CPU adapter mends what Megatron's checkpoints get wrong with torch's own Adam; on GPUs nobody should need it.
         raise UserError(
             "training on GPUs needs Transformer Engine's or apex's fused Adam: use the image of docker/Dockerfile"
         )
-    bf16 = first.dtype is torch.bfloat16
+
+
+def wrap_and_optimize(chunks: Sequence[torch.nn.Module], optim: OptimConfig) -> tuple[list[Any], Any]:
+    """DistributedDataParallel chunks and their distributed AdamW; norms have no weight decay."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    bf16 = next(chunks[0].parameters()).dtype is torch.bfloat16
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     wrapped = [
         DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)

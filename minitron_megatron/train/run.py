@@ -30,7 +30,7 @@ from minitron_megatron.parallel.layout import Layout, parallel_job
 from minitron_megatron.train import checkpoint
 from minitron_megatron.train.loop import Distiller, StepResult, stop_on_signal
 from minitron_megatron.train.metrics import Metrics
-from minitron_megatron.train.optimizer import wrap_and_optimize
+from minitron_megatron.train.optimizer import check_optimizer, wrap_and_optimize
 
 log = logging.getLogger(__name__)
 # What may differ between the command that began a run and the one that continues it.
@@ -55,7 +55,8 @@ def distill(cfg: DistillConfig) -> None:
     if cfg.dry_run:
         _dry_run(cfg, layout, steps, teacher_shape, student_shape)
         return
-    with parallel_job(layout, seed=cfg.seed, device=cfg.device):
+    with parallel_job(layout, seed=cfg.seed, device=cfg.device) as job:
+        check_optimizer(job.device)
         if cfg.verify:
             verify_digest(teacher)
             verify_digest(student)
