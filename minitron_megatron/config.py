@@ -34,7 +34,7 @@ class ParallelConfig:
     pipeline: int = option(1, "pipeline-parallel size: stages of consecutive layers")
     virtual_pipeline: int | None = option(None, "model chunks a stage in the interleaved schedule")
     sequence: bool = option(False, "sequence parallelism: tokens of norms are split over the tensor-parallel group")
-    context: int = option(1, "context-parallel size: processes that share each sequence (GPUs only)")
+    context: int = option(1, "context-parallel size; above 1 is refused with local layers")
 
 
 @dataclass
