@@ -52,7 +52,7 @@ class ModelConfig:
     vocab_size: int | None = option(None, "vocabulary without padding")
     max_position_embeddings: int | None = option(None, "longest sequence in tokens")
     rope_theta: float | None = option(None, "base of the rotary frequencies")
-    rope_scaling: dict[str, Any] | None = option(None, "Llama 3 scaling: factor, low, high, original length")
+    rope_scaling: Any = option(None, "Llama 3 scaling: factor, low, high, original length")
     norm_eps: float | None = option(None, "epsilon of the norms")
     tied_embeddings: bool | None = option(None, "whether output and input embeddings are one tensor")
     dtype: str | None = option(None, "dtype of the weights on disk", ("float32", "bfloat16"))
@@ -323,7 +323,15 @@ def check(config: Any, prefix: str = "") -> None:
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint = f": did you mean {near[0]}?" if near else ""
             raise UserError(f"{name}={value} is not one of {', '.join(choices)}{hint}")
+        if isinstance(value, str) and not value:
+            raise UserError(f"{name}= is empty")
         if isinstance(value, int | float) and not isinstance(value, bool):
+            if not -(2.0**63) < value < 2.0**63:  # also refuses nan and inf
+                raise UserError(f"{name}={value} must be a finite number")
+            if f.name in ("adam_beta1", "adam_beta2") and not 0 <= value < 1:
+                raise UserError(f"{name}={value} must be at least 0 and below 1")
+            if f.name == "seed" and value >= 2**32:
+                raise UserError(f"{name}={value} must be below 2**32")
             if f.name in _POSITIVE and not value > 0:
                 raise UserError(f"{name}={value} must be above 0")
             if f.name in _NOT_NEGATIVE and not value >= 0:

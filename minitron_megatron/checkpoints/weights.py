@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -97,7 +98,8 @@ def stacked_shape(row: Row, shape: ModelShape) -> tuple[int, ...]:
 
 def total_bytes(shape: ModelShape) -> int:
     """Bytes of a model's weights on disk, vocabulary padding included."""
-    return sum(torch.Size(c.shape).numel() for c in chunks(shape)) * getattr(torch, shape.dtype).itemsize
+    numbers = sum(torch.Size(stacked_shape(row, shape)).numel() for row in axis_table(shape))
+    return numbers * getattr(torch, shape.dtype).itemsize
 
 
 def write_weights(folder: Path, shape: ModelShape, produce: Producer, description: str) -> str:
@@ -124,7 +126,14 @@ def write_weights(folder: Path, shape: ModelShape, produce: Producer, descriptio
         planner = _StreamPlanner(shape, produce, advance)
         # Nothing ahead of what is being written: one chunk at a time, also where there is a GPU.
         writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
-        dcp.save({}, storage_writer=writer, planner=planner, no_dist=alone)
+        try:
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=alone)
+        except CheckpointException as error:
+            # torch wraps what went wrong on each rank: a user's mistake and a full disk have to be told as what they are.
+            cause = next(failure for failure, _ in error.failures.values())
+            if isinstance(cause, UserError | OSError):
+                raise cause from error
+            raise
     if collectives.is_rank_zero():
         _write_backend_file(folder)
     return _content_digest(shape, planner.digests)
@@ -209,13 +218,18 @@ class WeightReader:
 
     def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
         """The region of `key` at `offsets` with extent `sizes`, in the dtype on disk."""
-        stored = self.metadata.state_dict_metadata[key]
+        stored = self.metadata.state_dict_metadata.get(key)
+        if not isinstance(stored, TensorStorageMetadata):
+            raise UserError(f"{self.reader.path} has no tensor {key}: make the folder again")
         out = torch.empty(tuple(sizes), dtype=stored.properties.dtype)
         region = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, stored, [region])
         if sum(item.lengths.numel() for item in items) != out.numel():
             raise UserError(f"{self.reader.path}: {key} is incomplete; make the folder again")
-        self.reader.read_data(LoadPlan(items), _RegionPlanner(out)).wait()
+        try:
+            self.reader.read_data(LoadPlan(items), _RegionPlanner(out)).wait()
+        except Exception as error:  # damaged bytes can fail in any way in torch's reader
+            raise UserError(f"{self.reader.path}: {key} is damaged ({_short(error)}): make the folder again") from error
         return out
 
     def read_slot(self, slot: Slot, shape: ModelShape, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -295,8 +309,10 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 def _unpickle_metadata(file: IO[bytes]) -> Metadata:
     metadata = _MetadataUnpickler(file).load()
-    if not isinstance(metadata, Metadata):
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
         raise pickle.UnpicklingError("not a checkpoint's metadata")
+    if not isinstance(metadata.storage_data, dict):
+        raise pickle.UnpicklingError("no places of tensors in it")
     return metadata
 
 
@@ -307,8 +323,13 @@ def read_metadata(folder: Path) -> Metadata:
             return _unpickle_metadata(file)
     except FileNotFoundError:
         raise UserError(f"{folder} has no .metadata: it is not a whole distributed checkpoint") from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{folder}/.metadata is damaged or unsafe ({error}): make the folder again") from None
+    except Exception as error:  # arbitrary bytes can fail in any way in the unpickler
+        raise UserError(f"{folder}/.metadata is damaged or unsafe ({_short(error)}): make the folder again") from None
+
+
+def _short(error: BaseException) -> str:
+    """The first line of an error, at most 160 characters."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 @contextmanager
@@ -340,8 +361,12 @@ def load_weights(chunks_of_model: Sequence[torch.nn.Module], weights: Path) -> N
         f"chunk{i}": {k: v for k, v in chunk.sharded_state_dict().items() if not k.endswith("_extra_state")}
         for i, chunk in enumerate(chunks_of_model)
     }
-    with safe_reading():
-        loaded = dist_checkpointing.load(wanted, str(weights))
+    try:
+        with safe_reading():
+            loaded = dist_checkpointing.load(wanted, str(weights))
+    except CheckpointException as error:
+        cause = next(failure for failure, _ in error.failures.values())
+        raise UserError(f"{weights} is damaged ({_short(cause)}): make the folder again") from error
     for i, chunk in enumerate(chunks_of_model):
         result = chunk.load_state_dict(loaded[f"chunk{i}"], strict=False)
         missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]

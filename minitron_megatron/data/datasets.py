@@ -4,11 +4,13 @@
     samples  8k+0 8k+1 | 8k+2 8k+3 | 8k+4 8k+5 | 8k+6 8k+7
              r0, first   r1, first   r0, second  r1, second
 
-The same samples make up step k for any data-parallel size and micro-batch size.
+The same samples make up step k for any data-parallel size, micro-batch size and length of the run.
 """
 
+import hashlib
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +22,11 @@ import torch
 from minitron_megatron.checkpoints.folder import read_manifest
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.parallel import collectives
 
 Sample = dict[str, torch.Tensor]
+# What Megatron's .idx files begin with.
+INDEX_HEADER = b"MMIDIDX\x00\x00"
 
 
 class Samples(Protocol):
@@ -59,6 +64,11 @@ def open_data(path: str, split: str, shape: ModelShape, sequence_length: int) ->
     results = folder.manifest.get("results", {})
     if split not in results or not (folder.path / f"{split}.idx").is_file():
         raise UserError(f"data.path={path} has no split {split!r}: give the output of launch/prepare_data.py")
+    with open(folder.path / f"{split}.idx", "rb") as index:
+        whole = index.read(len(INDEX_HEADER)) == INDEX_HEADER and results.get("token_dtype") in ("uint16", "int32")
+    size = (folder.path / f"{split}.bin").stat().st_size
+    if not whole or size != results[split].get("tokens", 0) * np.dtype(results["token_dtype"]).itemsize:
+        raise UserError(f"data.path={path}: the {split} split is damaged; prepare the data again")
     if results["vocab_size"] > shape.vocab_size:
         raise UserError(
             f"data.path={path} was made with a vocabulary of {results['vocab_size']}, the model has {shape.vocab_size}: "
@@ -91,22 +101,86 @@ class _TokenIds:
         return {"class": "ids", "vocab_size": self.vocab_size, "eod": self.eod}
 
 
-def training_samples(folder: DataFolder, split: str, *, sequence_length: int, seed: int, count: int) -> Samples:
+class Epochs:
+    """Samples over as many epochs as are asked for; which one has number n depends on the seed and on n alone.
+
+        n       0 … E-1                   E … 2E-1                 2E … 3E-1
+        sample  order of `epoch` itself   permuted by (seed, 1)    permuted by (seed, 2)
+
+    So a longer run begins with the samples of a shorter one. Megatron's own epochs are shuffled together, in an order
+    that changes with their number.
+    """
+
+    def __init__(self, epoch: Samples, *, seed: int, count: int) -> None:
+        self.epoch, self.seed, self.count = epoch, seed, count
+        self._shuffled: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        number, place = divmod(index, len(self.epoch))
+        return self.epoch[place if number == 0 else int(self._order(number)[place])]
+
+    def _order(self, number: int) -> np.ndarray:
+        if self._shuffled is None or self._shuffled[0] != number:
+            # RandomState's stream is frozen over releases of numpy: a run resumed after an upgrade keeps its order.
+            self._shuffled = number, np.random.RandomState([self.seed, number]).permutation(len(self.epoch))
+        return self._shuffled[1]
+
+
+def training_samples(folder: DataFolder, split: str, *, sequence_length: int, seed: int, count: int) -> Epochs:
     """Megatron's GPTDataset: `count` samples in an order shuffled by the seed, over as many epochs as that takes.
 
-    The index is built once on rank 0, next to the data; the other ranks read it.
+    The index is built once on rank 0, next to the data; the other ranks read it. Every rank must call this. Raises
+    UserError on every rank when the index cannot be written.
     """
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core import __version__ as megatron_version
 
-    cache = folder.path / "cache"
-    if not os.access(folder.path, os.W_OK):
-        raise UserError(f"data.path={folder.path} is not writable: Megatron keeps the sample index in {cache}")
+    # Megatron names its cached files after the path and the tokenizer, so these belong to the folder's name.
+    prefix, results = str((folder.path / split).resolve()), folder.manifest["results"]
+    made_of = f"{prefix} {results['vocab_size']} {results['end_of_document']} {megatron_version}"
+    name = f"{split}-{sequence_length}-{seed}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
+    cache = folder.path / "cache" / name
+    problem = None
+    if collectives.is_rank_zero() and not cache.is_dir():
+        problem = _build_index(folder, prefix, sequence_length, seed, cache)
+    problem = collectives.broadcast_object(problem)
+    if problem is not None:
+        raise UserError(problem)
+    return Epochs(_one_epoch(folder, prefix, sequence_length, seed, cache), seed=seed, count=count)
+
+
+def _build_index(folder: DataFolder, prefix: str, sequence_length: int, seed: int, cache: Path) -> str | None:
+    """Build the sample index in a folder that is renamed when whole: a killed or a second job cannot spoil it."""
+    try:
+        cache.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache.parent, prefix=".partial-") as partial:
+            _one_epoch(folder, prefix, sequence_length, seed, Path(partial) / "index")
+            try:
+                os.rename(Path(partial) / "index", cache)
+            except OSError:
+                # Another job was quicker; its index is the same.
+                if not cache.is_dir():
+                    raise
+    except OSError as error:
+        return (
+            f"data.path={folder.path}: the sample index cannot be written to {cache.parent} ({error.strerror or error})"
+        )
+    return None
+
+
+def _one_epoch(folder: DataFolder, prefix: str, sequence_length: int, seed: int, cache: Path) -> Samples:
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.utils import Split
+
     results = folder.manifest["results"]
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=sequence_length,
-        blend_per_split=[([str(folder.path / split)], None), None, None],
+        blend_per_split=[([prefix], None), None, None],
         path_to_cache=str(cache),
         tokenizer=_TokenIds(results["vocab_size"], results["end_of_document"]),
         reset_position_ids=False,
@@ -114,8 +188,9 @@ def training_samples(folder: DataFolder, split: str, *, sequence_length: int, se
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [count, None, None], lambda: True, config).build()
-    return train
+    tokens = GPTDataset.build_low_level_dataset(prefix, config)
+    documents = np.arange(len(tokens), dtype=np.int32)
+    return GPTDataset(tokens, prefix, documents, None, Split.train, config)
 
 
 class Windows:

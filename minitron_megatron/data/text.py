@@ -17,7 +17,9 @@ PLAIN, LINES = (".txt", ".md", ".rst"), (".jsonl", ".jsonl.gz", ".jsonl.xz")
 
 def find_files(inputs: str | Sequence[str]) -> list[Path]:
     """The text files named, or found below folders that are named. Raises UserError."""
-    names = [inputs] if isinstance(inputs, str) else list(inputs)
+    names = [inputs] if isinstance(inputs, str) else inputs
+    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"input={inputs} must be a path or a list of paths")
     files: list[Path] = []
     for name in names:
         path = Path(name)
@@ -40,7 +42,7 @@ def documents(files: Sequence[Path], key: str) -> Iterator[str]:
     for file in files:
         try:
             if file.name.endswith(PLAIN):
-                text = file.read_text(encoding="utf-8")
+                text = file.read_text(encoding="utf-8-sig")
                 if text.strip():
                     yield text
             else:
@@ -54,10 +56,10 @@ def documents(files: Sequence[Path], key: str) -> Iterator[str]:
 
 def _open(file: Path) -> IO[str]:
     if file.name.endswith(".gz"):
-        return gzip.open(file, "rt", encoding="utf-8")
+        return gzip.open(file, "rt", encoding="utf-8-sig")
     if file.name.endswith(".xz"):
-        return lzma.open(file, "rt", encoding="utf-8")
-    return open(file, encoding="utf-8")
+        return lzma.open(file, "rt", encoding="utf-8-sig")
+    return open(file, encoding="utf-8-sig")
 
 
 def _json_lines(file: Path, lines: IO[str], key: str) -> Iterator[str]:
@@ -66,9 +68,11 @@ def _json_lines(file: Path, lines: IO[str], key: str) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}:{number} is not JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}:{number} is not JSON ({str(error)[:80]})") from None
         if not isinstance(record, dict) or not isinstance(record.get(key), str):
             raise UserError(f"{file}:{number} has no text under {key!r}: set text_key=")
+        if any("\ud800" <= letter <= "\udfff" for letter in record[key]):
+            raise UserError(f"{file}:{number} has half a character (a lone surrogate) in its text: mend the file")
         if record[key].strip():
             yield record[key]

@@ -25,6 +25,11 @@ def load_tokenizer(folder: Path | str) -> Any:
     return tokenizer
 
 
+def vocabulary_size(tokenizer: Any) -> int:
+    """One more than the highest id: a vocabulary may have holes."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+
+
 def tokenizer_digest(folder: Path) -> str:
     """SHA-256 over the names and contents of a tokenizer's files."""
     whole = hashlib.sha256()

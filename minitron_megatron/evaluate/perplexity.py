@@ -6,17 +6,18 @@ import time
 
 import torch
 
-from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder, output_folder
+from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open_model_folder, output_folder
 from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.console import print_table, progress
 from minitron_megatron.data.datasets import DataFolder, MicroBatches, Windows, open_data
 from minitron_megatron.distill.losses import vocab_parallel_nll
+from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype
 from minitron_megatron.models.forward import Batch, forward_only
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import Layout, parallel_job
+from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
 
 RESULTS = "results.json"
 
@@ -31,13 +32,15 @@ def evaluate(cfg: EvaluateConfig) -> None:
     data = open_data(cfg.data.path, cfg.split, folder.shape, cfg.data.sequence_length)
     windows = Windows(data, cfg.split, cfg.data.sequence_length)
     count = min(len(windows), cfg.samples or len(windows))
+    inputs = {"model": folder.digest, "data": data.digest}
+    pick_device(cfg.device)
     if cfg.dry_run:
+        check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
         print_table("would be evaluated", ["", "value"], [["model", str(folder.path)], ["windows", count]])
         return
     with parallel_job(layout, seed=cfg.seed, device=cfg.device):
         if cfg.verify:
             verify_digest(folder)
-        inputs = {"model": folder.digest, "data": data.digest}
         with output_folder(
             cfg.output, command=command_line(), config=resolved_config(cfg), inputs=inputs, resume=cfg.resume
         ) as out:
@@ -86,6 +89,8 @@ def measure(folder: ModelFolder, data: DataFolder, layout: Layout, cfg: Evaluate
         )
     mine = sum((c.cpu() for c in collected), torch.zeros(2, dtype=torch.float64))
     nll, tokens = collectives.sum_from_last_stage(mine.tolist())
+    if not math.isfinite(nll):
+        raise UserError(f"model={folder.path}: the loss is {nll}; the weights or precision= are at fault")
     return {
         "loss": nll / tokens,
         "perplexity": math.exp(min(nll / tokens, 700)),

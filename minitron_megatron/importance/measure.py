@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder, output_folder
+from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open_model_folder, output_folder
 from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest
 from minitron_megatron.config import ImportanceConfig
 from minitron_megatron.console import print_table, progress
@@ -25,7 +25,7 @@ from minitron_megatron.models.axes import PROBES, TENSOR_PARALLEL_AXES
 from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype
 from minitron_megatron.models.forward import forward_only
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import Layout, parallel_job
+from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +43,16 @@ def measure_importance(cfg: ImportanceConfig) -> None:
             f"samples={cfg.samples} of {cfg.data.sequence_length} tokens are more than the train split's "
             f"{data.tokens('train')}: lower samples= or data.sequence_length="
         )
+    inputs = {"model": folder.digest, "data": data.digest}
+    pick_device(cfg.device)
     if cfg.dry_run:
+        check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
         rows = [["samples", cfg.samples], ["tokens", cfg.samples * cfg.data.sequence_length], ["layout", str(layout)]]
         print_table("would be measured", ["", "value"], rows)
         return
     with parallel_job(layout, seed=cfg.seed, device=cfg.device):
         if cfg.verify:
             verify_digest(folder)
-        inputs = {"model": folder.digest, "data": data.digest}
         with output_folder(
             cfg.output, command=command_line(), config=resolved_config(cfg), inputs=inputs, resume=cfg.resume
         ) as out:

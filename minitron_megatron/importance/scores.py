@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from minitron_megatron.checkpoints.folder import read_manifest
 from minitron_megatron.errors import UserError
+from minitron_megatron.models.axes import PROBES
 from minitron_megatron.models.shape import ModelShape
 
 FILE = "scores.safetensors"
@@ -62,18 +63,19 @@ def load_scores(path: Path | str) -> Scores:
         tensors = load_file(path / FILE)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path / FILE} is damaged ({error}): measure the importance again") from None
-    return Scores(tensors, manifest["inputs"]["model"])
+    inputs = manifest.get("inputs")
+    if not isinstance(inputs, dict) or "model" not in inputs:
+        raise UserError(f"{path}: the manifest does not name the model: measure the importance again")
+    return Scores(tensors, inputs["model"])
 
 
 def check_scores(scores: Scores, shape: ModelShape, digest: str, where: str) -> None:
     """Raise UserError unless the scores were measured on this very model."""
     if scores.model_digest != digest:
         raise UserError(f"scores={where} were measured on another model (digest differs): measure this one")
-    expected = {
-        "ffn": (shape.num_layers, shape.ffn_hidden_size),
-        "heads": (shape.num_layers, shape.num_attention_heads),
-        "layers": (shape.num_layers,),
-    }
+    lengths = {"ffn": shape.ffn_hidden_size, "kv_groups": shape.num_attention_heads, "hidden": shape.hidden_size}
+    expected = {probe.score: (shape.num_layers, lengths[probe.axis]) for probe in PROBES}
+    expected["layers"] = (shape.num_layers,)
     for name, size in expected.items():
         found = scores.tensors.get(name)
         if found is None or found.shape != size or not np.isfinite(found).all():

@@ -34,7 +34,7 @@ def check_layout(shape: ModelShape, layout: Layout, what: str = "the model") -> 
             fits = [n for n in range(1, size + 1) if all(s % n == 0 for s in sharded.values()) and n <= 64]
             raise UserError(
                 f"parallel.tensor={layout.tensor} does not divide {name}={size} of {what}: "
-                f"use one of {', '.join(map(str, fits))}"
+                f"use {'1' if fits == [1] else 'one of ' + ', '.join(map(str, fits))}"
             )
     stages = layout.pipeline * (layout.virtual_pipeline or 1)
     if shape.num_layers % stages:

@@ -31,6 +31,9 @@ FAMILIES = {
 def shape_from_hf(config: Mapping[str, Any], where: str) -> ModelShape:
     """The shape of a Hugging Face model by its config.json (transformers 4 or 5). Raises UserError."""
     architecture = (config.get("architectures") or ["unnamed"])[0]
+    wrong = [key for key in ("rope_parameters", "rope_scaling") if not isinstance(config.get(key) or {}, Mapping)]
+    if wrong:
+        raise UserError(f"{where}: {wrong[0]} is not a mapping")
     family = next((name for name, f in FAMILIES.items() if f.architecture == architecture), None)
     if family is None:
         known = ", ".join(f.architecture for f in FAMILIES.values())

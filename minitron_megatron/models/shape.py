@@ -14,6 +14,24 @@ from minitron_megatron.errors import UserError
 # and each shard stays a multiple of 128, which tensor cores like.
 VOCAB_MULTIPLE = 128 * 8
 DTYPES = ("float32", "bfloat16")
+FAMILY_NAMES = ("llama", "mistral")
+_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+def _check_numbers(owner: object, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+            raise UserError(f"{name}={value!r} in the model's shape: must be a number above 0")
 
 
 @dataclass(frozen=True)
@@ -24,6 +42,10 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        """All four must be numbers above 0. Raises UserError."""
+        _check_numbers(self, tuple(f.name for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -47,19 +69,15 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         """Check what no layout and no checkpoint could repair."""
-        for name in (
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "num_query_groups",
-            "head_dim",
-            "vocab_size",
-            "max_position_embeddings",
-        ):
+        for name in _SIZES:
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or not 1 <= value < 2**31:
                 raise UserError(f"{name}={value!r} in the model's shape: must be a whole number of at least 1")
+        _check_numbers(self, ("rope_theta", "norm_eps"))
+        if type(self.tied_embeddings) is not bool:
+            raise UserError(f"tied_embeddings={self.tied_embeddings!r} in the model's shape: must be true or false")
+        if self.family not in FAMILY_NAMES:
+            raise UserError(f"family={self.family!r} in the model's shape is not one of {', '.join(FAMILY_NAMES)}")
         if self.num_attention_heads % self.num_query_groups:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of num_query_groups="
@@ -104,7 +122,7 @@ class ModelShape:
     def from_dict(cls, values: Mapping[str, Any], where: str) -> "ModelShape":
         """Build from YAML or config values; `where` names the source in errors."""
         names = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - names)
+        unknown = sorted(str(key) for key in set(values) - names)
         optional = {"rope_scaling"}
         missing = sorted(n for n in names - optional if values.get(n) is None)
         if unknown or missing:
@@ -115,4 +133,7 @@ class ModelShape:
             rope_scaling = RopeScaling(**scaling) if scaling else None
         except TypeError as error:
             raise UserError(f"{where}: rope_scaling is malformed ({error})") from None
-        return cls(**{**values, "rope_scaling": rope_scaling})
+        try:
+            return cls(**{**values, "rope_scaling": rope_scaling})
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None

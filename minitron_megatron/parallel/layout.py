@@ -126,7 +126,7 @@ def parallel_job(
             stack.enter_context(adapter())
         else:
             torch.cuda.set_device(where)
-        stack.enter_context(process_group("gloo" if where.type == "cpu" else "nccl", timeout))
+        stack.enter_context(process_group(where, timeout))
         stack.enter_context(model_parallel(layout, seed, timeout))
         yield Job(layout, where, dist.get_rank())
 
@@ -137,23 +137,25 @@ def tool_job() -> Iterator[None]:
     if world_size_from_env() == 1:
         yield
         return
-    with process_group("gloo"):
+    with process_group(torch.device("cpu")):
         yield
 
 
 @contextlib.contextmanager
-def process_group(backend: str, timeout: datetime.timedelta = TIMEOUT) -> Iterator[None]:
-    """torch.distributed over torchrun's processes, or over this one alone without any port.
+def process_group(device: torch.device, timeout: datetime.timedelta = TIMEOUT) -> Iterator[None]:
+    """torch.distributed over torchrun's processes, or over this one alone without any port: NCCL on GPUs, gloo on CPUs.
 
     Where there is a process group already it is used and left as it is.
     """
     if dist.is_initialized():
         yield
         return
+    # NCCL would otherwise guess each rank's device by its number.
+    own = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(**own, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(**own, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         yield
     finally:

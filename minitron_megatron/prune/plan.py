@@ -64,6 +64,8 @@ def read_plan(file: Path, source: ModelShape, model_digest: str) -> tuple[ModelS
         raise UserError(f"plan={file} was made for another model (digest differs)")
     if not isinstance(values["target"], dict) or set(values["target"]) != set(TARGETS):
         raise UserError(f"plan={file}: target must give {', '.join(TARGETS)}")
+    if not all(type(size) is int for size in values["target"].values()):
+        raise UserError(f"plan={file}: every size of target must be a whole number")
     target = target_shape(source, values["target"], [])
     read = _Reader(file, values)
     layers = read.indices("layers", values["layers"], source.num_layers, target.num_layers)
@@ -105,6 +107,10 @@ class _Reader:
     def indices(self, key: str, text: Any, length: int, count: int) -> np.ndarray:
         try:
             spans = [[int(n) for n in span.split("-")] for span in str(text).split()]
+            if any(len(span) > 2 or max(span) >= 2**31 for span in spans):
+                raise ValueError(text)
+            if any(span[-1] >= length for span in spans):
+                raise UserError(f"plan={self.file}: {key} must stay within 0 to {length - 1}")
             found = np.concatenate([np.arange(span[0], span[-1] + 1) for span in spans])
         except (ValueError, IndexError):
             raise UserError(f"plan={self.file}: {key} is not a list of indices such as '0-3 5 7-9'") from None

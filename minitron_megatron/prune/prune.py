@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from minitron_megatron.checkpoints.folder import WEIGHTS, ModelFolder, open_model_folder, output_folder
+from minitron_megatron.checkpoints.folder import WEIGHTS, ModelFolder, check_output, open_model_folder, output_folder
 from minitron_megatron.checkpoints.hf import copy_companions, write_shape
-from minitron_megatron.checkpoints.weights import Chunk, WeightReader, verify_digest, write_weights
+from minitron_megatron.checkpoints.weights import Chunk, WeightReader, check_weights, verify_digest, write_weights
 from minitron_megatron.config import PruneConfig
 from minitron_megatron.console import print_table
 from minitron_megatron.errors import UserError
@@ -53,6 +53,8 @@ def make_plan(cfg: PruneConfig, folder: ModelFolder) -> tuple[ModelShape, Kept, 
     if cfg.plan:
         if cfg.scores:
             raise UserError("plan= and scores= exclude each other: a plan repeats a pruning without scores")
+        if cfg.drop_layers or any(size is not None for size in vars(cfg.target).values()):
+            raise UserError("plan= excludes target= and drop_layers=: edit the plan's own target and indices")
         target, kept = read_plan(Path(cfg.plan), source, folder.digest)
         return target, kept, {"model": folder.digest, "plan": kept_digest(kept)}
     target = target_shape(source, vars(cfg.target), list(cfg.drop_layers))
@@ -70,6 +72,7 @@ def prune_model(cfg: PruneConfig) -> None:
     """`launch/prune.py`: scores and a target, or a plan, into a smaller model folder."""
     with tool_job():
         folder = open_model_folder(cfg.model.folder("model"))
+        check_weights(folder)
         if cfg.verify:
             verify_digest(folder)
         target, kept, inputs = make_plan(cfg, folder)
@@ -80,6 +83,7 @@ def prune_model(cfg: PruneConfig) -> None:
                 target.num_attention_heads,
             )
         if cfg.dry_run:
+            check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
             _print("would be pruned", folder, target, {})
             return
         with output_folder(

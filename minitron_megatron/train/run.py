@@ -26,7 +26,7 @@ from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import Layout, parallel_job
+from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
 from minitron_megatron.train import checkpoint
 from minitron_megatron.train.loop import Distiller, StepResult, stop_on_signal
 from minitron_megatron.train.metrics import Metrics
@@ -52,6 +52,7 @@ def distill(cfg: DistillConfig) -> None:
     if not (cfg.dry_run and None in (cfg.teacher.path, cfg.student.path)):
         teacher, student, data = _inputs(cfg)
         check_run_folder(run, cfg)
+    pick_device(cfg.device)
     if cfg.dry_run:
         _dry_run(cfg, layout, steps, teacher_shape, student_shape)
         return
@@ -164,8 +165,7 @@ def check_run_folder(run: Path, cfg: DistillConfig) -> None:
         )
     for key in longer:
         log.info(
-            "%s grows from %s to %s: from here on the learning rate, and the order of the data where they are read more "
-            "than once, are those of the longer run",
+            "%s grows from %s to %s: from here on the learning rate is that of the longer run",
             key,
             before[key],
             now[key],

@@ -1,0 +1,103 @@
+"""The same code on CUDA: logits, importance, distillation and resuming on one GPU, against the CPU and transformers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minitron_megatron.config import ImportanceConfig
+from minitron_megatron.importance.measure import measure_importance
+from minitron_megatron.importance.scores import load_scores
+from minitron_megatron.parallel.layout import Layout, parallel_job
+from tests import jobs
+from tests.tiny import LLAMA3, data_folder, data_option, hf_model, imported, model_option
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(transformers model, model folder, data folder)."""
+    folder = tmp_path_factory.mktemp("gpu")
+    model = hf_model(rope_parameters=LLAMA3)
+    path = imported(model, folder)
+    return model, path, data_folder(folder, path)
+
+
+def test_logits_equal_transformers(folders):
+    model, path, _ = folders
+    tokens = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = model(tokens).logits
+    with parallel_job(Layout(), seed=1, device="cuda"):
+        found = jobs.logits(str(path), tokens, {}).cpu()
+    assert float((found - wanted).abs().max() / wanted.abs().max()) <= 1e-5
+
+
+def test_scores_are_those_of_the_cpu(folders, tmp_path):
+    _, path, data = folders
+    for device in ("cpu", "cuda"):
+        cfg = ImportanceConfig(
+            model=model_option(path), data=data_option(data), samples=6, device=device, output=str(tmp_path / device)
+        )
+        measure_importance(cfg)
+    wanted, found = load_scores(tmp_path / "cpu").tensors, load_scores(tmp_path / "cuda").tensors
+    for name, score in wanted.items():
+        assert np.abs(found[name] - score).max() / np.abs(score).max() <= 1e-5, name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_distillation_learns_and_resumes(folders, tmp_path, precision):
+    """Eight steps in one go, and four and four: the same losses; the first loss is the CPU's."""
+    _, path, data = folders
+    student = imported(hf_model(1, hidden_size=16), tmp_path)
+
+    def run(output: str, steps: int, device: str) -> dict[int, float]:
+        words = [
+            f"teacher={path}",
+            f"student={student}",
+            f"data.path={data}",
+            "data.sequence_length=32",
+            f"trainer.steps={steps}",
+            "trainer.global_batch_size=4",
+            "trainer.save_interval=4",
+            "trainer.validation_samples=0",
+            "optim.lr=1e-3",
+            "optim.schedule=constant",
+            "optim.warmup_steps=0",
+            "logger.wandb=disabled",
+            f"precision={precision}",
+            f"device={device}",
+            f"output={tmp_path / output}",
+        ]
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "launch" / "distill.py"), *words],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "4"},
+            cwd=ROOT,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        lines = map(json.loads, (tmp_path / output / "metrics.jsonl").read_text().splitlines())
+        return {line["step"]: line["loss"] for line in lines}
+
+    whole = run("whole", 8, "cuda")
+    tolerance = 1e-4 if precision == "fp32" else 2e-2
+    assert whole[1] == pytest.approx(run("cpu", 1, "cpu")[1], rel=tolerance)
+    assert whole[8] < whole[1]
+    (tmp_path / "parts").mkdir()
+    checkpoints = sorted((tmp_path / "whole" / "checkpoints").iterdir())
+    assert [c.name for c in checkpoints] == ["step_00000004", "step_00000008"]
+    # What a run killed after its first checkpoint leaves behind.
+    import shutil
+
+    shutil.rmtree(tmp_path / "whole" / "model")
+    shutil.rmtree(checkpoints[1])
+    assert run("whole", 8, "cuda") == whole
