@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from minitron_megatron.console import console, print_table
 from minitron_megatron.errors import UserError
 
 log = logging.getLogger(__name__)
+TORCHRUN_PORT = 29500
 PROMPT = "A list in Python is"
 # 60 % of the parameters of SmolLM2-135M: hidden 576 → 432, ffn 1536 → 1024, all heads and layers kept.
 TARGET = ("target.hidden_size=432", "target.ffn_hidden_size=1024")
@@ -74,13 +76,12 @@ class Stages:
             return
         began = time.monotonic()
         work()
-        # A stage that was interrupted and continued took the sum of both.
         self.seconds[name] = round(time.monotonic() - began, 1)
         self.file.write_text(json.dumps(self.seconds, indent=2) + "\n")
 
     def command(self, name: str, output: Path, *words: str, processes: int = 1) -> None:
         """A stage that is one command of launch/; `processes` above 1 start it with torchrun."""
-        start = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
+        start = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes), *_another_port()]
         words = (*words, *self.seed)
         line = shlex.join([*start, *words, f"output={output}"])
         self.commands.append(line)
@@ -96,6 +97,19 @@ class Stages:
                 )
 
         self.run(name, output, work)
+
+
+def _another_port() -> list[str]:
+    """torchrun's option for a free port, where its default one is taken by another job on this machine."""
+    try:
+        with socket.socket() as default:
+            default.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            default.bind(("127.0.0.1", TORCHRUN_PORT))
+        return []
+    except OSError:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            return ["--master-port", str(free.getsockname()[1])]
 
 
 def write_text(folder: Path) -> None:

@@ -44,6 +44,7 @@ _PLAIN_VALUE = re.compile(r"[\w./:+-]+")
 # Chatter of the libraries that says nothing to a user of these commands.
 _HARMLESS = (
     ".*[Aa]pex is not installed.*",
+    ".*absl.logging is not installed.*",
     ".*[Tt]ransformer.?[Ee]ngine.*",
     ".*GPTModel IS DEPRECATED.*",
     ".*cuda.*not available.*",

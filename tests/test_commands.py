@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,10 +25,18 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+def free_port() -> int:
+    """Several test runs may share a machine; torchrun's default port is one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def run(*words: object, processes: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """`python launch/NAME.py …`, or with torchrun for `processes` above 0."""
     name, *rest = map(str, words)
-    start = [TORCHRUN, "--nproc-per-node", str(processes)] if processes else [sys.executable]
+    torchrun = [TORCHRUN, "--nproc-per-node", str(processes), "--master-port", str(free_port())]
+    start = torchrun if processes else [sys.executable]
     command = [*start, str(ROOT / "launch" / f"{name}.py"), *rest]
     return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=300, check=False)
 

@@ -14,9 +14,14 @@ from minitron_megatron.errors import UserError
 
 
 def check_optimizer(device: torch.device) -> None:
-    """Raise UserError where a GPU has no fused Adam: before any model is there."""
+    """Raise UserError where Megatron would pick an Adam that does not go with the device: before any model is there."""
     from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 
+    if device.type == "cpu" and HAVE_APEX_OR_TE:
+        raise UserError(
+            "training on CPUs needs an environment without Transformer Engine and apex, whose fused Adam Megatron picks "
+            "at import: use device=cuda, or the .venv that `make setup` makes"
+        )
     if device.type == "cuda" and not HAVE_APEX_OR_TE:
         # The CPU adapter mends what Megatron's checkpoints get wrong with torch's own Adam; on GPUs nobody should need it.
         raise UserError(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +20,15 @@ from tests.tiny import LLAMA3, data_folder, data_option, hf_model, imported, mod
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 ROOT = Path(__file__).resolve().parents[2]
+# Large enough that the fused optimizer's blocks are not all remainder.
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """(transformers model, model folder, data folder)."""
     folder = tmp_path_factory.mktemp("gpu")
-    model = hf_model(rope_parameters=LLAMA3)
+    model = hf_model(rope_parameters=LLAMA3, **SIZES)
     path = imported(model, folder)
     return model, path, data_folder(folder, path)
 
@@ -54,11 +57,11 @@ def test_scores_are_those_of_the_cpu(folders, tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_distillation_learns_and_resumes(folders, tmp_path, precision):
-    """Eight steps in one go, and four and four: the same losses; the first loss is the CPU's."""
+    """Eight steps in one go, and four, a stop and four: the same losses, bit for bit."""
     _, path, data = folders
-    student = imported(hf_model(1, hidden_size=16), tmp_path)
+    student = imported(hf_model(1, **{**SIZES, "hidden_size": 128}), tmp_path)
 
-    def run(output: str, steps: int, device: str) -> dict[int, float]:
+    def run(steps: int) -> dict[int, float]:
         words = [
             f"teacher={path}",
             f"student={student}",
@@ -73,8 +76,8 @@ def test_distillation_learns_and_resumes(folders, tmp_path, precision):
             "optim.warmup_steps=0",
             "logger.wandb=disabled",
             f"precision={precision}",
-            f"device={device}",
-            f"output={tmp_path / output}",
+            "device=cuda",
+            f"output={tmp_path / 'whole'}",
         ]
         done = subprocess.run(
             [sys.executable, str(ROOT / "launch" / "distill.py"), *words],
@@ -85,19 +88,14 @@ def test_distillation_learns_and_resumes(folders, tmp_path, precision):
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        lines = map(json.loads, (tmp_path / output / "metrics.jsonl").read_text().splitlines())
+        lines = map(json.loads, (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines())
         return {line["step"]: line["loss"] for line in lines}
 
-    whole = run("whole", 8, "cuda")
-    tolerance = 1e-4 if precision == "fp32" else 2e-2
-    assert whole[1] == pytest.approx(run("cpu", 1, "cpu")[1], rel=tolerance)
+    whole = run(8)
     assert whole[8] < whole[1]
-    (tmp_path / "parts").mkdir()
     checkpoints = sorted((tmp_path / "whole" / "checkpoints").iterdir())
     assert [c.name for c in checkpoints] == ["step_00000004", "step_00000008"]
     # What a run killed after its first checkpoint leaves behind.
-    import shutil
-
     shutil.rmtree(tmp_path / "whole" / "model")
     shutil.rmtree(checkpoints[1])
-    assert run("whole", 8, "cuda") == whole
+    assert run(8) == whole
