@@ -296,6 +296,8 @@ def resolved_config(config: CommandConfig) -> dict[str, Any]:
 
 
 def _quiet() -> None:
+    # Progress is shown by one bar of our own (console.py); read when tqdm is first imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     for message in _HARMLESS:
         warnings.filterwarnings("ignore", message=message)
     for library in (
