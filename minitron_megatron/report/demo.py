@@ -46,7 +46,7 @@ def _models(summary: dict[str, Any]) -> Section:
     rows = [[name, f"{summary['parameters'][name]:,}", f"{summary['perplexity'][name]:,.1f}"] for name in MODELS]
     return Section(
         "Models",
-        "Perplexity on the validation split, over the full vocabulary. A short demo distils over some ten thousand tokens; "
+        "Perplexity on the validation split, over the full vocabulary. A demo distils over a hundred thousand tokens; "
         "the published recipe uses about 100 billion.",
         Table(["model", "parameters", "perplexity"], rows),
     )
