@@ -31,7 +31,7 @@ class ParallelConfig:
     """How the model is spread over the processes."""
 
     tensor: int = option(1, "tensor-parallel size: processes that share each matrix")
-    pipeline: int = option(1, "pipeline-parallel size: stages of consecutive layers")
+    pipeline: int = option(1, "pipeline-parallel size: stages of consecutive layers, as even as they divide")
     virtual_pipeline: int | None = option(None, "model chunks a stage in the interleaved schedule")
     sequence: bool = option(False, "sequence parallelism: tokens of norms are split over the tensor-parallel group")
     context: int = option(1, "context-parallel size; above 1 is refused with local layers")

@@ -102,7 +102,7 @@ def pair(request, tmp_path_factory):
     loss = reference.kl(student.double()(tokens[:, :-1]).logits, wanted, VOCABULARY, 1.0).mean()
     loss.backward()
     gradients = {name: p.grad for name, p in student.named_parameters()}
-    return *paths, tokens, float(loss), gradients
+    return *paths, tokens, loss.item(), gradients
 
 
 def merged(shape, parts):

@@ -21,6 +21,7 @@ LAYOUTS = [
     (4, {"tensor": 2, "pipeline": 2}),
     (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
     (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    (3, {"pipeline": 3}),
     (4, {"tensor": 4}),
     (2, {}),
 ]
@@ -30,6 +31,7 @@ MODELS = {
     "tied": {"tie_word_embeddings": True},
     "llama3 rope": {"rope_parameters": LLAMA3},
     "head_dim of its own": {"head_dim": 16, "num_attention_heads": 4},
+    "five layers": {"num_hidden_layers": 5},
 }
 
 
@@ -71,6 +73,18 @@ def test_logits_are_the_same_in_every_layout(gloo, folders, name, ranks, layout)
     assert found and all(relative(out, wanted) <= 1e-5 for out in found)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(2, {"pipeline": 2}), (2, {"pipeline": 2, "virtual_pipeline": 2}), (4, {"pipeline": 4})],
+    ids=names,
+)
+def test_layers_that_do_not_divide_over_the_stages(gloo, folders, ranks, layout):
+    tokens, made = folders
+    path, wanted = made["five layers"]
+    found = [out for out in gloo(ranks, jobs.logits, str(path), tokens, layout, layout=layout) if out is not None]
+    assert found and all(relative(out, wanted) <= 1e-5 for out in found)
+
+
 @pytest.mark.parametrize(("ranks", "layout"), LAYOUTS, ids=names)
 def test_every_rank_holds_what_the_table_says(gloo, folders, ranks, layout):
     _, made = folders
@@ -94,8 +108,8 @@ def test_layouts_that_do_not_divide_are_refused():
     shape = shape_from_hf(hf_model().config.to_dict() | {"architectures": ["LlamaForCausalLM"]}, "config.json")
     with pytest.raises(UserError, match=r"tensor=3 does not divide num_query_groups=4 .* use one of 1, 2, 4"):
         check_layout(shape, Layout(tensor=3, world_size=3))
-    with pytest.raises(UserError, match=r"pipeline=3 does not divide num_layers=4 .* use one of 1, 2, 4"):
-        check_layout(shape, Layout(pipeline=3, world_size=3))
+    with pytest.raises(UserError, match=r"pipeline × parallel.virtual_pipeline=6 is more than num_layers=4"):
+        check_layout(shape, Layout(pipeline=3, virtual_pipeline=2, world_size=3))
     with pytest.raises(UserError, match=r"sequence_length=33 is not a multiple"):
         check_sequence(33, Layout(tensor=2, sequence=True, world_size=2))
 

@@ -36,14 +36,24 @@ def check_layout(shape: ModelShape, layout: Layout, what: str = "the model") -> 
                 f"parallel.tensor={layout.tensor} does not divide {name}={size} of {what}: "
                 f"use {'1' if fits == [1] else 'one of ' + ', '.join(map(str, fits))}"
             )
-    stages = layout.pipeline * (layout.virtual_pipeline or 1)
-    if shape.num_layers % stages:
-        fits = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0]
+    if shape.num_layers < layout.stages:
         names = "parallel.pipeline" + (" × parallel.virtual_pipeline" if layout.virtual_pipeline else "")
         raise UserError(
-            f"{names}={stages} does not divide num_layers={shape.num_layers} of {what}: "
-            f"use one of {', '.join(map(str, fits))}"
+            f"{names}={layout.stages} is more than num_layers={shape.num_layers} of {what}: every stage needs a layer"
         )
+
+
+def layers_of_stages(num_layers: int, stages: int) -> list[int]:
+    """Layers of each pipeline stage, in the order of the data flow: as even as can be, the last stages (the head) fewer."""
+    return [num_layers // stages + (stage < num_layers % stages) for stage in range(stages)]
+
+
+def pipeline_layout(num_layers: int, layout: Layout) -> list[list[str]] | None:
+    """What Megatron's `pipeline_model_parallel_layout` says where layers do not divide over the stages; None where they do."""
+    if num_layers % layout.stages == 0:
+        return None
+    stages = [["decoder"] * layers for layers in layers_of_stages(num_layers, layout.stages)]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def check_sequence(sequence_length: int, layout: Layout) -> None:
@@ -82,6 +92,7 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) ->
         sequence_parallel=layout.sequence and layout.tensor > 1,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        pipeline_model_parallel_layout=pipeline_layout(shape.num_layers, layout),
         context_parallel_size=layout.context,
         # With two stages the interleaved schedule sends activations and gradients between the same two ranks in one batch,
         # where they may be taken for each other: separate, overlapped transfers keep them apart.

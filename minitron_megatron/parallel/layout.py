@@ -70,6 +70,11 @@ class Layout:
         """Data-parallel size."""
         return self.world_size // (self.tensor * self.pipeline * self.context)
 
+    @property
+    def stages(self) -> int:
+        """Model chunks that follow one another in the data flow: pipeline stages, times the chunks of each."""
+        return self.pipeline * (self.virtual_pipeline or 1)
+
     @classmethod
     def from_config(cls, config: Any, world_size: int | None = None) -> "Layout":
         """From the `parallel` part of a config; `world_size` defaults to torchrun's."""
