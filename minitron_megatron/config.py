@@ -129,6 +129,11 @@ class ImportanceOptions:
 
     sequence: str = option("mean", "aggregation over the tokens of a sample", ("mean", "l2", "variance"))
     batch: str = option("l2", "aggregation over the samples", ("mean", "l2", "variance"))
+    heads: str = option(
+        "per_token",
+        "norm of a head's channels: of each token, or of their scores (NVIDIA's code)",
+        ("per_token", "per_channel"),
+    )
 
 
 @dataclass
@@ -210,8 +215,18 @@ class ImportanceConfig(CommandConfig):
     model: ModelConfig = group(ModelConfig)
     data: DataConfig = group(DataConfig)
     samples: int = option(1024, "calibration samples of data.sequence_length tokens")
+    first_sample: int = option(
+        0, "number of the first sample: runs on parts of the data merge with launch/merge_scores.py"
+    )
     trainer: BatchConfig = group(BatchConfig)
     importance: ImportanceOptions = group(ImportanceOptions)
+
+
+@dataclass
+class MergeScoresConfig(CommandConfig):
+    """Scores of several runs on parts of the data into the scores of the whole."""
+
+    scores: list[str] = option([], "scores folders of the same model, aggregation and sequence length, two or more")
 
 
 @dataclass
@@ -264,6 +279,7 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "random_model": RandomModelConfig,
     "prepare_data": PrepareDataConfig,
     "importance": ImportanceConfig,
+    "merge_scores": MergeScoresConfig,
     "prune": PruneConfig,
     "distill": DistillConfig,
     "evaluate": EvaluateConfig,
@@ -307,7 +323,7 @@ _POSITIVE = frozenset(
     adam_eps""".split()
 )
 _NOT_NEGATIVE = frozenset(
-    "min_lr warmup_steps weight_decay clip_grad validation_interval validation_samples seed".split()
+    "min_lr warmup_steps weight_decay clip_grad validation_interval validation_samples seed first_sample".split()
 )
 
 

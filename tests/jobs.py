@@ -21,7 +21,8 @@ from minitron_megatron.config import (
 )
 from minitron_megatron.data.datasets import open_data
 from minitron_megatron.distill.teacher import Teacher
-from minitron_megatron.importance.measure import importance_scores
+from minitron_megatron.importance.measure import aggregation, measure_statistics
+from minitron_megatron.importance.scores import finish_scores
 from minitron_megatron.models.axes import Place, axis_table, tensor_parallel_keep
 from minitron_megatron.models.build import build_model_chunks
 from minitron_megatron.models.forward import forward_only
@@ -161,19 +162,32 @@ def training_losses(teacher: str, student: str, tokens: torch.Tensor, layout: di
     return [(r.loss, r.grad_norm) for r in results]
 
 
-def scores(model: str, data: str, layout: dict, samples: int, micro_batch_size: int, how: tuple[str, str]):
+def scores(
+    model: str,
+    data: str,
+    layout: dict,
+    samples: int,
+    micro_batch_size: int,
+    how: tuple[str, ...],
+    first_sample: int = 0,
+):
     """Importance scores as tensors, on rank 0."""
     cfg = ImportanceConfig(
         output="",
         model=model_option(Path(model)),
         data=data_option(Path(data), 32),
         samples=samples,
+        first_sample=first_sample,
         trainer=BatchConfig(micro_batch_size=micro_batch_size),
         importance=ImportanceOptions(*how),
     )
     folder = open_model_folder(model)
-    found = importance_scores(folder, open_data(data, "train", folder.shape, 32), full_layout(layout), cfg)
-    return None if found is None else {name: torch.from_numpy(score) for name, score in found.items()}
+    data_folder = open_data(data, "train", folder.shape, 32)
+    statistics = measure_statistics(folder, data_folder, full_layout(layout), cfg)
+    if statistics is None:
+        return None
+    found = finish_scores(statistics, aggregation(cfg, folder.shape.head_dim))
+    return {name: torch.from_numpy(score) for name, score in found.items()}
 
 
 def import_and_export(hf: str, model: str, back: str, max_shard_gb: float) -> None:

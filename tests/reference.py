@@ -4,7 +4,9 @@ import numpy as np
 import torch
 
 
-def importance(model, samples: list[torch.Tensor], sequence: str, batch: str) -> dict[str, np.ndarray]:
+def importance(
+    model, samples: list[torch.Tensor], sequence: str, batch: str, heads: str = "per_token"
+) -> dict[str, np.ndarray]:
     """Scores by hooks on a transformers model, one sample at a time, written out from the paper's definitions."""
     model = model.double()
     config = model.config
@@ -16,11 +18,13 @@ def importance(model, samples: list[torch.Tensor], sequence: str, batch: str) ->
 
     handles = []
     for i, layer in enumerate(layers):
-        heads = (config.num_attention_heads, config.head_dim)
+        per_head = (config.num_attention_heads, config.head_dim)
         handles += [
             layer.mlp.down_proj.register_forward_pre_hook(lambda m, a, i=i: keep("ffn", i, a[0])),
             layer.self_attn.o_proj.register_forward_pre_hook(
-                lambda m, a, i=i, heads=heads: keep("heads", i, a[0].unflatten(-1, heads).norm(dim=-1))
+                lambda m, a, i=i, per_head=per_head: keep(
+                    "heads", i, a[0].unflatten(-1, per_head).norm(dim=-1) if heads == "per_token" else a[0]
+                )
             ),
             layer.input_layernorm.register_forward_hook(lambda m, a, o, i=i: keep("hidden.attention_norm", i, o)),
             layer.post_attention_layernorm.register_forward_hook(lambda m, a, o, i=i: keep("hidden.mlp_norm", i, o)),
@@ -36,6 +40,9 @@ def importance(model, samples: list[torch.Tensor], sequence: str, batch: str) ->
         name: np.stack([_over_batch(torch.stack(seen[(name, i)]), batch).numpy() for i in range(len(layers))])
         for name in names
     }
+    if heads == "per_channel":
+        found["heads"] = np.linalg.norm(found["heads"].reshape(len(layers), -1, config.head_dim), axis=-1)
+    found["vocab"] = np.bincount(torch.cat(samples).numpy(), minlength=config.vocab_size)
     found["layers"] = np.array([float(torch.stack(seen[("layers", i)]).mean()) for i in range(len(layers))])
     return found
 

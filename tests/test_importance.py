@@ -1,17 +1,23 @@
 """Scores equal a plain reference on transformers' own modules, in every layout and aggregation."""
 
+import copy
 import itertools
 
 import numpy as np
 import pytest
 import torch
 
-from minitron_megatron.checkpoints.folder import open_model_folder
+from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
+from minitron_megatron.config import ImportanceConfig, ImportanceOptions, MergeScoresConfig
 from minitron_megatron.data.datasets import open_data, training_samples
+from minitron_megatron.errors import UserError
+from minitron_megatron.importance.measure import measure_importance
+from minitron_megatron.importance.merge import merge_scores
+from minitron_megatron.importance.scores import load_scores
 from minitron_megatron.importance.statistics import AGGREGATIONS
 from tests import jobs, reference
 from tests.test_models import LAYOUTS, names
-from tests.tiny import data_folder, hf_model, imported
+from tests.tiny import data_folder, data_option, hf_model, imported, model_option
 
 SAMPLES = 5
 
@@ -52,3 +58,95 @@ def test_every_aggregation(gloo, measured, sequence, batch):
     layout = {"tensor": 2, "sequence": True}
     found = gloo(2, jobs.scores, str(path), str(data), layout, SAMPLES, 1, (sequence, batch), layout=layout)
     compare(found[0], reference.importance(model, samples, sequence, batch))
+
+
+@pytest.mark.parametrize("batch", ["l2", "variance"])
+@pytest.mark.parametrize(("ranks", "layout"), [(1, {}), (2, {"tensor": 2}), (2, {})], ids=names)
+def test_norms_of_channel_scores_as_nvidia_takes_them(gloo, measured, ranks, layout, batch):
+    model, path, data, samples = measured
+    how = ("mean", batch, "per_channel")
+    found = gloo(ranks, jobs.scores, str(path), str(data), layout, SAMPLES, 2, how, layout=layout)
+    compare(found[0], reference.importance(model, samples, *how))
+
+
+@pytest.fixture(scope="module")
+def parts(measured, tmp_path_factory):
+    """Scores folders of samples 0 and 1, of 2 to 4, and of all five; and a function that measures one more."""
+    _, path, data, _ = measured
+    folder = tmp_path_factory.mktemp("parts")
+
+    def measure(name: str, samples: int, first_sample: int = 0, **options):
+        cfg = ImportanceConfig(
+            output=str(folder / name),
+            model=model_option(path),
+            data=data_option(data, 32),
+            samples=samples,
+            first_sample=first_sample,
+            importance=ImportanceOptions(**options),
+        )
+        measure_importance(cfg)
+        return folder / name
+
+    return measure, measure("a", 2), measure("b", 3, first_sample=2), measure("whole", 5)
+
+
+def test_scores_of_parts_merge_into_the_score_of_the_whole(parts, tmp_path):
+    _, a, b, whole = parts
+    merge_scores(MergeScoresConfig(scores=[str(b), str(a)], output=str(tmp_path / "merged")))
+    merged, wanted = load_scores(tmp_path / "merged"), load_scores(whole)
+    assert merged.model_digest == wanted.model_digest and set(merged.tensors) == set(wanted.tensors)
+    for name, score in wanted.tensors.items():
+        np.testing.assert_allclose(merged.tensors[name], score, rtol=1e-6, err_msg=name)
+    assert read_manifest(tmp_path / "merged")["results"]["samples"] == 5
+    # What was merged can be merged on.
+    with pytest.raises(UserError, match="sample 0 was measured twice"):
+        merge_scores(MergeScoresConfig(scores=[str(tmp_path / "merged"), str(a)], output=str(tmp_path / "again")))
+
+
+def test_scores_that_do_not_belong_together_are_not_merged(parts, tmp_path):
+    measure, a, b, whole = parts
+    other = measure("other", 2, first_sample=5, batch="mean")
+    for folders, says in (
+        ([a], "needs two scores folders"),
+        ([a, whole], "sample 0 was measured twice"),
+        ([a, other], "have batch_aggregation=mean, .* has l2: they do not add up"),
+        ([a, tmp_path / "nowhere"], "does not exist"),
+    ):
+        with pytest.raises(UserError, match=says):
+            merge_scores(MergeScoresConfig(scores=[str(f) for f in folders], output=str(tmp_path / "merged")))
+    file = b / "statistics.safetensors"
+    whole_file = file.read_bytes()
+    file.write_bytes(b"\xff" * len(whole_file))
+    with pytest.raises(UserError, match=r"statistics.safetensors is missing or damaged"):
+        merge_scores(MergeScoresConfig(scores=[str(a), str(b)], output=str(tmp_path / "merged")))
+    file.write_bytes(whole_file)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_sample_has_no_variance(parts):
+    measure, *_ = parts
+    with pytest.raises(UserError, match="variance needs samples= of at least 2"):
+        measure("one", 1, batch="variance")
+
+
+@pytest.mark.parametrize(("first_sample", "samples"), [(0, 10**6), (10**6, 1)])
+def test_more_samples_than_there_is_data(parts, first_sample, samples):
+    measure, *_ = parts
+    with pytest.raises(UserError, match="are more than the train split's"):
+        measure("many", samples, first_sample=first_sample)
+
+
+def test_non_finite_activations_name_their_layer(measured, tmp_path):
+    model, _, data, _ = measured
+    broken = copy.deepcopy(model).float()
+    with torch.no_grad():
+        broken.model.layers[2].mlp.up_proj.weight[3, 3] = float("inf")
+    cfg = ImportanceConfig(
+        output=str(tmp_path / "scores"),
+        model=model_option(imported(broken, tmp_path)),
+        data=data_option(data, 32),
+        samples=4,
+    )
+    with pytest.raises(UserError, match="layer 2: non-finite activations at ffn"):
+        measure_importance(cfg)
+    assert not (tmp_path / "scores").exists()

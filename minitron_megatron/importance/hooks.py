@@ -12,22 +12,30 @@ from megatron.core import parallel_state as ps
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from minitron_megatron.errors import UserError
-from minitron_megatron.importance.statistics import BatchStatistic, finish_sequence, sequence_sums
+from minitron_megatron.importance.statistics import BatchStatistic, cosine_sums, finish_sequence, sequence_sums
 from minitron_megatron.models.axes import PROBES, Probe
+from minitron_megatron.parallel.cpu import without_adapter
 
 
 class Recorder:
     """Collects the statistics of every probe of every local layer while micro-batches run through the model."""
 
     def __init__(
-        self, chunks: Iterable[torch.nn.Module], head_dim: int, sequence: str, sequence_parallel: bool
+        self,
+        chunks: Iterable[torch.nn.Module],
+        *,
+        head_dim: int,
+        sequence: str,
+        heads: str,
+        sequence_parallel: bool,
     ) -> None:
         self.head_dim, self.how, self.sequence_parallel = head_dim, sequence, sequence_parallel
+        self.heads_per_token = heads == "per_token"
         self.statistics: dict[tuple[str, int], BatchStatistic] = {}
         self.pending: dict[tuple[str, int], torch.Tensor] = {}
-        self.cosines: dict[int, torch.Tensor] = {}
         self.valid = torch.ones(1)
         self.tokens = 1
+        self.micro_batches = 0
         self.handles: list[Any] = []
         for chunk in chunks:
             for layer in (module for module in chunk.modules() if isinstance(module, TransformerLayer)):
@@ -49,32 +57,46 @@ class Recorder:
 
     def begin(self, batch: dict[str, torch.Tensor]) -> None:
         """Before each micro-batch: which of its samples count, and how long a sequence is."""
+        if self.statistics and self.micro_batches == 1:
+            # Broken weights show at once. Asking after every micro-batch would make a GPU wait for the question.
+            self.check_finite()
+        self.micro_batches += 1
         self.tokens = batch["tokens"].shape[1]
         self.valid = batch["valid"]
 
+    def check_finite(self) -> None:
+        """Raise UserError that names the first local layer with a non-finite activation so far: sums keep them."""
+        for (score, layer), statistic in sorted(self.statistics.items(), key=lambda item: item[0][1]):
+            if not torch.isfinite(statistic.squares).all():
+                raise UserError(f"layer {layer}: non-finite activations at {score}; check the model and precision=")
+
+    @without_adapter
     def _see(self, probe: Probe, layer: int, activations: torch.Tensor) -> None:
         a = activations[0] if isinstance(activations, tuple) else activations
-        if probe.heads:
+        if probe.heads and self.heads_per_token:
             a = a.unflatten(-1, (-1, self.head_dim)).float().norm(dim=-1)
         self.pending[(probe.score, layer)] = sequence_sums(a, self.how)
 
+    @without_adapter
     def _layer(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """A layer is done: finish its samples, and take the cosine between its input and its output."""
         before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         after = out[0] if isinstance(out, tuple) else out
-        cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).sum(0)
+        cosine = cosine_sums(before, after)
         shared = {p.score for p in PROBES if p.sequence_sharded}
         if self.sequence_parallel:
             self._add_over_sequence_shards([self.pending[(s, layer)] for s in sorted(shared)] + [cosine])
         for probe in PROBES:
-            x = finish_sequence(self.pending.pop((probe.score, layer)), self.tokens, self.how)
-            if not torch.isfinite(x).all():
-                raise UserError(
-                    f"layer {layer}: non-finite activations at {probe.score}; check the model and precision="
-                )
-            self.statistics.setdefault((probe.score, layer), BatchStatistic()).add(x, self.valid)
-        influence = (1 - cosine.double() / self.tokens)[:, None]
-        self.statistics.setdefault(("layers", layer), BatchStatistic()).add(influence, self.valid)
+            self._add(
+                probe.score, layer, finish_sequence(self.pending.pop((probe.score, layer)), self.tokens, self.how)
+            )
+        self._add("layers", layer, (1 - cosine.double() / self.tokens)[:, None])
+
+    def _add(self, score: str, layer: int, x: torch.Tensor) -> None:
+        statistic = self.statistics.get((score, layer))
+        if statistic is None:
+            statistic = self.statistics[(score, layer)] = BatchStatistic.zeros(x[0])
+        statistic.add(x, self.valid)
 
     @staticmethod
     def _add_over_sequence_shards(tensors: list[torch.Tensor]) -> None:

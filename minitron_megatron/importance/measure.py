@@ -15,11 +15,11 @@ from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open
 from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest
 from minitron_megatron.config import ImportanceConfig
 from minitron_megatron.console import print_table, progress
-from minitron_megatron.data.datasets import DataFolder, MicroBatches, open_data, training_samples
+from minitron_megatron.data.datasets import DataFolder, MicroBatches, Samples, open_data, training_samples
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.hooks import Recorder
-from minitron_megatron.importance.scores import save_scores
-from minitron_megatron.importance.statistics import finish_batch
+from minitron_megatron.importance.scores import Statistics, save_scores
+from minitron_megatron.importance.statistics import BatchStatistic
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import PROBES, TENSOR_PARALLEL_AXES
 from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype
@@ -38,11 +38,7 @@ def measure_importance(cfg: ImportanceConfig) -> None:
     check_sequence(cfg.data.sequence_length, layout)
     check_weights(folder)
     data = open_data(cfg.data.path, "train", folder.shape, cfg.data.sequence_length)
-    if data.tokens("train") < cfg.samples * cfg.data.sequence_length:
-        raise UserError(
-            f"samples={cfg.samples} of {cfg.data.sequence_length} tokens are more than the train split's "
-            f"{data.tokens('train')}: lower samples= or data.sequence_length="
-        )
+    _check_samples(cfg, data)
     inputs = {"model": folder.digest, "data": data.digest}
     pick_device(cfg.device)
     if cfg.dry_run:
@@ -59,42 +55,74 @@ def measure_importance(cfg: ImportanceConfig) -> None:
             if out.done:
                 return
             began = time.monotonic()
-            scores = importance_scores(folder, data, layout, cfg)
-            if scores is not None:
-                save_scores(out.path, scores)
+            part = {"data": data.digest, "seed": cfg.seed, "first_sample": cfg.first_sample, "samples": cfg.samples}
+            statistics = measure_statistics(folder, data, layout, cfg)
             seconds = time.monotonic() - began
-            tokens = cfg.samples * cfg.data.sequence_length
             out.results = {
+                **aggregation(cfg, folder.shape.head_dim),
                 "samples": cfg.samples,
-                "tokens": tokens,
-                "sequence_aggregation": cfg.importance.sequence,
-                "batch_aggregation": cfg.importance.batch,
+                "tokens": cfg.samples * cfg.data.sequence_length,
+                "parts": [part],
                 "seconds": round(seconds, 2),
-                "tokens_per_second": round(tokens / seconds),
+                "tokens_per_second": round(cfg.samples * cfg.data.sequence_length / seconds),
             }
+            scores = None
+            if statistics is not None:
+                scores = save_scores(out.path, statistics, out.results)
         if scores is not None:
             _print(cfg.output, scores, out.results)
 
 
-def importance_scores(
+def _check_samples(cfg: ImportanceConfig, data: DataFolder) -> None:
+    """Raise UserError where there are too few samples for what is asked."""
+    last, length = cfg.first_sample + cfg.samples, cfg.data.sequence_length
+    if data.tokens("train") < last * length:
+        first = f"first_sample={cfg.first_sample} and " if cfg.first_sample else ""
+        raise UserError(
+            f"{first}samples={cfg.samples} of {length} tokens are more than the train split's {data.tokens('train')}: "
+            "lower samples= or data.sequence_length="
+        )
+    if cfg.importance.batch == "variance" and cfg.samples < 2:
+        raise UserError("importance.batch=variance needs samples= of at least 2: one sample has no variance")
+
+
+def aggregation(cfg: ImportanceConfig, head_dim: int) -> dict[str, Any]:
+    """How activations become scores: what runs must share for their statistics to be added up."""
+    options = cfg.importance
+    return {
+        "sequence_length": cfg.data.sequence_length,
+        "sequence_aggregation": options.sequence,
+        "batch_aggregation": options.batch,
+        "heads": options.heads,
+        "head_dim": head_dim,
+    }
+
+
+def measure_statistics(
     folder: ModelFolder, data: DataFolder, layout: Layout, cfg: ImportanceConfig
-) -> dict[str, np.ndarray] | None:
-    """Load the model, run the calibration samples, and give every score on rank 0 (None elsewhere)."""
+) -> Statistics | None:
+    """Load the model, run the calibration samples, and give every statistic on rank 0 (None elsewhere)."""
     from megatron.core import parallel_state as ps
 
     chunks = build_model_chunks(folder.shape, layout, model_dtype(folder.shape, cfg.precision))
     load_model(chunks, folder)
-    length = cfg.data.sequence_length
-    samples = training_samples(data, "train", sequence_length=length, seed=cfg.seed, count=cfg.samples)
+    length, last = cfg.data.sequence_length, cfg.first_sample + cfg.samples
+    samples = training_samples(data, "train", sequence_length=length, seed=cfg.seed, count=last)
     batches = MicroBatches(
         samples,
-        range(cfg.samples),
+        range(cfg.first_sample, last),
         cfg.trainer.micro_batch_size,
         ps.get_data_parallel_rank(),
         ps.get_data_parallel_world_size(),
         multiple_of=layout.pipeline if layout.virtual_pipeline else 1,
     )
-    recorder = Recorder(chunks, folder.shape.head_dim, cfg.importance.sequence, layout.sequence and layout.tensor > 1)
+    recorder = Recorder(
+        chunks,
+        head_dim=folder.shape.head_dim,
+        sequence=cfg.importance.sequence,
+        heads=cfg.importance.heads,
+        sequence_parallel=layout.sequence and layout.tensor > 1,
+    )
     with progress("importance", len(batches) * len(chunks), unit="micro-batches") as advance:
 
         def before(batch: dict[str, torch.Tensor]) -> None:
@@ -111,36 +139,52 @@ def importance_scores(
             before=before,
         )
     recorder.close()
-    return gather_scores(recorder, cfg.importance.batch)
+    recorder.check_finite()
+    statistics = gather_statistics(recorder)
+    if statistics is not None:
+        statistics.vocab = count_tokens(samples, range(cfg.first_sample, last), folder.shape.vocab_size)
+    return statistics
 
 
-def gather_scores(recorder: Recorder, how: str) -> dict[str, np.ndarray] | None:
-    """Join the statistics of all ranks: scores by name, [layers, …], on rank 0; None elsewhere."""
+def count_tokens(samples: Samples, numbers: range, vocab_size: int) -> torch.Tensor:
+    """How often each token stands in the calibration samples: int64 [vocab_size]."""
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for number in numbers:
+        counts += torch.bincount(samples[number]["tokens"], minlength=vocab_size)
+    return counts
+
+
+def gather_statistics(recorder: Recorder) -> Statistics | None:
+    """Join what all ranks have seen: per score, sums [layers, channels] in global order on rank 0; None elsewhere."""
     from megatron.core import parallel_state as ps
 
     sharded = {p.score for p in PROBES if p.axis in TENSOR_PARALLEL_AXES}
-    local: dict[tuple[str, int], np.ndarray] = {}
+    local: dict[tuple[str, int], tuple[np.ndarray, np.ndarray, float]] = {}
     for (name, layer), statistic in sorted(recorder.statistics.items()):
         packed = statistic.packed()
         torch.distributed.all_reduce(packed, group=ps.get_data_parallel_group())
-        # Block Influence is an expectation over the samples, whatever the aggregation of the other axes.
-        score = finish_batch(packed, "mean" if name == "layers" else how)
+        parts = [packed]
         if name in sharded:
-            parts = [torch.empty_like(score) for _ in range(ps.get_tensor_model_parallel_world_size())]
-            torch.distributed.all_gather(parts, score, group=ps.get_tensor_model_parallel_group())
-            score = torch.cat(parts)
-        local[(name, layer)] = score.cpu().numpy()
+            parts = [torch.empty_like(packed) for _ in range(ps.get_tensor_model_parallel_world_size())]
+            torch.distributed.all_gather(parts, packed, group=ps.get_tensor_model_parallel_group())
+        shards = [BatchStatistic.unpacked(part.cpu()) for part in parts]
+        total, squares = (torch.cat([getattr(s, sums) for s in shards]).numpy() for sums in ("total", "squares"))
+        local[(name, layer)] = total, squares, float(shards[0].count)
     speaks_for_stage = ps.get_tensor_model_parallel_rank() == 0 and ps.get_data_parallel_rank() == 0
-    gathered = collectives.all_gather_objects(local if speaks_for_stage else {})
-    if not collectives.is_rank_zero():
+    gathered = collectives.gather_objects(local if speaks_for_stage else {})
+    if gathered is None:
         return None
-    whole: dict[str, dict[int, np.ndarray]] = {}
-    for part in gathered:
-        for (name, layer), score in part.items():
-            whole.setdefault(name, {})[layer] = score
-    stacked = {name: np.stack([layers[i] for i in sorted(layers)]) for name, layers in whole.items()}
-    stacked["layers"] = stacked["layers"][:, 0]
-    return stacked
+    whole = {key: sums for part in gathered for key, sums in part.items()}
+    by_score: dict[str, list[tuple[np.ndarray, np.ndarray, float]]] = {}
+    for name, layer in sorted(whole):
+        by_score.setdefault(name, []).append(whole[name, layer])
+    stacked = {
+        name: [torch.from_numpy(np.stack([s[i] for s in layers])) for i in (0, 1)] for name, layers in by_score.items()
+    }
+    return Statistics(
+        {name: tuple(sums) for name, sums in stacked.items()},
+        torch.tensor(next(iter(whole.values()))[2], dtype=torch.float64),
+    )
 
 
 def _print(output: str, scores: dict[str, np.ndarray], results: dict[str, Any]) -> None:

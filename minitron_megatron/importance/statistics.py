@@ -4,13 +4,18 @@
 sequence and one for the batch; best was mean, then L2. Memory is O(channels), whatever the number of samples:
 
     a [s, b, c] ──sums over s (and over the ranks that share a sequence)──▶ x [b, c] ──sums over b──▶ score [c]
+
+Both kinds of sums are additive: over ranks that share a sequence, over data-parallel ranks, and over runs on parts of the data.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 AGGREGATIONS = ("mean", "l2", "variance")
+# Elements that a reduction on a CPU takes at once: they stay in its cache between the steps of the reduction.
+_BLOCK = 2**18
 
 
 def sequence_sums(activations: torch.Tensor, how: str) -> torch.Tensor:
@@ -18,12 +23,38 @@ def sequence_sums(activations: torch.Tensor, how: str) -> torch.Tensor:
 
     These sums are additive over the parts of a sequence, so ranks that share one add them before anything is squared.
     """
-    a = activations.float()
     if how == "mean":
-        return a.abs().sum(0, keepdim=True)
+        return _norm_sum(activations, 1)[None]
     if how == "l2":
-        return a.square().sum(0, keepdim=True)
-    return torch.stack((a.sum(0), a.square().sum(0)))
+        return _norm_sum(activations, 2)[None]
+    return torch.stack((activations.sum(0, dtype=torch.float32), _norm_sum(activations, 2)))
+
+
+def _norm_sum(a: torch.Tensor, power: int) -> torch.Tensor:
+    """Σ |a|^power over the sequence: float32 [b, c]; one read of the activations, no copy of the whole."""
+    if a.is_cuda:
+        norm = torch.linalg.vector_norm(a, power, dim=0, dtype=torch.float32)
+        return norm if power == 1 else norm.square()
+    total = torch.zeros(a.shape[1:], dtype=torch.float32)
+    for (block,) in _blocks(a):
+        total += (block.abs() if power == 1 else block.square()).sum(0)
+    return total
+
+
+def cosine_sums(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Σ over the sequence of cos(before, after): float32 [b] from two [s, b, hidden]; a zero vector counts as 0."""
+    total = torch.zeros(before.shape[1], dtype=torch.float32, device=before.device)
+    for x, y in [(before.float(), after.float())] if before.is_cuda else _blocks(before, after):
+        lengths = x.norm(dim=-1).clamp_min(1e-8) * y.norm(dim=-1).clamp_min(1e-8)
+        total += (torch.linalg.vecdot(x, y) / lengths).sum(0)
+    return total
+
+
+def _blocks(*tensors: torch.Tensor) -> Iterator[Sequence[torch.Tensor]]:
+    """Runs of tokens of [s, …] tensors, in float32, small enough for a cache."""
+    rows = max(1, _BLOCK // max(1, tensors[0][0].numel()))
+    for parts in zip(*(t.split(rows) for t in tensors), strict=True):
+        yield [part.float() for part in parts]
 
 
 def finish_sequence(sums: torch.Tensor, tokens: int, how: str) -> torch.Tensor:
@@ -38,33 +69,41 @@ def finish_sequence(sums: torch.Tensor, tokens: int, how: str) -> torch.Tensor:
 
 @dataclass
 class BatchStatistic:
-    """Sums over samples: count, Σx and Σx², float64 [c]; two of them merge by addition."""
+    """Sums over samples: Σx and Σx², float64 [c], and how many samples; two of them merge by addition."""
 
-    count: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    total: torch.Tensor | None = None
-    squares: torch.Tensor | None = None
+    total: torch.Tensor
+    squares: torch.Tensor
+    count: torch.Tensor
+
+    @classmethod
+    def zeros(cls, like: torch.Tensor) -> "BatchStatistic":
+        """Nothing seen yet; `like` is a sample's x [c]."""
+        zeros = torch.zeros_like(like, dtype=torch.float64)
+        return cls(zeros, zeros.clone(), zeros.new_zeros(()))
 
     def add(self, x: torch.Tensor, weight: torch.Tensor) -> None:
         """Add samples x [b, c] with weight [b] 1, or 0 for those that only fill up a round."""
         weight = weight.to(x)
-        total, squares = (weight[:, None] * x).sum(0), (weight[:, None] * x.square()).sum(0)
-        self.total = total if self.total is None else self.total + total
-        self.squares = squares if self.squares is None else self.squares + squares
-        self.count = self.count.to(weight.device) + weight.sum()
+        self.total += weight @ x
+        self.squares += weight @ x.square()
+        self.count += weight.sum()
 
     def packed(self) -> torch.Tensor:
         """Everything that ranks add up, in one tensor: float64 [2 c + 1]."""
         return torch.cat((self.total, self.squares, self.count[None]))
 
+    @classmethod
+    def unpacked(cls, packed: torch.Tensor) -> "BatchStatistic":
+        """The reverse of `packed`."""
+        channels = (packed.numel() - 1) // 2
+        return cls(packed[:channels], packed[channels:-1], packed[-1])
 
-def finish_batch(packed: torch.Tensor, how: str) -> torch.Tensor:
-    """Aggregate over the samples: packed sums to float32 [c]."""
-    channels = (packed.numel() - 1) // 2
-    total, squares, count = packed[:channels], packed[channels:-1], packed[-1]
+
+def finish_batch(statistic: BatchStatistic, how: str) -> torch.Tensor:
+    """Aggregate over the samples: float64 of the shape of `total`; `count` may be anything that divides it."""
     if how == "mean":
-        score = total / count
-    elif how == "l2":
-        score = squares.sqrt()
-    else:
-        score = (squares / count - (total / count).square()).clamp(min=0)
-    return score.float()
+        return statistic.total / statistic.count
+    if how == "l2":
+        return statistic.squares.sqrt()
+    mean = statistic.total / statistic.count
+    return (statistic.squares / statistic.count - mean.square()).clamp(min=0)

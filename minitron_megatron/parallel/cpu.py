@@ -6,8 +6,9 @@ holds for the thread that entered it, which is also the one that runs a CPU back
 """
 
 import contextlib
+import functools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,6 +39,17 @@ class _CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.to and len(args) > 1 and not isinstance(args[1], torch.Tensor) and _is_cuda(args[1]):
             args = (args[0], CPU, *args[2:])
         return func(*args, **kwargs)
+
+
+def without_adapter[**P, T](function: Callable[P, T]) -> Callable[P, T]:
+    """For our own functions that run in every layer and name no device: the adapter need not look at their operations."""
+
+    @functools.wraps(function)
+    def plain(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    return plain
 
 
 class _Stream:

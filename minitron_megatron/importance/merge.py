@@ -1,0 +1,83 @@
+"""Scores of several runs on parts of the calibration data into the scores of the whole.
+
+Every statistic is a sum over samples, so a long calibration can be shared out over jobs that know nothing of each other:
+
+    importance.py samples=512                    ─┐
+    importance.py samples=512 first_sample=512   ─┴─ merge_scores.py ──▶ what samples=1024 gives
+"""
+
+import itertools
+import logging
+from pathlib import Path
+from typing import Any
+
+from minitron_megatron.checkpoints.folder import check_output, output_folder, read_manifest
+from minitron_megatron.config import MergeScoresConfig
+from minitron_megatron.errors import UserError
+from minitron_megatron.importance.scores import load_statistics, save_scores
+from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.layout import tool_job
+
+log = logging.getLogger(__name__)
+# What runs must have in common for their sums to mean the same.
+_SHARED = ("sequence_length", "sequence_aggregation", "batch_aggregation", "heads", "head_dim")
+
+
+def merge_scores(cfg: MergeScoresConfig) -> None:
+    """`launch/merge_scores.py`: two or more scores folders into one."""
+    folders = [Path(path) for path in cfg.scores]
+    if len(folders) < 2:
+        raise UserError("scores=[…] needs two scores folders or more (outputs of launch/importance.py)")
+    manifests = [_manifest(folder) for folder in folders]
+    parts = [part for manifest in manifests for part in manifest["results"]["parts"]]
+    _check(folders, manifests, parts)
+    statistics = [load_statistics(folder) for folder in folders]
+    inputs = {**manifests[0]["inputs"], "scores": "; ".join(str(m["fingerprint"]) for m in manifests)}
+    config = resolved_config(cfg)
+    if cfg.dry_run:
+        check_output(cfg.output, config=config, inputs=inputs, resume=cfg.resume)
+        log.info("%d scores folders would be merged into %s", len(folders), cfg.output)
+        return
+    with (
+        tool_job(),
+        output_folder(cfg.output, command=command_line(), config=config, inputs=inputs, resume=cfg.resume) as out,
+    ):
+        if out.done:
+            return
+        results = [manifest["results"] for manifest in manifests]
+        out.results = {
+            **{name: results[0][name] for name in _SHARED},
+            **{name: sum(r[name] for r in results) for name in ("samples", "tokens")},
+            "parts": parts,
+        }
+        if collectives.is_rank_zero():
+            save_scores(out.path, sum(statistics[1:], statistics[0]), out.results)
+            log.info("%s: scores of %d samples out of %d folders", cfg.output, out.results["samples"], len(folders))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    results, inputs = manifest.get("results"), manifest.get("inputs")
+    if not isinstance(results, dict) or not {*_SHARED, "parts"} <= set(results) or not isinstance(inputs, dict):
+        raise UserError(f"scores={folder} is not a scores folder: give outputs of launch/importance.py")
+    return manifest
+
+
+def _check(folders: list[Path], manifests: list[dict[str, Any]], parts: list[dict[str, Any]]) -> None:
+    """Raise UserError for runs that do not belong together, or that saw the same samples."""
+    first = manifests[0]
+    for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
+        if manifest["inputs"].get("model") != first["inputs"].get("model"):
+            raise UserError(f"scores={folder} were measured on another model than {folders[0]} (digest differs)")
+        for name in _SHARED:
+            ours, theirs = first["results"][name], manifest["results"][name]
+            if ours != theirs:
+                raise UserError(f"scores={folder} have {name}={theirs}, {folders[0]} has {ours}: they do not add up")
+    ordered = sorted(parts, key=lambda part: (part["data"], part["seed"], part["first_sample"]))
+    for one, other in itertools.pairwise(ordered):
+        same = (one["data"], one["seed"]) == (other["data"], other["seed"])
+        if same and other["first_sample"] < one["first_sample"] + one["samples"]:
+            raise UserError(
+                f"sample {other['first_sample']} was measured twice: give runs on different data, first_sample= or seed="
+            )
