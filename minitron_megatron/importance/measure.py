@@ -18,7 +18,7 @@ from minitron_megatron.console import print_table, progress
 from minitron_megatron.data.datasets import DataFolder, MicroBatches, Samples, open_data, training_samples
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.hooks import Recorder
-from minitron_megatron.importance.scores import Statistics, save_scores
+from minitron_megatron.importance.scores import Statistics, finish_scores, save_scores, save_statistics
 from minitron_megatron.importance.statistics import BatchStatistic
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import PROBES, TENSOR_PARALLEL_AXES
@@ -68,7 +68,9 @@ def measure_importance(cfg: ImportanceConfig) -> None:
             }
             scores = None
             if statistics is not None:
-                scores = save_scores(out.path, statistics, out.results)
+                scores = finish_scores(statistics, out.results)
+                save_scores(out.path, scores)
+                save_statistics(out.path, statistics)
         if scores is not None:
             _print(cfg.output, scores, out.results)
 

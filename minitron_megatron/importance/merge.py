@@ -14,7 +14,7 @@ from typing import Any
 from minitron_megatron.checkpoints.folder import check_output, output_folder, read_manifest
 from minitron_megatron.config import MergeScoresConfig
 from minitron_megatron.errors import UserError
-from minitron_megatron.importance.scores import load_statistics, save_scores
+from minitron_megatron.importance.scores import finish_scores, load_statistics, save_scores, save_statistics
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import tool_job
@@ -52,7 +52,9 @@ def merge_scores(cfg: MergeScoresConfig) -> None:
             "parts": parts,
         }
         if collectives.is_rank_zero():
-            save_scores(out.path, sum(statistics[1:], statistics[0]), out.results)
+            whole = sum(statistics[1:], statistics[0])
+            save_scores(out.path, finish_scores(whole, out.results))
+            save_statistics(out.path, whole)
             log.info("%s: scores of %d samples out of %d folders", cfg.output, out.results["samples"], len(folders))
 
 

@@ -98,12 +98,14 @@ class Scores:
         return self.tensors["layers"]
 
 
-def save_scores(folder: Path, statistics: Statistics, how: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Write statistics and the scores they give into a folder that is being made; gives the scores."""
-    tensors = finish_scores(statistics, how)
+def save_scores(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write scores.safetensors into a folder that is being made."""
     save_file({name: np.ascontiguousarray(t, np.float32) for name, t in tensors.items()}, folder / FILE)
+
+
+def save_statistics(folder: Path, statistics: Statistics) -> None:
+    """Write the sums behind the scores beside them."""
     save_tensors({name: t.contiguous() for name, t in statistics.tensors().items()}, folder / STATISTICS_FILE)
-    return tensors
 
 
 def load_scores(path: Path | str) -> Scores:
