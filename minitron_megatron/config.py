@@ -272,6 +272,20 @@ class ExportHfConfig(CommandConfig):
     max_shard_gb: float = option(5.0, "largest file of weights, in GB (10^9 bytes)")
 
 
+@dataclass
+class BenchmarkConfig(CommandConfig):
+    """A measurement on this machine: a table and results.json."""
+
+    measure: str = option(
+        "importance", "hooks over a plain forward pass; cutting over copying", ("importance", "prune")
+    )
+    model: ModelConfig = group(ModelConfig)
+    target: TargetConfig = group(TargetConfig)
+    repeats: int = option(5, "measurements, of which the median counts")
+    sequence_length: int = option(1024, "tokens of a sample")
+    micro_batch_size: int = option(1, "samples that run through the model at once")
+
+
 COMMANDS: dict[str, type[CommandConfig]] = {
     "demo": DemoConfig,
     "smollm2": Smollm2Config,
@@ -284,6 +298,7 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "distill": DistillConfig,
     "evaluate": EvaluateConfig,
     "export_hf": ExportHfConfig,
+    "benchmark": BenchmarkConfig,
 }
 # Options that name a model: by its folder, or by a preset of conf/model.
 MODEL_OPTIONS = ("model", "teacher", "student")
@@ -319,7 +334,7 @@ def _nested(f: Any) -> bool:
 # Options that must be above zero wherever they stand, and those that may be zero.
 _POSITIVE = frozenset(
     """tensor pipeline context sequence_length micro_batch_size global_batch_size samples steps tokens lr workers temperature
-    max_shard_gb save_interval interval num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups
+    max_shard_gb save_interval interval repeats num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups
     adam_eps""".split()
 )
 _NOT_NEGATIVE = frozenset(

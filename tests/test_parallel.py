@@ -102,6 +102,12 @@ def test_the_adapter_puts_everything_back_after_an_exception():
     assert torch.zeros(1).type() == "torch.FloatTensor"
 
 
+def test_layouts_have_readable_names():
+    assert str(Layout()) == "one process"
+    assert str(Layout(tensor=2, sequence=True, world_size=8)) == "tensor 2 × data 4, sequence parallel"
+    assert str(Layout(pipeline=2, virtual_pipeline=3, world_size=2)) == "pipeline 2 in 3 chunks"
+
+
 def test_a_job_needs_no_torchrun_and_leaves_nothing_behind():
     from megatron.core import parallel_state
 

@@ -70,6 +70,12 @@ class Layout:
         """Data-parallel size."""
         return self.world_size // (self.tensor * self.pipeline * self.context)
 
+    def __str__(self) -> str:
+        sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "context": self.context, "data": self.data}
+        named = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+        chunks = f" in {self.virtual_pipeline} chunks" if self.virtual_pipeline else ""
+        return (" × ".join(named) or "one process") + chunks + (", sequence parallel" if self.sequence else "")
+
     @property
     def stages(self) -> int:
         """Model chunks that follow one another in the data flow: pipeline stages, times the chunks of each."""

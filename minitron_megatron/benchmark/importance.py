@@ -1,0 +1,90 @@
+"""What measuring importance costs over a plain forward pass: both in turn, on the same fresh random tokens."""
+
+import statistics
+import time
+
+import torch
+
+from minitron_megatron.checkpoints.folder import open_model_folder
+from minitron_megatron.checkpoints.random_model import STANDARD_DEVIATION
+from minitron_megatron.checkpoints.weights import load_model
+from minitron_megatron.config import BenchmarkConfig
+from minitron_megatron.importance.hooks import Recorder
+from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype
+from minitron_megatron.models.forward import Batch, forward_only
+from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.layout import Layout
+
+
+def hooks_over_forward(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]:
+    """Seconds of a forward pass with and without the hooks of every axis: medians over `repeats` pairs, and their ratio.
+
+    A preset is given random weights; a folder is loaded.
+    """
+    folder = open_model_folder(cfg.model.path) if cfg.model.path else None
+    shape = folder.shape if folder else ModelShape.from_dict(cfg.model.sizes("model"), "model")
+    check_layout(shape, layout)
+    check_sequence(cfg.sequence_length, layout)
+    chunks = build_model_chunks(shape, layout, model_dtype(shape, cfg.precision))
+    if folder:
+        load_model(chunks, folder)
+    else:
+        with torch.no_grad():
+            for parameter in (p for chunk in chunks for p in chunk.parameters()):
+                parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, STANDARD_DEVIATION)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    pairs = []
+    for _ in range(cfg.repeats + 1):
+        batch = _random_batch(cfg, shape, generator)
+        pairs.append(
+            (_seconds(chunks, batch, cfg, layout, shape, False), _seconds(chunks, batch, cfg, layout, shape, True))
+        )
+    plain, hooked = zip(*pairs[1:], strict=True)  # the first pair warms up
+    return {
+        "tokens": cfg.micro_batch_size * cfg.sequence_length,
+        "forward_seconds": statistics.median(plain),
+        "forward_with_hooks_seconds": statistics.median(hooked),
+        "ratio_of_medians": statistics.median(hooked) / statistics.median(plain),
+        "ratio_of_fastest": min(hooked) / min(plain),
+    }
+
+
+def _random_batch(cfg: BenchmarkConfig, shape: ModelShape, generator: torch.Generator) -> Batch:
+    size = (cfg.micro_batch_size, cfg.sequence_length)
+    tokens = torch.randint(0, shape.vocab_size, size, generator=generator)
+    return {
+        "tokens": tokens,
+        "labels": tokens,
+        "position_ids": torch.arange(cfg.sequence_length).expand(size),
+        "loss_mask": torch.ones(size),
+        "valid": torch.ones(cfg.micro_batch_size),
+    }
+
+
+def _seconds(
+    chunks: list[torch.nn.Module], batch: Batch, cfg: BenchmarkConfig, layout: Layout, shape: ModelShape, hooks: bool
+) -> float:
+    recorder = Recorder(
+        chunks if hooks else [],
+        head_dim=shape.head_dim,
+        sequence="mean",
+        heads="per_token",
+        sequence_parallel=layout.sequence and layout.tensor > 1,
+    )
+    torch.cuda.synchronize()
+    collectives.barrier()
+    began = time.perf_counter()
+    forward_only(
+        chunks,
+        [batch] * layout.stages,
+        num_micro_batches=layout.stages,
+        micro_batch_size=cfg.micro_batch_size,
+        sequence_length=cfg.sequence_length,
+        collect=lambda batch, **_: None,
+        before=recorder.begin,
+    )
+    torch.cuda.synchronize()
+    collectives.barrier()
+    recorder.close()
+    return time.perf_counter() - began

@@ -1,0 +1,43 @@
+"""`launch/benchmark.py`: one measurement in this layout, as a table and a results.json."""
+
+import json
+import platform
+from collections.abc import Callable
+
+import torch
+
+from minitron_megatron.benchmark.importance import hooks_over_forward
+from minitron_megatron.benchmark.prune import pruning_over_copying
+from minitron_megatron.checkpoints.folder import check_output, output_folder
+from minitron_megatron.config import BenchmarkConfig
+from minitron_megatron.console import print_table
+from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
+
+RESULTS = "results.json"
+MEASURES: dict[str, Callable[[BenchmarkConfig, Layout], dict[str, float]]] = {
+    "importance": hooks_over_forward,
+    "prune": pruning_over_copying,
+}
+
+
+def benchmark(cfg: BenchmarkConfig) -> None:
+    """Measure `measure=` on this machine, rank 0 writing what it found."""
+    layout, config = Layout.from_config(cfg.parallel), resolved_config(cfg)
+    device = pick_device(cfg.device)
+    if cfg.dry_run:
+        check_output(cfg.output, config=config, inputs={}, resume=cfg.resume)
+        print_table("would be measured", ["", "value"], [["measure", cfg.measure], ["layout", str(layout)]])
+        return
+    with (
+        parallel_job(layout, seed=cfg.seed, device=cfg.device),
+        output_folder(cfg.output, command=command_line(), config=config, inputs={}, resume=cfg.resume) as out,
+    ):
+        if out.done:
+            return
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        out.results = {**MEASURES[cfg.measure](cfg, layout), "device": name, "processes": layout.world_size}
+        if collectives.is_rank_zero():
+            (out.path / RESULTS).write_text(json.dumps(out.results, indent=2) + "\n", encoding="utf-8")
+    print_table(f"{cfg.measure}, {layout}", ["", "value"], list(out.results.items()))
