@@ -140,11 +140,42 @@ class ImportanceOptions:
 class TargetConfig:
     """The pruned model's sizes; what is not given stays."""
 
-    num_layers: int | None = option(None, "layers to keep, by Block Influence")
+    num_layers: int | None = option(None, "layers to keep, by Block Influence or by layers=")
     hidden_size: int | None = option(None, "hidden channels to keep")
-    ffn_hidden_size: int | None = option(None, "feed-forward neurons to keep in each layer")
+    ffn_hidden_size: Any = option(
+        None, "feed-forward neurons to keep: one size, or a list with one a kept layer (no Hugging Face export then)"
+    )
     num_attention_heads: int | None = option(None, "query heads to keep in each layer")
     num_query_groups: int | None = option(None, "key-value groups to keep in each layer")
+    vocab_size: int | None = option(
+        None, "tokens to keep, by frequency in the calibration data; cuts the tokenizer too"
+    )
+
+
+@dataclass
+class PruneOptions:
+    """How heads, groups and layers go."""
+
+    heads: str = option(
+        "drop",
+        "query heads: drop the rest, or merge its residual into what stays (arXiv 2407.14679, section 2.3)",
+        ("drop", "merge"),
+    )
+    groups: str = option(
+        "drop", "key-value groups: keep the best, or average neighbours and regroup their heads", ("drop", "mean")
+    )
+    judge: str = option("loss", "which judge of layers= names the block that goes", ("bi", "loss", "task"))
+    keep_last_layers: int = option(1, "last layers that stay whatever their score (arXiv 2408.11796)")
+
+
+@dataclass
+class CalibrationConfig:
+    """Tokenised text where a command can do without."""
+
+    path: str | None = option(
+        None, "data folder: to measure scores where none are given, and for the loss right after the cut"
+    )
+    sequence_length: int = option(1024, "tokens of a sample")
 
 
 @dataclass
@@ -234,10 +265,19 @@ class PruneConfig(CommandConfig):
     """Scores and a target, or a plan, into a smaller model."""
 
     model: ModelConfig = group(ModelConfig)
-    scores: str | None = option(None, "scores folder (the output of importance)")
+    scores: str | None = option(None, "scores folder (the output of importance); measured first if not given")
+    layers: str | None = option(None, "layer analysis (the output of layers): target.num_layers drops its best block")
     plan: str | None = option(None, "plan.yaml of an earlier pruning, perhaps edited; stands for scores and target")
     target: TargetConfig = group(TargetConfig)
+    prune: PruneOptions = group(PruneOptions)
     drop_layers: list[int] = option([], "layers to drop by number, from 0, rather than by importance")
+    data: CalibrationConfig = group(CalibrationConfig)
+    samples: int = option(1024, "calibration samples, where scores are measured first")
+    loss_samples: int = option(
+        0, "validation samples for the loss before and right after the cut, with and without merged heads"
+    )
+    trainer: BatchConfig = group(BatchConfig)
+    importance: ImportanceOptions = group(ImportanceOptions)
 
 
 @dataclass
@@ -335,10 +375,11 @@ def _nested(f: Any) -> bool:
 _POSITIVE = frozenset(
     """tensor pipeline context sequence_length micro_batch_size global_batch_size samples steps tokens lr workers temperature
     max_shard_gb save_interval interval repeats num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups
-    adam_eps""".split()
+    vocab_size adam_eps""".split()
 )
 _NOT_NEGATIVE = frozenset(
-    "min_lr warmup_steps weight_decay clip_grad validation_interval validation_samples seed first_sample".split()
+    """min_lr warmup_steps weight_decay clip_grad validation_interval validation_samples seed first_sample keep_last_layers
+    loss_samples""".split()
 )
 
 

@@ -4,6 +4,7 @@ Layers are Megatron's local ones, on CPUs and GPUs alike. Checkpoint keys follow
 local layers write them, so a model folder serves any engine.
 """
 
+import copy
 import math
 from typing import Any
 
@@ -24,14 +25,15 @@ def model_dtype(shape: ModelShape, precision: str) -> torch.dtype:
 
 def check_layout(shape: ModelShape, layout: Layout, what: str = "the model") -> None:
     """Raise UserError when the model's sizes do not divide over the layout."""
-    sharded = {
-        "num_query_groups": shape.num_query_groups,
-        "ffn_hidden_size": shape.ffn_hidden_size,
-        "padded vocabulary": shape.padded_vocab_size,
-    }
-    for name, size in sharded.items():
+    sharded = [
+        ("num_query_groups", shape.num_query_groups),
+        *(("ffn_hidden_size", size) for size in sorted(set(shape.ffn_of_layers))),
+        ("padded vocabulary", shape.padded_vocab_size),
+    ]
+    common = math.gcd(*(size for _, size in sharded))
+    for name, size in sharded:
         if size % layout.tensor:
-            fits = [n for n in range(1, size + 1) if all(s % n == 0 for s in sharded.values()) and n <= 64]
+            fits = [n for n in range(1, min(common, 64) + 1) if common % n == 0]
             raise UserError(
                 f"parallel.tensor={layout.tensor} does not divide {name}={size} of {what}: "
                 f"use {'1' if fits == [1] else 'one of ' + ', '.join(map(str, fits))}"
@@ -70,11 +72,12 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) ->
     """The megatron.core TransformerConfig of a model in a layout."""
     from megatron.core.transformer import TransformerConfig
 
+    kind = TransformerConfig if shape.uniform else _per_layer_config()
     cpu = not torch.distributed.is_initialized() or torch.distributed.get_backend() != "nccl"
-    return TransformerConfig(
+    config = kind(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_hidden_size,
+        ffn_hidden_size=max(shape.ffn_of_layers),
         num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups,
         kv_channels=shape.head_dim,
@@ -109,7 +112,29 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) ->
         persist_layer_norm=False,
         # Sums of token losses are divided once by the global token count: the same for any split over ranks.
         calculate_per_token_loss=True,
+        heterogeneous_block_specs=not shape.uniform,
     )
+    if not shape.uniform:
+        config.ffn_of_layers = shape.ffn_of_layers
+    return config
+
+
+def _per_layer_config() -> type:
+    """A TransformerConfig whose layers have feed-forward sizes of their own, by Megatron's way for heterogeneous blocks."""
+    from megatron.core.transformer import TransformerConfig
+
+    class PerLayerConfig(TransformerConfig):
+        """Megatron asks for each layer's config while it builds it, and gives each a checkpoint key of its own."""
+
+        ffn_of_layers: tuple[int, ...] = ()
+
+        def get_config_for_layer(self, layer_number: int) -> TransformerConfig:
+            """The config of one layer; `layer_number` counts from 1 over the whole model."""
+            own = copy.copy(self)
+            own.ffn_hidden_size = self.ffn_of_layers[layer_number - 1]
+            return own
+
+    return PerLayerConfig
 
 
 def layer_spec(config: Any, layout: Layout, vp_stage: int | None) -> Any:

@@ -77,6 +77,15 @@ def _rope_scaling(rope: Mapping[str, Any], where: str) -> RopeScaling | None:
     return RopeScaling(*(rope[name] for name in names))
 
 
+def check_exportable(shape: ModelShape, where: str) -> None:
+    """Raise UserError for a shape that a Hugging Face config cannot say."""
+    if not shape.uniform:
+        raise UserError(
+            f"{where} has layers of different ffn_hidden_size, and the config of {FAMILIES[shape.family].architecture} has one "
+            "intermediate_size for all: prune to one ffn_hidden_size to export"
+        )
+
+
 def hf_config(shape: ModelShape, source: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json for a shape; keys of `source` (the imported model's own) that are no sizes are kept."""
     family = FAMILIES[shape.family]

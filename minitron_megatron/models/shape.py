@@ -34,6 +34,11 @@ def _check_numbers(owner: object, names: tuple[str, ...]) -> None:
             raise UserError(f"{name}={value!r} in the model's shape: must be a number above 0")
 
 
+def padded_size(vocab_size: int) -> int:
+    """Rows of an embedding with so many tokens."""
+    return math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama 3's scaling of rotary frequencies (``rope_type: llama3`` in Hugging Face configs)."""
@@ -55,7 +60,7 @@ class ModelShape:
     family: str
     num_layers: int
     hidden_size: int
-    ffn_hidden_size: int
+    ffn_hidden_size: int | tuple[int, ...]
     num_attention_heads: int
     num_query_groups: int
     head_dim: int
@@ -69,10 +74,13 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         """Check what no layout and no checkpoint could repair."""
+        if isinstance(self.ffn_hidden_size, list | tuple):
+            self._set_ffn_of_layers(tuple(self.ffn_hidden_size))
         for name in _SIZES:
             value = getattr(self, name)
-            if type(value) is not int or not 1 <= value < 2**31:
-                raise UserError(f"{name}={value!r} in the model's shape: must be a whole number of at least 1")
+            for size in value if isinstance(value, tuple) else (value,):
+                if type(size) is not int or not 1 <= size < 2**31:
+                    raise UserError(f"{name}={value!r} in the model's shape: must be a whole number of at least 1")
         _check_numbers(self, ("rope_theta", "norm_eps"))
         if type(self.tied_embeddings) is not bool:
             raise UserError(f"tied_embeddings={self.tied_embeddings!r} in the model's shape: must be true or false")
@@ -88,6 +96,24 @@ class ModelShape:
         if self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype!r} in the model's shape: use one of {', '.join(DTYPES)}")
 
+    def _set_ffn_of_layers(self, sizes: tuple[int, ...]) -> None:
+        if len(sizes) != self.num_layers:
+            raise UserError(
+                f"ffn_hidden_size has {len(sizes)} sizes for num_layers={self.num_layers}: give one a layer"
+            )
+        object.__setattr__(self, "ffn_hidden_size", sizes[0] if len(set(sizes)) == 1 else sizes)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every layer has the same sizes."""
+        return not isinstance(self.ffn_hidden_size, tuple)
+
+    @property
+    def ffn_of_layers(self) -> tuple[int, ...]:
+        """Feed-forward neurons of each layer."""
+        sizes = self.ffn_hidden_size
+        return sizes if isinstance(sizes, tuple) else (sizes,) * self.num_layers
+
     @property
     def heads_per_group(self) -> int:
         """Query heads that share one key-value head."""
@@ -96,14 +122,14 @@ class ModelShape:
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding on disk and in memory; rows from vocab_size on are padding and masked in every loss."""
-        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        return padded_size(self.vocab_size)
 
-    def lengths(self) -> dict[str, int]:
-        """Length of every named axis (``vocab`` with its padding)."""
+    def lengths(self, layer: int | None = None) -> dict[str, int]:
+        """Length of every named axis (``vocab`` with its padding) in a layer; without one, ffn is that of the widest."""
         return {
             "layers": self.num_layers,
             "hidden": self.hidden_size,
-            "ffn": self.ffn_hidden_size,
+            "ffn": max(self.ffn_of_layers) if layer is None else self.ffn_of_layers[layer],
             "kv_groups": self.num_query_groups,
             "q_heads": self.heads_per_group,
             "head_dim": self.head_dim,
