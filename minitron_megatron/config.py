@@ -11,6 +11,8 @@ from typing import Any
 from minitron_megatron.errors import UserError
 
 REQUIRED = "???"
+# Architectures: a table each in models/axes.py and an entry in models/families.py.
+FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "nemotron")
 
 
 def option(default: Any, doc: str, choices: tuple[str, ...] = ()) -> Any:
@@ -42,7 +44,7 @@ class ModelConfig:
     """A model: its folder, or the sizes of a preset in conf/model."""
 
     path: str | None = option(None, "model folder (model=FOLDER sets it)")
-    family: str | None = option(None, "architecture", ("llama", "mistral"))
+    family: str | None = option(None, "architecture", FAMILY_NAMES)
     num_layers: int | None = option(None, "decoder layers")
     hidden_size: int | None = option(None, "width of the residual stream")
     ffn_hidden_size: int | None = option(None, "neurons of a feed-forward block")
@@ -53,6 +55,7 @@ class ModelConfig:
     max_position_embeddings: int | None = option(None, "longest sequence in tokens")
     rope_theta: float | None = option(None, "base of the rotary frequencies")
     rope_scaling: Any = option(None, "Llama 3 scaling: factor, low, high, original length")
+    rotary_percent: float | None = option(None, "share of a head's channels that are rotated; all if not given")
     norm_eps: float | None = option(None, "epsilon of the norms")
     tied_embeddings: bool | None = option(None, "whether output and input embeddings are one tensor")
     dtype: str | None = option(None, "dtype of the weights on disk", ("float32", "bfloat16"))

@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 import numpy as np
 
@@ -205,6 +206,8 @@ class Row:
     hf: Mapping[str, str]
     te_path: str | None = None
     tied_path: str | None = None
+    # What a fresh parameter's values lie around: 1 for gains, 0 for weights, biases and zero-centred gains.
+    mean: float = 0.0
 
     def parameter[T](self, parameters: Mapping[str, T], layer: int = 0) -> T | None:
         """It among a chunk's named parameters, whichever engine made them; `layer` counts inside the chunk."""
@@ -248,72 +251,105 @@ class Row:
         )
 
 
-def _row(
-    name: str,
-    place: Place,
-    dims: list[str],
-    path: str,
-    hf: str | dict[str, str],
-    te: str | None = None,
-    tied: str | None = None,
-) -> Row:
-    return Row(name, place, tuple(map(Dim.parse, dims)), path, {"": hf} if isinstance(hf, str) else hf, te, tied)
+@dataclass(frozen=True)
+class Traits:
+    """What an engine must know of a family besides its parameters and sizes. The table below follows from it."""
 
+    activation: str = "silu"  # or "squared_relu"
+    gated: bool = True
+    normalization: str = "RMSNorm"  # or "LayerNorm", which has biases
+    zero_centered_gain: bool = False  # a norm multiplies by gain + 1
+    qkv_bias: bool = False
+    qk_norm: bool = False  # norms of each query and key head, learned along head_dim, shared by the heads of a layer
+
+
+TRAITS: dict[str, Traits] = {
+    "llama": Traits(),
+    "mistral": Traits(),
+    "qwen2": Traits(qkv_bias=True),
+    "qwen3": Traits(qk_norm=True),
+    "nemotron": Traits(activation="squared_relu", gated=False, normalization="LayerNorm", zero_centered_gain=True),
+}
 
 _BLOCK, _HF = "decoder.layers.{layer}.", "model.layers.{layer}."
+_QKV = "kv_groups * (q: q_heads * head_dim + k: head_dim + v: head_dim)"
 
-_LLAMA = (
-    _row(
-        "embedding",
-        Place.FIRST,
-        ["vocab", "hidden"],
-        "embedding.word_embeddings.weight",
-        "model.embed_tokens.weight",
-        tied="output_layer.weight",
-    ),
-    _row(
-        "attention_norm",
-        Place.LAYER,
-        ["hidden"],
-        _BLOCK + "input_layernorm.weight",
-        _HF + "input_layernorm.weight",
-        te=_BLOCK + "self_attention.linear_qkv.layer_norm_weight",
-    ),
-    _row(
-        "qkv",
-        Place.LAYER,
-        ["kv_groups * (q: q_heads * head_dim + k: head_dim + v: head_dim)", "hidden"],
-        _BLOCK + "self_attention.linear_qkv.weight",
-        {part: f"{_HF}self_attn.{part}_proj.weight" for part in "qkv"},
-    ),
-    _row(
-        "attention_output",
-        Place.LAYER,
-        ["hidden", "kv_groups * q_heads * head_dim"],
-        _BLOCK + "self_attention.linear_proj.weight",
-        _HF + "self_attn.o_proj.weight",
-    ),
-    _row(
-        "mlp_norm",
-        Place.LAYER,
-        ["hidden"],
-        _BLOCK + "pre_mlp_layernorm.weight",
-        _HF + "post_attention_layernorm.weight",
-        te=_BLOCK + "mlp.linear_fc1.layer_norm_weight",
-    ),
-    _row(
-        "fc1",
-        Place.LAYER,
-        ["gate: ffn + up: ffn", "hidden"],
-        _BLOCK + "mlp.linear_fc1.weight",
-        {part: f"{_HF}mlp.{part}_proj.weight" for part in ("gate", "up")},
-    ),
-    _row("fc2", Place.LAYER, ["hidden", "ffn"], _BLOCK + "mlp.linear_fc2.weight", _HF + "mlp.down_proj.weight"),
-    _row("final_norm", Place.LAST, ["hidden"], "decoder.final_layernorm.weight", "model.norm.weight"),
-    _row("output", Place.LAST, ["vocab", "hidden"], "output_layer.weight", "lm_head.weight"),
-)
 
-TABLES: dict[str, tuple[Row, ...]] = {"llama": _LLAMA, "mistral": _LLAMA}
+def _row(name: str, place: Place, dims: list[str], path: str, hf: str | dict[str, str], **others: Any) -> Row:
+    return Row(name, place, tuple(map(Dim.parse, dims)), path, {"": hf} if isinstance(hf, str) else hf, **others)
+
+
+def _norm(
+    traits: Traits, name: str, place: Place, path: str, hf: str, *, along: str = "hidden", fused_into: str | None = None
+) -> list[Row]:
+    """Gain and, where the family has one, bias of a norm. Transformer Engine holds most norms in the linear after them."""
+    parts = {"weight": 0.0 if traits.zero_centered_gain else 1.0}
+    if traits.normalization == "LayerNorm":
+        parts["bias"] = 0.0
+    return [
+        _row(
+            name if part == "weight" else f"{name}_{part}",
+            place,
+            [along],
+            f"{path}.{part}",
+            f"{hf}.{part}",
+            te_path=f"{fused_into}.layer_norm_{part}" if fused_into else None,
+            mean=mean,
+        )
+        for part, mean in parts.items()
+    ]
+
+
+def _attention(traits: Traits) -> list[Row]:
+    linear, hf = _BLOCK + "self_attention.linear_qkv", _HF + "self_attn."
+    rows = _norm(
+        traits, "attention_norm", Place.LAYER, _BLOCK + "input_layernorm", _HF + "input_layernorm", fused_into=linear
+    )
+    for kind, dims in {"weight": [_QKV, "hidden"], "bias": [_QKV]}.items():
+        if kind == "weight" or traits.qkv_bias:
+            name = "qkv" if kind == "weight" else "qkv_bias"
+            parts = {part: f"{hf}{part}_proj.{kind}" for part in "qkv"}
+            rows.append(_row(name, Place.LAYER, dims, f"{linear}.{kind}", parts))
+    if traits.qk_norm:
+        for part in "qk":
+            path = f"{_BLOCK}self_attention.{part}_layernorm"
+            rows += _norm(traits, f"{part}_norm", Place.LAYER, path, f"{hf}{part}_norm", along="head_dim")
+    output = ["hidden", "kv_groups * q_heads * head_dim"]
+    proj = _BLOCK + "self_attention.linear_proj.weight"
+    return [*rows, _row("attention_output", Place.LAYER, output, proj, hf + "o_proj.weight")]
+
+
+def _mlp(traits: Traits) -> list[Row]:
+    linear, hf = _BLOCK + "mlp.linear_fc1", _HF + "mlp."
+    norm, hf_norm = _BLOCK + "pre_mlp_layernorm", _HF + "post_attention_layernorm"
+    inner = "gate: ffn + up: ffn" if traits.gated else "up: ffn"
+    parts = {part.name: f"{hf}{part.name}_proj.weight" for part in Dim.parse(inner).parts}
+    return [
+        *_norm(traits, "mlp_norm", Place.LAYER, norm, hf_norm, fused_into=linear),
+        _row("fc1", Place.LAYER, [inner, "hidden"], linear + ".weight", parts),
+        _row("fc2", Place.LAYER, ["hidden", "ffn"], _BLOCK + "mlp.linear_fc2.weight", hf + "down_proj.weight"),
+    ]
+
+
+def _table(traits: Traits) -> tuple[Row, ...]:
+    matrix = ["vocab", "hidden"]
+    return (
+        _row(
+            "embedding",
+            Place.FIRST,
+            matrix,
+            "embedding.word_embeddings.weight",
+            "model.embed_tokens.weight",
+            tied_path="output_layer.weight",
+        ),
+        *_attention(traits),
+        *_mlp(traits),
+        *_norm(traits, "final_norm", Place.LAST, "decoder.final_layernorm", "model.norm"),
+        _row("output", Place.LAST, matrix, "output_layer.weight", "lm_head.weight"),
+    )
+
+
+TABLES: dict[str, tuple[Row, ...]] = {family: _table(traits) for family, traits in TRAITS.items()}
 
 
 def axis_table(shape: ModelShape) -> tuple[Row, ...]:

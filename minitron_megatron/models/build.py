@@ -12,9 +12,17 @@ import torch
 import torch.nn.functional as F
 
 from minitron_megatron.errors import UserError
+from minitron_megatron.models.axes import TRAITS
 from minitron_megatron.models.shape import ModelShape, RopeScaling
 from minitron_megatron.parallel.layout import Layout
 
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """relu(x)². Megatron's own is compiled at its first call, which needs a C++ compiler on CPUs."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {"silu": F.silu, "squared_relu": squared_relu}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -74,6 +82,7 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) ->
 
     kind = TransformerConfig if shape.uniform else _per_layer_config()
     cpu = not torch.distributed.is_initialized() or torch.distributed.get_backend() != "nccl"
+    traits = TRAITS[shape.family]
     config = kind(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -81,11 +90,14 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) ->
         num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups,
         kv_channels=shape.head_dim,
-        normalization="RMSNorm",
+        normalization=traits.normalization,
         layernorm_epsilon=shape.norm_eps,
-        activation_func=F.silu,
-        gated_linear_unit=True,
+        layernorm_zero_centered_gamma=traits.zero_centered_gain,
+        activation_func=ACTIVATIONS[traits.activation],
+        gated_linear_unit=traits.gated,
         add_bias_linear=False,
+        add_qkv_bias=traits.qkv_bias,
+        qk_layernorm=traits.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -144,8 +156,11 @@ def layer_spec(config: Any, layout: Layout, vp_stage: int | None) -> Any:
 
     from minitron_megatron.models.norms import Norm
 
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
+    if config.qk_layernorm:
+        attention = spec.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = Norm
     layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm)
 
@@ -184,6 +199,7 @@ def build_gpt(
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
+        rotary_percent=shape.rotary_percent,
         vp_stage=vp_stage,
     )
     if shape.rope_scaling:

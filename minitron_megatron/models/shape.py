@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from minitron_megatron.config import FAMILY_NAMES
 from minitron_megatron.errors import UserError
 
 # Padding is a property of the model folder, not of a run's layout: any tensor-parallel size up to 8 divides it
 # and each shard stays a multiple of 128, which tensor cores like.
 VOCAB_MULTIPLE = 128 * 8
 DTYPES = ("float32", "bfloat16")
-FAMILY_NAMES = ("llama", "mistral")
 _SIZES = (
     "num_layers",
     "hidden_size",
@@ -71,6 +71,8 @@ class ModelShape:
     tied_embeddings: bool
     dtype: str
     rope_scaling: RopeScaling | None = None
+    # Share of a head's channels, its first ones, that are rotated.
+    rotary_percent: float = 1.0
 
     def __post_init__(self) -> None:
         """Check what no layout and no checkpoint could repair."""
@@ -81,7 +83,7 @@ class ModelShape:
             for size in value if isinstance(value, tuple) else (value,):
                 if type(size) is not int or not 1 <= size < 2**31:
                     raise UserError(f"{name}={value!r} in the model's shape: must be a whole number of at least 1")
-        _check_numbers(self, ("rope_theta", "norm_eps"))
+        _check_numbers(self, ("rope_theta", "norm_eps", "rotary_percent"))
         if type(self.tied_embeddings) is not bool:
             raise UserError(f"tied_embeddings={self.tied_embeddings!r} in the model's shape: must be true or false")
         if self.family not in FAMILY_NAMES:
@@ -93,6 +95,12 @@ class ModelShape:
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} is odd: rotary embeddings turn pairs of channels")
+        rotated = int(self.head_dim * self.rotary_percent)
+        if self.rotary_percent > 1 or rotated % 2 or not rotated:
+            raise UserError(
+                f"rotary_percent={self.rotary_percent} of head_dim={self.head_dim} rotates {rotated} channels: "
+                "they must be an even number, at most the head's"
+            )
         if self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype!r} in the model's shape: use one of {', '.join(DTYPES)}")
 
@@ -142,14 +150,18 @@ class ModelShape:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML."""
-        return asdict(self)
+        values = asdict(self)
+        if self.rotary_percent == 1:
+            # It came later: without it, the digests of older folders stay what they are.
+            del values["rotary_percent"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> "ModelShape":
         """Build from YAML or config values; `where` names the source in errors."""
         names = {f.name for f in fields(cls)}
         unknown = sorted(str(key) for key in set(values) - names)
-        optional = {"rope_scaling"}
+        optional = {"rope_scaling", "rotary_percent"}
         missing = sorted(n for n in names - optional if values.get(n) is None)
         if unknown or missing:
             what = f"unknown {', '.join(unknown)}" if unknown else f"missing {', '.join(missing)}"
@@ -160,6 +172,7 @@ class ModelShape:
         except TypeError as error:
             raise UserError(f"{where}: rope_scaling is malformed ({error})") from None
         try:
-            return cls(**{**values, "rope_scaling": rope_scaling})
+            given = {name: value for name, value in values.items() if value is not None}
+            return cls(**{**given, "rope_scaling": rope_scaling})
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
