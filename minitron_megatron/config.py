@@ -257,6 +257,30 @@ class ImportanceConfig(CommandConfig):
 
 
 @dataclass
+class LayersConfig(CommandConfig):
+    """Which layers can go: Block Influence, loss and accuracy without each block of consecutive layers."""
+
+    model: ModelConfig = group(ModelConfig)
+    data: DataConfig = group(DataConfig)
+    block: Any = option(1, "consecutive layers to remove: a number, or a list such as [1,2,16] measured in one pass")
+    samples: int = option(64, "at most so many samples of data.sequence_length tokens")
+    split: str = option("validation", "which split of the data", ("train", "validation"))
+    questions: str | None = option(None, 'JSONL of {"context": …, "choices": […], "answer": n}; see data/questions.py')
+    tasks: list[str] = option([], "multiple-choice tasks of lm-evaluation-harness by name, or paths of task files")
+    fewshot: int | None = option(None, "examples before each question of tasks=; the task's own number if not given")
+    limit: int | None = option(None, "at most so many questions of questions= and of each task; all if not given")
+    normalization: str = option(
+        "none",
+        "what a choice's log-likelihood is divided by: its length as in acc_norm, acc_bytes",
+        ("none", "characters", "bytes"),
+    )
+    rows: int = option(
+        1, "samples of data.sequence_length tokens that run through a layer at once; more need more memory"
+    )
+    trainer: BatchConfig = group(BatchConfig)
+
+
+@dataclass
 class MergeScoresConfig(CommandConfig):
     """Scores of several runs on parts of the data into the scores of the whole."""
 
@@ -337,6 +361,7 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "prepare_data": PrepareDataConfig,
     "importance": ImportanceConfig,
     "merge_scores": MergeScoresConfig,
+    "layers": LayersConfig,
     "prune": PruneConfig,
     "distill": DistillConfig,
     "evaluate": EvaluateConfig,
@@ -377,12 +402,12 @@ def _nested(f: Any) -> bool:
 # Options that must be above zero wherever they stand, and those that may be zero.
 _POSITIVE = frozenset(
     """tensor pipeline context sequence_length micro_batch_size global_batch_size samples steps tokens lr workers temperature
-    max_shard_gb save_interval interval repeats num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups
-    vocab_size adam_eps""".split()
+    max_shard_gb save_interval interval repeats rows limit num_layers hidden_size ffn_hidden_size num_attention_heads
+    num_query_groups vocab_size adam_eps""".split()
 )
 _NOT_NEGATIVE = frozenset(
-    """min_lr warmup_steps weight_decay clip_grad validation_interval validation_samples seed first_sample keep_last_layers
-    loss_samples""".split()
+    """min_lr warmup_steps weight_decay clip_grad validation_interval validation_samples seed first_sample fewshot
+    keep_last_layers loss_samples""".split()
 )
 
 

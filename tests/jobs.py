@@ -19,13 +19,16 @@ from minitron_megatron.config import (
     ImportanceConfig,
     ImportanceOptions,
     ImportHfConfig,
+    LayersConfig,
     OptimConfig,
     TrainerConfig,
 )
 from minitron_megatron.data.datasets import Windows, open_data
 from minitron_megatron.distill.teacher import Teacher
+from minitron_megatron.importance.layers import LayerMeasurement
 from minitron_megatron.importance.measure import aggregation, measure_statistics
 from minitron_megatron.importance.scores import finish_scores
+from minitron_megatron.importance.variants import contiguous_blocks
 from minitron_megatron.models.axes import Place, axis_table, slots, tensor_parallel_keep
 from minitron_megatron.models.build import build_model_chunks
 from minitron_megatron.models.forward import forward_only
@@ -266,6 +269,27 @@ def scores(
         return None
     found = finish_scores(statistics, aggregation(cfg, folder.shape.head_dim))
     return {name: torch.from_numpy(score) for name, score in found.items()}
+
+
+def layers_without(model: str, data: str, layout: dict, lengths: list[int], requests: list, samples: int, **options):
+    """(what a layer analysis measures, rows × layers that this rank's feed-forward blocks saw)."""
+    micro_batch_size = options.pop("micro_batch_size", 2)
+    cfg = LayersConfig(
+        output="",
+        model=model_option(Path(model)),
+        data=data_option(Path(data), 32),
+        samples=samples,
+        trainer=BatchConfig(micro_batch_size=micro_batch_size),
+        **options,
+    )
+    folder = open_model_folder(model)
+    blocks = contiguous_blocks(folder.shape.num_layers, lengths)
+    measurement = LayerMeasurement(folder, full_layout(layout), cfg, blocks)
+    seen = []
+    for layer in (layer for chunk in measurement.chunks for layer in chunk.decoder.layers):
+        layer.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    measured = measurement.measure(open_data(data, "validation", folder.shape, 32), samples, requests)
+    return measured, seen
 
 
 def import_and_export(hf: str, model: str, back: str, max_shard_gb: float) -> None:

@@ -1,5 +1,7 @@
 """Plain single-process references on transformers' own modules, in float64: what the sharded code must reproduce."""
 
+import copy
+
 import numpy as np
 import torch
 
@@ -70,3 +72,32 @@ def kl(student: torch.Tensor, teacher: torch.Tensor, vocab_size: int, temperatur
     log_q = torch.log_softmax(student[..., :vocab_size] / temperature, -1)
     log_p = torch.log_softmax(teacher[..., :vocab_size] / temperature, -1)
     return temperature**2 * torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+def without_layers(model, removed: range):
+    """The transformers model with layers deleted, float64; a copy."""
+    cut = copy.deepcopy(model).double()
+    cut.model.layers = torch.nn.ModuleList(layer for i, layer in enumerate(cut.model.layers) if i not in removed)
+    cut.config.num_hidden_layers = len(cut.model.layers)
+    return cut
+
+
+def log_likelihood(model, tokens: torch.Tensor, scored: int) -> float:
+    """Σ log p of the last `scored` of some tokens, given those before them."""
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(tokens[None, :-1], use_cache=False).logits[0], -1)
+    return float(log_p.gather(-1, tokens[1:, None])[-scored:].sum())
+
+
+def block_influence(model, removed: range, samples: list[torch.Tensor]) -> float:
+    """1 − mean of cos(what enters the block, what leaves it) over all tokens, float64."""
+    states, model = [], copy.deepcopy(model).double()
+    model.model.layers[removed[0]].register_forward_pre_hook(lambda m, args: states.append(args[0]))
+    model.model.layers[removed[-1]].register_forward_hook(
+        lambda m, a, o: states.append(o[0] if type(o) is tuple else o)
+    )
+    with torch.no_grad():
+        for tokens in samples:
+            model(tokens[None], use_cache=False)
+    pairs = zip(states[::2], states[1::2], strict=True)
+    return 1 - float(torch.stack([torch.cosine_similarity(x, y, dim=-1).mean() for x, y in pairs]).mean())

@@ -32,7 +32,7 @@ def kl_on_ranks(student, teacher, temperature, weights):
 def nll_on_ranks(logits, labels):
     from megatron.core import parallel_state as ps
 
-    from minitron_megatron.distill.losses import vocab_parallel_nll
+    from minitron_megatron.models.vocab_parallel import vocab_parallel_nll
 
     rank, size = ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()
     mine = logits.chunk(size, -1)[rank].clone()

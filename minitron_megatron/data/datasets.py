@@ -224,8 +224,8 @@ class Windows:
 class MicroBatches:
     """The micro-batches that one data-parallel rank runs of a range of samples; every rank has as many.
 
-    Where the samples do not fill the last round, sample 0 fills up with `valid` 0 and no loss. `multiple_of` rounds the
-    number of micro-batches up (the interleaved pipeline wants multiples of its stages).
+    Where the samples do not fill the last round, sample 0 fills up with `valid` 0, `number` -1 and no loss. `multiple_of`
+    rounds the number of micro-batches up (the interleaved pipeline wants multiples of its stages).
     """
 
     samples: Samples
@@ -250,5 +250,6 @@ class MicroBatches:
         names = ("tokens", "labels", "loss_mask", "position_ids")
         batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in names}
         batch["valid"] = torch.tensor([0.0 if n is None else 1.0 for n in numbers])
+        batch["number"] = torch.tensor([-1 if n is None else n for n in numbers])
         batch["loss_mask"] = batch["loss_mask"] * batch["valid"][:, None]
         return batch

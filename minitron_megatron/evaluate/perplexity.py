@@ -11,11 +11,11 @@ from minitron_megatron.checkpoints.weights import check_weights, load_model, ver
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.console import print_table, progress
 from minitron_megatron.data.datasets import DataFolder, MicroBatches, Windows, open_data
-from minitron_megatron.distill.losses import vocab_parallel_nll
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype
 from minitron_megatron.models.forward import Batch, forward_only
+from minitron_megatron.models.vocab_parallel import vocab_parallel_nll
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
 

@@ -118,7 +118,7 @@ def load_scores(path: Path | str) -> Scores:
         tensors = load_file(path / FILE)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path / FILE} is damaged ({error}): measure the importance again") from None
-    return Scores(tensors, _model_digest(manifest, path))
+    return Scores(tensors, model_digest(manifest, path))
 
 
 def load_statistics(path: Path | str) -> Statistics:
@@ -130,7 +130,8 @@ def load_statistics(path: Path | str) -> Statistics:
         raise UserError(f"{file} is missing or damaged ({error}): measure the importance again") from None
 
 
-def _model_digest(manifest: Mapping[str, Any], path: Path) -> str:
+def model_digest(manifest: Mapping[str, Any], path: Path) -> str:
+    """The digest of the model that a folder was measured on. Raises UserError."""
     inputs = manifest.get("inputs")
     if not isinstance(inputs, dict) or "model" not in inputs:
         raise UserError(f"{path}: the manifest does not name the model: measure the importance again")

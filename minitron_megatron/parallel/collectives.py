@@ -116,3 +116,10 @@ def sum_from_last_stage(values: Sequence[float], everywhere: Sequence[float] = (
     total = torch.tensor(mine, dtype=torch.float64, device=torch.cuda.current_device())
     dist.all_reduce(total)
     return total.tolist()
+
+
+def sum_over_all(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum in place over every rank of the job."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor

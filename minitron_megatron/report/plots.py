@@ -109,3 +109,17 @@ def bars(values: np.ndarray, unit: str, label: str) -> str:
         axes.set_ylabel(label)
 
     return svg(draw)
+
+
+def curve_over_blocks(values: Sequence[float], whole: float | None, label: str) -> str:
+    """A value for each first layer of a removed block; `whole` is the whole model's."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot(np.arange(len(values)), values, "o-", color=BLUE, linewidth=1.2, markersize=4, label="block removed")
+        if whole is not None:
+            axes.axhline(whole, color=ORANGE, linewidth=1.0, linestyle="--", label="whole model")
+            axes.legend(frameon=False)
+        axes.set_xlabel("first layer of the block")
+        axes.set_ylabel(label)
+
+    return svg(draw)

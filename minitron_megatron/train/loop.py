@@ -18,9 +18,10 @@ import torch
 
 from minitron_megatron.config import DistillConfig
 from minitron_megatron.data.datasets import MicroBatches, Samples
-from minitron_megatron.distill.losses import vocab_parallel_kl, vocab_parallel_nll
+from minitron_megatron.distill.losses import vocab_parallel_kl
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.models.forward import Batch, forward_only
+from minitron_megatron.models.vocab_parallel import vocab_parallel_nll
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.optimizer import set_learning_rate

@@ -1,0 +1,269 @@
+"""Which contiguous layers a model can lose, by three judges: Block Influence, loss, and accuracy on a downstream task.
+
+[B] (arXiv 2408.11796) cuts depth by a contiguous block and finds that a downstream task (Winogrande) with the block removed
+judges better than the loss, and that the last layer should stay. layers.json in the output of launch/layers.py:
+
+    base      {loss, perplexity, accuracy, margin, tasks}            the whole model
+    blocks    [{length, start, bi, loss, …}, …]                      without layers start … start + length - 1
+    samples, tokens, questions, layer_passes, seconds
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitron_megatron.checkpoints.folder import ModelFolder, read_manifest
+from minitron_megatron.checkpoints.weights import load_model
+from minitron_megatron.config import LayersConfig
+from minitron_megatron.console import progress
+from minitron_megatron.data.datasets import DataFolder, MicroBatches, Samples, Windows
+from minitron_megatron.data.questions import Request, RequestSamples, buckets
+from minitron_megatron.errors import UserError
+from minitron_megatron.importance.scores import model_digest
+from minitron_megatron.importance.variants import Block, Variants
+from minitron_megatron.models.build import build_model_chunks, model_dtype
+from minitron_megatron.models.forward import Batch, forward_only
+from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.layout import Layout
+
+FILE = "layers.json"
+JUDGES = ("bi", "loss", "task")
+# Float32 sums differ in the seventh digit from layout to layout: what is closer than this is a tie.
+_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a model is worth, whole or without one block.
+
+    `bi` is the block's influence 1 − E[cos(X_start, X_start+length)] (0 for the whole model); `loss` nats a token;
+    `accuracy` over all questions and `margin` (mean of the right choice's log-likelihood over the best other's) are None where
+    none were asked; `tasks` has both of each source of questions.
+    """
+
+    loss: float
+    bi: float = 0.0
+    accuracy: float | None = None
+    margin: float | None = None
+    tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700))
+
+    def badness(self, judge: str) -> tuple[float, ...]:
+        """What sorts by a judge, the best to remove first."""
+        if judge == "task":
+            return -round(self.accuracy or 0.0, _DIGITS), -round(self.margin or 0.0, _DIGITS)
+        return (round(self.bi if judge == "bi" else self.loss, _DIGITS),)
+
+
+@dataclass(frozen=True)
+class LayerAnalysis:
+    """The whole model, and the model without each block: `blocks[length][start]`."""
+
+    path: str
+    model_digest: str
+    num_layers: int
+    base: Judged
+    blocks: Mapping[int, Sequence[Judged]]
+    counts: Mapping[str, Any]
+
+    def check_model(self, digest: str) -> None:
+        """Raise UserError unless this very model was analysed."""
+        if self.model_digest != digest:
+            raise UserError(f"layers={self.path} is the analysis of another model (digest differs): analyse this one")
+
+    def ranked(self, count: int, judge: str, keep_last: int = 1) -> list[range]:
+        """Blocks of `count` layers, the best to remove first: lowest Block Influence or loss, highest accuracy.
+
+        Equal accuracies are told apart by the margin; what is equal still, lower start first.
+
+        Args:
+            count: layers to remove.
+            judge: bi, loss or task.
+            keep_last: blocks that touch the last so many layers are left out ([B]: the last layer should stay).
+
+        Raises:
+            UserError: this length was not measured, no questions were asked, or no block is left.
+        """
+        if judge not in JUDGES:
+            raise UserError(f"judge={judge} is not one of {', '.join(JUDGES)}")
+        if count not in self.blocks:
+            lengths = ", ".join(map(str, sorted(self.blocks)))
+            raise UserError(
+                f"layers={self.path} has blocks of {lengths} layers, not {count}: analyse with block={count}"
+            )
+        if judge == "task" and self.base.accuracy is None:
+            raise UserError(f"layers={self.path} was measured without questions= or tasks=: take judge bi or loss")
+        starts = range(self.num_layers - keep_last - count + 1)
+        if not starts:
+            raise UserError(
+                f"layers={self.path}: without the last {keep_last} of {self.num_layers} layers no block of {count} is left"
+            )
+        measured = self.blocks[count]
+        return [range(s, s + count) for s in sorted(starts, key=lambda s: (*measured[s].badness(judge), s))]
+
+    def best_block(self, count: int, judge: str, keep_last: int = 1) -> range:
+        """The layers to remove, numbered from 0; see `ranked`."""
+        return self.ranked(count, judge, keep_last)[0]
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in layers.json."""
+        blocks = [
+            {"length": length, "start": start, "bi": judged.bi, **_plain(judged)}
+            for length, all_starts in sorted(self.blocks.items())
+            for start, judged in enumerate(all_starts)
+        ]
+        return {"num_layers": self.num_layers, **self.counts, "base": _plain(self.base), "blocks": blocks}
+
+
+def _plain(judged: Judged) -> dict[str, Any]:
+    values = {"loss": judged.loss, "perplexity": judged.perplexity}
+    if judged.accuracy is not None:
+        values |= {"accuracy": judged.accuracy, "margin": judged.margin, "tasks": judged.tasks}
+    return values
+
+
+def _judged(values: Mapping[str, Any]) -> Judged:
+    names = ("loss", "bi", "accuracy", "margin", "tasks")
+    return Judged(**{name: values[name] for name in names if name in values})
+
+
+def load_layer_analysis(path: Path | str) -> LayerAnalysis:
+    """Read a layer analysis, the output of launch/layers.py. Raises UserError when it is not a whole one."""
+    path = Path(path)
+    manifest = read_manifest(path)
+    if not (path / FILE).is_file():
+        raise UserError(f"layers={path} has no {FILE}: give the output of launch/layers.py")
+    try:
+        values = json.loads((path / FILE).read_text(encoding="utf-8"))
+        blocks: dict[int, list[Judged]] = {}
+        for block in values.pop("blocks"):
+            found = blocks.setdefault(block["length"], [])
+            if block["start"] != len(found):
+                raise ValueError(f"blocks of {block['length']} layers are not in order")
+            found.append(_judged(block))
+        num_layers, base = values.pop("num_layers"), _judged(values.pop("base"))
+        if any(len(found) != num_layers - length + 1 for length, found in blocks.items()):
+            raise ValueError("blocks are missing")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / FILE} is damaged ({error!r}): analyse the layers again") from None
+    return LayerAnalysis(str(path), model_digest(manifest, path), num_layers, base, blocks, values)
+
+
+@dataclass
+class Measured:
+    """What one run of all variants gives, on every rank; slot 0 is the whole model, slot i the i-th block removed.
+
+    nll: Σ −log p over each LM sample, float64 [samples, slots]; log_likelihoods: of each request, float64 [requests, slots];
+    influence: Block Influence, float64 [blocks]; layer_passes: samples × layers that ran, requests' included.
+    """
+
+    nll: torch.Tensor
+    log_likelihoods: torch.Tensor
+    influence: torch.Tensor
+    layer_passes: int
+    seconds: float
+
+
+class LayerMeasurement:
+    """A model on this job's ranks, with all of its variants."""
+
+    def __init__(self, folder: ModelFolder, layout: Layout, cfg: LayersConfig, blocks: Sequence[Block]) -> None:
+        self.layout, self.cfg = layout, cfg
+        self.chunks = build_model_chunks(folder.shape, layout, model_dtype(folder.shape, cfg.precision))
+        load_model(self.chunks, folder)
+        self.variants = Variants(
+            self.chunks,
+            blocks,
+            tokens=cfg.rows * cfg.data.sequence_length,
+            vocab_size=folder.shape.vocab_size,
+            sequence_parallel=layout.sequence and layout.tensor > 1,
+        )
+
+    def measure(self, data: DataFolder, count: int, requests: Sequence[Request]) -> Measured:
+        """Loss and Block Influence over the first `count` windows of the split, then every request."""
+        began = time.monotonic()
+        length = self.cfg.data.sequence_length
+        with self.variants.installed():
+            nll = self._run("samples", Windows(data, self.cfg.split, length), count, length)
+            self.variants.influence = False
+            log_likelihoods = nll.new_zeros(len(requests), self.variants.slots)
+            multiple = self.layout.tensor if self.variants.sequence_parallel else 1
+            for padded, numbers in buckets(requests, multiple).items():
+                samples = RequestSamples([requests[n] for n in numbers], padded)
+                log_likelihoods[numbers] = -self._run(f"questions, {padded} tokens", samples, len(numbers), padded)
+        influence, passes = self._summed()
+        influence = 1 - influence / (count * length)
+        return Measured(nll, log_likelihoods, influence, passes, time.monotonic() - began)
+
+    def _run(self, what: str, samples: Samples, count: int, length: int) -> torch.Tensor:
+        """Σ −log p of the unmasked labels of every sample, without each block: float64 [count, slots], on every rank."""
+        from megatron.core import parallel_state as ps
+
+        data_size = ps.get_data_parallel_world_size()
+        # As many tokens at once as in a micro-batch of data.sequence_length, and no more than there are.
+        fits = self.cfg.trainer.micro_batch_size * self.cfg.data.sequence_length // length
+        size = max(1, min(fits, math.ceil(count / data_size)))
+        batches = MicroBatches(
+            samples,
+            range(count),
+            size,
+            ps.get_data_parallel_rank(),
+            data_size,
+            multiple_of=self.layout.pipeline if self.layout.virtual_pipeline else 1,
+        )
+        counts_here = ps.get_tensor_model_parallel_rank() == 0
+        table = torch.zeros(count, self.variants.slots, dtype=torch.float64, device=torch.cuda.current_device())
+
+        def collect(batch: Batch, **head: Any) -> None:
+            sums = self.variants.negative_log_likelihoods(batch, **head)
+            mine = batch["number"] >= 0
+            if counts_here:
+                table[batch["number"][mine]] = sums[:, mine].t()
+
+        with progress(what, len(batches) * len(self.chunks), unit="micro-batches") as advance:
+
+            def before(batch: Batch) -> None:
+                self.variants.begin(batch)
+                advance(1)
+
+            forward_only(
+                self.chunks,
+                batches,
+                num_micro_batches=len(batches),
+                micro_batch_size=size * self.variants.slots,
+                sequence_length=length,
+                collect=collect,
+                before=before,
+            )
+        return collectives.sum_over_all(table).cpu()
+
+    def _summed(self) -> tuple[torch.Tensor, int]:
+        """Σ cos of every block [blocks] and layer passes, over all ranks: one of each tensor-parallel group counts."""
+        from megatron.core import parallel_state as ps
+
+        first = ps.get_tensor_model_parallel_rank() == 0
+        cosines = self.variants.cosines * (first or self.variants.sequence_parallel)
+        rows = cosines.new_tensor([self.variants.layer_rows * first])
+        whole = collectives.sum_over_all(torch.cat((cosines, rows))).cpu()
+        return whole[:-1], int(whole[-1])
+
+
+def check_blocks(block: Any, num_layers: int) -> list[int]:
+    """The lengths that `block=` asks for, ascending. Raises UserError."""
+    lengths = block if isinstance(block, list) else [block]
+    if not lengths or not all(type(n) is int and n > 0 for n in lengths):
+        raise UserError(f"block={block} must be a number of layers above 0, or a list of them such as [1,2,16]")
+    too_long = [n for n in lengths if n >= num_layers]
+    if too_long:
+        raise UserError(f"block={too_long[0]} is not below the model's {num_layers} layers: at least one must stay")
+    return sorted(set(lengths))

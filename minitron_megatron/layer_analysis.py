@@ -1,0 +1,203 @@
+"""Layer analysis: every block of consecutive layers is removed, and Block Influence, loss and questions say what is lost.
+
+Brings the rooms together: samples (data), variants in one pass (importance), lm-evaluation-harness (evaluate), page (report).
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open_model_folder, output_folder
+from minitron_megatron.checkpoints.weights import check_weights, verify_digest
+from minitron_megatron.config import LayersConfig
+from minitron_megatron.console import format_value, print_table, speaks
+from minitron_megatron.data.datasets import open_data
+from minitron_megatron.data.questions import QuestionFile, QuestionSource, Request, encode_all
+from minitron_megatron.data.tokenizer import load_tokenizer
+from minitron_megatron.errors import UserError
+from minitron_megatron.importance.layers import (
+    FILE,
+    JUDGES,
+    Judged,
+    LayerAnalysis,
+    LayerMeasurement,
+    Measured,
+    check_blocks,
+)
+from minitron_megatron.importance.variants import Block, contiguous_blocks, layer_passes
+from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.models.build import check_layout, check_sequence
+from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
+from minitron_megatron.report.layers import JUDGE_NAMES, layer_report
+
+log = logging.getLogger(__name__)
+REPORT = "report.html"
+# Blocks that the table shows for each judge and length.
+_SHOWN = 3
+
+
+def analyse_layers(cfg: LayersConfig) -> None:
+    """`launch/layers.py`: a folder with layers.json and report.html."""
+    layout = Layout.from_config(cfg.parallel)
+    folder = open_model_folder(cfg.model.folder("model"))
+    check_layout(folder.shape, layout)
+    check_sequence(cfg.data.sequence_length, layout)
+    check_weights(folder)
+    lengths = check_blocks(cfg.block, folder.shape.num_layers)
+    blocks = contiguous_blocks(folder.shape.num_layers, lengths)
+    data = open_data(cfg.data.path, cfg.split, folder.shape, cfg.data.sequence_length)
+    # Full windows only: padding would have a share in Block Influence.
+    count = min(cfg.samples, (data.tokens(cfg.split) - 1) // cfg.data.sequence_length)
+    file = QuestionFile(cfg.questions, cfg.limit) if cfg.questions else None
+    inputs = {"model": folder.digest, "data": data.digest, **({"questions": file.digest} if file else {})}
+    if file or cfg.tasks:
+        load_tokenizer(folder.path)
+    pick_device(cfg.device)
+    if cfg.dry_run:
+        check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
+        if speaks():
+            _print_plan(cfg, folder, blocks, count, _sources(cfg, folder, file)[1])
+        return
+    with parallel_job(layout, seed=cfg.seed, device=cfg.device):
+        if cfg.verify:
+            verify_digest(folder)
+        with output_folder(
+            cfg.output, command=command_line(), config=resolved_config(cfg), inputs=inputs, resume=cfg.resume
+        ) as out:
+            if out.done:
+                return
+            sources, requests = _on_rank_zero(lambda: _sources(cfg, folder, file))
+            flat = [request for of_source in requests for request in of_source]
+            measured = LayerMeasurement(folder, layout, cfg, blocks).measure(data, count, flat)
+            _check_finite(measured, folder)
+            if sources is not None:
+                analysis = _analysis(cfg, folder, blocks, measured, sources)
+                (out.path / FILE).write_text(json.dumps(analysis.to_json(), indent=1) + "\n", encoding="utf-8")
+                layer_report(out.path / REPORT, analysis, str(folder.path), command_line())
+                out.results = {**analysis.counts, "blocks": lengths, "loss": analysis.base.loss}
+        if sources is not None:
+            _print(cfg.output, analysis)
+
+
+def _sources(
+    cfg: LayersConfig, folder: ModelFolder, file: QuestionFile | None
+) -> tuple[list[QuestionSource], list[list[Request]]]:
+    """Where questions come from, and the requests of each. Raises UserError."""
+    sources: list[QuestionSource] = [file] if file else []
+    if cfg.tasks:
+        from minitron_megatron.evaluate.harness import load_tasks
+
+        sources += load_tasks(cfg.tasks, fewshot=cfg.fewshot, limit=cfg.limit, seed=cfg.seed)
+    if not sources:
+        return [], []
+    names = [source.name for source in sources]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UserError(f"questions= and tasks= have {twice} twice: leave one out")
+    tokenizer = load_tokenizer(folder.path)
+    return sources, [encode_all(tokenizer, source, folder.shape.max_position_embeddings) for source in sources]
+
+
+def _on_rank_zero(
+    make: Callable[[], tuple[list[QuestionSource], list[list[Request]]]],
+) -> tuple[list[QuestionSource] | None, list[list[Request]]]:
+    """Sources on rank 0 alone, which reads files and the harness; their requests, or what is wrong, on every rank."""
+    sources, requests, problem = None, [], None
+    if collectives.is_rank_zero():
+        try:
+            sources, requests = make()
+        except UserError as error:
+            problem = str(error)
+    problem, requests = collectives.broadcast_object((problem, requests))
+    if problem is not None:
+        raise UserError(problem)
+    return sources, requests
+
+
+def _check_finite(measured: Measured, folder: ModelFolder) -> None:
+    if not measured.nll.isfinite().all() or not measured.log_likelihoods.isfinite().all():
+        raise UserError(f"model={folder.path}: a loss is not finite; the weights or precision= are at fault")
+
+
+def _analysis(
+    cfg: LayersConfig, folder: ModelFolder, blocks: Sequence[Block], measured: Measured, sources: list[QuestionSource]
+) -> LayerAnalysis:
+    """Figures of every variant out of sums."""
+    samples = len(measured.nll)
+    tokens = samples * cfg.data.sequence_length
+    losses = (measured.nll.sum(0) / tokens).tolist()
+    judged = []
+    for slot, loss in enumerate(losses):
+        bi = measured.influence[slot - 1].item() if slot else 0.0
+        judged.append(
+            Judged(loss, bi, **_answers(sources, measured.log_likelihoods[:, slot].numpy(), cfg.normalization))
+        )
+    by_length: dict[int, list[Judged]] = {}
+    # Blocks of one length stand in the order of their starts: ends rise with starts.
+    for block, found in zip(blocks, judged[1:], strict=True):
+        by_length.setdefault(block.length, []).append(found)
+    counts = {
+        "split": cfg.split,
+        "samples": samples,
+        "tokens": tokens,
+        "questions": {name: int(figures["questions"]) for name, figures in judged[0].tasks.items()},
+        "normalization": cfg.normalization,
+        "layer_passes": measured.layer_passes,
+        "seconds": round(measured.seconds, 2),
+    }
+    return LayerAnalysis(cfg.output, folder.digest, folder.shape.num_layers, judged[0], by_length, counts)
+
+
+def _answers(sources: list[QuestionSource], log_likelihoods: np.ndarray, normalization: str) -> dict[str, Any]:
+    """Accuracy and margin over all questions (every question counts the same), and of each source."""
+    tasks, first = {}, 0
+    for source in sources:
+        size = len(source.texts())
+        tasks[source.name] = source.figures(log_likelihoods[first : first + size], normalization)
+        first += size
+    if not tasks:
+        return {}
+    weights = [figures["questions"] for figures in tasks.values()]
+    accuracy = sum(w * f["accuracy"] for w, f in zip(weights, tasks.values(), strict=True)) / sum(weights)
+    margins = [f.get("margin", math.nan) for f in tasks.values()]
+    margin = sum(w * m for w, m in zip(weights, margins, strict=True)) / sum(weights)
+    return {"accuracy": accuracy, "margin": None if math.isnan(margin) else margin, "tasks": tasks}
+
+
+def _print_plan(
+    cfg: LayersConfig, folder: ModelFolder, blocks: Sequence[Block], count: int, requests: list[list[Request]]
+) -> None:
+    layers = folder.shape.num_layers
+    saved = len(blocks) * layers + layers
+    rows = [
+        ["blocks", len(blocks)],
+        ["samples", count],
+        ["tokens", count * cfg.data.sequence_length],
+        ["requests", sum(map(len, requests))],
+        ["layers a sample runs through", f"{layer_passes(layers, blocks):,} of {saved:,}"],
+    ]
+    print_table("would be analysed", ["", "value"], rows)
+
+
+def _row(name: str, judged: Judged) -> list[object]:
+    asked = [judged.accuracy, "" if judged.margin is None else judged.margin] if judged.accuracy is not None else []
+    return [name, judged.bi, judged.loss, judged.perplexity, *asked]
+
+
+def _print(output: str, analysis: LayerAnalysis) -> None:
+    asked = analysis.base.accuracy is not None
+    columns = ["", "BI", "loss", "perplexity", *(["accuracy", "margin"] if asked else [])]
+    rows = [_row("whole model", analysis.base)]
+    for length in analysis.blocks:
+        for judge in JUDGES if asked else JUDGES[:2]:
+            for removed in analysis.ranked(length, judge, keep_last=0)[:_SHOWN]:
+                layers = str(removed[0]) if length == 1 else f"{removed[0]}–{removed[-1]}"
+                rows.append(_row(f"without {layers}, by {JUDGE_NAMES[judge]}", analysis.blocks[length][removed[0]]))
+    counts = analysis.counts
+    title = f"{output}: {counts['samples']} samples, {format_value(counts['seconds'])} s"
+    print_table(title, columns, rows)
