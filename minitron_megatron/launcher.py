@@ -219,6 +219,7 @@ def check_words(words: list[str], name: str, config_class: type[CommandConfig]) 
             _check_preset(key, value, groups[key])
         elif key not in known and key not in models and not any(o.startswith(f"{key}.") for o in known):
             near = difflib.get_close_matches(key, [*known, *groups, *models], n=1)
+            near = near or difflib.get_close_matches(key.partition(".")[0], free, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(f"unknown option {key!r} of launch/{name}.py: {hint}(--help lists all)")
 
@@ -244,7 +245,7 @@ def _rewrite(word: str, config_class: type[CommandConfig]) -> str:
         if (CONF / "model" / f"{value}.yaml").is_file():
             return f"+model@{key}={value}"
         key = f"{key}.path"
-    if "." in key and key.partition(".")[0] in free_options(config_class):
+    if key.partition(".")[0] in free_options(config_class):
         return f"++{key}={value}"
     if _takes_text(key, config_class) and not _PLAIN_VALUE.fullmatch(value) and value[0] not in "'\"[{$":
         value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
