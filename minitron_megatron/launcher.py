@@ -225,7 +225,7 @@ def check_words(words: list[str], name: str, config_class: type[CommandConfig]) 
 
 
 def _check_preset(group: str, value: str, names: list[str]) -> None:
-    wrong = [v for v in value.split(",") if v not in (*names, "null") and not value.startswith(("{", "["))]
+    wrong = [v for v in value.split(",") if v not in names and not value.startswith(("{", "["))]
     if wrong:
         near = difflib.get_close_matches(wrong[0], names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(names)}"
@@ -248,8 +248,14 @@ def _rewrite(word: str, config_class: type[CommandConfig]) -> str:
     if key.partition(".")[0] in free_options(config_class):
         return f"++{key}={value}"
     if _takes_text(key, config_class) and not _PLAIN_VALUE.fullmatch(value) and value[0] not in "'\"[{$":
-        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        value = _quoted(value)
     return f"{key}={value}"
+
+
+def _quoted(value: str) -> str:
+    """A value in Hydra's quotes, in which a backslash is one except before a quote."""
+    value = re.sub(r"(\\*)'", lambda found: 2 * found[1] + r"\'", value)
+    return "'" + re.sub(r"(\\+)$", lambda found: 2 * found[1], value) + "'"
 
 
 def _takes_text(key: str, config_class: type[CommandConfig]) -> bool:

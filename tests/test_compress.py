@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def summary(root: Path) -> dict:
 def whole(folders, tmp_path_factory):
     """An undisturbed chain: (its folder, what it printed)."""
     root = tmp_path_factory.mktemp("whole") / "chain"
-    done = run(*words(folders, root))
+    done = run(*words(folders, root), timeout=900)
     assert done.returncode == 0, done.stderr
     return root, done.stdout
 
@@ -126,7 +127,7 @@ def start(command):
 
 
 def wait_for(running, there):
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not there() and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     assert there() and running.poll() is None
@@ -143,7 +144,7 @@ def test_a_killed_chain_continues_to_the_same_student(folders, whole, tmp_path):
     assert not (root / "first" / "distilled" / "model").exists() and not (root / SUMMARY).exists()
     kept = [root / "first" / folder / "manifest.yaml" for folder in ("scores", "pruned")]
     before = [file.stat().st_mtime_ns for file in kept]
-    done = run(*command)
+    done = run(*command, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "continuing from step" in done.stdout and done.stdout.count("done before in") == 2
     assert before == [file.stat().st_mtime_ns for file in kept]
@@ -182,7 +183,7 @@ def test_stages_of_two_processes_with_the_first_model_as_teacher(folders, tmp_pa
     assert done.returncode == 2
     options = "distill={processes: 2, parallel: {pipeline: 1}, trainer: {steps: 8, global_batch_size: 4, validation_samples: 4}}"
     given = [w for w in words(folders, root, teacher="first") if not w.startswith("distill={")]
-    done = run(*given, options, *more[:2], "evaluate={processes: 1, parallel.pipeline: 1}")
+    done = run(*given, options, *more[:2], "evaluate={processes: 1, parallel.pipeline: 1}", timeout=900)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("$ torchrun --nproc-per-node 2") == 6 and done.stdout.count("$ python launch/") == 2
     inputs = [read_manifest(root / name / "distilled" / "model")["inputs"] for name in ("first", "second")]
@@ -202,6 +203,40 @@ def test_a_dry_run_shows_every_stage_and_writes_nothing(folders, tmp_path):
     assert done.stdout.count("$ torchrun --nproc-per-node 4") == 6 and done.stdout.count("$ python launch/") == 2
     assert "target.hidden_size=24" in done.stdout and "parallel.tensor=2" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_job_script_starts_every_stage_on_all_nodes(folders, tmp_path):
+    """slurm/compress.sh with a dry run, Slurm's own programs standing there by name."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, does in (("srun", "exit 1"), ("scontrol", "echo node1; echo node2")):
+        (programs / name).write_text(f"#!/bin/sh\n{does}\n")
+        (programs / name).chmod(0o755)
+    activate = tmp_path / "it's an environment"
+    activate.write_text(f"PATH={programs}:{Path(sys.executable).parent}:$PATH\n")
+    job = {
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "7",
+        "MODEL": str(folders[0]),
+        "DATA": str(folders[1]),
+        "OUTPUT": str(tmp_path / "chain"),
+        "ROOT": str(ROOT),
+        "ACTIVATE": str(activate),
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "TENSOR": "2",
+        "GPUS": "2",
+        "CHAIN": "",
+        "EXTRA": "rounds=[{name:one,prune:{target.hidden_size:16}}] data.sequence_length=32 importance.samples=4 "
+        "distill.trainer.steps=2 distill.trainer.validation_samples=0 dry_run=true",
+    }
+    script = ["bash", str(ROOT / "slurm" / "compress.sh")]
+    done = subprocess.run(script, env={**environment(), **job}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [shlex.split(line)[1:] for line in done.stdout.splitlines() if line.startswith("$ ")]
+    assert [line[:5] for line in lines] == [["srun", "bash", "-c", '. "$0" && exec "$@"', str(activate)]] * 4
+    assert {tuple(line[5:10]) for line in lines} == {("torchrun", "--nnodes", "2", "--nproc-per-node", "2")}
+    assert not (tmp_path / "chain").exists()
 
 
 @pytest.fixture
