@@ -3,8 +3,9 @@
 The one source for options: `--help`, checks and defaults come from here, presets from `conf/`. Nothing heavy is imported.
 """
 
+import copy
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -18,8 +19,8 @@ FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "nemotron")
 def option(default: Any, doc: str, choices: tuple[str, ...] = ()) -> Any:
     """A config field with its line of documentation and, where there are some, its allowed values."""
     metadata = {"doc": doc, "choices": choices}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -340,6 +341,44 @@ class ExportHfConfig(CommandConfig):
 
 
 @dataclass
+class RoundConfig:
+    """A round of a chain: its name and teacher, and each stage's options where they differ from the chain's."""
+
+    name: str = option(REQUIRED, "folder of the round in the chain's output")
+    teacher: str = option(
+        "source", "who teaches: the model that the round prunes, or the first one", ("source", "first")
+    )
+    importance: Any = option({}, "options of launch/importance.py")
+    prune: Any = option({}, "options of launch/prune.py")
+    distill: Any = option({}, "options of launch/distill.py")
+    evaluate: Any = option({}, "options of launch/evaluate.py")
+
+
+@dataclass
+class ChainDataConfig:
+    """Tokenised text for every stage of a chain."""
+
+    path: str = option(REQUIRED, "data folder (the output of prepare_data)")
+    sequence_length: int | None = option(None, "tokens of a sample in every stage; each command's own if not given")
+
+
+@dataclass
+class CompressConfig(CommandConfig):
+    """Rounds of importance, prune, distill and evaluate: a large cut in several steps (arXiv 2407.14679)."""
+
+    model: ModelConfig = group(ModelConfig)
+    data: ChainDataConfig = group(ChainDataConfig)
+    rounds: Any = option([], "rounds in order, each {name, teacher, importance, prune, distill, evaluate}")
+    importance: Any = option({}, "options of launch/importance.py in every round, and processes")
+    prune: Any = option({}, "options of launch/prune.py in every round, and processes")
+    distill: Any = option({}, "options of launch/distill.py in every round, and processes")
+    evaluate: Any = option({}, "options of launch/evaluate.py in every round, and processes")
+    perplexity: bool = option(True, "evaluate the student of every round")
+    processes: int = option(1, "processes of a stage, over all nodes")
+    start: str = option("torchrun --nproc-per-node {processes}", "what starts a stage of several processes")
+
+
+@dataclass
 class BenchmarkConfig(CommandConfig):
     """A measurement on this machine: a table and results.json."""
 
@@ -366,6 +405,7 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "distill": DistillConfig,
     "evaluate": EvaluateConfig,
     "export_hf": ExportHfConfig,
+    "compress": CompressConfig,
     "benchmark": BenchmarkConfig,
 }
 # Options that name a model: by its folder, or by a preset of conf/model.
@@ -395,6 +435,19 @@ def options(config: type, prefix: str = "") -> Iterator[Option]:
             yield from options(f.type, f"{prefix}{f.name}.")
 
 
+def free_options(config: type) -> list[str]:
+    """Options that are mappings of any keys, such as `distill` in a chain: what is in them is for another command."""
+    return [o.name for o in options(config) if isinstance(o.default, dict)]
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
 def _nested(f: Any) -> bool:
     return isinstance(f.type, type) and is_dataclass(f.type)
 
@@ -403,7 +456,7 @@ def _nested(f: Any) -> bool:
 _POSITIVE = frozenset(
     """tensor pipeline context sequence_length micro_batch_size global_batch_size samples steps tokens lr workers temperature
     max_shard_gb save_interval interval repeats rows limit num_layers hidden_size ffn_hidden_size num_attention_heads
-    num_query_groups vocab_size adam_eps""".split()
+    num_query_groups vocab_size adam_eps processes""".split()
 )
 _NOT_NEGATIVE = frozenset(
     """min_lr warmup_steps weight_decay clip_grad validation_interval validation_samples seed first_sample fewshot

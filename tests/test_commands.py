@@ -32,13 +32,15 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def run(*words: object, processes: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def run(*words: object, processes: int = 0, cwd: Path = ROOT, timeout: int = 300) -> subprocess.CompletedProcess:
     """`python launch/NAME.py …`, or with torchrun for `processes` above 0."""
     name, *rest = map(str, words)
     torchrun = [TORCHRUN, "--nproc-per-node", str(processes), "--master-port", str(free_port())]
     start = torchrun if processes else [sys.executable]
     command = [*start, str(ROOT / "launch" / f"{name}.py"), *rest]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=300, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=timeout, check=False
+    )
 
 
 def error_of(done: subprocess.CompletedProcess) -> str:
@@ -76,6 +78,7 @@ def test_every_command_has_its_file_and_its_config():
             ("prune", "target=llama3_1_minitron_4b"),
             "is not a preset of conf/target: did you mean llama3_1_minitron_4b_",
         ),
+        (("prune", "target=null"), "target=null is not a preset of conf/target: use one of"),
         (("prune", "+nonsense=1"), "unknown option 'nonsense'"),
         (("prune", "~output"), "cannot be deleted"),
         (("prune", "output=x", "output=y"), "output= is given twice"),
