@@ -383,7 +383,9 @@ class BenchmarkConfig(CommandConfig):
     """A measurement on this machine: a table and results.json."""
 
     measure: str = option(
-        "importance", "hooks over a plain forward pass; cutting over copying", ("importance", "prune")
+        "importance",
+        "hooks over a plain forward pass; cutting files over copying them; cutting in memory",
+        ("importance", "prune", "cut"),
     )
     model: ModelConfig = group(ModelConfig)
     target: TargetConfig = group(TargetConfig)

@@ -22,17 +22,8 @@ def hooks_over_forward(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]
 
     A preset is given random weights; a folder is loaded.
     """
-    folder = open_model_folder(cfg.model.path) if cfg.model.path else None
-    shape = folder.shape if folder else ModelShape.from_dict(cfg.model.sizes("model"), "model")
-    check_layout(shape, layout)
+    shape, chunks = live_model(cfg, layout)
     check_sequence(cfg.sequence_length, layout)
-    chunks = build_model_chunks(shape, layout, model_dtype(shape, cfg.precision))
-    if folder:
-        load_model(chunks, folder)
-    else:
-        with torch.no_grad():
-            for parameter in (p for chunk in chunks for p in chunk.parameters()):
-                parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, STANDARD_DEVIATION)
     generator = torch.Generator().manual_seed(cfg.seed)
     pairs = []
     for _ in range(cfg.repeats + 1):
@@ -48,6 +39,21 @@ def hooks_over_forward(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]
         "ratio_of_medians": statistics.median(hooked) / statistics.median(plain),
         "ratio_of_fastest": min(hooked) / min(plain),
     }
+
+
+def live_model(cfg: BenchmarkConfig, layout: Layout) -> tuple[ModelShape, list[torch.nn.Module]]:
+    """Shape and this rank's chunks of `model=`: a folder's weights, or random ones for a preset."""
+    folder = open_model_folder(cfg.model.path) if cfg.model.path else None
+    shape = folder.shape if folder else ModelShape.from_dict(cfg.model.sizes("model"), "model")
+    check_layout(shape, layout)
+    chunks = build_model_chunks(shape, layout, model_dtype(shape, cfg.precision))
+    if folder:
+        load_model(chunks, folder)
+        return shape, chunks
+    with torch.no_grad():
+        for parameter in (p for chunk in chunks for p in chunk.parameters()):
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, STANDARD_DEVIATION)
+    return shape, chunks
 
 
 def _random_batch(cfg: BenchmarkConfig, shape: ModelShape, generator: torch.Generator) -> Batch:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from minitron_megatron.benchmark.cut import cutting_in_memory
 from minitron_megatron.benchmark.importance import hooks_over_forward
 from minitron_megatron.benchmark.prune import pruning_over_copying
 from minitron_megatron.checkpoints.folder import check_output, output_folder
@@ -19,6 +20,7 @@ RESULTS = "results.json"
 MEASURES: dict[str, Callable[[BenchmarkConfig, Layout], dict[str, float]]] = {
     "importance": hooks_over_forward,
     "prune": pruning_over_copying,
+    "cut": cutting_in_memory,
 }
 
 
