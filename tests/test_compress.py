@@ -18,6 +18,7 @@ from minitron_megatron.compress import SUMMARY, compress
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF, compose, presets
 from minitron_megatron.models.axes import count_parameters
+from minitron_megatron.stages import Stages
 from tests.test_commands import ROOT, environment, error_of, run
 from tests.tiny import data_folder, hf_model, imported
 
@@ -67,6 +68,22 @@ def whole(folders, tmp_path_factory):
     return root, done.stdout
 
 
+def test_a_stage_runs_once_and_what_its_command_refuses_is_passed_on(folders, tmp_path, capfd):
+    def cut(drop_layers):
+        stages = Stages(tmp_path / "stages.json")
+        stages.command("cut", tmp_path / "out", "launch/prune.py", f"model={folders[0]}", f"drop_layers={drop_layers}")
+        return capfd.readouterr().out
+
+    assert "$ python launch/prune.py" in cut([1])
+    digest = open_model_folder(tmp_path / "out").digest
+    again = cut([1])
+    assert "cut: done before in" in again and "$ python" not in again
+    with pytest.raises(UserError, match=r"^cut: output=\S+ was made with other options or inputs: remove it or choose"):
+        cut([2])
+    assert open_model_folder(tmp_path / "out").digest == digest
+
+
+@pytest.mark.slow
 def test_each_round_prunes_the_student_of_the_round_before(folders, whole):
     root, printed = whole
     found = summary(root)
@@ -94,6 +111,7 @@ def test_each_round_prunes_the_student_of_the_round_before(folders, whole):
     assert printed.count("$ python launch/") == 8
 
 
+@pytest.mark.slow
 def test_the_same_command_again_runs_nothing(folders, whole):
     root, _ = whole
     before = {f: f.stat().st_mtime_ns for f in root.rglob("*") if f.is_file() and f.parent != root}
@@ -103,6 +121,7 @@ def test_the_same_command_again_runs_nothing(folders, whole):
     assert before == {f: f.stat().st_mtime_ns for f in root.rglob("*") if f.is_file() and f.parent != root}
 
 
+@pytest.mark.slow
 def test_what_a_finished_stage_says_of_other_options_is_passed_on(folders, whole):
     root, _ = whole
     before = summary(root)
