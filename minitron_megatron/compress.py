@@ -129,7 +129,7 @@ def plan_rounds(cfg: CompressConfig, first: ModelShape) -> list[Round]:
         }
         with _named(written.name, "prune"):
             pruning = stages["prune"].config
-            target = target_shape(source[1], vars(pruning.target), list(pruning.drop_layers))
+            target = target_shape(source[1], vars(pruning.target), list(pruning.drop_layers), pruning.prune)
         rounds.append(Round(written.name, source[1], teacher[1], target, stages))
         source = (str(at["distill"]), target)
     return rounds

@@ -67,8 +67,9 @@ def cuts(tmp_path_factory):
 
 def _cut(whole, name, folder):
     sizes, options = {**TARGETS, **GROUPS}[name]
-    if open_model_folder(whole).shape.heads_per_group == 1 and name.startswith(("heads", "all")):
-        sizes = {**sizes, "num_query_groups": 4}
+    plain = open_model_folder(whole).shape.heads_per_group == 1
+    if plain and "num_attention_heads" in sizes and options.get("groups") != "mean":
+        sizes = {**sizes, "num_query_groups": sizes["num_attention_heads"]}
     cfg = PruneConfig(
         model=model_option(whole),
         scores=str(write_scores(random_scores(whole), folder / "by")),

@@ -1,5 +1,7 @@
 """Pruning: equal to a NumPy reference, identity at full size, planted truth, plans, and bad targets."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from minitron_megatron.checkpoints.folder import open_model_folder, output_folde
 from minitron_megatron.checkpoints.hf import export_hf
 from minitron_megatron.config import ExportHfConfig, PruneConfig, PruneOptions, TargetConfig
 from minitron_megatron.errors import UserError
+from minitron_megatron.importance.layers import Judged, LayerAnalysis
 from minitron_megatron.importance.scores import Scores, save_scores
 from minitron_megatron.prune.plan import ranges
 from minitron_megatron.prune.prune import prune_model
@@ -245,6 +248,46 @@ def test_scores_of_another_model_are_refused(source, tmp_path):
         prune_model(
             PruneConfig(model=model_option(source), scores=str(where), target=target, output=str(tmp_path / "o"))
         )
+
+
+def analysis(path, digest, layers=4):
+    """A layer analysis in which the loss is least without layers 1 and 2, but for the last ones."""
+    blocks = {2: [Judged(loss=loss, bi=bi) for loss, bi in ((3.0, 0.1), (2.5, 0.3), (2.0, 0.2))]}
+    whole = LayerAnalysis(str(path), digest, layers, Judged(loss=1.0), blocks, {})
+    with output_folder(path, command="test", config={}, inputs={"model": digest}, resume=False) as out:
+        (out.path / "layers.json").write_text(json.dumps(whole.to_json()))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        (PruneOptions(), [0, 3]),
+        (PruneOptions(judge="bi"), [2, 3]),
+        (PruneOptions(keep_last_layers=0), [0, 1]),
+    ],
+)
+def test_a_layer_analysis_says_which_block_goes(source, tmp_path, options, kept):
+    where = analysis(tmp_path / "layers", open_model_folder(source).digest)
+    target, out = TargetConfig(num_layers=2), str(tmp_path / "out")
+    prune_model(PruneConfig(model=model_option(source), layers=where, target=target, prune=options, output=out))
+    assert yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text())["layers"] == ranges(np.array(kept))
+
+
+def test_analyses_that_do_not_fit_are_refused(source, tmp_path):
+    another = analysis(tmp_path / "another", "sha256:0")
+    own = analysis(tmp_path / "own", open_model_folder(source).digest)
+    for where, layers, says in (
+        (another, 2, "another model"),
+        (own, 3, "blocks of 2 layers, not 1"),
+        (own, 4, "needs target.num_layers= below"),
+    ):
+        cfg = PruneConfig(
+            model=model_option(source), layers=where, target=TargetConfig(num_layers=layers), output=str(tmp_path / "o")
+        )
+        with pytest.raises(UserError, match=says):
+            prune_model(cfg)
+    assert not (tmp_path / "o").exists()
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.data())
