@@ -172,7 +172,7 @@ def test_plans_edited_into_nonsense_are_refused(source, tmp_path, change, says):
         ({"kv_groups": {0: "0+1 2+9"}}, "must name groups from 0 to 3, each once"),
         ({"kv_groups": {0: "2+3 0+1"}}, "must be ascending"),
         ({"kv_groups": {0: "a+b c+d"}}, "is not a list of groups"),
-        ({"q_heads": {0: "0-2 4, 5-7"}}, "head 4 is not in group 0.1"),
+        ({"q_heads": {0: "0-1 4, 5-7"}}, "head 4 is not in group 0.1"),
         ({"q_heads": {0: "0-2"}}, "must give the heads of 2 groups"),
         ({"q_heads": "all"}, "q_heads keeps all, target says 6"),
         ({"merged_heads": {0: "0<1"}}, "must merge a head that goes into one that stays"),
