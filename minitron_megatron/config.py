@@ -301,7 +301,9 @@ class BenchmarkConfig(CommandConfig):
     """A measurement on this machine: a table and results.json."""
 
     measure: str = option(
-        "importance", "hooks over a plain forward pass; cutting over copying", ("importance", "prune")
+        "importance",
+        "hooks over a plain forward pass; cutting over copying; a layer analysis over a pass for each block",
+        ("importance", "prune", "layers"),
     )
     model: ModelConfig = group(ModelConfig)
     target: TargetConfig = group(TargetConfig)

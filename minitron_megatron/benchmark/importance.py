@@ -18,25 +18,12 @@ from minitron_megatron.parallel.layout import Layout
 
 
 def hooks_over_forward(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]:
-    """Seconds of a forward pass with and without the hooks of every axis: medians over `repeats` pairs, and their ratio.
-
-    A preset is given random weights; a folder is loaded.
-    """
-    folder = open_model_folder(cfg.model.path) if cfg.model.path else None
-    shape = folder.shape if folder else ModelShape.from_dict(cfg.model.sizes("model"), "model")
-    check_layout(shape, layout)
-    check_sequence(cfg.sequence_length, layout)
-    chunks = build_model_chunks(shape, layout, model_dtype(shape, cfg.precision))
-    if folder:
-        load_model(chunks, folder)
-    else:
-        with torch.no_grad():
-            for parameter in (p for chunk in chunks for p in chunk.parameters()):
-                parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, STANDARD_DEVIATION)
+    """Seconds of a forward pass with and without the hooks of every axis: medians over `repeats` pairs, and their ratio."""
+    shape, chunks = benchmark_model(cfg, layout)
     generator = torch.Generator().manual_seed(cfg.seed)
     pairs = []
     for _ in range(cfg.repeats + 1):
-        batch = _random_batch(cfg, shape, generator)
+        batch = random_batch(cfg, shape, generator)
         pairs.append(
             (_seconds(chunks, batch, cfg, layout, shape, False), _seconds(chunks, batch, cfg, layout, shape, True))
         )
@@ -50,7 +37,24 @@ def hooks_over_forward(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]
     }
 
 
-def _random_batch(cfg: BenchmarkConfig, shape: ModelShape, generator: torch.Generator) -> Batch:
+def benchmark_model(cfg: BenchmarkConfig, layout: Layout) -> tuple[ModelShape, list[torch.nn.Module]]:
+    """The model to run: a folder's weights, or a preset's shape with random ones."""
+    folder = open_model_folder(cfg.model.path) if cfg.model.path else None
+    shape = folder.shape if folder else ModelShape.from_dict(cfg.model.sizes("model"), "model")
+    check_layout(shape, layout)
+    check_sequence(cfg.sequence_length, layout)
+    chunks = build_model_chunks(shape, layout, model_dtype(shape, cfg.precision))
+    if folder:
+        load_model(chunks, folder)
+    else:
+        with torch.no_grad():
+            for parameter in (p for chunk in chunks for p in chunk.parameters()):
+                parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, STANDARD_DEVIATION)
+    return shape, chunks
+
+
+def random_batch(cfg: BenchmarkConfig, shape: ModelShape, generator: torch.Generator) -> Batch:
+    """A micro-batch of random tokens."""
     size = (cfg.micro_batch_size, cfg.sequence_length)
     tokens = torch.randint(0, shape.vocab_size, size, generator=generator)
     return {
