@@ -3,21 +3,24 @@
 The one source for options: `--help`, checks and defaults come from here, presets from `conf/`. Nothing heavy is imported.
 """
 
+import copy
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from minitron_megatron.errors import UserError
 
 REQUIRED = "???"
+# Architectures: a table each in models/axes.py and an entry in models/families.py.
+FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "nemotron")
 
 
 def option(default: Any, doc: str, choices: tuple[str, ...] = ()) -> Any:
     """A config field with its line of documentation and, where there are some, its allowed values."""
     metadata = {"doc": doc, "choices": choices}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -42,7 +45,7 @@ class ModelConfig:
     """A model: its folder, or the sizes of a preset in conf/model."""
 
     path: str | None = option(None, "model folder (model=FOLDER sets it)")
-    family: str | None = option(None, "architecture", ("llama", "mistral"))
+    family: str | None = option(None, "architecture", FAMILY_NAMES)
     num_layers: int | None = option(None, "decoder layers")
     hidden_size: int | None = option(None, "width of the residual stream")
     ffn_hidden_size: int | None = option(None, "neurons of a feed-forward block")
@@ -53,6 +56,7 @@ class ModelConfig:
     max_position_embeddings: int | None = option(None, "longest sequence in tokens")
     rope_theta: float | None = option(None, "base of the rotary frequencies")
     rope_scaling: Any = option(None, "Llama 3 scaling: factor, low, high, original length")
+    rotary_percent: float | None = option(None, "share of a head's channels that are rotated; all if not given")
     norm_eps: float | None = option(None, "epsilon of the norms")
     tied_embeddings: bool | None = option(None, "whether output and input embeddings are one tensor")
     dtype: str | None = option(None, "dtype of the weights on disk", ("float32", "bfloat16"))
@@ -140,11 +144,42 @@ class ImportanceOptions:
 class TargetConfig:
     """The pruned model's sizes; what is not given stays."""
 
-    num_layers: int | None = option(None, "layers to keep, by Block Influence")
+    num_layers: int | None = option(None, "layers to keep, by Block Influence or by layers=")
     hidden_size: int | None = option(None, "hidden channels to keep")
-    ffn_hidden_size: int | None = option(None, "feed-forward neurons to keep in each layer")
+    ffn_hidden_size: Any = option(
+        None, "feed-forward neurons to keep: one size, or a list with one a kept layer (no Hugging Face export then)"
+    )
     num_attention_heads: int | None = option(None, "query heads to keep in each layer")
     num_query_groups: int | None = option(None, "key-value groups to keep in each layer")
+    vocab_size: int | None = option(
+        None, "tokens to keep, by frequency in the calibration data; cuts the tokenizer too"
+    )
+
+
+@dataclass
+class PruneOptions:
+    """How heads, groups and layers go."""
+
+    heads: str = option(
+        "drop",
+        "query heads: drop the rest, or merge its residual into what stays (arXiv 2407.14679, section 2.3)",
+        ("drop", "merge"),
+    )
+    groups: str = option(
+        "drop", "key-value groups: keep the best, or average neighbours and regroup their heads", ("drop", "mean")
+    )
+    judge: str = option("loss", "which judge of layers= names the block that goes", ("bi", "loss", "task"))
+    keep_last_layers: int = option(1, "last layers that stay whatever their score (arXiv 2408.11796)")
+
+
+@dataclass
+class CalibrationConfig:
+    """Tokenised text where a command can do without."""
+
+    path: str | None = option(
+        None, "data folder: to measure scores where none are given, and for the loss right after the cut"
+    )
+    sequence_length: int = option(1024, "tokens of a sample")
 
 
 @dataclass
@@ -258,10 +293,19 @@ class PruneConfig(CommandConfig):
     """Scores and a target, or a plan, into a smaller model."""
 
     model: ModelConfig = group(ModelConfig)
-    scores: str | None = option(None, "scores folder (the output of importance)")
+    scores: str | None = option(None, "scores folder (the output of importance); measured first if not given")
+    layers: str | None = option(None, "layer analysis (the output of layers): target.num_layers drops its best block")
     plan: str | None = option(None, "plan.yaml of an earlier pruning, perhaps edited; stands for scores and target")
     target: TargetConfig = group(TargetConfig)
+    prune: PruneOptions = group(PruneOptions)
     drop_layers: list[int] = option([], "layers to drop by number, from 0, rather than by importance")
+    data: CalibrationConfig = group(CalibrationConfig)
+    samples: int = option(1024, "calibration samples, where scores are measured first")
+    loss_samples: int = option(
+        0, "validation samples for the loss before and right after the cut, with and without merged heads"
+    )
+    trainer: BatchConfig = group(BatchConfig)
+    importance: ImportanceOptions = group(ImportanceOptions)
 
 
 @dataclass
@@ -297,6 +341,44 @@ class ExportHfConfig(CommandConfig):
 
 
 @dataclass
+class RoundConfig:
+    """A round of a chain: its name and teacher, and each stage's options where they differ from the chain's."""
+
+    name: str = option(REQUIRED, "folder of the round in the chain's output")
+    teacher: str = option(
+        "source", "who teaches: the model that the round prunes, or the first one", ("source", "first")
+    )
+    importance: Any = option({}, "options of launch/importance.py")
+    prune: Any = option({}, "options of launch/prune.py")
+    distill: Any = option({}, "options of launch/distill.py")
+    evaluate: Any = option({}, "options of launch/evaluate.py")
+
+
+@dataclass
+class ChainDataConfig:
+    """Tokenised text for every stage of a chain."""
+
+    path: str = option(REQUIRED, "data folder (the output of prepare_data)")
+    sequence_length: int | None = option(None, "tokens of a sample in every stage; each command's own if not given")
+
+
+@dataclass
+class CompressConfig(CommandConfig):
+    """Rounds of importance, prune, distill and evaluate: a large cut in several steps (arXiv 2407.14679)."""
+
+    model: ModelConfig = group(ModelConfig)
+    data: ChainDataConfig = group(ChainDataConfig)
+    rounds: Any = option([], "rounds in order, each {name, teacher, importance, prune, distill, evaluate}")
+    importance: Any = option({}, "options of launch/importance.py in every round, and processes")
+    prune: Any = option({}, "options of launch/prune.py in every round, and processes")
+    distill: Any = option({}, "options of launch/distill.py in every round, and processes")
+    evaluate: Any = option({}, "options of launch/evaluate.py in every round, and processes")
+    perplexity: bool = option(True, "evaluate the student of every round")
+    processes: int = option(1, "processes of a stage, over all nodes")
+    start: str = option("torchrun --nproc-per-node {processes}", "what starts a stage of several processes")
+
+
+@dataclass
 class BenchmarkConfig(CommandConfig):
     """A measurement on this machine: a table and results.json."""
 
@@ -325,6 +407,7 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "distill": DistillConfig,
     "evaluate": EvaluateConfig,
     "export_hf": ExportHfConfig,
+    "compress": CompressConfig,
     "benchmark": BenchmarkConfig,
 }
 # Options that name a model: by its folder, or by a preset of conf/model.
@@ -354,6 +437,19 @@ def options(config: type, prefix: str = "") -> Iterator[Option]:
             yield from options(f.type, f"{prefix}{f.name}.")
 
 
+def free_options(config: type) -> list[str]:
+    """Options that are mappings of any keys, such as `distill` in a chain: what is in them is for another command."""
+    return [o.name for o in options(config) if isinstance(o.default, dict)]
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
 def _nested(f: Any) -> bool:
     return isinstance(f.type, type) and is_dataclass(f.type)
 
@@ -362,10 +458,11 @@ def _nested(f: Any) -> bool:
 _POSITIVE = frozenset(
     """tensor pipeline context sequence_length micro_batch_size global_batch_size samples steps tokens lr workers temperature
     max_shard_gb save_interval interval repeats rows limit num_layers hidden_size ffn_hidden_size num_attention_heads
-    num_query_groups adam_eps""".split()
+    num_query_groups vocab_size adam_eps processes""".split()
 )
 _NOT_NEGATIVE = frozenset(
-    "min_lr warmup_steps weight_decay clip_grad validation_interval validation_samples seed first_sample fewshot".split()
+    """min_lr warmup_steps weight_decay clip_grad validation_interval validation_samples seed first_sample fewshot
+    keep_last_layers loss_samples""".split()
 )
 
 

@@ -5,14 +5,6 @@ so a second run continues where the first stopped. What is done is remembered in
 """
 
 import json
-import logging
-import os
-import shlex
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +12,9 @@ from typing import Any
 from minitron_megatron.config import CommandConfig, DemoConfig
 from minitron_megatron.console import console, print_table
 from minitron_megatron.errors import UserError
+from minitron_megatron.stages import Stages, write_json
 
-log = logging.getLogger(__name__)
-TORCHRUN_PORT = 29500
+STAGES_FILE = "stages.json"
 PROMPT = "A list in Python is"
 # 60 % of the parameters of SmolLM2-135M: hidden 576 → 432, ffn 1536 → 1024, all heads and layers kept.
 TARGET = ("target.hidden_size=432", "target.ffn_hidden_size=1024")
@@ -57,61 +49,6 @@ WHOLE = Effort(calibration_samples=64, steps=60, sequence_length=256, validation
 SHORT = Effort(calibration_samples=8, steps=12, sequence_length=128, validation_samples=8)
 
 
-class Stages:
-    """Runs stages once, times them, and remembers that they are done."""
-
-    FILE = "stages.json"
-
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.file = folder / self.FILE
-        self.seconds: dict[str, float] = json.loads(self.file.read_text()) if self.file.is_file() else {}
-        self.file.write_text(json.dumps(self.seconds, indent=2) + "\n")
-        self.seed = [] if seed == CommandConfig.seed else [f"seed={seed}"]
-        self.commands: list[str] = []
-
-    def run(self, name: str, output: Path, work: Callable[[], None]) -> None:
-        """Do `work` unless it was done before and its output is still there."""
-        if name in self.seconds and output.exists():
-            console().print(f"[dim]{name}: done before in {self.seconds[name]:.0f} s ({output})[/dim]")
-            return
-        began = time.monotonic()
-        work()
-        self.seconds[name] = round(time.monotonic() - began, 1)
-        self.file.write_text(json.dumps(self.seconds, indent=2) + "\n")
-
-    def command(self, name: str, output: Path, *words: str, processes: int = 1) -> None:
-        """A stage that is one command of launch/; `processes` above 1 start it with torchrun."""
-        start = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes), *_another_port()]
-        words = (*words, *self.seed)
-        line = shlex.join([*start, *words, f"output={output}"])
-        self.commands.append(line)
-
-        def work() -> None:
-            console().print(f"\n[bold]$ {line}[/bold]", highlight=False, soft_wrap=True)
-            program = [str(Path(sys.executable).parent / start[0]), *start[1:], *words, f"output={output}"]
-            threads = max(1, (os.cpu_count() or 1) // processes)
-            done = subprocess.run(program, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False)
-            if done.returncode:
-                raise UserError(
-                    f"the stage {name} ended with status {done.returncode}: mend what it says and run again"
-                )
-
-        self.run(name, output, work)
-
-
-def _another_port() -> list[str]:
-    """torchrun's option for a free port, where its default one is taken by another job on this machine."""
-    try:
-        with socket.socket() as default:
-            default.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            default.bind(("127.0.0.1", TORCHRUN_PORT))
-        return []
-    except OSError:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            return ["--master-port", str(free.getsockname()[1])]
-
-
 def write_text(folder: Path) -> None:
     """The text that every Python carries: the reference topics of `pydoc`, one document each."""
     from pydoc_data.topics import topics
@@ -130,10 +67,10 @@ def run_demo(cfg: DemoConfig) -> None:
     if cfg.dry_run:
         console().print(f"would run the stages of the demo in {root}: {effort}")
         return
-    if root.exists() and not (root / Stages.FILE).is_file() and any(root.iterdir()):
+    if root.exists() and not (root / STAGES_FILE).is_file() and any(root.iterdir()):
         raise UserError(f"output={root} exists and is not a demo's folder: choose another output=")
     root.mkdir(parents=True, exist_ok=True)
-    stages = Stages(root, cfg.seed)
+    stages = Stages(root / STAGES_FILE, words=[] if cfg.seed == CommandConfig.seed else [f"seed={cfg.seed}"])
     folders = {name: root / name for name in ("smollm2", "teacher", "text", "data", "scores", "pruned", "distilled")}
     _make_models(stages, folders, effort)
     _judge(stages, root, folders, effort)
@@ -227,7 +164,7 @@ def _show(stages: Stages, root: Path, at: dict[str, Path]) -> None:
     samples: dict[str, str] = {}
     file = root / "samples.json"
     stages.run(
-        "completions", file, lambda: _write_json(file, {name: complete(folder) for name, folder in shown.items()})
+        "completions", file, lambda: write_json(file, {name: complete(folder) for name, folder in shown.items()})
     )
     samples = json.loads(file.read_text())
     results = {name: json.loads((root / f"evaluate_{name}" / "results.json").read_text()) for name in MODELS}
@@ -236,8 +173,8 @@ def _show(stages: Stages, root: Path, at: dict[str, Path]) -> None:
         "perplexity": {name: results[name]["perplexity"] for name in MODELS},
         "seconds": stages.seconds,
     }
-    _write_json(root / "summary.json", summary)
-    demo_report(root / "report.html", summary, samples, stages.commands, at)
+    write_json(root / "summary.json", summary)
+    demo_report(root / "report.html", summary, samples, stages.lines, at)
     print_table(
         "What became of SmolLM2-135M",
         ["model", "parameters", "perplexity", "completion"],
@@ -247,7 +184,3 @@ def _show(stages: Stages, root: Path, at: dict[str, Path]) -> None:
     rows = [[name, seconds] for name, seconds in stages.seconds.items()]
     print_table("Time", ["stage", "seconds"], [*rows, ["all", round(total, 1)]])
     console().print(f"Written: {root / 'summary.json'}, {root / 'report.html'}")
-
-
-def _write_json(file: Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -18,7 +18,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.config import COMMANDS, MODEL_OPTIONS, REQUIRED, CommandConfig, Option, check, options
+from minitron_megatron.config import (
+    COMMANDS,
+    MODEL_OPTIONS,
+    REQUIRED,
+    CommandConfig,
+    Option,
+    check,
+    free_options,
+    options,
+)
 from minitron_megatron.console import console, speaks
 from minitron_megatron.errors import UserError
 
@@ -103,7 +112,6 @@ def _hydra(main: Callable[[Any], None], name: str, config_class: type[CommandCon
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     ConfigStore.instance().store(name=f"{name}_options", node=config_class)
@@ -113,9 +121,7 @@ def _hydra(main: Callable[[Any], None], name: str, config_class: type[CommandCon
     def run(composed: Any) -> None:
         # What goes through Hydra gets lines of its own added: carry it past.
         try:
-            _check_required(composed, name, config_class)
-            config = OmegaConf.to_object(composed)
-            check(config)
+            config = _checked(composed, name, config_class)
             _logging()
             main(config)
         except OmegaConfBaseException as error:
@@ -143,6 +149,36 @@ def _hydra(main: Callable[[Any], None], name: str, config_class: type[CommandCon
         raise stopped[0]
 
 
+def compose(name: str, words: list[str]) -> Any:
+    """The checked config that launch/NAME.py would get from these words; for use within another command.
+
+    Raises UserError as that command would.
+    """
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    config_class = COMMANDS[name]
+    check_words(words, name, config_class)
+    ConfigStore.instance().store(name=f"{name}_options", node=config_class)
+    try:
+        composed = hydra.compose(config_name=name, overrides=[_rewrite(word, config_class) for word in words])
+        return _checked(composed, name, config_class)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from None
+
+
+def _checked(composed: Any, name: str, config_class: type[CommandConfig]) -> Any:
+    """The config as a dataclass, every value checked on its own."""
+    from omegaconf import OmegaConf
+
+    _check_required(composed, name, config_class)
+    config = OmegaConf.to_object(composed)
+    check(config)
+    return config
+
+
 def _check_required(composed: Any, name: str, config_class: type[CommandConfig]) -> None:
     from omegaconf import OmegaConf
 
@@ -166,6 +202,7 @@ def check_words(words: list[str], name: str, config_class: type[CommandConfig]) 
     known = [o.name for o in options(config_class)]
     groups = presets(name)
     models = [key for key in MODEL_OPTIONS if key in config_class.__dataclass_fields__]
+    free = free_options(config_class)
     seen: set[str] = set()
     for word in words:
         if word.startswith("~"):
@@ -176,16 +213,19 @@ def check_words(words: list[str], name: str, config_class: type[CommandConfig]) 
         if key in seen:
             raise UserError(f"{key}= is given twice")
         seen.add(key)
+        if key.partition(".")[0] in free:
+            continue
         if key in groups and key not in models:
             _check_preset(key, value, groups[key])
         elif key not in known and key not in models and not any(o.startswith(f"{key}.") for o in known):
             near = difflib.get_close_matches(key, [*known, *groups, *models], n=1)
+            near = near or difflib.get_close_matches(key.partition(".")[0], free, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(f"unknown option {key!r} of launch/{name}.py: {hint}(--help lists all)")
 
 
 def _check_preset(group: str, value: str, names: list[str]) -> None:
-    wrong = [v for v in value.split(",") if v not in (*names, "null") and not value.startswith(("{", "["))]
+    wrong = [v for v in value.split(",") if v not in names and not value.startswith(("{", "["))]
     if wrong:
         near = difflib.get_close_matches(wrong[0], names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(names)}"
@@ -205,9 +245,17 @@ def _rewrite(word: str, config_class: type[CommandConfig]) -> str:
         if (CONF / "model" / f"{value}.yaml").is_file():
             return f"+model@{key}={value}"
         key = f"{key}.path"
+    if key.partition(".")[0] in free_options(config_class):
+        return f"++{key}={value}"
     if _takes_text(key, config_class) and not _PLAIN_VALUE.fullmatch(value) and value[0] not in "'\"[{$":
-        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        value = _quoted(value)
     return f"{key}={value}"
+
+
+def _quoted(value: str) -> str:
+    """A value in Hydra's quotes, in which a backslash is one except before a quote."""
+    value = re.sub(r"(\\*)'", lambda found: 2 * found[1] + r"\'", value)
+    return "'" + re.sub(r"(\\+)$", lambda found: 2 * found[1], value) + "'"
 
 
 def _takes_text(key: str, config_class: type[CommandConfig]) -> bool:

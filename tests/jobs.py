@@ -1,10 +1,13 @@
 """What the tests run inside gloo workers: each function is one rank's part and returns plain tensors or numbers."""
 
+import weakref
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minitron_megatron.checkpoints.folder import WEIGHTS, open_model_folder
 from minitron_megatron.checkpoints.hf import export_hf, import_hf
@@ -20,16 +23,18 @@ from minitron_megatron.config import (
     OptimConfig,
     TrainerConfig,
 )
-from minitron_megatron.data.datasets import open_data
+from minitron_megatron.data.datasets import Windows, open_data
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.importance.layers import LayerMeasurement
 from minitron_megatron.importance.measure import aggregation, measure_statistics
 from minitron_megatron.importance.scores import finish_scores
 from minitron_megatron.importance.variants import contiguous_blocks
-from minitron_megatron.models.axes import Place, axis_table, tensor_parallel_keep
+from minitron_megatron.models.axes import Place, axis_table, slots, tensor_parallel_keep
 from minitron_megatron.models.build import build_model_chunks
 from minitron_megatron.models.forward import forward_only
-from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.parallel.layout import Layout, model_parallel
+from minitron_megatron.prune.live import Side, cut_live, local_tensors
+from minitron_megatron.prune.plan import read_plan
 from minitron_megatron.train.loop import Distiller
 from minitron_megatron.train.run import publish
 from tests.tiny import data_option, model_option
@@ -163,6 +168,79 @@ def training_losses(teacher: str, student: str, tokens: torch.Tensor, layout: di
     _, trained = distiller(teacher, student, layout, micro_batch_size, optimizer=True)
     results = [trained.train_step(step, steps, Tokens(tokens)) for step in range(steps)]
     return [(r.loss, r.grad_norm) for r in results]
+
+
+def validation_loss(path: str, data: str, samples: int) -> float:
+    """Mean loss over the first validation windows of 32 tokens, by the labels' log-probabilities out of whole logits."""
+    windows = Windows(open_data(data, "validation", open_model_folder(path).shape, 32), "validation", 32)
+    chosen = [windows[i] for i in range(samples)]
+    found = logits(path, torch.stack([w["tokens"] for w in chosen]), {}).double().log_softmax(-1)
+    labels, mask = (torch.stack([w[name] for w in chosen]) for name in ("labels", "loss_mask"))
+    return float(-(found.gather(-1, labels[..., None])[..., 0] * mask).sum() / mask.sum())
+
+
+def cut_between(path: str, whole: str, cut: str, source: dict, target: dict) -> list[str]:
+    """Cut a model live from layout `source` to layout `target` by the plan of a folder that was cut from files.
+
+    Gives the names of this rank's tensors that differ from that folder's, loaded in the target layout.
+    """
+    folder, smaller = open_model_folder(path), open_model_folder(cut)
+    _, kept = read_plan(Path(cut) / "plan.yaml", folder.shape, open_model_folder(whole).digest)
+    layouts = full_layout(source), full_layout(target)
+    with model_parallel(layouts[0], 1):
+        given = build_model_chunks(folder.shape, layouts[0], getattr(torch, folder.shape.dtype))
+        load_model(given, folder)
+    with model_parallel(layouts[1], 1):
+        made, wanted = (
+            build_model_chunks(smaller.shape, layouts[1], getattr(torch, folder.shape.dtype)) for _ in range(2)
+        )
+        load_model(wanted, smaller)
+    sides = Side(folder.shape, layouts[0]), Side(smaller.shape, layouts[1])
+    tensors = local_tensors(made, smaller.shape)
+    for tensor in tensors.values():
+        tensor.fill_(torch.nan)
+    with LiveBytes() as counter:
+        cut_live(sides[0], local_tensors(given, folder.shape), sides[1], tensors, kept)
+    largest = max(
+        torch.Size(slot.shape(folder.shape)).numel() * getattr(torch, folder.shape.dtype).itemsize
+        for slot in slots(folder.shape)
+    )
+    # Pieces of one tensor: what is sent, what arrives, and its float32 sum where heads are merged.
+    assert counter.peak <= 4 * largest, (counter.peak, largest)
+    assert len(tensors) == sum(1 for chunk in made for _ in chunk.named_parameters())
+    reference = local_tensors(wanted, smaller.shape)
+    return [str(key) for key, tensor in tensors.items() if not torch.equal(tensor, reference[key])]
+
+
+def parameter_bytes(path: str, layout: dict) -> int:
+    """Bytes of this rank's parameters."""
+    _, chunks = build(path, layout)
+    return sum(p.numel() * p.itemsize for chunk in chunks for p in chunk.parameters())
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made inside it that are alive at once."""
+
+    def __enter__(self):
+        self.alive, self.peak, self.seen = 0, 0, set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self.seen:
+                    self.seen.add(storage._cdata)
+                    self.alive += storage.nbytes()
+                    self.peak = max(self.peak, self.alive)
+                    weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return out
+
+    def _gone(self, key, size):
+        self.seen.discard(key)
+        self.alive -= size
 
 
 def scores(

@@ -11,7 +11,7 @@ def importance(
 ) -> dict[str, np.ndarray]:
     """Scores by hooks on a transformers model, one sample at a time, written out from the paper's definitions."""
     model = model.double()
-    config = model.config
+    config, head_dim = model.config, model.model.layers[0].self_attn.head_dim
     layers = model.model.layers
     seen: dict[tuple[str, int], list[torch.Tensor]] = {}
 
@@ -20,7 +20,7 @@ def importance(
 
     handles = []
     for i, layer in enumerate(layers):
-        per_head = (config.num_attention_heads, config.head_dim)
+        per_head = (config.num_attention_heads, head_dim)
         handles += [
             layer.mlp.down_proj.register_forward_pre_hook(lambda m, a, i=i: keep("ffn", i, a[0])),
             layer.self_attn.o_proj.register_forward_pre_hook(
@@ -43,7 +43,7 @@ def importance(
         for name in names
     }
     if heads == "per_channel":
-        found["heads"] = np.linalg.norm(found["heads"].reshape(len(layers), -1, config.head_dim), axis=-1)
+        found["heads"] = np.linalg.norm(found["heads"].reshape(len(layers), -1, head_dim), axis=-1)
     found["vocab"] = np.bincount(torch.cat(samples).numpy(), minlength=config.vocab_size)
     found["layers"] = np.array([float(torch.stack(seen[("layers", i)]).mean()) for i in range(len(layers))])
     return found

@@ -53,7 +53,7 @@ def test_qkv_interleaves_by_group():
     assert dim.indices(sizes, {}, "q").tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
     assert dim.indices(sizes, {}, "k").tolist() == [4, 5, 12, 13]
     assert dim.indices(sizes, {"kv_groups": np.array([1])}).tolist() == list(range(8, 16))
-    each_its_own = {"q_heads": np.array([[0], [1]])}
+    each_its_own = {"q_heads": np.array([[0], [3]])}
     assert dim.indices(sizes, each_its_own).tolist() == [0, 1, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15]
 
 
@@ -119,8 +119,10 @@ def test_every_tensor_has_one_key_and_one_hugging_face_name(tied):
     names = [name for slot in everything for name in slot.hf_names().values()]
     assert len(names) == len(set(names)) == 3 * 9 + (2 if tied else 3)
     assert ("lm_head.weight" in names) is not tied
-    keys = [row.key for row in axis_table(model)]
-    assert len(keys) == len(set(keys))
+    keys = [slot.key(model) for slot in everything]
+    assert len(set(keys)) == len(axis_table(model))
+    uneven = shape(tied_embeddings=tied, num_layers=3, ffn_hidden_size=(8, 8, 16))
+    assert len({slot.key(uneven) for slot in slots(uneven)}) == len(everything)
 
 
 def test_flops_are_twice_the_matrix_parameters_and_attention():

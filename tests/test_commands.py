@@ -32,13 +32,15 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def run(*words: object, processes: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def run(*words: object, processes: int = 0, cwd: Path = ROOT, timeout: int = 300) -> subprocess.CompletedProcess:
     """`python launch/NAME.py …`, or with torchrun for `processes` above 0."""
     name, *rest = map(str, words)
     torchrun = [TORCHRUN, "--nproc-per-node", str(processes), "--master-port", str(free_port())]
     start = torchrun if processes else [sys.executable]
     command = [*start, str(ROOT / "launch" / f"{name}.py"), *rest]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=300, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=timeout, check=False
+    )
 
 
 def error_of(done: subprocess.CompletedProcess) -> str:
@@ -76,6 +78,7 @@ def test_every_command_has_its_file_and_its_config():
             ("prune", "target=llama3_1_minitron_4b"),
             "is not a preset of conf/target: did you mean llama3_1_minitron_4b_",
         ),
+        (("prune", "target=null"), "target=null is not a preset of conf/target: use one of"),
         (("prune", "+nonsense=1"), "unknown option 'nonsense'"),
         (("prune", "~output"), "cannot be deleted"),
         (("prune", "output=x", "output=y"), "output= is given twice"),
@@ -120,6 +123,13 @@ def test_presets_are_whole_shapes_of_the_published_sizes():
         "mistral_nemo_12b": 12.2e9,
         "mn_minitron_8b": 8.4e9,
         "smollm2_135m": 134.5e6,
+        "nemotron4_15b": 15.6e9,
+        "minitron_8b": 8.27e9,
+        "minitron_4b": 4.19e9,
+        "llama3_2_1b": 1.236e9,
+        "llama3_2_3b": 3.213e9,
+        "qwen2_5_7b": 7.616e9,
+        "qwen3_8b": 8.191e9,
     }
     found = presets("distill")["model"]
     assert set(found) == set(published)
@@ -127,6 +137,14 @@ def test_presets_are_whole_shapes_of_the_published_sizes():
         values = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
         shape = ModelShape.from_dict(ModelConfig(**values).sizes("model"), name)
         assert count_parameters(shape) == pytest.approx(parameters, rel=5e-3)
+
+
+def test_targets_lead_from_one_published_shape_to_the_next():
+    import yaml
+
+    for source, target in (("nemotron4_15b", "minitron_8b"), ("minitron_8b", "minitron_4b")):
+        before, after = (yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text()) for name in (source, target))
+        assert before | yaml.safe_load((CONF / "target" / f"{target}.yaml").read_text()) == after
 
 
 def test_a_job_of_published_size_can_be_rehearsed_without_weights(tmp_path):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from minitron_megatron.checkpoints.folder import open_model_folder, output_folder, read_manifest
 from minitron_megatron.checkpoints.hf import export_hf
-from minitron_megatron.config import ExportHfConfig, PruneConfig, TargetConfig
+from minitron_megatron.config import ExportHfConfig, PruneConfig, PruneOptions, TargetConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.scores import Scores, save_scores
 from minitron_megatron.prune.plan import ranges
@@ -20,6 +20,7 @@ from tests import jobs
 from tests.test_models import names
 from tests.tiny import data_folder, hf_model, imported, model_option
 
+MEAN, MERGE = PruneOptions(groups="mean"), PruneOptions(heads="merge")
 LAYOUTS = [(1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2}), (2, {}), (4, {"tensor": 2, "pipeline": 2})]
 
 
@@ -39,6 +40,7 @@ def random_scores(path, seed=0) -> Scores:
         "hidden.attention_norm": draw.random((layers, shape.hidden_size)),
         "hidden.mlp_norm": draw.random((layers, shape.hidden_size)),
         "layers": draw.random(layers),
+        "vocab": draw.integers(0, 100, shape.vocab_size),
     }
     return Scores({k: v.astype(np.float32) for k, v in tensors.items()}, folder.digest)
 
@@ -60,15 +62,11 @@ def cut_by_hand(weights: dict[str, torch.Tensor], kept: Kept, source, target) ->
     hidden = np.arange(source.hidden_size) if kept.hidden is None else kept.hidden
     out = {name: whole[name][:, hidden] for name in ("model.embed_tokens.weight", "lm_head.weight")}
     out["model.norm.weight"] = whole["model.norm.weight"][hidden]
-    d, per_group = source.head_dim, source.heads_per_group
+    d = source.head_dim
     for new, old in enumerate(kept.layers):
         a, b = f"model.layers.{old}.", f"model.layers.{new}."
-        groups = range(source.num_query_groups) if kept.kv_groups is None else kept.kv_groups[old]
-        heads = [
-            g * per_group + h
-            for g in groups
-            for h in (range(per_group) if kept.q_heads is None else kept.q_heads[old, g])
-        ]
+        groups = range(source.num_query_groups) if kept.kv_groups is None else kept.kv_groups[old][:, 0]
+        heads = range(source.num_attention_heads) if kept.heads is None else kept.heads[old].reshape(-1)
         q = np.concatenate([np.arange(h * d, h * d + d) for h in heads])
         k = np.concatenate([np.arange(g * d, g * d + d) for g in groups])
         ffn = np.arange(source.ffn_hidden_size) if kept.ffn is None else kept.ffn[old]
@@ -171,6 +169,8 @@ def test_a_plan_repeats_the_pruning_and_can_be_edited(source, tmp_path):
         ({"model": "sha256:0"}, "another model"),
         ({"extra": 1}, "extra is not a key"),
         ({"target": {"hidden_size": 20}}, "target must give"),
+        ({"kv_groups": {i: "0-3" for i in range(4)}}, "go together"),
+        ({"merged_heads": {0: "0<1"}}, "merged_heads without q_heads"),
     ],
 )
 def test_plans_edited_into_nonsense_are_refused(source, tmp_path, change, says):
@@ -187,9 +187,50 @@ def test_plans_edited_into_nonsense_are_refused(source, tmp_path, change, says):
 
 
 @pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"kv_groups": {0: "0+1 2"}}, "must give 2 groups, each of as many source groups"),
+        ({"kv_groups": {0: "0+1 1+2"}}, "must name groups from 0 to 3, each once"),
+        ({"kv_groups": {0: "0+1 2+9"}}, "must name groups from 0 to 3, each once"),
+        ({"kv_groups": {0: "2+3 0+1"}}, "must be ascending"),
+        ({"kv_groups": {0: "a+b c+d"}}, "is not a list of groups"),
+        ({"q_heads": {0: "0-2 4, 5-7"}}, "head 4 is not in group 0.1"),
+        ({"q_heads": {0: "0-2"}}, "must give the heads of 2 groups"),
+        ({"q_heads": "all"}, "q_heads keeps all, target says 6"),
+        ({"merged_heads": {0: "0<1"}}, "must merge a head that goes into one that stays"),
+        ({"merged_heads": {0: "0"}}, "is not a list such as"),
+    ],
+)
+def test_plans_of_heads_edited_into_nonsense_are_refused(source, tmp_path, change, says):
+    where = write_scores(random_scores(source), tmp_path / "scores")
+    target = TargetConfig(num_query_groups=2, num_attention_heads=6)
+    options = PruneOptions(groups="mean", heads="merge")
+    cfg = PruneConfig(
+        model=model_option(source), scores=str(where), target=target, prune=options, output=str(tmp_path / "a")
+    )
+    prune_model(cfg)
+    plan = yaml.safe_load((tmp_path / "a" / "plan.yaml").read_text())
+    for key, value in change.items():
+        plan[key] = {**plan[key], **value} if isinstance(value, dict) else value
+    if "merged_heads" not in change:
+        plan["merged_heads"] = "none"
+    if "merged_heads" in change and change["merged_heads"] == {0: "0<1"}:
+        plan["q_heads"] = {**plan["q_heads"], 0: "0-2, 4-6"}
+    (tmp_path / "edited.yaml").write_text(yaml.safe_dump(plan))
+    with pytest.raises(UserError, match=says):
+        prune_model(
+            PruneConfig(model=model_option(source), plan=str(tmp_path / "edited.yaml"), output=str(tmp_path / "b"))
+        )
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"target": TargetConfig(hidden_size=64)}, "hidden_size=64 must be between 1 and the source model's 32"),
+        (
+            {"target": TargetConfig(hidden_size=64)},
+            "hidden_size=64 must be a whole number from 1 to the source model's 32",
+        ),
         ({"target": TargetConfig(num_attention_heads=6)}, "not a multiple of num_query_groups=4"),
         ({"target": TargetConfig(num_query_groups=2)}, "needs 4 heads a group"),
         ({"target": TargetConfig(hidden_size=20), "scores": None}, "scores= is missing"),
@@ -198,8 +239,19 @@ def test_plans_edited_into_nonsense_are_refused(source, tmp_path, change, says):
         ({"drop_layers": [1], "target": TargetConfig(num_layers=2)}, "leaves 3 layers"),
         ({"plan": "x", "scores": "y"}, "exclude each other"),
         ({"plan": "missing.yaml", "scores": None, "target": TargetConfig()}, "does not exist"),
-        ({"plan": "missing.yaml", "scores": None}, "plan= excludes target="),
+        ({"plan": "missing.yaml", "scores": None}, "plan= excludes target=, layers= and drop_layers="),
         ({"scores": "missing"}, "does not exist"),
+        ({"target": TargetConfig(ffn_hidden_size=[20, 20])}, "has 2 sizes for 4 layers"),
+        (
+            {"target": TargetConfig(ffn_hidden_size=[20, 20, 20, 49])},
+            "ffn_hidden_size=49 must be a whole number from 1",
+        ),
+        ({"target": TargetConfig(ffn_hidden_size="wide")}, "ffn_hidden_size=wide must be a whole number"),
+        ({"target": TargetConfig(num_query_groups=3, num_attention_heads=6), "prune": MEAN}, "does not divide"),
+        ({"target": TargetConfig(num_query_groups=2, num_attention_heads=2), "prune": MERGE}, "at least half"),
+        ({"layers": "x"}, "layers=x needs target.num_layers="),
+        ({"loss_samples": 4}, "loss_samples= needs data.path="),
+        ({"target": TargetConfig(vocab_size=100)}, "target.vocab_size=100 is too small: 258 special"),
     ],
 )
 def test_impossible_targets_are_refused(source, tmp_path, options, says):

@@ -31,6 +31,13 @@ SIZES = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
+OWN_SIZES = {
+    "mistral": {"sliding_window": None},
+    "nemotron": {
+        "norm_eps": 1e-3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
+}
 TEXT = "The quick brown fox jumps over the lazy dog, while seven wizards quietly box five jugs of liquor. "
 
 
@@ -47,15 +54,21 @@ def tiny_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def hf_model(seed: int = 0, **sizes):
-    """A random LlamaForCausalLM; every weight, norms too, is random, so that nothing is equal by accident."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "nemotron")
 
+
+def hf_model(seed: int = 0, *, family: str = "llama", **sizes):
+    """A random model of transformers' class; every weight, norms and biases too, is random: nothing is equal by accident."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {**SIZES, **OWN_SIZES.get(family, {}), **sizes}
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes}, bos_token_id=0, eos_token_id=1))
+    config = AutoConfig.for_model(family, **sizes, bos_token_id=0, eos_token_id=1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.1)
+        for name, parameter in model.named_parameters():
+            is_gain = name.endswith("norm.weight") and family != "nemotron"
+            parameter.normal_(1.0 if is_gain else 0.0, 0.1)
     return model.eval()
 
 

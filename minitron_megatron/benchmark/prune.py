@@ -18,7 +18,7 @@ from minitron_megatron.models.axes import PROBES
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.prune.prune import prune_chunk
+from minitron_megatron.prune.cut import cut_chunk
 from minitron_megatron.prune.select import choose, target_shape
 
 
@@ -34,7 +34,7 @@ def pruning_over_copying(cfg: BenchmarkConfig, layout: Layout) -> dict[str, floa
 
     def cut() -> None:
         reader = WeightReader(folder.weights)
-        write_weights(scratch, target, lambda chunk: prune_chunk(reader, folder.shape, kept, chunk), "prune")
+        write_weights(scratch, target, lambda chunk: cut_chunk(reader, folder.shape, kept, chunk), "prune")
 
     libraries = _peak_bytes()
     copies, cuts = [], []
@@ -56,7 +56,7 @@ def pruning_over_copying(cfg: BenchmarkConfig, layout: Layout) -> dict[str, floa
 
 def _random_scores(shape: ModelShape, seed: int) -> Scores:
     draw = np.random.default_rng(seed)
-    lengths = {"ffn": shape.ffn_hidden_size, "kv_groups": shape.num_attention_heads, "hidden": shape.hidden_size}
+    lengths = {"ffn": max(shape.ffn_of_layers), "kv_groups": shape.num_attention_heads, "hidden": shape.hidden_size}
     scores = {probe.score: draw.random((shape.num_layers, lengths[probe.axis]), np.float32) for probe in PROBES}
     return Scores({**scores, "layers": draw.random(shape.num_layers, np.float32)}, "")
 

@@ -41,7 +41,7 @@ from minitron_megatron.console import print_table, progress
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import Slot, count_parameters, slots
-from minitron_megatron.models.families import hf_config, shape_from_hf
+from minitron_megatron.models.families import check_exportable, hf_config, shape_from_hf
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import tool_job
@@ -128,13 +128,13 @@ class HfFolder:
 
 def hf_tensors(slot: Slot, shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Hugging Face tensors of a slot with their shapes; the vocabulary is not padded there."""
-    rest = slot.row.shape(shape)[1:]
+    rest = slot.shape(shape)[1:]
     return {name: (len(part_positions(slot, shape, part)), *rest) for part, name in slot.hf_names().items()}
 
 
 def part_positions(slot: Slot, shape: ModelShape, part: str) -> np.ndarray:
     """Ascending rows of a slot's tensor that are, in this order, the rows of one Hugging Face tensor (without padding)."""
-    positions = slot.row.dims[0].indices(shape.lengths(), {}, part)
+    positions = slot.row.dims[0].indices(shape.lengths(slot.layer), {}, part)
     return positions[: shape.vocab_size] if "vocab" in slot.row.axes else positions
 
 
@@ -223,7 +223,7 @@ class _Exporter:
         """The rows of a tensor, some at a time."""
         slot, part = self.where[name]
         positions = part_positions(slot, self.shape, part)
-        row_bytes = torch.Size(slot.row.shape(self.shape)[1:]).numel() * getattr(torch, self.shape.dtype).itemsize
+        row_bytes = torch.Size(slot.shape(self.shape)[1:]).numel() * getattr(torch, self.shape.dtype).itemsize
         step = max(1, BLOCK_BYTES // row_bytes)
         for start in range(0, len(positions), step):
             rows = positions[start : start + step]
@@ -256,6 +256,7 @@ def export_hf(cfg: ExportHfConfig) -> None:
         folder = open_model_folder(cfg.model.folder("model"))
         check_weights(folder)
         shape = folder.shape
+        check_exportable(shape, str(folder.path))
         files = plan_shards(shape, int(cfg.max_shard_gb * 1e9))
         if cfg.verify:
             verify_digest(folder)

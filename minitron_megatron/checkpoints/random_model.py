@@ -23,12 +23,11 @@ STANDARD_DEVIATION = 0.02
 
 
 def random_chunk(shape: ModelShape, chunk: Chunk, seed: int) -> torch.Tensor:
-    """Normal weights with σ = 0.02; norm gains (one dimension) near 1; padded vocabulary rows zero."""
+    """Normal values with σ = 0.02 around the row's mean (gains near 1, the rest near 0); padded vocabulary rows zero."""
     name = f"{seed}:{chunk.slot.row.name}:{chunk.offsets}"
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1)
     out = torch.empty(chunk.shape, dtype=getattr(torch, shape.dtype))
-    mean = 1.0 if len(chunk.shape) == 1 else 0.0
-    out.normal_(mean, STANDARD_DEVIATION, generator=generator)
+    out.normal_(chunk.slot.row.mean, STANDARD_DEVIATION, generator=generator)
     if "vocab" in chunk.slot.row.axes and chunk.stop > shape.vocab_size:
         out[max(0, shape.vocab_size - chunk.start) :] = 0
     return out

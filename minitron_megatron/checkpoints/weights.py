@@ -47,7 +47,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from minitron_megatron.checkpoints.folder import ModelFolder
 from minitron_megatron.console import progress
 from minitron_megatron.errors import UserError
-from minitron_megatron.models.axes import Row, Slot, axis_table, slots
+from minitron_megatron.models.axes import Slot, slots
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 
@@ -58,23 +58,27 @@ _COMMON_STATE = "common_state/shard_0_1"
 
 @dataclass(frozen=True)
 class Chunk:
-    """What is written in one piece: rows `start` to `stop` of a slot's first dimension."""
+    """What is written in one piece: rows `start` to `stop` of a slot's first dimension, stored under `key`.
+
+    `lead` is the slot's place along the leading dimension of stacked layers, empty where layers are not stacked.
+    """
 
     slot: Slot
     start: int
     stop: int
     shape: tuple[int, ...]
+    key: str
+    lead: tuple[int, ...]
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Place in the stacked checkpoint tensor."""
-        lead = (self.slot.layer,) if self.slot.row.stacked else ()
-        return (*lead, self.start, *(0 for _ in self.shape[1:]))
+        """Place in the checkpoint tensor."""
+        return (*self.lead, self.start, *(0 for _ in self.shape[1:]))
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Extent in the stacked checkpoint tensor."""
-        return (*((1,) if self.slot.row.stacked else ()), *self.shape)
+        """Extent in the checkpoint tensor."""
+        return (*(1 for _ in self.lead), *self.shape)
 
 
 Producer = Callable[[Chunk], torch.Tensor]
@@ -84,21 +88,21 @@ def chunks(shape: ModelShape) -> Iterator[Chunk]:
     """Every chunk of a model, in data-flow order, the same for every layout."""
     itemsize = getattr(torch, shape.dtype).itemsize
     for slot in slots(shape):
-        rows, *rest = slot.row.shape(shape)
+        rows, *rest = slot.shape(shape)
         step = max(1, BLOCK_BYTES // (itemsize * torch.Size(rest).numel()))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            yield Chunk(slot, start, stop, (stop - start, *rest))
+            yield Chunk(slot, start, stop, (stop - start, *rest), slot.key(shape), slot.lead(shape))
 
 
-def stacked_shape(row: Row, shape: ModelShape) -> tuple[int, ...]:
-    """Global shape of a row's checkpoint key."""
-    return (*((shape.num_layers,) if row.stacked else ()), *row.shape(shape))
+def stored_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Every key of a model's checkpoint with its global shape."""
+    return {slot.key(shape): slot.stored_shape(shape) for slot in slots(shape)}
 
 
 def total_bytes(shape: ModelShape) -> int:
     """Bytes of a model's weights on disk, vocabulary padding included."""
-    numbers = sum(torch.Size(stacked_shape(row, shape)).numel() for row in axis_table(shape))
+    numbers = sum(torch.Size(size).numel() for size in stored_shapes(shape).values())
     return numbers * getattr(torch, shape.dtype).itemsize
 
 
@@ -175,12 +179,12 @@ class _StreamPlanner(SavePlanner):
         mine = [c for i, c in enumerate(chunks(self.shape)) if i % collectives.world_size() == collectives.rank()]
         items = []
         for chunk in mine:
-            index = MetadataIndex(chunk.slot.row.key, torch.Size(chunk.offsets))
+            index = MetadataIndex(chunk.key, torch.Size(chunk.offsets))
             self.chunks[index] = chunk
             data = TensorWriteData(
                 chunk=ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)),
                 properties=TensorProperties(dtype=self.dtype),
-                size=torch.Size(stacked_shape(chunk.slot.row, self.shape)),
+                size=torch.Size(chunk.slot.stored_shape(self.shape)),
             )
             items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
         if collectives.is_rank_zero():
@@ -203,7 +207,7 @@ class _StreamPlanner(SavePlanner):
         tensor = self.produce(chunk).to(self.dtype).contiguous()
         if tuple(tensor.shape) != chunk.shape:
             raise ValueError(f"{write_item.index}: made {tuple(tensor.shape)}, expected {chunk.shape}")
-        self.digests[(chunk.slot.row.key, chunk.offsets)] = tensor_digest(tensor)
+        self.digests[(chunk.key, chunk.offsets)] = tensor_digest(tensor)
         self.on_chunk(tensor.numel() * tensor.itemsize)
         return tensor.view(chunk.sizes)
 
@@ -234,11 +238,10 @@ class WeightReader:
 
     def read_slot(self, slot: Slot, shape: ModelShape, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """One layer's tensor, or rows `start` to `stop` of it."""
-        whole = slot.row.shape(shape)
+        whole, lead = slot.shape(shape), slot.lead(shape)
         stop = whole[0] if stop is None else stop
-        lead = (slot.layer,) if slot.row.stacked else ()
         offsets = (*lead, start, *(0 for _ in whole[1:]))
-        region = self.read(slot.row.key, offsets, (*(1 for _ in lead), stop - start, *whole[1:]))
+        region = self.read(slot.key(shape), offsets, (*(1 for _ in lead), stop - start, *whole[1:]))
         return region.view(stop - start, *whole[1:])
 
 
@@ -377,13 +380,11 @@ def load_weights(chunks_of_model: Sequence[torch.nn.Module], weights: Path) -> N
 def check_weights(folder: ModelFolder) -> None:
     """Check that the index of a folder's weights has every key of its shape, in full. Raises UserError."""
     stored = read_metadata(folder.weights).state_dict_metadata
-    for row in axis_table(folder.shape):
-        found = stored.get(row.key)
-        if not isinstance(found, TensorStorageMetadata) or tuple(found.size) != stacked_shape(row, folder.shape):
+    for key, wanted in stored_shapes(folder.shape).items():
+        found = stored.get(key)
+        if not isinstance(found, TensorStorageMetadata) or tuple(found.size) != wanted:
             size = None if found is None or isinstance(found, BytesStorageMetadata) else tuple(found.size)
-            raise UserError(
-                f"{folder.weights}: {row.key} is {size}, model.yaml says {stacked_shape(row, folder.shape)}; make it again"
-            )
+            raise UserError(f"{folder.weights}: {key} is {size}, model.yaml says {wanted}; make it again")
 
 
 def verify_digest(folder: ModelFolder) -> None:
@@ -393,6 +394,6 @@ def verify_digest(folder: ModelFolder) -> None:
     for i, chunk in enumerate(chunks(folder.shape)):
         if i % collectives.world_size() == collectives.rank():
             tensor = reader.read_slot(chunk.slot, folder.shape, chunk.start, chunk.stop)
-            digests[(chunk.slot.row.key, chunk.offsets)] = tensor_digest(tensor)
+            digests[(chunk.key, chunk.offsets)] = tensor_digest(tensor)
     if _content_digest(folder.shape, digests) != folder.digest:
         raise UserError(f"{folder.path}: the weights differ from the digest in manifest.yaml; make the folder again")

@@ -35,10 +35,9 @@ def measure_importance(cfg: ImportanceConfig) -> None:
     layout = Layout.from_config(cfg.parallel)
     folder = open_model_folder(cfg.model.folder("model"))
     check_layout(folder.shape, layout)
-    check_sequence(cfg.data.sequence_length, layout)
     check_weights(folder)
     data = open_data(cfg.data.path, "train", folder.shape, cfg.data.sequence_length)
-    _check_samples(cfg, data)
+    check_calibration(cfg, data)
     inputs = {"model": folder.digest, "data": data.digest}
     pick_device(cfg.device)
     if cfg.dry_run:
@@ -75,8 +74,9 @@ def measure_importance(cfg: ImportanceConfig) -> None:
             _print(cfg.output, scores, out.results)
 
 
-def _check_samples(cfg: ImportanceConfig, data: DataFolder) -> None:
-    """Raise UserError where there are too few samples for what is asked."""
+def check_calibration(cfg: ImportanceConfig, data: DataFolder) -> None:
+    """Raise UserError where a sequence cannot be split, or there are too few samples for what is asked."""
+    check_sequence(cfg.data.sequence_length, Layout.from_config(cfg.parallel))
     last, length = cfg.first_sample + cfg.samples, cfg.data.sequence_length
     if data.tokens("train") < last * length:
         first = f"first_sample={cfg.first_sample} and " if cfg.first_sample else ""
@@ -180,13 +180,17 @@ def gather_statistics(recorder: Recorder) -> Statistics | None:
     by_score: dict[str, list[tuple[np.ndarray, np.ndarray, float]]] = {}
     for name, layer in sorted(whole):
         by_score.setdefault(name, []).append(whole[name, layer])
-    stacked = {
-        name: [torch.from_numpy(np.stack([s[i] for s in layers])) for i in (0, 1)] for name, layers in by_score.items()
-    }
+    stacked = {name: [_stack([s[i] for s in layers]) for i in (0, 1)] for name, layers in by_score.items()}
     return Statistics(
         {name: tuple(sums) for name, sums in stacked.items()},
         torch.tensor(next(iter(whole.values()))[2], dtype=torch.float64),
     )
+
+
+def _stack(layers: list[np.ndarray]) -> torch.Tensor:
+    """[layers, channels]; where layers have sizes of their own, narrow ones end in zeros."""
+    widest = max(map(len, layers))
+    return torch.from_numpy(np.stack([np.pad(layer, (0, widest - len(layer))) for layer in layers]))
 
 
 def _print(output: str, scores: dict[str, np.ndarray], results: dict[str, Any]) -> None:

@@ -142,9 +142,9 @@ def check_scores(scores: Scores, shape: ModelShape, digest: str, where: str) -> 
     """Raise UserError unless the scores were measured on this very model."""
     if scores.model_digest != digest:
         raise UserError(f"scores={where} were measured on another model (digest differs): measure this one")
-    lengths = {"ffn": shape.ffn_hidden_size, "kv_groups": shape.num_attention_heads, "hidden": shape.hidden_size}
+    lengths = {"ffn": max(shape.ffn_of_layers), "kv_groups": shape.num_attention_heads, "hidden": shape.hidden_size}
     expected = {probe.score: (shape.num_layers, lengths[probe.axis]) for probe in PROBES}
-    expected["layers"] = (shape.num_layers,)
+    expected |= {"layers": (shape.num_layers,), "vocab": (shape.vocab_size,)}
     for name, size in expected.items():
         found = scores.tensors.get(name)
         if found is None or found.shape != size or not np.isfinite(found).all():

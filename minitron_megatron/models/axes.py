@@ -19,8 +19,9 @@ This is the only file of the package that knows parameter and module names.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 import numpy as np
 
@@ -29,9 +30,46 @@ from minitron_megatron.models.shape import ModelShape
 AXES = ("layers", "hidden", "ffn", "kv_groups", "q_heads", "head_dim", "vocab")
 TENSOR_PARALLEL_AXES = ("vocab", "kv_groups", "ffn")
 
-# Indices to keep, per axis; an axis that is absent is kept whole. `q_heads` may be two-dimensional
-# [source kv_groups, kept heads] where each group keeps heads of its own.
-Keep = Mapping[str, np.ndarray]
+
+@dataclass(frozen=True)
+class Selection:
+    """What becomes of an axis: entry i is Σ_t weights[t, i] · old[sources[t, i]].
+
+    Plain pruning is one term of weight 1. Averaged key-value groups have a term a merged group, residual head merging has
+    two; an entry whose weights are all 0 is zeros (padding of the vocabulary).
+
+    sources: int64 [terms, kept]; weights: float64, the same shape. An axis that stands inside another (query heads in
+    their group) may have one more dimension, [terms, kept of the outer axis, kept]: sources then count through both axes.
+    """
+
+    sources: np.ndarray
+    weights: np.ndarray
+
+    @classmethod
+    def of(cls, indices: "np.ndarray | Selection") -> "Selection":
+        """Kept indices as they are, one term of weight 1."""
+        if isinstance(indices, Selection):
+            return indices
+        sources = np.asarray(indices, np.int64)[None]
+        return cls(sources, np.ones(sources.shape))
+
+    @property
+    def plain(self) -> bool:
+        """Whether entries are copies of old ones."""
+        return len(self.sources) == 1 and bool((self.weights == 1).all())
+
+    def part(self, entries: np.ndarray) -> "Selection":
+        """Some of the entries."""
+        return Selection(self.sources[:, entries], self.weights[:, entries])
+
+    @property
+    def unmerged(self) -> "Selection":
+        """The first term alone: what consumes an axis follows the heads that stay, however they were merged."""
+        return Selection.of(self.sources[0])
+
+
+# What stays of each axis: ascending indices, or a selection; an axis that is absent is kept whole.
+Keep = Mapping[str, "np.ndarray | Selection"]
 
 
 @dataclass(frozen=True)
@@ -79,43 +117,67 @@ class Dim:
         return outer * sum(_product(part.axes, lengths) for part in self.parts)
 
     def indices(self, lengths: Mapping[str, int], keep: Keep, part: str | None = None) -> np.ndarray:
-        """Flat positions in the whole dimension of what `keep` leaves, in stored order.
+        """Flat positions in the whole dimension of what `keep` leaves, in stored order: int64 [kept positions].
+
+        For plain selections; the arguments are those of `select`.
+        """
+        return self.select(lengths, keep, part).sources[0]
+
+    def select(self, lengths: Mapping[str, int], keep: Keep, part: str | None = None) -> Selection:
+        """What `keep` makes of the dimension, as a selection of flat positions, in stored order.
 
         Args:
             lengths: axis lengths of the whole (source) parameter.
-            keep: kept indices per axis.
+            keep: what stays of each axis.
             part: only the positions of this part, in the order of its own (Hugging Face) tensor.
-
-        Returns:
-            int64 [kept positions].
         """
-        groups = keep.get(self.outer, np.arange(lengths[self.outer])) if self.outer else np.zeros(1, np.int64)
+        outer = Selection.of(np.zeros(1, np.int64))
+        if self.outer:
+            outer = Selection.of(keep.get(self.outer, np.arange(lengths[self.outer])))
         block = sum(_product(p.axes, lengths) for p in self.parts)
         columns, offset = [], 0
         for p in self.parts:
             if part is None or p.name == part:
-                columns.append(offset + _inner(p.axes, lengths, keep, groups))
+                columns.append(_place(p.axes, lengths, keep, outer, block, offset))
             offset += _product(p.axes, lengths)
-        return (groups[:, None] * block + np.concatenate(columns, axis=1)).reshape(-1)
+        terms = max(len(sources) for sources, _ in columns)
+        whole = (np.concatenate([_with_terms(c[i], terms) for c in columns], axis=2) for i in (0, 1))
+        return Selection(*(a.reshape(terms, -1) for a in whole))
 
 
 def _product(axes: tuple[str, ...], lengths: Mapping[str, int]) -> int:
     return int(np.prod([lengths[axis] for axis in axes], dtype=np.int64))
 
 
-def _inner(axes: tuple[str, ...], lengths: Mapping[str, int], keep: Keep, groups: np.ndarray) -> np.ndarray:
-    """Positions inside one block: int64 [len(groups), kept inner positions]."""
-    positions = np.zeros((len(groups), 1), np.int64)
-    for axis in axes:
-        chosen = np.asarray(keep.get(axis, np.arange(lengths[axis])))
-        rows = chosen[groups] if chosen.ndim == 2 else np.broadcast_to(chosen, (len(groups), len(chosen)))
-        positions = (positions[:, :, None] * lengths[axis] + rows[:, None, :]).reshape(len(groups), -1)
-    return positions
+def _with_terms(array: np.ndarray, terms: int) -> np.ndarray:
+    """Pad the first dimension with zeros: terms of no weight."""
+    return np.concatenate([array, np.zeros((terms - len(array), *array.shape[1:]), array.dtype)])
 
 
-def tensor_parallel_keep(shape: ModelShape, rank: int, size: int) -> Keep:
-    """What tensor-parallel rank `rank` of `size` holds: a contiguous range of every sharded axis."""
-    lengths = shape.lengths()
+def _place(
+    axes: tuple[str, ...], lengths: Mapping[str, int], keep: Keep, outer: Selection, block: int, offset: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Flat positions and weights of one part: two arrays [terms, kept of the outer axis, kept inside a block]."""
+    first = Selection.of(keep[axes[0]]) if axes[0] in keep else None
+    if first is not None and first.sources.ndim == 3:
+        # Counted through both axes: the part says itself which block of the outer axis each entry comes from.
+        groups, inside = np.divmod(first.sources, lengths[axes[0]])
+        weights, rest = first.weights, axes[1:]
+    else:
+        groups, weights, rest = outer.sources[:, :, None], outer.weights[:, :, None], axes
+        inside = np.zeros_like(groups)
+    for axis in rest:
+        chosen = Selection.of(keep.get(axis, np.arange(lengths[axis])))
+        inside = (inside[..., None] * lengths[axis] + chosen.sources[0]).reshape(*inside.shape[:2], -1)
+        weights = (weights[..., None] * chosen.weights[0]).reshape(*weights.shape[:2], -1)
+    if first is not None and first.sources.ndim == 3:
+        groups = np.repeat(groups, inside.shape[2] // groups.shape[2], axis=2)
+    return groups * block + offset + inside, np.broadcast_to(weights, inside.shape)
+
+
+def tensor_parallel_keep(shape: ModelShape, rank: int, size: int, layer: int | None = None) -> Keep:
+    """What tensor-parallel rank `rank` of `size` holds of a layer: a contiguous range of every sharded axis."""
+    lengths = shape.lengths(layer)
     per_rank = {axis: lengths[axis] // size for axis in TENSOR_PARALLEL_AXES}
     return {axis: np.arange(rank * n, (rank + 1) * n) for axis, n in per_rank.items()}
 
@@ -134,7 +196,7 @@ class Row:
 
     `path` is its name in Megatron's local engine, `te_path` in Transformer Engine where that differs; `{layer}` stands for
     the layer. `hf` maps each part to its Hugging Face tensor. A tied embedding is one row: Megatron's last stage holds a
-    copy under the same checkpoint key.
+    copy under the same checkpoint key, named `tied_path` there.
     """
 
     name: str
@@ -143,14 +205,14 @@ class Row:
     path: str
     hf: Mapping[str, str]
     te_path: str | None = None
+    tied_path: str | None = None
+    # What a fresh parameter's values lie around: 1 for gains, 0 for weights, biases and zero-centred gains.
+    mean: float = 0.0
 
-    @property
-    def key(self) -> str:
-        """Key in the distributed checkpoint, which both engines share and which follows Transformer Engine's names.
-
-        Layers are stacked under one key along a leading dimension [layers, …].
-        """
-        return (self.te_path or self.path).replace(".{layer}", "")
+    def parameter[T](self, parameters: Mapping[str, T], layer: int = 0) -> T | None:
+        """It among a chunk's named parameters, whichever engine made them; `layer` counts inside the chunk."""
+        names = [path.format(layer=layer) for path in (self.path, self.te_path, self.tied_path) if path]
+        return next((parameters[name] for name in names if name in parameters), None)
 
     @property
     def stacked(self) -> bool:
@@ -167,81 +229,141 @@ class Row:
         """The axis along which tensor parallelism shards it; None where it is replicated."""
         return next((axis for axis in TENSOR_PARALLEL_AXES if axis in self.axes), None)
 
-    def shape(self, shape: ModelShape) -> tuple[int, ...]:
+    def shape(self, shape: ModelShape, layer: int | None = None) -> tuple[int, ...]:
         """Global shape of one layer's parameter."""
-        lengths = shape.lengths()
+        lengths = shape.lengths(layer)
         return tuple(dim.size(lengths) for dim in self.dims)
 
-    def indices(self, shape: ModelShape, keep: Keep) -> tuple[np.ndarray | None, ...]:
+    def indices(self, shape: ModelShape, keep: Keep, layer: int | None = None) -> tuple[np.ndarray | None, ...]:
         """For each dimension the kept positions in the whole parameter; None where the dimension is kept whole."""
-        lengths = shape.lengths()
-        touched = [any(axis in keep for axis in dim.axes) for dim in self.dims]
-        return tuple(dim.indices(lengths, keep) if t else None for dim, t in zip(self.dims, touched, strict=True))
+        return tuple(s if s is None else s.sources[0] for s in self.select(shape, keep, layer))
+
+    def select(self, shape: ModelShape, keep: Keep, layer: int | None = None) -> tuple[Selection | None, ...]:
+        """For each dimension what `keep` makes of it; None where the dimension is kept whole.
+
+        Merges act where a projection makes heads, on its output (the first dimension); inputs follow the heads that stay.
+        """
+        lengths = shape.lengths(layer)
+        follows = {axis: Selection.of(kept).unmerged for axis, kept in keep.items()}
+        return tuple(
+            dim.select(lengths, follows if i else keep) if any(axis in keep for axis in dim.axes) else None
+            for i, dim in enumerate(self.dims)
+        )
 
 
-def _row(name: str, place: Place, dims: list[str], path: str, hf: str | dict[str, str], te: str | None = None) -> Row:
-    return Row(name, place, tuple(map(Dim.parse, dims)), path, {"": hf} if isinstance(hf, str) else hf, te)
+@dataclass(frozen=True)
+class Traits:
+    """What an engine must know of a family besides its parameters and sizes. The table below follows from it."""
 
+    activation: str = "silu"  # or "squared_relu"
+    gated: bool = True
+    normalization: str = "RMSNorm"  # or "LayerNorm", which has biases
+    zero_centered_gain: bool = False  # a norm multiplies by gain + 1
+    qkv_bias: bool = False
+    qk_norm: bool = False  # norms of each query and key head, learned along head_dim, shared by the heads of a layer
+
+
+TRAITS: dict[str, Traits] = {
+    "llama": Traits(),
+    "mistral": Traits(),
+    "qwen2": Traits(qkv_bias=True),
+    "qwen3": Traits(qk_norm=True),
+    "nemotron": Traits(activation="squared_relu", gated=False, normalization="LayerNorm", zero_centered_gain=True),
+}
 
 _BLOCK, _HF = "decoder.layers.{layer}.", "model.layers.{layer}."
+_QKV = "kv_groups * (q: q_heads * head_dim + k: head_dim + v: head_dim)"
 
-_LLAMA = (
-    _row(
-        "embedding", Place.FIRST, ["vocab", "hidden"], "embedding.word_embeddings.weight", "model.embed_tokens.weight"
-    ),
-    _row(
-        "attention_norm",
-        Place.LAYER,
-        ["hidden"],
-        _BLOCK + "input_layernorm.weight",
-        _HF + "input_layernorm.weight",
-        te=_BLOCK + "self_attention.linear_qkv.layer_norm_weight",
-    ),
-    _row(
-        "qkv",
-        Place.LAYER,
-        ["kv_groups * (q: q_heads * head_dim + k: head_dim + v: head_dim)", "hidden"],
-        _BLOCK + "self_attention.linear_qkv.weight",
-        {part: f"{_HF}self_attn.{part}_proj.weight" for part in "qkv"},
-    ),
-    _row(
-        "attention_output",
-        Place.LAYER,
-        ["hidden", "kv_groups * q_heads * head_dim"],
-        _BLOCK + "self_attention.linear_proj.weight",
-        _HF + "self_attn.o_proj.weight",
-    ),
-    _row(
-        "mlp_norm",
-        Place.LAYER,
-        ["hidden"],
-        _BLOCK + "pre_mlp_layernorm.weight",
-        _HF + "post_attention_layernorm.weight",
-        te=_BLOCK + "mlp.linear_fc1.layer_norm_weight",
-    ),
-    _row(
-        "fc1",
-        Place.LAYER,
-        ["gate: ffn + up: ffn", "hidden"],
-        _BLOCK + "mlp.linear_fc1.weight",
-        {part: f"{_HF}mlp.{part}_proj.weight" for part in ("gate", "up")},
-    ),
-    _row("fc2", Place.LAYER, ["hidden", "ffn"], _BLOCK + "mlp.linear_fc2.weight", _HF + "mlp.down_proj.weight"),
-    _row("final_norm", Place.LAST, ["hidden"], "decoder.final_layernorm.weight", "model.norm.weight"),
-    _row("output", Place.LAST, ["vocab", "hidden"], "output_layer.weight", "lm_head.weight"),
-)
 
-TABLES: dict[str, tuple[Row, ...]] = {"llama": _LLAMA, "mistral": _LLAMA}
+def _row(name: str, place: Place, dims: list[str], path: str, hf: str | dict[str, str], **others: Any) -> Row:
+    return Row(name, place, tuple(map(Dim.parse, dims)), path, {"": hf} if isinstance(hf, str) else hf, **others)
+
+
+def _norm(
+    traits: Traits, name: str, place: Place, path: str, hf: str, *, along: str = "hidden", fused_into: str | None = None
+) -> list[Row]:
+    """Gain and, where the family has one, bias of a norm. Transformer Engine holds most norms in the linear after them."""
+    parts = {"weight": 0.0 if traits.zero_centered_gain else 1.0}
+    if traits.normalization == "LayerNorm":
+        parts["bias"] = 0.0
+    return [
+        _row(
+            name if part == "weight" else f"{name}_{part}",
+            place,
+            [along],
+            f"{path}.{part}",
+            f"{hf}.{part}",
+            te_path=f"{fused_into}.layer_norm_{part}" if fused_into else None,
+            mean=mean,
+        )
+        for part, mean in parts.items()
+    ]
+
+
+def _attention(traits: Traits) -> list[Row]:
+    linear, hf = _BLOCK + "self_attention.linear_qkv", _HF + "self_attn."
+    rows = _norm(
+        traits, "attention_norm", Place.LAYER, _BLOCK + "input_layernorm", _HF + "input_layernorm", fused_into=linear
+    )
+    for kind, dims in {"weight": [_QKV, "hidden"], "bias": [_QKV]}.items():
+        if kind == "weight" or traits.qkv_bias:
+            name = "qkv" if kind == "weight" else "qkv_bias"
+            parts = {part: f"{hf}{part}_proj.{kind}" for part in "qkv"}
+            rows.append(_row(name, Place.LAYER, dims, f"{linear}.{kind}", parts))
+    if traits.qk_norm:
+        for part in "qk":
+            path = f"{_BLOCK}self_attention.{part}_layernorm"
+            rows += _norm(traits, f"{part}_norm", Place.LAYER, path, f"{hf}{part}_norm", along="head_dim")
+    output = ["hidden", "kv_groups * q_heads * head_dim"]
+    proj = _BLOCK + "self_attention.linear_proj.weight"
+    return [*rows, _row("attention_output", Place.LAYER, output, proj, hf + "o_proj.weight")]
+
+
+def _mlp(traits: Traits) -> list[Row]:
+    linear, hf = _BLOCK + "mlp.linear_fc1", _HF + "mlp."
+    norm, hf_norm = _BLOCK + "pre_mlp_layernorm", _HF + "post_attention_layernorm"
+    inner = "gate: ffn + up: ffn" if traits.gated else "up: ffn"
+    parts = {part.name: f"{hf}{part.name}_proj.weight" for part in Dim.parse(inner).parts}
+    return [
+        *_norm(traits, "mlp_norm", Place.LAYER, norm, hf_norm, fused_into=linear),
+        _row("fc1", Place.LAYER, [inner, "hidden"], linear + ".weight", parts),
+        _row("fc2", Place.LAYER, ["hidden", "ffn"], _BLOCK + "mlp.linear_fc2.weight", hf + "down_proj.weight"),
+    ]
+
+
+def _table(traits: Traits) -> tuple[Row, ...]:
+    matrix = ["vocab", "hidden"]
+    return (
+        _row(
+            "embedding",
+            Place.FIRST,
+            matrix,
+            "embedding.word_embeddings.weight",
+            "model.embed_tokens.weight",
+            tied_path="output_layer.weight",
+        ),
+        *_attention(traits),
+        *_mlp(traits),
+        *_norm(traits, "final_norm", Place.LAST, "decoder.final_layernorm", "model.norm"),
+        _row("output", Place.LAST, matrix, "output_layer.weight", "lm_head.weight"),
+    )
+
+
+TABLES: dict[str, tuple[Row, ...]] = {family: _table(traits) for family, traits in TRAITS.items()}
 
 
 def axis_table(shape: ModelShape) -> tuple[Row, ...]:
-    """The rows of a model; a tied model has no output row of its own."""
-    return tuple(row for row in TABLES[shape.family] if not (shape.tied_embeddings and row.name == "output"))
+    """The rows of a model; a tied model has no output row of its own, an untied one no copy of its embedding."""
+    rows = TABLES[shape.family]
+    if shape.tied_embeddings:
+        copies = {row.tied_path for row in rows}
+        return tuple(row for row in rows if row.path not in copies)
+    return tuple(replace(row, tied_path=None) for row in rows)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of one layer: a row and, where it is stacked, its layer."""
+    """One tensor of one layer: a row and, where it exists once a layer, its layer."""
 
     row: Row
     layer: int | None
@@ -249,6 +371,30 @@ class Slot:
     def hf_names(self) -> dict[str, str]:
         """Hugging Face tensor of each part."""
         return {part: name.format(layer=self.layer) for part, name in self.row.hf.items()}
+
+    def shape(self, shape: ModelShape) -> tuple[int, ...]:
+        """Global shape of the tensor."""
+        return self.row.shape(shape, self.layer)
+
+    def stacked(self, shape: ModelShape) -> bool:
+        """Whether the checkpoint has all layers of the row under one key, along a leading dimension [layers, …]."""
+        return self.row.stacked and shape.uniform
+
+    def key(self, shape: ModelShape) -> str:
+        """Key in the distributed checkpoint, which both engines share and which follows Transformer Engine's names.
+
+        Layers are stacked under one key; where their sizes differ each has a key with its number, as Megatron writes it.
+        """
+        path = self.row.te_path or self.row.path
+        return path.replace(".{layer}", "") if shape.uniform else path.format(layer=self.layer)
+
+    def stored_shape(self, shape: ModelShape) -> tuple[int, ...]:
+        """Global shape of what is stored under the key."""
+        return (*((shape.num_layers,) if self.stacked(shape) else ()), *self.shape(shape))
+
+    def lead(self, shape: ModelShape) -> tuple[int, ...]:
+        """Leading offset of the tensor under its key: (layer,) where layers are stacked."""
+        return (self.layer,) if self.stacked(shape) else ()
 
 
 def slots(shape: ModelShape) -> Iterator[Slot]:
@@ -288,21 +434,20 @@ PROBES = (
 
 def count_parameters(shape: ModelShape, *, embedding: bool = True) -> int:
     """Parameters without vocabulary padding; `embedding=False` leaves out every parameter with the vocab axis."""
-    lengths = {**shape.lengths(), "vocab": shape.vocab_size}
     total = 0
-    for row in axis_table(shape):
-        if embedding or "vocab" not in row.axes:
-            size = int(np.prod([dim.size(lengths) for dim in row.dims], dtype=np.int64))
-            total += size * (shape.num_layers if row.stacked else 1)
+    for slot in slots(shape):
+        if embedding or "vocab" not in slot.row.axes:
+            lengths = {**shape.lengths(slot.layer), "vocab": shape.vocab_size}
+            total += int(np.prod([dim.size(lengths) for dim in slot.row.dims], dtype=np.int64))
     return total
 
 
 def flops_per_token(shape: ModelShape, sequence_length: int) -> float:
     """Floating-point operations of one token's forward pass: 2 a matrix weight, and causal attention's two products."""
     matrices = sum(
-        int(np.prod(row.shape(shape), dtype=np.int64)) * (shape.num_layers if row.stacked else 1)
-        for row in axis_table(shape)
-        if len(row.dims) == 2 and row.place is not Place.FIRST
+        int(np.prod(slot.shape(shape), dtype=np.int64))
+        for slot in slots(shape)
+        if len(slot.row.dims) == 2 and slot.row.place is not Place.FIRST
     )
     head = shape.padded_vocab_size * shape.hidden_size if shape.tied_embeddings else 0
     attention = shape.num_layers * 2 * shape.num_attention_heads * shape.head_dim * sequence_length

@@ -4,6 +4,7 @@ Layers are Megatron's local ones, on CPUs and GPUs alike. Checkpoint keys follow
 local layers write them, so a model folder serves any engine.
 """
 
+import copy
 import math
 from typing import Any
 
@@ -11,9 +12,17 @@ import torch
 import torch.nn.functional as F
 
 from minitron_megatron.errors import UserError
+from minitron_megatron.models.axes import TRAITS
 from minitron_megatron.models.shape import ModelShape, RopeScaling
 from minitron_megatron.parallel.layout import Layout
 
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """relu(x)². Megatron's own is compiled at its first call, which needs a C++ compiler on CPUs."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {"silu": F.silu, "squared_relu": squared_relu}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -24,14 +33,15 @@ def model_dtype(shape: ModelShape, precision: str) -> torch.dtype:
 
 def check_layout(shape: ModelShape, layout: Layout, what: str = "the model") -> None:
     """Raise UserError when the model's sizes do not divide over the layout."""
-    sharded = {
-        "num_query_groups": shape.num_query_groups,
-        "ffn_hidden_size": shape.ffn_hidden_size,
-        "padded vocabulary": shape.padded_vocab_size,
-    }
-    for name, size in sharded.items():
+    sharded = [
+        ("num_query_groups", shape.num_query_groups),
+        *(("ffn_hidden_size", size) for size in sorted(set(shape.ffn_of_layers))),
+        ("padded vocabulary", shape.padded_vocab_size),
+    ]
+    common = math.gcd(*(size for _, size in sharded))
+    for name, size in sharded:
         if size % layout.tensor:
-            fits = [n for n in range(1, size + 1) if all(s % n == 0 for s in sharded.values()) and n <= 64]
+            fits = [n for n in range(1, min(common, 64) + 1) if common % n == 0]
             raise UserError(
                 f"parallel.tensor={layout.tensor} does not divide {name}={size} of {what}: "
                 f"use {'1' if fits == [1] else 'one of ' + ', '.join(map(str, fits))}"
@@ -70,19 +80,24 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) ->
     """The megatron.core TransformerConfig of a model in a layout."""
     from megatron.core.transformer import TransformerConfig
 
+    kind = TransformerConfig if shape.uniform else _per_layer_config()
     cpu = not torch.distributed.is_initialized() or torch.distributed.get_backend() != "nccl"
-    return TransformerConfig(
+    traits = TRAITS[shape.family]
+    config = kind(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_hidden_size,
+        ffn_hidden_size=max(shape.ffn_of_layers),
         num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups,
         kv_channels=shape.head_dim,
-        normalization="RMSNorm",
+        normalization=traits.normalization,
         layernorm_epsilon=shape.norm_eps,
-        activation_func=F.silu,
-        gated_linear_unit=True,
+        layernorm_zero_centered_gamma=traits.zero_centered_gain,
+        activation_func=ACTIVATIONS[traits.activation],
+        gated_linear_unit=traits.gated,
         add_bias_linear=False,
+        add_qkv_bias=traits.qkv_bias,
+        qk_layernorm=traits.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -109,7 +124,29 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) ->
         persist_layer_norm=False,
         # Sums of token losses are divided once by the global token count: the same for any split over ranks.
         calculate_per_token_loss=True,
+        heterogeneous_block_specs=not shape.uniform,
     )
+    if not shape.uniform:
+        config.ffn_of_layers = shape.ffn_of_layers
+    return config
+
+
+def _per_layer_config() -> type:
+    """A TransformerConfig whose layers have feed-forward sizes of their own, by Megatron's way for heterogeneous blocks."""
+    from megatron.core.transformer import TransformerConfig
+
+    class PerLayerConfig(TransformerConfig):
+        """Megatron asks for each layer's config while it builds it, and gives each a checkpoint key of its own."""
+
+        ffn_of_layers: tuple[int, ...] = ()
+
+        def get_config_for_layer(self, layer_number: int) -> TransformerConfig:
+            """The config of one layer; `layer_number` counts from 1 over the whole model."""
+            own = copy.copy(self)
+            own.ffn_hidden_size = self.ffn_of_layers[layer_number - 1]
+            return own
+
+    return PerLayerConfig
 
 
 def layer_spec(config: Any, layout: Layout, vp_stage: int | None) -> Any:
@@ -119,8 +156,11 @@ def layer_spec(config: Any, layout: Layout, vp_stage: int | None) -> Any:
 
     from minitron_megatron.models.norms import Norm
 
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
+    if config.qk_layernorm:
+        attention = spec.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = Norm
     layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm)
 
@@ -159,6 +199,7 @@ def build_gpt(
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
+        rotary_percent=shape.rotary_percent,
         vp_stage=vp_stage,
     )
     if shape.rope_scaling:

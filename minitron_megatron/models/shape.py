@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from minitron_megatron.config import FAMILY_NAMES
 from minitron_megatron.errors import UserError
 
 # Padding is a property of the model folder, not of a run's layout: any tensor-parallel size up to 8 divides it
 # and each shard stays a multiple of 128, which tensor cores like.
 VOCAB_MULTIPLE = 128 * 8
 DTYPES = ("float32", "bfloat16")
-FAMILY_NAMES = ("llama", "mistral")
 _SIZES = (
     "num_layers",
     "hidden_size",
@@ -32,6 +32,11 @@ def _check_numbers(owner: object, names: tuple[str, ...]) -> None:
         value = getattr(owner, name)
         if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
             raise UserError(f"{name}={value!r} in the model's shape: must be a number above 0")
+
+
+def padded_size(vocab_size: int) -> int:
+    """Rows of an embedding with so many tokens."""
+    return math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class ModelShape:
     family: str
     num_layers: int
     hidden_size: int
-    ffn_hidden_size: int
+    ffn_hidden_size: int | tuple[int, ...]
     num_attention_heads: int
     num_query_groups: int
     head_dim: int
@@ -66,14 +71,19 @@ class ModelShape:
     tied_embeddings: bool
     dtype: str
     rope_scaling: RopeScaling | None = None
+    # Share of a head's channels, its first ones, that are rotated.
+    rotary_percent: float = 1.0
 
     def __post_init__(self) -> None:
         """Check what no layout and no checkpoint could repair."""
+        if isinstance(self.ffn_hidden_size, list | tuple):
+            self._set_ffn_of_layers(tuple(self.ffn_hidden_size))
         for name in _SIZES:
             value = getattr(self, name)
-            if type(value) is not int or not 1 <= value < 2**31:
-                raise UserError(f"{name}={value!r} in the model's shape: must be a whole number of at least 1")
-        _check_numbers(self, ("rope_theta", "norm_eps"))
+            for size in value if isinstance(value, tuple) else (value,):
+                if type(size) is not int or not 1 <= size < 2**31:
+                    raise UserError(f"{name}={value!r} in the model's shape: must be a whole number of at least 1")
+        _check_numbers(self, ("rope_theta", "norm_eps", "rotary_percent"))
         if type(self.tied_embeddings) is not bool:
             raise UserError(f"tied_embeddings={self.tied_embeddings!r} in the model's shape: must be true or false")
         if self.family not in FAMILY_NAMES:
@@ -85,8 +95,32 @@ class ModelShape:
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} is odd: rotary embeddings turn pairs of channels")
+        rotated = int(self.head_dim * self.rotary_percent)
+        if self.rotary_percent > 1 or rotated % 2 or not rotated:
+            raise UserError(
+                f"rotary_percent={self.rotary_percent} of head_dim={self.head_dim} rotates {rotated} channels: "
+                "they must be an even number, at most the head's"
+            )
         if self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype!r} in the model's shape: use one of {', '.join(DTYPES)}")
+
+    def _set_ffn_of_layers(self, sizes: tuple[int, ...]) -> None:
+        if len(sizes) != self.num_layers:
+            raise UserError(
+                f"ffn_hidden_size has {len(sizes)} sizes for num_layers={self.num_layers}: give one a layer"
+            )
+        object.__setattr__(self, "ffn_hidden_size", sizes[0] if len(set(sizes)) == 1 else sizes)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every layer has the same sizes."""
+        return not isinstance(self.ffn_hidden_size, tuple)
+
+    @property
+    def ffn_of_layers(self) -> tuple[int, ...]:
+        """Feed-forward neurons of each layer."""
+        sizes = self.ffn_hidden_size
+        return sizes if isinstance(sizes, tuple) else (sizes,) * self.num_layers
 
     @property
     def heads_per_group(self) -> int:
@@ -96,14 +130,14 @@ class ModelShape:
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding on disk and in memory; rows from vocab_size on are padding and masked in every loss."""
-        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        return padded_size(self.vocab_size)
 
-    def lengths(self) -> dict[str, int]:
-        """Length of every named axis (``vocab`` with its padding)."""
+    def lengths(self, layer: int | None = None) -> dict[str, int]:
+        """Length of every named axis (``vocab`` with its padding) in a layer; without one, ffn is that of the widest."""
         return {
             "layers": self.num_layers,
             "hidden": self.hidden_size,
-            "ffn": self.ffn_hidden_size,
+            "ffn": max(self.ffn_of_layers) if layer is None else self.ffn_of_layers[layer],
             "kv_groups": self.num_query_groups,
             "q_heads": self.heads_per_group,
             "head_dim": self.head_dim,
@@ -116,14 +150,18 @@ class ModelShape:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML."""
-        return asdict(self)
+        values = asdict(self)
+        if self.rotary_percent == 1:
+            # It came later: without it, the digests of older folders stay what they are.
+            del values["rotary_percent"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> "ModelShape":
         """Build from YAML or config values; `where` names the source in errors."""
         names = {f.name for f in fields(cls)}
         unknown = sorted(str(key) for key in set(values) - names)
-        optional = {"rope_scaling"}
+        optional = {"rope_scaling", "rotary_percent"}
         missing = sorted(n for n in names - optional if values.get(n) is None)
         if unknown or missing:
             what = f"unknown {', '.join(unknown)}" if unknown else f"missing {', '.join(missing)}"
@@ -134,6 +172,7 @@ class ModelShape:
         except TypeError as error:
             raise UserError(f"{where}: rope_scaling is malformed ({error})") from None
         try:
-            return cls(**{**values, "rope_scaling": rope_scaling})
+            given = {name: value for name, value in values.items() if value is not None}
+            return cls(**{**given, "rope_scaling": rope_scaling})
         except UserError as error:
             raise UserError(f"{where}: {error}") from None

@@ -70,6 +70,14 @@ class Layout:
         """Data-parallel size."""
         return self.world_size // (self.tensor * self.pipeline * self.context)
 
+    def rank(self, *, tensor: int, pipeline: int, data: int, context: int = 0) -> int:
+        """The rank at a place of the layout, in Megatron's order."""
+        return tensor + self.tensor * (context + self.context * (data + self.data * pipeline))
+
+    def place(self, rank: int) -> tuple[int, int]:
+        """(tensor, pipeline) place of a rank."""
+        return rank % self.tensor, rank // (self.tensor * self.context * self.data)
+
     def __str__(self) -> str:
         sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "context": self.context, "data": self.data}
         named = [f"{name} {size}" for name, size in sizes.items() if size > 1]

@@ -16,7 +16,7 @@ import yaml
 from minitron_megatron.checkpoints.folder import WEIGHTS, ModelFolder, load_yaml, open_model_folder, output_folder
 from minitron_megatron.checkpoints.hf import copy_companions, write_shape
 from minitron_megatron.checkpoints.weights import WeightReader, check_weights, load_model, verify_digest, write_weights
-from minitron_megatron.config import DistillConfig
+from minitron_megatron.config import DistillConfig, flat
 from minitron_megatron.console import print_table
 from minitron_megatron.data.datasets import DataFolder, Windows, open_data, training_samples
 from minitron_megatron.distill.teacher import Teacher
@@ -152,7 +152,7 @@ def check_run_folder(run: Path, cfg: DistillConfig) -> None:
         raise UserError(f"output={run} exists and is not a run folder: choose another output=")
     if not cfg.resume:
         raise UserError(f"output={run} has a run in it and resume=false: remove it or choose another output=")
-    before, now = _flat(load_yaml(run / "config.yaml")), _flat(resolved_config(cfg))
+    before, now = flat(load_yaml(run / "config.yaml")), flat(resolved_config(cfg))
     differ = [k for k in now if k.split(".")[0] not in _MAY_CHANGE and before.get(k, now[k]) != now[k]]
     longer = [k for k in differ if k in _MAY_GROW and None not in (before[k], now[k]) and now[k] > before[k]]
     differ = [k for k in differ if k not in longer]
@@ -170,13 +170,6 @@ def check_run_folder(run: Path, cfg: DistillConfig) -> None:
             before[key],
             now[key],
         )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _train(

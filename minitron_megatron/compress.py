@@ -1,0 +1,338 @@
+"""A large cut in several rounds, each round's student the next one's source (arXiv 2407.14679, 15B → 8B → 4B).
+
+    model ──importance──▶ scores ──prune──▶ pruned ──distill──▶ distilled ──▶ the next round
+      └────────────────────────── teaches ─────┘                    └─evaluate─▶ evaluation
+
+    output/ROUND/{scores,pruned,distilled,evaluation}      one folder a stage, each whole or not there
+    output/stages.json, chain.json                         what is done; the result of every round
+
+The stages are the commands of launch/ (stages.py). All of them are composed and checked with the shapes they will meet before
+the first one starts.
+"""
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open_model_folder, read_manifest
+from minitron_megatron.checkpoints.weights import check_weights
+from minitron_megatron.config import COMMANDS, CompressConfig, RoundConfig, check, flat, options
+from minitron_megatron.console import console, print_table
+from minitron_megatron.data.datasets import open_data
+from minitron_megatron.errors import UserError
+from minitron_megatron.evaluate.perplexity import RESULTS
+from minitron_megatron.launcher import compose
+from minitron_megatron.models.axes import count_parameters
+from minitron_megatron.models.build import check_layout, check_sequence
+from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.parallel.layout import Layout, pick_device, world_size_from_env
+from minitron_megatron.prune.select import target_shape
+from minitron_megatron.stages import Stages, program_of, start_words, write_json
+from minitron_megatron.train.run import check_pair, number_of_steps
+
+# Each stage's command and its folder, in order.
+FOLDERS = {"importance": "scores", "prune": "pruned", "distill": "distilled", "evaluate": "evaluation"}
+STAGES_FILE, SUMMARY = "stages.json", "chain.json"
+# What the chain sets itself. A plan's indices are those of one model, and stand for scores.
+_SET_BY_CHAIN = frozenset("model teacher student scores plan output resume dry_run hydra".split())
+# Options of the chain that every stage gets, where they are not the default anyway.
+_COMMON = ("seed", "device", "precision", "verify", "parallel", "data")
+# Stands for the model's folder in the command lines of a rehearsal by sizes alone.
+_NO_FOLDER = "MODEL"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a round, with its options as words and as the config that they make."""
+
+    command: str
+    words: tuple[str, ...]
+    output: Path
+    processes: int
+    config: Any
+
+    @property
+    def file(self) -> str:
+        """Where the command is in the repository."""
+        return f"launch/{self.command}.py"
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round with the shapes that it meets: `source` is pruned to `target`, which `teacher` teaches."""
+
+    name: str
+    source: ModelShape
+    teacher: ModelShape
+    target: ModelShape
+    stages: dict[str, Stage]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of its distillation."""
+        cfg = self.stages["distill"].config
+        return number_of_steps(cfg) * cfg.trainer.global_batch_size * cfg.data.sequence_length
+
+    @property
+    def share(self) -> float:
+        """Parameters that are left of the source's."""
+        return count_parameters(self.target) / count_parameters(self.source)
+
+
+def compress(cfg: CompressConfig) -> None:
+    """`launch/compress.py`: check the whole chain, then run what is not done of it."""
+    if world_size_from_env() > 1:
+        raise UserError("start launch/compress.py with plain python: processes= and start= say how its stages start")
+    root, rehearsal = Path(cfg.output), cfg.dry_run and cfg.model.path is None
+    folder = None if rehearsal else open_model_folder(cfg.model.folder("model"))
+    shape = folder.shape if folder else ModelShape.from_dict(cfg.model.sizes("model"), "model")
+    pick_device(cfg.device)
+    rounds = plan_rounds(cfg, shape)
+    for one in rounds:
+        check_round(one, with_data=not rehearsal)
+    _check_root(root, cfg.resume)
+    if folder:
+        check_weights(folder)
+    if cfg.dry_run:
+        _show_plan(cfg, rounds)
+        return
+    results = _run(cfg, folder, rounds)
+    summary = {"model": str(folder.path), "parameters": count_parameters(shape), "rounds": results}
+    write_json(root / SUMMARY, summary)
+    _show_results(summary)
+    console().print(f"Written: {root / SUMMARY}")
+
+
+def plan_rounds(cfg: CompressConfig, first: ModelShape) -> list[Round]:
+    """Every round with its commands composed, and its shapes following from the first model's. Raises UserError."""
+    root = Path(cfg.output)
+    start = source = (cfg.model.path or _NO_FOLDER, first)
+    rounds = []
+    for written in read_rounds(cfg.rounds):
+        teacher = source if written.teacher == "source" else start
+        at = {stage: root / written.name / folder for stage, folder in FOLDERS.items()}
+        inputs = {
+            "importance": {"model": source[0]},
+            "prune": {"model": source[0], "scores": at["importance"]},
+            "distill": {"teacher": teacher[0], "student": at["prune"]},
+            "evaluate": {"model": at["distill"]},
+        }
+        stages = {
+            stage: _compose(cfg, written, stage, inputs[stage], at[stage])
+            for stage in FOLDERS
+            if stage != "evaluate" or cfg.perplexity
+        }
+        with _named(written.name, "prune"):
+            pruning = stages["prune"].config
+            target = target_shape(source[1], vars(pruning.target), list(pruning.drop_layers))
+        rounds.append(Round(written.name, source[1], teacher[1], target, stages))
+        source = (str(at["distill"]), target)
+    return rounds
+
+
+def read_rounds(values: Any) -> list[RoundConfig]:
+    """`rounds=` as it is written, every round checked on its own. Raises UserError."""
+    if not isinstance(values, list) or not values:
+        raise UserError("no rounds: give chain=PRESET (--help lists them) or rounds='[{name: …, prune: {…}}, …]'")
+    known = [o.name for o in options(RoundConfig)]
+    rounds: dict[str, RoundConfig] = {}
+    for number, value in enumerate(values, start=1):
+        if not isinstance(value, Mapping) or value.get("name") in (None, ""):
+            raise UserError(f"round {number} of rounds= has no name: write {{name: …, prune: {{…}}, distill: {{…}}}}")
+        name = str(value["name"])
+        with _named(name):
+            unknown = [str(key) for key in value if key not in known]
+            if unknown:
+                raise UserError(f"unknown option {unknown[0]!r}: a round has {', '.join(known)}")
+            if Path(name).name != name or name.startswith(".") or name in (STAGES_FILE, SUMMARY):
+                raise UserError("a round's name is that of its folder: no slashes and no dot in front")
+            if name in rounds:
+                raise UserError("there are two rounds of this name: each needs a folder of its own")
+            rounds[name] = RoundConfig(**{**value, "name": name})
+            check(rounds[name])
+    return list(rounds.values())
+
+
+def _compose(
+    cfg: CompressConfig, written: RoundConfig, stage: str, inputs: Mapping[str, object], output: Path
+) -> Stage:
+    """A stage as its command will read it: the chain's options, over them the round's. Raises UserError."""
+    with _named(written.name, stage):
+        own = {**_flat(getattr(cfg, stage), stage), **_flat(getattr(written, stage), stage)}
+        taken = [key for key in own if key.partition(".")[0] in _SET_BY_CHAIN]
+        if taken:
+            raise UserError(f"{taken[0]} is set by the chain: leave it out")
+        processes = _processes(cfg, own.pop("processes", cfg.processes))
+        if stage == "prune" and not own:
+            raise UserError("nothing to cut: give it a target, as in prune: {target: {hidden_size: …}}")
+        known = {o.name for o in options(COMMANDS[stage])}
+        given = {**inputs, **{key: value for key, value in _common(cfg).items() if key in known}, **own}
+        words = tuple(f"{key}={_word(value)}" for key, value in given.items())
+        return Stage(stage, words, output, processes, compose(stage, [*words, f"output={output}"]))
+
+
+def _flat(values: Any, stage: str) -> dict[str, Any]:
+    """A stage's options by their dotted names, however they are nested; of two of the same name the last counts."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{stage}={values} must be a mapping of options, as in {{samples: 64}}")
+    return flat(values)
+
+
+def _common(cfg: CompressConfig) -> dict[str, Any]:
+    """The chain's own options that are its stages' too, by their dotted names."""
+    given = {o.name: (attrgetter(o.name)(cfg), o.default) for o in options(CompressConfig)}
+    return {k: value for k, (value, default) in given.items() if k.partition(".")[0] in _COMMON and value != default}
+
+
+def _word(value: Any) -> str:
+    """A value as it is typed on a command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return f"[{','.join(map(_word, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _processes(cfg: CompressConfig, processes: Any) -> int:
+    """The number of processes of a stage, checked together with what starts them. Raises UserError."""
+    if type(processes) is not int or processes < 1:
+        raise UserError(f"processes={processes} must be a whole number of at least 1")
+    program, *_ = start_words(cfg.start, processes)
+    if program_of(program) is None:
+        raise UserError(f"start={cfg.start}: there is no program {program!r} here")
+    if "{processes}" not in cfg.start and processes not in (1, cfg.processes):
+        raise UserError(
+            f"processes={processes}, but start= always starts processes={cfg.processes}: write {{processes}} into start="
+        )
+    return processes
+
+
+def check_round(one: Round, *, with_data: bool) -> None:
+    """Raise UserError, naming round and stage, for what a stage would refuse once its turn comes."""
+    for stage in one.stages.values():
+        with _named(one.name, stage.command):
+            cfg, splits = stage.config, ["train"]
+            if stage.command == "prune":
+                continue  # its target is checked where the shapes follow from one another
+            layout = Layout.from_config(cfg.parallel, stage.processes)
+            if stage.command == "distill":
+                number_of_steps(cfg)
+                check_pair(one.teacher, one.target, cfg, layout)
+                splits += ["validation"] if cfg.trainer.validation_samples else []
+            else:
+                check_layout(one.source if stage.command == "importance" else one.target, layout)
+                check_sequence(cfg.data.sequence_length, layout)
+                splits = [cfg.split] if stage.command == "evaluate" else splits
+            if with_data:
+                _check_data(
+                    cfg, splits, one.target, cfg.first_sample + cfg.samples if stage.command == "importance" else 1
+                )
+
+
+def _check_data(cfg: Any, splits: list[str], shape: ModelShape, samples: int) -> None:
+    """Raise UserError unless the data have these splits, and the first of them so many whole samples."""
+    length = cfg.data.sequence_length
+    tokens, *_ = [open_data(cfg.data.path, split, shape, length).tokens(split) for split in splits]
+    if tokens < samples * length:
+        raise UserError(
+            f"{samples} samples of {length} tokens are asked for, the {splits[0]} split has {tokens} tokens: "
+            "lower samples= or data.sequence_length="
+        )
+
+
+def _check_root(root: Path, resume: bool) -> None:
+    """Raise UserError when the output cannot be made, or is something else."""
+    if not root.is_dir():
+        check_output(root, config={}, inputs={}, resume=resume)
+    elif (root / STAGES_FILE).is_file():
+        if not resume:
+            raise UserError(f"output={root} has a chain in it and resume=false: remove it or choose another output=")
+    elif any(root.iterdir()):
+        raise UserError(f"output={root} exists and is not a chain's folder: choose another output=")
+
+
+@contextmanager
+def _named(round_name: str, stage: str = "") -> Iterator[None]:
+    """Put the names of round and stage before a mistake."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{_name(round_name, stage)}: {error}") from error
+
+
+def _name(round_name: str, stage: str = "") -> str:
+    return f"round {round_name}, {stage}" if stage else f"round {round_name}"
+
+
+def _run(cfg: CompressConfig, folder: ModelFolder, rounds: list[Round]) -> list[dict[str, Any]]:
+    """Run the stages that are not done; gives the result of every round."""
+    root = Path(cfg.output)
+    root.mkdir(parents=True, exist_ok=True)
+    inputs = {"model": folder.digest, "data": str(read_manifest(cfg.data.path)["digest"])}
+    stages = Stages(root / STAGES_FILE, inputs=inputs, start=cfg.start)
+    results = []
+    for one in rounds:
+        for stage in one.stages.values():
+            name = _name(one.name, stage.command)
+            stages.command(name, stage.output, stage.file, *stage.words, processes=stage.processes)
+        results.append(_result(one, stages.seconds))
+    return results
+
+
+def _result(one: Round, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """What a finished round gave: sizes, its student's digest, loss and perplexity if it was evaluated, seconds a stage."""
+    student = one.stages["distill"].output / "model"
+    manifest = read_manifest(student)
+    measured: dict[str, Any] = {}
+    if "evaluate" in one.stages:
+        measured = json.loads((one.stages["evaluate"].output / RESULTS).read_text(encoding="utf-8"))
+    return {
+        "name": one.name,
+        "model": str(student),
+        "digest": manifest["digest"],
+        "parameters": count_parameters(one.target),
+        "share_of_source": one.share,
+        "tokens": one.tokens,
+        "distillation_loss": manifest["results"].get("loss"),
+        "loss": measured.get("loss"),
+        "perplexity": measured.get("perplexity"),
+        "seconds": {stage: seconds[_name(one.name, stage)] for stage in one.stages},
+    }
+
+
+def _show_plan(cfg: CompressConfig, rounds: list[Round]) -> None:
+    """The dry run's table and every command line."""
+    rows = [
+        [
+            one.name,
+            count_parameters(one.source),
+            count_parameters(one.target),
+            f"{one.share:.1%}",
+            one.tokens,
+            ", ".join(f"{stage.command} {stage.processes}" for stage in one.stages.values()),
+        ]
+        for one in rounds
+    ]
+    print_table(
+        f"would be run in {cfg.output}", ["round", "parameters", "pruned", "share", "tokens", "processes"], rows
+    )
+    for stage in (stage for one in rounds for stage in one.stages.values()):
+        words = [*start_words(cfg.start, stage.processes), stage.file, *stage.words, f"output={stage.output}"]
+        console().print(f"$ {shlex.join(words)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_results(summary: Mapping[str, Any]) -> None:
+    columns = ["round", "parameters", "share", "loss", "perplexity", "seconds", "student"]
+    rows: list[list[Any]] = [["", summary["parameters"], "", "", "", "", summary["model"]]]
+    for one in summary["rounds"]:
+        loss, perplexity = ("" if one[name] is None else one[name] for name in ("loss", "perplexity"))
+        seconds = sum(one["seconds"].values())
+        rows.append(
+            [one["name"], one["parameters"], f"{one['share_of_source']:.1%}", loss, perplexity, seconds, one["model"]]
+        )
+    print_table("The chain", columns, rows)

@@ -1,0 +1,176 @@
+"""Commands of launch/ as the stages of something longer: each in a process of its own, printed before it runs.
+
+    output/stages.json    what is done: {stage: {seconds, what}}, `what` being its command and what the whole starts from
+
+A stage is done when its output is whole (its command wrote the manifest) and it was asked for in the same words; then a
+second run passes it by. Asked for otherwise, its command runs again and says itself what it thinks of the output it finds.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from minitron_megatron.checkpoints.folder import MANIFEST
+from minitron_megatron.config import CompressConfig
+from minitron_megatron.console import console
+from minitron_megatron.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN_PORT = 29500
+# A daemon that a stage left behind may hold its standard error open: do not wait for that one.
+SECONDS_FOR_LAST_WORDS = 10.0
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(file)
+
+
+def start_words(start: str, processes: int) -> list[str]:
+    """The words before launch/NAME.py that start `processes` of it. Raises UserError when `start` cannot be taken apart."""
+    if processes == 1:
+        return ["python"]
+    try:
+        words = shlex.split(start.replace("{processes}", str(processes)))
+    except ValueError as error:
+        raise UserError(f"start={start} cannot be read ({error}): mend its quotes") from None
+    return words + (_another_port() if start == CompressConfig.start else [])
+
+
+def program_of(word: str) -> str | None:
+    """Where a program is: beside this Python (torchrun), or on the PATH; None when nowhere."""
+    beside_python = Path(sys.executable).parent / word
+    return str(beside_python) if beside_python.is_file() else shutil.which(word)
+
+
+def is_whole(output: Path) -> bool:
+    """Whether a command's output is there; a training run's is its model/."""
+    return (output / MANIFEST).is_file() or (output / "model" / MANIFEST).is_file()
+
+
+class Stages:
+    """Runs stages once, times them, and remembers that they are done."""
+
+    def __init__(
+        self,
+        file: Path,
+        *,
+        words: Sequence[str] = (),
+        inputs: Mapping[str, str] | None = None,
+        start: str = CompressConfig.start,
+    ) -> None:
+        """Stages that are remembered in a file.
+
+        Args:
+            file: where what is done is written.
+            words: options that every command gets.
+            inputs: digest, by name, of what the first stages start from; with other ones nothing counts as done.
+            start: how a stage of several processes is started.
+        """
+        self.file, self.words, self.inputs, self.start = file, tuple(words), dict(inputs or {}), start
+        self.done: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        write_json(self.file, self.done)
+        self.lines: list[str] = []
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long each stage took, in the order of their first runs."""
+        return {name: stage["seconds"] for name, stage in self.done.items()}
+
+    def run(self, name: str, there: Path, work: Callable[[], None], what: Any = None) -> None:
+        """Do `work` unless it was done before, as `what`, and the file or folder that shows it is still `there`."""
+        before = self.done.get(name)
+        if before and before["what"] == what and there.exists():
+            console().print(f"[dim]{name}: done before in {before['seconds']:.0f} s ({there})[/dim]")
+            return
+        began = time.monotonic()
+        work()
+        self.done[name] = {"seconds": round(time.monotonic() - began, 1), "what": what}
+        write_json(self.file, self.done)
+
+    def command(self, name: str, output: Path, file: str, *words: str, processes: int = 1) -> None:
+        """A stage that is one command, `file` being launch/NAME.py. Raises UserError with its name when it fails."""
+        options = [*words, *self.words, f"output={output}"]
+        program, *start = start_words(self.start, processes)
+        line = shlex.join([program, *start, file, *options])
+        self.lines.append(line)
+
+        def work() -> None:
+            console().print(f"\n$ {line}", style="bold", markup=False, highlight=False, soft_wrap=True)
+            status, reason = _run([program_of(program) or program, *start, str(ROOT / file), *options], processes)
+            if status:
+                reason = reason or f"ended with status {status}; mend what it says and run the same command again"
+                raise UserError(f"{name}: {reason}")
+            if not is_whole(output):
+                raise UserError(f"{name}: stopped before its end; the same command continues it")
+
+        what = {"command": [file, *options], "inputs": self.inputs}
+        self.run(name, output if is_whole(output) else output / MANIFEST, work, what)
+
+
+def _run(program: list[str], processes: int) -> tuple[int, str]:
+    """Run a program to its end; gives its status and its `error: …` line, which is left to the caller to show."""
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    reasons: list[str] = []
+
+    def listen() -> None:
+        for line in child.stderr:
+            if line.startswith("error: "):
+                reasons.append(line.removeprefix("error: ").strip())
+            else:
+                print(line, end="", file=sys.stderr, flush=True)
+
+    with subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True, errors="replace") as child:
+        listener = threading.Thread(target=listen, daemon=True)
+        listener.start()
+        with _outlive(child):
+            child.wait()
+        listener.join(SECONDS_FOR_LAST_WORDS)
+    return child.returncode, reasons[0] if reasons else ""
+
+
+@contextmanager
+def _outlive(child: subprocess.Popen) -> Iterator[None]:
+    """Let a stage end first: SIGTERM is passed on to it, so that it may save; Ctrl-C has reached it from the terminal."""
+    asked: list[int] = []
+
+    def ask(number: int, _: Any) -> None:
+        asked.append(number)
+        if number == signal.SIGTERM:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if signal.SIGINT in asked:
+        raise KeyboardInterrupt
+
+
+def _another_port() -> list[str]:
+    """torchrun's option for a free port, where its default one is taken by another job on this machine."""
+    try:
+        with socket.socket() as default:
+            default.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            default.bind(("127.0.0.1", TORCHRUN_PORT))
+        return []
+    except OSError:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            return ["--master-port", str(free.getsockname()[1])]
