@@ -386,7 +386,7 @@ def test_lm_evaluation_harness_says_the_same_of_deleted_layers(plain, planted, t
     from minitron_megatron.checkpoints.hf import export_hf
     from minitron_megatron.config import ExportHfConfig
 
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     path, data, _ = planted
     analyse_layers(
         config(path, data, tmp_path / "out", tasks=[str(f) for f in task_files], fewshot=1, limit=6, block=2)
@@ -432,7 +432,7 @@ def test_pairs_are_encoded_as_lm_evaluation_harness_does(plain):
 
 def test_tasks_that_cannot_be_asked(plain, task_files, tmp_path, monkeypatch):
     _, path, data, _ = plain
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     lost, free = tmp_path / "lost.yaml", tmp_path / "free.yaml"
     lost.write_text(TASK.format(name="lost", file=tmp_path / "nowhere.jsonl"))
     free.write_text(task_files[0].read_text().replace("multiple_choice", "loglikelihood").replace("plain", "free", 1))
