@@ -61,6 +61,17 @@ def is_whole(output: Path) -> bool:
     return (output / MANIFEST).is_file() or (output / "model" / MANIFEST).is_file()
 
 
+def _read_stages(file: Path) -> dict[str, dict[str, Any]]:
+    """What is done, by the file of an earlier run; what cannot be read of it is not done, its command will find out."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return {
+        name: stage for name, stage in values.items() if isinstance(stage, dict) and {"seconds", "what"} <= set(stage)
+    }
+
+
 class Stages:
     """Runs stages once, times them, and remembers that they are done."""
 
@@ -81,7 +92,7 @@ class Stages:
             start: how a stage of several processes is started.
         """
         self.file, self.words, self.inputs, self.start = file, tuple(words), dict(inputs or {}), start
-        self.done: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self.done = _read_stages(file)
         write_json(self.file, self.done)
         self.lines: list[str] = []
 
@@ -128,24 +139,28 @@ def _run(program: list[str], processes: int) -> tuple[int, str]:
     reasons: list[str] = []
 
     def listen() -> None:
-        for line in child.stderr:
-            if line.startswith("error: "):
-                reasons.append(line.removeprefix("error: ").strip())
-            else:
-                print(line, end="", file=sys.stderr, flush=True)
+        with child.stderr as lines:
+            for line in lines:
+                if line.startswith("error: "):
+                    reasons.append(line.removeprefix("error: ").strip())
+                else:
+                    print(line, end="", file=sys.stderr, flush=True)
 
-    with subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True, errors="replace") as child:
-        listener = threading.Thread(target=listen, daemon=True)
-        listener.start()
-        with _outlive(child):
-            child.wait()
-        listener.join(SECONDS_FOR_LAST_WORDS)
+    child = subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    with _outlive(child):
+        child.wait()
+    listener.join(SECONDS_FOR_LAST_WORDS)
     return child.returncode, reasons[0] if reasons else ""
 
 
 @contextmanager
 def _outlive(child: subprocess.Popen) -> Iterator[None]:
-    """Let a stage end first: SIGTERM is passed on to it, so that it may save; Ctrl-C has reached it from the terminal."""
+    """Let a stage end first when this process is asked to: SIGTERM is passed on, Ctrl-C reaches it from the terminal.
+
+    Raises KeyboardInterrupt then: no other stage starts.
+    """
     asked: list[int] = []
 
     def ask(number: int, _: Any) -> None:
@@ -159,7 +174,7 @@ def _outlive(child: subprocess.Popen) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if signal.SIGINT in asked:
+    if asked:
         raise KeyboardInterrupt
 
 

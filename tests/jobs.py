@@ -179,13 +179,13 @@ def validation_loss(path: str, data: str, samples: int) -> float:
     return float(-(found.gather(-1, labels[..., None])[..., 0] * mask).sum() / mask.sum())
 
 
-def cut_between(path: str, whole: str, cut: str, source: dict, target: dict) -> list[str]:
+def cut_between(path: str, cut: str, source: dict, target: dict) -> list[str]:
     """Cut a model live from layout `source` to layout `target` by the plan of a folder that was cut from files.
 
     Gives the names of this rank's tensors that differ from that folder's, loaded in the target layout.
     """
     folder, smaller = open_model_folder(path), open_model_folder(cut)
-    _, kept = read_plan(Path(cut) / "plan.yaml", folder.shape, open_model_folder(whole).digest)
+    _, kept = read_plan(Path(cut) / "plan.yaml", folder.shape, folder.digest)
     layouts = full_layout(source), full_layout(target)
     with model_parallel(layouts[0], 1):
         given = build_model_chunks(folder.shape, layouts[0], getattr(torch, folder.shape.dtype))

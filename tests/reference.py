@@ -103,3 +103,59 @@ def block_influence(model, removed: range, samples: list[torch.Tensor]) -> float
             model(tokens[None], use_cache=False)
     pairs = zip(states[::2], states[1::2], strict=True)
     return 1 - float(torch.stack([torch.cosine_similarity(x, y, dim=-1).mean() for x, y in pairs]).mean())
+
+
+# What the dimensions of Hugging Face's tensors run along, by module; None is never cut.
+DIMENSIONS = {
+    "embed_tokens": ("vocab", "hidden"),
+    "lm_head": ("vocab", "hidden"),
+    "q_proj": ("q", "hidden"),
+    "k_proj": ("k", "hidden"),
+    "v_proj": ("k", "hidden"),
+    "o_proj": ("hidden", "o"),
+    "gate_proj": ("ffn", "hidden"),
+    "up_proj": ("ffn", "hidden"),
+    "down_proj": ("hidden", "ffn"),
+    "input_layernorm": ("hidden",),
+    "post_attention_layernorm": ("hidden",),
+    "norm": ("hidden",),
+    "q_norm": (None,),
+    "k_norm": (None,),
+}
+
+
+def cut(weights: dict[str, torch.Tensor], kept, source) -> dict[str, torch.Tensor]:
+    """Hugging Face tensors with only what is kept, written out head by head: what pruning must give, bit for bit."""
+    out = {}
+    for name, tensor in weights.items():
+        words = name.split(".")
+        layer = int(words[2]) if "layers" in words else None
+        if layer is not None and layer not in kept.layers:
+            continue
+        if layer is not None:
+            words[2] = str(kept.layers.tolist().index(layer))
+        for dim, axis in enumerate(DIMENSIONS[words[-2]][: tensor.ndim]):
+            rows = _cut_rows(tensor.movedim(dim, 0), axis, layer, kept, source)
+            tensor = rows.movedim(0, dim).contiguous()
+        out[".".join(words)] = tensor
+    return out
+
+
+def _cut_rows(rows: torch.Tensor, axis: str | None, layer: int | None, kept, source) -> torch.Tensor:
+    """One axis, along the first dimension."""
+    if axis in ("hidden", "vocab"):
+        whole = getattr(kept, axis)
+        return rows if whole is None else rows[torch.from_numpy(whole)]
+    if axis == "ffn":
+        return rows if kept.ffn is None else rows[torch.from_numpy(kept.ffn[layer])]
+    if axis is None or kept.heads is None:
+        return rows
+    by_head = rows.float().unflatten(0, (-1, source.head_dim))
+    groups, heads = torch.from_numpy(kept.kv_groups[layer]), torch.from_numpy(kept.heads[layer].reshape(-1))
+    plain = source.heads_per_group == 1 and groups.shape[1] == 1
+    new = by_head[groups].mean(1) if axis == "k" and not plain else by_head[heads]
+    if kept.partners is not None and (axis == "q" or (axis == "k" and plain)):
+        partners = torch.from_numpy(kept.partners[layer].reshape(-1))
+        merged = partners >= 0
+        new[merged] = 2 * new[merged] - by_head[partners[merged]]
+    return new.flatten(0, 1).to(rows.dtype)

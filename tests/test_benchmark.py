@@ -50,6 +50,12 @@ def test_a_layer_analysis_is_compared_with_a_pass_for_each_block(model, tmp_path
         assert found[f"{what}_over_passes"] == pytest.approx(found[f"{what}_all_blocks_seconds"] / passes, rel=1e-6)
 
 
+def test_cutting_in_memory(model, tmp_path):
+    found = results(tmp_path, measure="cut", model=model_option(model), target=TargetConfig(hidden_size=16))
+    shape = open_model_folder(model).shape.resized(hidden_size=16)
+    assert found["target_bytes_of_a_rank"] == total_bytes(shape) and found["cut_seconds"] > 0
+
+
 def test_pruning_needs_a_folder(tmp_path):
     with pytest.raises(UserError, match="must be a model folder"):
         results(tmp_path, measure="prune")

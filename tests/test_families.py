@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -99,23 +98,6 @@ def test_scores_equal_the_reference(gloo, family, tmp_path):
 # Pruning
 
 
-# What the dimensions of Hugging Face's tensors run along, by module; None is never cut.
-DIMENSIONS = {
-    "embed_tokens": (None, "hidden"),
-    "lm_head": (None, "hidden"),
-    "q_proj": ("q", "hidden"),
-    "k_proj": ("k", "hidden"),
-    "v_proj": ("k", "hidden"),
-    "o_proj": ("hidden", "q"),
-    "gate_proj": ("ffn", "hidden"),
-    "up_proj": ("ffn", "hidden"),
-    "down_proj": ("hidden", "ffn"),
-    "input_layernorm": ("hidden",),
-    "post_attention_layernorm": ("hidden",),
-    "norm": ("hidden",),
-    "q_norm": (None,),
-    "k_norm": (None,),
-}
 TARGETS = [
     {"hidden_size": 16},
     {"ffn_hidden_size": 30},
@@ -124,32 +106,6 @@ TARGETS = [
     {"num_layers": 2},
     {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 30, "num_attention_heads": 2, "num_query_groups": 2},
 ]
-
-
-def cut_by_hand(weights, kept, source):
-    """`weights` of Hugging Face tensors with only the kept indices, layer by layer and head by head."""
-
-    def channels(heads):
-        return np.concatenate([np.arange(h * source.head_dim, (h + 1) * source.head_dim) for h in heads])
-
-    out = {}
-    hidden = np.arange(source.hidden_size) if kept.hidden is None else kept.hidden
-    for name, tensor in weights.items():
-        keep, words = {"hidden": hidden}, name.split(".")
-        if "layers" in words:
-            layer = int(words[2])
-            if layer not in kept.layers:
-                continue
-            words[2] = str(kept.layers.tolist().index(layer))
-            groups = np.arange(source.num_query_groups) if kept.kv_groups is None else kept.kv_groups[layer][:, 0]
-            heads = np.arange(source.num_attention_heads) if kept.heads is None else kept.heads[layer].reshape(-1)
-            keep["k"], keep["q"] = channels(groups), channels(heads)
-            keep["ffn"] = np.arange(source.ffn_hidden_size) if kept.ffn is None else kept.ffn[layer]
-        for dim, axis in enumerate(DIMENSIONS[words[-2]][: tensor.ndim]):
-            if axis is not None:
-                tensor = tensor.index_select(dim, torch.from_numpy(keep[axis]))
-        out[".".join(words)] = tensor
-    return out
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=names)
@@ -162,9 +118,9 @@ def test_pruning_equals_cutting_by_hand(gloo, family, tmp_path, target):
     prune_model(PruneConfig(model=model_option(path), scores=where, target=TargetConfig(**target), output=str(pruned)))
     export_hf(ExportHfConfig(model=model_option(pruned), output=str(tmp_path / "cut")))
     kept = choose(folder.shape, target_shape(folder.shape, target, []), scores, [])
-    wanted = cut_by_hand(load_file(path.parent / "hf" / "model.safetensors"), kept, folder.shape)
+    wanted = reference.cut(load_file(path.parent / "hf" / "model.safetensors"), kept, folder.shape)
     (tmp_path / "wanted").mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in wanted.items()}, tmp_path / "wanted" / "model.safetensors")
+    save_file(wanted, tmp_path / "wanted" / "model.safetensors")
     assert_same_tensors(tmp_path / "cut", tmp_path / "wanted")
     if len(target) > 2:
         from transformers import AutoModelForCausalLM

@@ -15,8 +15,8 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.importance.scores import Scores, save_scores
 from minitron_megatron.prune.plan import ranges
 from minitron_megatron.prune.prune import prune_model
-from minitron_megatron.prune.select import Kept, choose, target_shape, top
-from tests import jobs
+from minitron_megatron.prune.select import choose, target_shape, top
+from tests import jobs, reference
 from tests.test_models import names
 from tests.tiny import data_folder, hf_model, imported, model_option
 
@@ -56,31 +56,6 @@ def exported(model, folder) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def cut_by_hand(weights: dict[str, torch.Tensor], kept: Kept, source, target) -> dict[str, torch.Tensor]:
-    """The same pruning on Hugging Face tensors, head by head."""
-    whole = {name: tensor.numpy() for name, tensor in weights.items()}
-    hidden = np.arange(source.hidden_size) if kept.hidden is None else kept.hidden
-    out = {name: whole[name][:, hidden] for name in ("model.embed_tokens.weight", "lm_head.weight")}
-    out["model.norm.weight"] = whole["model.norm.weight"][hidden]
-    d = source.head_dim
-    for new, old in enumerate(kept.layers):
-        a, b = f"model.layers.{old}.", f"model.layers.{new}."
-        groups = range(source.num_query_groups) if kept.kv_groups is None else kept.kv_groups[old][:, 0]
-        heads = range(source.num_attention_heads) if kept.heads is None else kept.heads[old].reshape(-1)
-        q = np.concatenate([np.arange(h * d, h * d + d) for h in heads])
-        k = np.concatenate([np.arange(g * d, g * d + d) for g in groups])
-        ffn = np.arange(source.ffn_hidden_size) if kept.ffn is None else kept.ffn[old]
-        for name, rows in {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": k}.items():
-            out[f"{b}{name}.weight"] = whole[f"{a}{name}.weight"][rows][:, hidden]
-        for name in ("mlp.gate_proj", "mlp.up_proj"):
-            out[f"{b}{name}.weight"] = whole[f"{a}{name}.weight"][ffn][:, hidden]
-        out[f"{b}self_attn.o_proj.weight"] = whole[f"{a}self_attn.o_proj.weight"][hidden][:, q]
-        out[f"{b}mlp.down_proj.weight"] = whole[f"{a}mlp.down_proj.weight"][hidden][:, ffn]
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            out[f"{b}{name}.weight"] = whole[f"{a}{name}.weight"][hidden]
-    return {name: torch.from_numpy(np.ascontiguousarray(tensor)) for name, tensor in out.items()}
-
-
 TARGETS = [
     {"hidden_size": 20},
     {"ffn_hidden_size": 17},
@@ -103,7 +78,7 @@ def test_pruning_equals_cutting_by_hand(source, tmp_path, target):
     prune_model(cfg)
     shape = target_shape(folder.shape, target, [])
     kept = choose(folder.shape, shape, scores, [])
-    wanted = cut_by_hand(exported(source, tmp_path / "whole"), kept, folder.shape, shape)
+    wanted = reference.cut(exported(source, tmp_path / "whole"), kept, folder.shape)
     found = exported(tmp_path / "pruned", tmp_path / "cut")
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -18,8 +18,12 @@ from minitron_megatron.parallel.layout import Layout
 
 
 def hooks_over_forward(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]:
-    """Seconds of a forward pass with and without the hooks of every axis: medians over `repeats` pairs, and their ratio."""
-    shape, chunks = benchmark_model(cfg, layout)
+    """Seconds of a forward pass with and without the hooks of every axis: medians over `repeats` pairs, and their ratio.
+
+    A preset is given random weights; a folder is loaded.
+    """
+    shape, chunks = live_model(cfg, layout)
+    check_sequence(cfg.sequence_length, layout)
     generator = torch.Generator().manual_seed(cfg.seed)
     pairs = []
     for _ in range(cfg.repeats + 1):
@@ -37,19 +41,18 @@ def hooks_over_forward(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]
     }
 
 
-def benchmark_model(cfg: BenchmarkConfig, layout: Layout) -> tuple[ModelShape, list[torch.nn.Module]]:
-    """The model to run: a folder's weights, or a preset's shape with random ones."""
+def live_model(cfg: BenchmarkConfig, layout: Layout) -> tuple[ModelShape, list[torch.nn.Module]]:
+    """Shape and this rank's chunks of `model=`: a folder's weights, or random ones for a preset."""
     folder = open_model_folder(cfg.model.path) if cfg.model.path else None
     shape = folder.shape if folder else ModelShape.from_dict(cfg.model.sizes("model"), "model")
     check_layout(shape, layout)
-    check_sequence(cfg.sequence_length, layout)
     chunks = build_model_chunks(shape, layout, model_dtype(shape, cfg.precision))
     if folder:
         load_model(chunks, folder)
-    else:
-        with torch.no_grad():
-            for parameter in (p for chunk in chunks for p in chunk.parameters()):
-                parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, STANDARD_DEVIATION)
+        return shape, chunks
+    with torch.no_grad():
+        for parameter in (p for chunk in chunks for p in chunk.parameters()):
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, STANDARD_DEVIATION)
     return shape, chunks
 
 

@@ -29,7 +29,7 @@ def pruning_over_copying(cfg: BenchmarkConfig, layout: Layout) -> dict[str, floa
     """
     folder = open_model_folder(cfg.model.folder("model"))
     target = target_shape(folder.shape, vars(cfg.target), [])
-    kept = choose(folder.shape, target, _random_scores(folder.shape, cfg.seed), [])
+    kept = choose(folder.shape, target, random_scores(folder.shape, cfg.seed), [])
     scratch = Path(cfg.output).parent / f".{Path(cfg.output).name}.scratch"
 
     def cut() -> None:
@@ -54,7 +54,8 @@ def pruning_over_copying(cfg: BenchmarkConfig, layout: Layout) -> dict[str, floa
     }
 
 
-def _random_scores(shape: ModelShape, seed: int) -> Scores:
+def random_scores(shape: ModelShape, seed: int) -> Scores:
+    """Scores that say nothing, so that what is kept lies anywhere."""
     draw = np.random.default_rng(seed)
     lengths = {"ffn": max(shape.ffn_of_layers), "kv_groups": shape.num_attention_heads, "hidden": shape.hidden_size}
     scores = {probe.score: draw.random((shape.num_layers, lengths[probe.axis]), np.float32) for probe in PROBES}

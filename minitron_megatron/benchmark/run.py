@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from minitron_megatron.benchmark.cut import cutting_in_memory
 from minitron_megatron.benchmark.importance import hooks_over_forward
 from minitron_megatron.benchmark.layers import blocks_over_passes
 from minitron_megatron.benchmark.prune import pruning_over_copying
@@ -21,6 +22,7 @@ MEASURES: dict[str, Callable[[BenchmarkConfig, Layout], dict[str, float]]] = {
     "importance": hooks_over_forward,
     "prune": pruning_over_copying,
     "layers": blocks_over_passes,
+    "cut": cutting_in_memory,
 }
 
 

@@ -4,8 +4,6 @@ import json
 import math
 import time
 
-import torch
-
 from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open_model_folder, output_folder
 from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest
 from minitron_megatron.config import EvaluateConfig
@@ -14,8 +12,7 @@ from minitron_megatron.data.datasets import DataFolder, MicroBatches, Windows, o
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype
-from minitron_megatron.models.forward import Batch, forward_only
-from minitron_megatron.models.vocab_parallel import vocab_parallel_nll
+from minitron_megatron.models.loss import summed_loss
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
 
@@ -59,7 +56,6 @@ def measure(folder: ModelFolder, data: DataFolder, layout: Layout, cfg: Evaluate
     began = time.monotonic()
     chunks = build_model_chunks(folder.shape, layout, model_dtype(folder.shape, cfg.precision))
     load_model(chunks, folder)
-    group, vocabulary = ps.get_tensor_model_parallel_group(), folder.shape.vocab_size
     batches = MicroBatches(
         Windows(data, cfg.split, cfg.data.sequence_length),
         range(count),
@@ -69,26 +65,15 @@ def measure(folder: ModelFolder, data: DataFolder, layout: Layout, cfg: Evaluate
         multiple_of=layout.pipeline if layout.virtual_pipeline else 1,
     )
 
-    def collect(
-        batch: Batch, *, hidden_states: torch.Tensor, output_layer: object, output_weight: object
-    ) -> torch.Tensor:
-        logits, _ = output_layer(hidden_states, weight=output_weight)
-        nll = vocab_parallel_nll(logits, batch["labels"].t().contiguous(), vocab_size=vocabulary, group=group)
-        mask = batch["loss_mask"].t()
-        return torch.stack(((nll * mask).sum(dtype=torch.float64), mask.sum(dtype=torch.float64)))
-
     with progress("evaluate", len(batches) * len(chunks), unit="micro-batches") as advance:
-        collected = forward_only(
+        nll, tokens = summed_loss(
             chunks,
             batches,
-            num_micro_batches=len(batches),
             micro_batch_size=cfg.trainer.micro_batch_size,
             sequence_length=cfg.data.sequence_length,
-            collect=collect,
+            vocab_size=folder.shape.vocab_size,
             before=lambda batch: advance(1),
         )
-    mine = sum((c.cpu() for c in collected), torch.zeros(2, dtype=torch.float64))
-    nll, tokens = collectives.sum_from_last_stage(mine.tolist())
     if not math.isfinite(nll):
         raise UserError(f"model={folder.path}: the loss is {nll}; the weights or precision= are at fault")
     return {

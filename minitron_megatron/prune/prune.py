@@ -30,6 +30,7 @@ from minitron_megatron.console import print_table
 from minitron_megatron.data.datasets import DataFolder, open_data
 from minitron_megatron.data.vocabulary import KEPT_FILE, choose_tokens, renumber_config, write_tokenizer
 from minitron_megatron.errors import UserError
+from minitron_megatron.importance.layers import load_layer_analysis
 from minitron_megatron.importance.measure import check_calibration, measure_importance
 from minitron_megatron.importance.scores import Scores, check_scores, load_scores
 from minitron_megatron.launcher import command_line, resolved_config
@@ -123,8 +124,6 @@ def _best_block(cfg: PruneConfig, folder: ModelFolder) -> list[int]:
     """Layers that a layer analysis says can go. Raises UserError."""
     if cfg.layers is None:
         return []
-    from minitron_megatron.importance.layers import load_layer_analysis
-
     count = folder.shape.num_layers - (cfg.target.num_layers or 0)
     if cfg.target.num_layers is None or count < 1:
         raise UserError(
@@ -133,8 +132,7 @@ def _best_block(cfg: PruneConfig, folder: ModelFolder) -> list[int]:
         )
     analysis = load_layer_analysis(cfg.layers)
     analysis.check_model(folder.digest)
-    start = analysis.best_block(count, cfg.prune.judge, cfg.prune.keep_last_layers)
-    return list(range(start, start + count))
+    return list(analysis.best_block(count, cfg.prune.judge, cfg.prune.keep_last_layers))
 
 
 def _check_measuring(cfg: PruneConfig, goal: Goal) -> None:
