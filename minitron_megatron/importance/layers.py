@@ -111,9 +111,10 @@ class LayerAnalysis:
         measured = self.blocks[count]
         return sorted(starts, key=lambda start: (*measured[start].badness(judge), start))
 
-    def best_block(self, count: int, judge: str, keep_last: int = 1) -> int:
-        """The first of the `count` layers to remove, numbered from 0; see `ranked`."""
-        return self.ranked(count, judge, keep_last)[0]
+    def best_block(self, count: int, judge: str, keep_last: int = 1) -> range:
+        """The `count` layers to remove, numbered from 0; see `ranked`."""
+        first = self.ranked(count, judge, keep_last)[0]
+        return range(first, first + count)
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in layers.json."""
