@@ -384,8 +384,8 @@ class BenchmarkConfig(CommandConfig):
 
     measure: str = option(
         "importance",
-        "hooks over a plain forward pass; cutting files over copying them; cutting in memory",
-        ("importance", "prune", "cut"),
+        "hooks over a forward pass; cutting files over copying them; cutting in memory; a layer analysis over passes",
+        ("importance", "prune", "cut", "layers"),
     )
     model: ModelConfig = group(ModelConfig)
     target: TargetConfig = group(TargetConfig)

@@ -37,7 +37,7 @@ from minitron_megatron.report.layers import JUDGE_NAMES, layer_report
 
 log = logging.getLogger(__name__)
 REPORT = "report.html"
-# Blocks that the table shows for each judge and length.
+# Blocks that the table shows for each judge and length; they leave the last layer in place.
 _SHOWN = 3
 
 
@@ -195,9 +195,9 @@ def _print(output: str, analysis: LayerAnalysis) -> None:
     rows = [_row("whole model", analysis.base)]
     for length in analysis.blocks:
         for judge in JUDGES if asked else JUDGES[:2]:
-            for removed in analysis.ranked(length, judge, keep_last=0)[:_SHOWN]:
-                layers = str(removed[0]) if length == 1 else f"{removed[0]}–{removed[-1]}"
-                rows.append(_row(f"without {layers}, by {JUDGE_NAMES[judge]}", analysis.blocks[length][removed[0]]))
+            for start in analysis.ranked(length, judge)[:_SHOWN]:
+                layers = str(start) if length == 1 else f"{start}–{start + length - 1}"
+                rows.append(_row(f"without {layers}, by {JUDGE_NAMES[judge]}", analysis.blocks[length][start]))
     counts = analysis.counts
     title = f"{output}: {counts['samples']} samples, {format_value(counts['seconds'])} s"
     print_table(title, columns, rows)

@@ -79,13 +79,15 @@ def without_layers(model, removed: range):
     cut = copy.deepcopy(model).double()
     cut.model.layers = torch.nn.ModuleList(layer for i, layer in enumerate(cut.model.layers) if i not in removed)
     cut.config.num_hidden_layers = len(cut.model.layers)
+    # The layers that stay have their old numbers, under which a cache would look for them.
+    cut.config.use_cache = False
     return cut
 
 
 def log_likelihood(model, tokens: torch.Tensor, scored: int) -> float:
     """Σ log p of the last `scored` of some tokens, given those before them."""
     with torch.no_grad():
-        log_p = torch.log_softmax(model(tokens[None, :-1], use_cache=False).logits[0], -1)
+        log_p = torch.log_softmax(model(tokens[None, :-1]).logits[0], -1)
     return float(log_p.gather(-1, tokens[1:, None])[-scored:].sum())
 
 

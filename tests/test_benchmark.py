@@ -42,6 +42,14 @@ def test_importance_is_compared_with_a_plain_forward(model, tmp_path, preset):
     )
 
 
+def test_a_layer_analysis_is_compared_with_a_pass_for_each_block(model, tmp_path):
+    found = results(tmp_path, measure="layers", model=model_option(model), sequence_length=32, micro_batch_size=2)
+    assert found["blocks"] == 4 and found["layers_run_over_passes"] == (4 + 3 + 2 + 1) / (5 * 4)
+    for what in ("samples", "questions"):
+        passes = 5 * found[f"{what}_pass_seconds"]
+        assert found[f"{what}_over_passes"] == pytest.approx(found[f"{what}_all_blocks_seconds"] / passes, rel=1e-6)
+
+
 def test_cutting_in_memory(model, tmp_path):
     found = results(tmp_path, measure="cut", model=model_option(model), target=TargetConfig(hidden_size=16))
     shape = open_model_folder(model).shape.resized(hidden_size=16)

@@ -27,7 +27,7 @@ def hooks_over_forward(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]
     generator = torch.Generator().manual_seed(cfg.seed)
     pairs = []
     for _ in range(cfg.repeats + 1):
-        batch = _random_batch(cfg, shape, generator)
+        batch = random_batch(cfg, shape, generator)
         pairs.append(
             (_seconds(chunks, batch, cfg, layout, shape, False), _seconds(chunks, batch, cfg, layout, shape, True))
         )
@@ -56,7 +56,8 @@ def live_model(cfg: BenchmarkConfig, layout: Layout) -> tuple[ModelShape, list[t
     return shape, chunks
 
 
-def _random_batch(cfg: BenchmarkConfig, shape: ModelShape, generator: torch.Generator) -> Batch:
+def random_batch(cfg: BenchmarkConfig, shape: ModelShape, generator: torch.Generator) -> Batch:
+    """A micro-batch of random tokens."""
     size = (cfg.micro_batch_size, cfg.sequence_length)
     tokens = torch.randint(0, shape.vocab_size, size, generator=generator)
     return {

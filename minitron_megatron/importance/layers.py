@@ -81,8 +81,8 @@ class LayerAnalysis:
         if self.model_digest != digest:
             raise UserError(f"layers={self.path} is the analysis of another model (digest differs): analyse this one")
 
-    def ranked(self, count: int, judge: str, keep_last: int = 1) -> list[range]:
-        """Blocks of `count` layers, the best to remove first: lowest Block Influence or loss, highest accuracy.
+    def ranked(self, count: int, judge: str, keep_last: int = 1) -> list[int]:
+        """First layers of the blocks of `count`, the best to remove first: lowest Block Influence or loss, highest accuracy.
 
         Equal accuracies are told apart by the margin; what is equal still, lower start first.
 
@@ -109,11 +109,12 @@ class LayerAnalysis:
                 f"layers={self.path}: without the last {keep_last} of {self.num_layers} layers no block of {count} is left"
             )
         measured = self.blocks[count]
-        return [range(s, s + count) for s in sorted(starts, key=lambda s: (*measured[s].badness(judge), s))]
+        return sorted(starts, key=lambda start: (*measured[start].badness(judge), start))
 
     def best_block(self, count: int, judge: str, keep_last: int = 1) -> range:
-        """The layers to remove, numbered from 0; see `ranked`."""
-        return self.ranked(count, judge, keep_last)[0]
+        """The `count` layers to remove, numbered from 0; see `ranked`."""
+        first = self.ranked(count, judge, keep_last)[0]
+        return range(first, first + count)
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in layers.json."""

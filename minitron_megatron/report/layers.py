@@ -39,8 +39,8 @@ def layer_report(file: Path, analysis: LayerAnalysis, model: str, command: str) 
 def _blocks(analysis: LayerAnalysis, length: int) -> Section:
     asked = analysis.base.accuracy is not None
     judges = JUDGES if asked else JUDGES[:2]
-    ranked = {judge: analysis.ranked(length, judge, keep_last=0)[:_LISTED] for judge in judges}
-    cells = {judge: [_cell(analysis.blocks[length][r[0]], judge, r) for r in ranked[judge]] for judge in judges}
+    ranked = {judge: analysis.ranked(length, judge)[:_LISTED] for judge in judges}
+    cells = {judge: [_cell(analysis.blocks[length][s], judge, s, length) for s in ranked[judge]] for judge in judges}
     rows = [[str(place + 1), *row] for place, row in enumerate(zip(*cells.values(), strict=True))]
     measured, base = analysis.blocks[length], analysis.base
     curves = [
@@ -51,12 +51,12 @@ def _blocks(analysis: LayerAnalysis, length: int) -> Section:
         curves.append(("accuracy", [m.accuracy for m in measured], base.accuracy))
     return Section(
         "Single layers" if length == 1 else f"Blocks of {length} layers",
-        table=Table(["best to remove", *(f"by {JUDGE_NAMES[judge]}" for judge in judges)], rows),
+        table=Table(["best to remove, last layer kept", *(f"by {JUDGE_NAMES[judge]}" for judge in judges)], rows),
         plots=[(name, plots.curve_over_blocks(values, level, name)) for name, values, level in curves],
     )
 
 
-def _cell(judged: Judged, judge: str, layers: range) -> str:
-    name = f"{layers[0]}" if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"
+def _cell(judged: Judged, judge: str, start: int, length: int) -> str:
+    name = str(start) if length == 1 else f"{start} to {start + length - 1}"
     value = {"bi": f"{judged.bi:.4g}", "loss": f"{judged.loss:.4g}", "task": f"{judged.accuracy or 0:.2%}"}[judge]
     return f"{name} ({value})"

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from minitron_megatron.config import ImportanceConfig
+from minitron_megatron.config import ImportanceConfig, LayersConfig
+from minitron_megatron.importance.layers import load_layer_analysis
 from minitron_megatron.importance.measure import measure_importance
 from minitron_megatron.importance.scores import load_scores
+from minitron_megatron.layer_analysis import analyse_layers
 from minitron_megatron.parallel.layout import Layout, parallel_job
 from tests import jobs
 from tests.tiny import LLAMA3, data_folder, data_option, hf_model, imported, model_option
@@ -53,6 +55,29 @@ def test_scores_are_those_of_the_cpu(folders, tmp_path):
     wanted, found = load_scores(tmp_path / "cpu").tensors, load_scores(tmp_path / "cuda").tensors
     for name, score in wanted.items():
         assert np.abs(found[name] - score).max() / np.abs(score).max() <= 1e-5, name
+
+
+def test_a_layer_analysis_is_that_of_the_cpu(folders, tmp_path):
+    _, path, data = folders
+    line = {"context": "The quick brown", "choices": [" fox", " five jugs"], "answer": 0}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(line))
+    found = {}
+    for device in ("cpu", "cuda"):
+        cfg = LayersConfig(
+            model=model_option(path),
+            data=data_option(data),
+            block=[1, 2],
+            samples=6,
+            questions=str(tmp_path / "questions.jsonl"),
+            device=device,
+            output=str(tmp_path / device),
+        )
+        analyse_layers(cfg)
+        analysis = load_layer_analysis(tmp_path / device)
+        judged = [analysis.base, *(j for blocks in analysis.blocks.values() for j in blocks)]
+        found[device] = np.array([(j.loss, j.bi, j.margin) for j in judged])
+    assert np.abs(found["cuda"] / found["cpu"] - 1)[:, ::2].max() <= 1e-5
+    assert np.abs(found["cuda"] - found["cpu"])[:, 1].max() <= 1e-5
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
