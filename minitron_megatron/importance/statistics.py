@@ -10,6 +10,7 @@ Both kinds of sums are additive: over ranks that share a sequence, over data-par
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,33 +19,55 @@ AGGREGATIONS = ("mean", "l2", "variance")
 _BLOCK = 2**18
 
 
-def sequence_sums(activations: torch.Tensor, how: str) -> torch.Tensor:
-    """What a rank must add up over a sequence: float32 [k, b, c] from activations [s, b, c]; k is 2 for the variance.
+def partial_sums(activations: torch.Tensor, how: str) -> torch.Tensor:
+    """What a rank adds up over its part of a sequence: float32 [k, parts, b, c] from activations [s, b, c].
 
-    These sums are additive over the parts of a sequence, so ranks that share one add them before anything is squared.
+    k is 2 for the variance (Σx and Σx²), else 1. Sums over `parts`, over the ranks that share a sequence, and only then
+    anything else: they are additive before anything is squared.
     """
-    if how == "mean":
-        return _norm_sum(activations, 1)[None]
-    if how == "l2":
-        return _norm_sum(activations, 2)[None]
-    return torch.stack((activations.sum(0, dtype=torch.float32), _norm_sum(activations, 2)))
+    if activations.is_cuda:
+        out = _buffer(activations, how, activations.shape[2])
+        _kernels().column_sums(activations, how, out)
+        return out
+    kinds = {"mean": [1], "l2": [2], "variance": [0, 2]}[how]
+    return torch.stack([_power_sum(activations, power) for power in kinds])[:, None]
 
 
-def _norm_sum(a: torch.Tensor, power: int) -> torch.Tensor:
-    """Σ |a|^power over the sequence: float32 [b, c]; one read of the activations, no copy of the whole."""
-    if a.is_cuda:
-        norm = torch.linalg.vector_norm(a, power, dim=0, dtype=torch.float32)
-        return norm if power == 1 else norm.square()
+def partial_head_sums(activations: torch.Tensor, head_dim: int, how: str) -> torch.Tensor:
+    """The same for the L2 norm of every head of every token: activations [s, b, heads · head_dim], c is heads."""
+    if activations.is_cuda:
+        out = _buffer(activations, how, activations.shape[2] // head_dim)
+        _kernels().head_sums(activations, head_dim, how, out)
+        return out
+    return partial_sums(activations.unflatten(-1, (-1, head_dim)).float().norm(dim=-1), how)
+
+
+def _kernels() -> Any:
+    """Imported where there is a GPU: Triton is not needed elsewhere."""
+    from minitron_megatron.importance import kernels
+
+    return kernels
+
+
+def _buffer(like: torch.Tensor, how: str, width: int) -> torch.Tensor:
+    kinds = 2 if how == "variance" else 1
+    return torch.empty(kinds, _kernels().SPLITS, like.shape[1], width, dtype=torch.float32, device=like.device)
+
+
+def _power_sum(a: torch.Tensor, power: int) -> torch.Tensor:
+    """Σ a, Σ |a| or Σ a² (power 0, 1, 2) over the sequence: float32 [b, c]; one read of the activations, no copy of all."""
     total = torch.zeros(a.shape[1:], dtype=torch.float32)
     for (block,) in _blocks(a):
-        total += (block.abs() if power == 1 else block.square()).sum(0)
+        total += (block if power == 0 else block.abs() if power == 1 else block.square()).sum(0)
     return total
 
 
 def cosine_sums(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """Σ over the sequence of cos(before, after): float32 [b] from two [s, b, hidden]; a zero vector counts as 0."""
-    total = torch.zeros(before.shape[1], dtype=torch.float32, device=before.device)
-    for x, y in [(before.float(), after.float())] if before.is_cuda else _blocks(before, after):
+    if before.is_cuda:
+        return _kernels().cosines(before, after).sum(0)
+    total = torch.zeros(before.shape[1], dtype=torch.float32)
+    for x, y in _blocks(before, after):
         lengths = x.norm(dim=-1).clamp_min(1e-8) * y.norm(dim=-1).clamp_min(1e-8)
         total += (torch.linalg.vecdot(x, y) / lengths).sum(0)
     return total
