@@ -37,7 +37,7 @@ class ParallelConfig:
     pipeline: int = option(1, "pipeline-parallel size: stages of consecutive layers, as even as they divide")
     virtual_pipeline: int | None = option(None, "model chunks a stage in the interleaved schedule")
     sequence: bool = option(False, "sequence parallelism: tokens of norms are split over the tensor-parallel group")
-    context: int = option(1, "context-parallel size; above 1 is refused with local layers")
+    context: int = option(1, "context-parallel size: parts of each sequence; above 1 needs model.engine=te and bf16")
 
 
 @dataclass
@@ -45,6 +45,11 @@ class ModelConfig:
     """A model: its folder, or the sizes of a preset in conf/model."""
 
     path: str | None = option(None, "model folder (model=FOLDER sets it)")
+    engine: str = option(
+        "auto",
+        "layers: te (Transformer Engine), local (Megatron's own), auto: te for bf16 on CUDA if installed, else local",
+        ("auto", "te", "local"),
+    )
     family: str | None = option(None, "architecture", FAMILY_NAMES)
     num_layers: int | None = option(None, "decoder layers")
     hidden_size: int | None = option(None, "width of the residual stream")
@@ -71,7 +76,7 @@ class ModelConfig:
         """The sizes of a preset. Raises UserError when none was given."""
         if self.family is None:
             raise UserError(f"{name}=… must be a preset of conf/model here, such as {name}=llama3_1_8b")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "path"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("path", "engine")}
 
 
 @dataclass

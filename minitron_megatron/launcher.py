@@ -311,6 +311,8 @@ def _shown(config_class: type[CommandConfig]) -> list[Option]:
                 shown.insert(
                     0, Option(first, "str", REQUIRED, "model folder, or a preset where weights are not needed", ())
                 )
+            elif last == "engine":
+                shown.append(o)
             continue
         shown.append(o)
     return shown

@@ -30,7 +30,7 @@ from minitron_megatron.importance.layers import (
 )
 from minitron_megatron.importance.variants import Block, contiguous_blocks, layer_passes
 from minitron_megatron.launcher import command_line, resolved_config
-from minitron_megatron.models.build import check_layout, check_sequence
+from minitron_megatron.models.build import check_layout, check_sequence, model_dtype, pick_engine
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
 from minitron_megatron.report.layers import JUDGE_NAMES, layer_report
@@ -57,12 +57,13 @@ def analyse_layers(cfg: LayersConfig) -> None:
     inputs = {"model": folder.digest, "data": data.digest, **({"questions": file.digest} if file else {})}
     if file or cfg.tasks:
         load_tokenizer(folder.path)
-    pick_device(cfg.device)
+    device = pick_device(cfg.device)
     if cfg.dry_run:
         check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
         if speaks():
             _print_plan(cfg, folder, blocks, count, _sources(cfg, folder, file)[1])
         return
+    pick_engine(cfg.model.engine, layout, model_dtype(folder.shape, cfg.precision), device)
     with parallel_job(layout, seed=cfg.seed, device=cfg.device):
         if cfg.verify:
             verify_digest(folder)

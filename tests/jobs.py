@@ -20,6 +20,7 @@ from minitron_megatron.config import (
     ImportanceOptions,
     ImportHfConfig,
     LayersConfig,
+    ModelConfig,
     OptimConfig,
     TrainerConfig,
 )
@@ -44,10 +45,10 @@ def full_layout(layout: dict) -> Layout:
     return Layout(**layout, world_size=dist.get_world_size())
 
 
-def build(path: str, layout: dict):
+def build(path: str, layout: dict, engine: str = "auto", dtype: torch.dtype = torch.float32):
     """(folder, this rank's loaded chunks)."""
     folder = open_model_folder(path)
-    chunks = build_model_chunks(folder.shape, full_layout(layout), torch.float32)
+    chunks = build_model_chunks(folder.shape, full_layout(layout), dtype, engine)
     load_model(chunks, folder)
     return folder, chunks
 
@@ -64,9 +65,9 @@ def batch_of(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def logits(path: str, tokens: torch.Tensor, layout: dict) -> torch.Tensor | None:
-    """Logits [b, s, vocab] without padding, on the last stage."""
-    folder, chunks = build(path, layout)
+def logits(path: str, tokens: torch.Tensor, layout: dict, *how) -> torch.Tensor | None:
+    """Logits [b, s, vocab] without padding, on the last stage; `how` is engine and dtype."""
+    folder, chunks = build(path, layout, *how)
 
     def collect(batch, *, hidden_states, output_layer, output_weight):
         local, _ = output_layer(hidden_states, weight=output_weight)
@@ -104,20 +105,22 @@ def _placed(shape, chunks, values):
             if row.place is Place.LAYER:
                 for i, layer in enumerate(chunk.decoder.layers):
                     name = f"{row.name}.{layer.layer_number - 1}"
-                    found[name] = (indices, values(parameters[row.path.format(layer=i)]).clone())
+                    found[name] = (indices, values(row.parameter(parameters, i)).clone())
             elif row.path in parameters:
                 found[row.name] = (indices, values(parameters[row.path]).clone())
     return found
 
 
-def distiller(teacher: str, student: str, layout: dict, micro_batch_size: int, optimizer: bool = False):
+def distiller(
+    teacher: str, student: str, layout: dict, micro_batch_size: int, engine: str = "auto", optimizer: bool = False
+):
     """A Distiller with gradients reduced over all data-parallel ranks in full."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
     from minitron_megatron.train.optimizer import wrap_and_optimize
 
-    _, frozen = build(teacher, layout)
-    folder, chunks = build(student, layout)
+    _, frozen = build(teacher, layout, engine)
+    folder, chunks = build(student, layout, engine)
     cfg = DistillConfig(
         output="",
         data=data_option(Path(), 32),
@@ -150,11 +153,13 @@ class Tokens:
         return {name: value[0] for name, value in batch_of(self.tokens[index][None]).items()}
 
 
-def loss_and_gradients(teacher: str, student: str, tokens: torch.Tensor, layout: dict, micro_batch_size: int):
+def loss_and_gradients(
+    teacher: str, student: str, tokens: torch.Tensor, layout: dict, micro_batch_size: int, engine: str = "auto"
+):
     """(mean loss, {name: (global indices, gradient of the mean loss)})."""
     from minitron_megatron.parallel import collectives
 
-    folder, trained = distiller(teacher, student, layout, micro_batch_size)
+    folder, trained = distiller(teacher, student, layout, micro_batch_size, engine)
     for chunk in trained.chunks:
         chunk.zero_grad_buffer()
     batches = list(trained.micro_batches(Tokens(tokens), range(len(tokens))))
@@ -251,11 +256,12 @@ def scores(
     micro_batch_size: int,
     how: tuple[str, ...],
     first_sample: int = 0,
+    engine: str = "auto",
 ):
     """Importance scores as tensors, on rank 0."""
     cfg = ImportanceConfig(
         output="",
-        model=model_option(Path(model)),
+        model=ModelConfig(path=model, engine=engine),
         data=data_option(Path(data), 32),
         samples=samples,
         first_sample=first_sample,
@@ -298,11 +304,11 @@ def import_and_export(hf: str, model: str, back: str, max_shard_gb: float) -> No
     export_hf(ExportHfConfig(model=model_option(Path(model)), output=back, max_shard_gb=max_shard_gb))
 
 
-def save_in_layout(model: str, checkpoint: str, weights: str, layout: dict) -> str:
+def save_in_layout(model: str, checkpoint: str, weights: str, layout: dict, engine: str = "auto") -> str:
     """Load a model in a layout, save it with Megatron's own writer, publish that; gives the digest."""
     from megatron.core import dist_checkpointing
 
-    folder, chunks = build(model, layout)
+    folder, chunks = build(model, layout, engine)
     if dist.get_rank() == 0:
         Path(checkpoint).mkdir()
     dist.barrier()

@@ -15,6 +15,7 @@ from minitron_megatron.data.datasets import MicroBatches, Windows, open_data, tr
 from minitron_megatron.data.prepare import _with_validation, prepare_data, split_of
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
+from minitron_megatron.parallel.layout import Layout
 from tests.tiny import data_folder, hf_model, imported, model_option, save_hf
 
 DOCUMENTS = [f"Document {i}: {'words and more words ' * (i % 7 + 1)}" for i in range(40)]
@@ -301,3 +302,30 @@ def test_labels_are_the_next_tokens(model, data):
     folder = open_data(str(data), "train", open_model_folder(model).shape, 16)
     sample = training_samples(folder, "train", sequence_length=16, seed=1, count=4)[0]
     assert sample["labels"][:-1].tolist() == sample["tokens"][1:].tolist()
+
+
+class Counting:
+    """Samples whose tokens are their positions."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        positions = torch.arange(16)
+        return {"tokens": positions, "labels": positions + 1, "loss_mask": torch.ones(16), "position_ids": positions}
+
+
+def shares_of_this_rank(layout):
+    return list(MicroBatches.of_this_rank(Counting(), range(3), 2, Layout(**layout, world_size=2)))
+
+
+def test_context_parallel_ranks_share_every_sequence(gloo):
+    """The first and the last quarter, and the two between them: causal attention is as much work for both."""
+    layout = {"context": 2}
+    first, second = gloo(2, shares_of_this_rank, layout, layout=layout)
+    outer, inner = [*range(4), *range(12, 16)], [*range(4, 12)]
+    for batches, positions in ((first, outer), (second, inner)):
+        assert [b["valid"].tolist() for b in batches] == [[1, 1], [1, 0]]
+        for batch in batches:
+            assert batch["tokens"].tolist() == batch["position_ids"].tolist() == [positions, positions]
+            assert (batch["labels"] == batch["tokens"] + 1).all() and batch["loss_mask"].shape == (2, 8)

@@ -7,7 +7,7 @@ from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.checkpoints.weights import WeightReader
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import Slot, axis_table
-from minitron_megatron.models.build import check_layout, check_sequence
+from minitron_megatron.models.build import check_layout, check_sequence, pick_engine
 from minitron_megatron.models.families import hf_config, shape_from_hf
 from minitron_megatron.parallel.layout import Layout
 from tests import jobs
@@ -112,6 +112,30 @@ def test_layouts_that_do_not_divide_are_refused():
         check_layout(shape, Layout(pipeline=3, virtual_pipeline=2, world_size=3))
     with pytest.raises(UserError, match=r"sequence_length=33 is not a multiple"):
         check_sequence(33, Layout(tensor=2, sequence=True, world_size=2))
+
+
+def test_engines_that_cannot_run_are_refused():
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    cpu, cuda, bf16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
+    split = Layout(context=2, world_size=2)
+    assert pick_engine("auto", Layout(), bf16, cpu) == pick_engine("local", Layout(), bf16, cuda) == "local"
+    assert pick_engine("auto", Layout(), torch.float32, cuda) == "local"
+    assert pick_engine("auto", Layout(), bf16, cuda) == ("te" if HAVE_TE else "local")
+    refused = [
+        (("te", Layout(), bf16, cpu, "student"), "student.engine=te needs a CUDA device"),
+        (("auto", split, bf16, cpu), "context=2 needs Transformer Engine's attention"),
+        (("local", split, bf16, cuda), "context=2 needs Transformer Engine's attention"),
+    ]
+    if HAVE_TE:
+        refused.append((("auto", split, torch.float32, cuda), "context=2 needs precision=bf16"))
+    else:
+        refused.append(
+            (("te", Layout(), bf16, cuda), "model.engine=te needs Transformer Engine, which cannot be imported")
+        )
+    for arguments, says in refused:
+        with pytest.raises(UserError, match=says):
+            pick_engine(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,11 @@ def tiny_tokenizer(folder: Path) -> None:
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "nemotron")
 
 
-def hf_model(seed: int = 0, *, family: str = "llama", **sizes):
-    """A random model of transformers' class; every weight, norms and biases too, is random: nothing is equal by accident."""
+def hf_model(seed: int = 0, *, family: str = "llama", spread: float = 0.1, **sizes):
+    """A random model of transformers' class; every weight, norms and biases too, is random: nothing is equal by accident.
+
+    `spread` is the standard deviation of matrices: 0.1 suits hidden sizes of some tens, wider models want less.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {**SIZES, **OWN_SIZES.get(family, {}), **sizes}
@@ -68,7 +71,7 @@ def hf_model(seed: int = 0, *, family: str = "llama", **sizes):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_gain = name.endswith("norm.weight") and family != "nemotron"
-            parameter.normal_(1.0 if is_gain else 0.0, 0.1)
+            parameter.normal_(1.0 if is_gain else 0.0, spread if parameter.ndim == 2 else 0.1)
     return model.eval()
 
 

@@ -21,7 +21,7 @@ def cutting_in_memory(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]:
     target = target_shape(source, vars(cfg.target), [])
     check_layout(target, layout, "the target")
     kept = choose(source, target, random_scores(source, cfg.seed), [])
-    smaller = build_model_chunks(target, layout, model_dtype(target, cfg.precision))
+    smaller = build_model_chunks(target, layout, model_dtype(target, cfg.precision), cfg.model.engine)
     given, wanted = local_tensors(chunks, source), local_tensors(smaller, target)
     cuda = torch.cuda.is_available()
     seconds = []

@@ -9,6 +9,7 @@ from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.checkpoints.random_model import STANDARD_DEVIATION
 from minitron_megatron.checkpoints.weights import load_model
 from minitron_megatron.config import BenchmarkConfig
+from minitron_megatron.data.datasets import on_this_context_rank
 from minitron_megatron.importance.hooks import Recorder
 from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype
 from minitron_megatron.models.forward import Batch, forward_only
@@ -27,7 +28,7 @@ def hooks_over_forward(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]
     generator = torch.Generator().manual_seed(cfg.seed)
     pairs = []
     for _ in range(cfg.repeats + 1):
-        batch = random_batch(cfg, shape, generator)
+        batch = random_batch(cfg, shape, layout, generator)
         pairs.append(
             (_seconds(chunks, batch, cfg, layout, shape, False), _seconds(chunks, batch, cfg, layout, shape, True))
         )
@@ -46,7 +47,7 @@ def live_model(cfg: BenchmarkConfig, layout: Layout) -> tuple[ModelShape, list[t
     folder = open_model_folder(cfg.model.path) if cfg.model.path else None
     shape = folder.shape if folder else ModelShape.from_dict(cfg.model.sizes("model"), "model")
     check_layout(shape, layout)
-    chunks = build_model_chunks(shape, layout, model_dtype(shape, cfg.precision))
+    chunks = build_model_chunks(shape, layout, model_dtype(shape, cfg.precision), cfg.model.engine)
     if folder:
         load_model(chunks, folder)
         return shape, chunks
@@ -56,17 +57,20 @@ def live_model(cfg: BenchmarkConfig, layout: Layout) -> tuple[ModelShape, list[t
     return shape, chunks
 
 
-def random_batch(cfg: BenchmarkConfig, shape: ModelShape, generator: torch.Generator) -> Batch:
-    """A micro-batch of random tokens."""
+def random_batch(cfg: BenchmarkConfig, shape: ModelShape, layout: Layout, generator: torch.Generator) -> Batch:
+    """This rank's part of a micro-batch of random tokens."""
+    from megatron.core import parallel_state as ps
+
     size = (cfg.micro_batch_size, cfg.sequence_length)
     tokens = torch.randint(0, shape.vocab_size, size, generator=generator)
-    return {
+    batch = {
         "tokens": tokens,
         "labels": tokens,
         "position_ids": torch.arange(cfg.sequence_length).expand(size),
         "loss_mask": torch.ones(size),
         "valid": torch.ones(cfg.micro_batch_size),
     }
+    return on_this_context_rank(batch, ps.get_context_parallel_group() if layout.context > 1 else None)
 
 
 def _seconds(

@@ -38,7 +38,7 @@ def blocks_over_passes(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]
     for what in ("samples", "questions"):
         pairs = []
         for _ in range(cfg.repeats + 1):
-            batch = random_batch(cfg, shape, generator)
+            batch = random_batch(cfg, shape, layout, generator)
             batch["loss_mask"][:, : -_SCORED if what == "questions" else 0] = 0
             pairs.append([_seconds(chunks, batch, cfg, layout, shape, removed) for removed in ([], blocks)])
         alone, together = (statistics.median(seconds) for seconds in zip(*pairs[1:], strict=True))

@@ -355,15 +355,21 @@ def load_model(chunks_of_model: Sequence[torch.nn.Module], folder: ModelFolder) 
     load_weights(chunks_of_model, folder.weights)
 
 
+def sharded_weights(chunk: torch.nn.Module, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A live model chunk's parameters for megatron.core.dist_checkpointing, whichever engine it is built of.
+
+    Transformer Engine's extra state (the scales of FP8) is no part of it, so that the other engine reads the same.
+    """
+    state = chunk.sharded_state_dict(metadata=metadata)
+    return {name: tensor for name, tensor in state.items() if not name.endswith("_extra_state")}
+
+
 def load_weights(chunks_of_model: Sequence[torch.nn.Module], weights: Path) -> None:
     """Fill this rank's live model from a distributed checkpoint folder, casting to the model's dtype."""
     from megatron.core import dist_checkpointing
 
     # All chunks at once: Megatron checks that together the ranks read every tensor just once.
-    wanted = {
-        f"chunk{i}": {k: v for k, v in chunk.sharded_state_dict().items() if not k.endswith("_extra_state")}
-        for i, chunk in enumerate(chunks_of_model)
-    }
+    wanted = {f"chunk{i}": sharded_weights(chunk) for i, chunk in enumerate(chunks_of_model)}
     try:
         with safe_reading():
             loaded = dist_checkpointing.load(wanted, str(weights))

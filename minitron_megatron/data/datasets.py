@@ -23,6 +23,7 @@ from minitron_megatron.checkpoints.folder import read_manifest
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.layout import Layout
 
 Sample = dict[str, torch.Tensor]
 # What Megatron's .idx files begin with.
@@ -225,7 +226,8 @@ class MicroBatches:
     """The micro-batches that one data-parallel rank runs of a range of samples; every rank has as many.
 
     Where the samples do not fill the last round, sample 0 fills up with `valid` 0, `number` -1 and no loss. `multiple_of`
-    rounds the number of micro-batches up (the interleaved pipeline wants multiples of its stages).
+    rounds the number of micro-batches up (the interleaved pipeline wants multiples of its stages). With a context-parallel
+    group each batch holds this rank's share of every sequence (`on_this_context_rank`).
     """
 
     samples: Samples
@@ -234,6 +236,22 @@ class MicroBatches:
     data_rank: int
     data_size: int
     multiple_of: int = 1
+    context_group: Any = None
+
+    @classmethod
+    def of_this_rank(cls, samples: Samples, numbers: range, micro_batch_size: int, layout: Layout) -> "MicroBatches":
+        """This rank's share in a live layout."""
+        from megatron.core import parallel_state as ps
+
+        return cls(
+            samples,
+            numbers,
+            micro_batch_size,
+            ps.get_data_parallel_rank(),
+            ps.get_data_parallel_world_size(),
+            multiple_of=layout.pipeline if layout.virtual_pipeline else 1,
+            context_group=ps.get_context_parallel_group() if layout.context > 1 else None,
+        )
 
     def __len__(self) -> int:
         rounds = math.ceil(len(self.numbers) / (self.micro_batch_size * self.data_size))
@@ -247,9 +265,27 @@ class MicroBatches:
 
     def _batch(self, numbers: list[int | None]) -> Sample:
         rows = [self.samples[0 if n is None else n] for n in numbers]
-        names = ("tokens", "labels", "loss_mask", "position_ids")
-        batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in names}
+        batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in _OF_TOKENS}
         batch["valid"] = torch.tensor([0.0 if n is None else 1.0 for n in numbers])
         batch["number"] = torch.tensor([-1 if n is None else n for n in numbers])
         batch["loss_mask"] = batch["loss_mask"] * batch["valid"][:, None]
+        return on_this_context_rank(batch, self.context_group)
+
+
+# What a batch has for every token, [b, s].
+_OF_TOKENS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def on_this_context_rank(batch: Sample, group: Any) -> Sample:
+    """A context-parallel rank's share of every sequence: chunks r and 2c - 1 - r of 2c, so that causal work is even.
+
+        2 ranks:   | 0 | 1 | 2 | 3 |      rank 0: 0 and 3      rank 1: 1 and 2
+
+    Without a group the batch as it is.
+    """
+    if group is None:
         return batch
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    shares = {name: batch[name] for name in _OF_TOKENS}
+    return {**batch, **get_batch_on_this_cp_rank(shares, is_hybrid_cp=False, cp_group=group)}

@@ -49,13 +49,15 @@ class Teacher:
 
         if not self.pipelined:
             return [self._one_stage(batches[0], keep)]
-        size, length = batches[0]["tokens"].shape
+        from megatron.core import parallel_state as ps
+
+        size, share = batches[0]["tokens"].shape
         return forward_only(
             self.chunks,
             batches,
             num_micro_batches=len(batches),
             micro_batch_size=size,
-            sequence_length=length,
+            sequence_length=share * ps.get_context_parallel_world_size(),
             collect=keep,
         )
 

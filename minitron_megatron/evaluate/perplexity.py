@@ -11,7 +11,7 @@ from minitron_megatron.console import print_table, progress
 from minitron_megatron.data.datasets import DataFolder, MicroBatches, Windows, open_data
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, resolved_config
-from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype
+from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype, pick_engine
 from minitron_megatron.models.loss import summed_loss
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
@@ -30,11 +30,12 @@ def evaluate(cfg: EvaluateConfig) -> None:
     windows = Windows(data, cfg.split, cfg.data.sequence_length)
     count = min(len(windows), cfg.samples or len(windows))
     inputs = {"model": folder.digest, "data": data.digest}
-    pick_device(cfg.device)
+    device = pick_device(cfg.device)
     if cfg.dry_run:
         check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
         print_table("would be evaluated", ["", "value"], [["model", str(folder.path)], ["windows", count]])
         return
+    pick_engine(cfg.model.engine, layout, model_dtype(folder.shape, cfg.precision), device)
     with parallel_job(layout, seed=cfg.seed, device=cfg.device):
         if cfg.verify:
             verify_digest(folder)
@@ -51,19 +52,12 @@ def evaluate(cfg: EvaluateConfig) -> None:
 
 def measure(folder: ModelFolder, data: DataFolder, layout: Layout, cfg: EvaluateConfig, count: int) -> dict[str, float]:
     """Mean negative log likelihood (nats a token), perplexity and tokens over the first `count` windows."""
-    from megatron.core import parallel_state as ps
 
     began = time.monotonic()
-    chunks = build_model_chunks(folder.shape, layout, model_dtype(folder.shape, cfg.precision))
+    chunks = build_model_chunks(folder.shape, layout, model_dtype(folder.shape, cfg.precision), cfg.model.engine)
     load_model(chunks, folder)
-    batches = MicroBatches(
-        Windows(data, cfg.split, cfg.data.sequence_length),
-        range(count),
-        cfg.trainer.micro_batch_size,
-        ps.get_data_parallel_rank(),
-        ps.get_data_parallel_world_size(),
-        multiple_of=layout.pipeline if layout.virtual_pipeline else 1,
-    )
+    windows = Windows(data, cfg.split, cfg.data.sequence_length)
+    batches = MicroBatches.of_this_rank(windows, range(count), cfg.trainer.micro_batch_size, layout)
 
     with progress("evaluate", len(batches) * len(chunks), unit="micro-batches") as advance:
         nll, tokens = summed_loss(

@@ -27,7 +27,7 @@ from minitron_megatron.data.questions import Request, RequestSamples, buckets
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.scores import model_digest
 from minitron_megatron.importance.variants import Block, Variants
-from minitron_megatron.models.build import build_model_chunks, model_dtype
+from minitron_megatron.models.build import build_model_chunks, model_dtype, sequence_parts
 from minitron_megatron.models.forward import Batch, forward_only
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
@@ -180,7 +180,9 @@ class LayerMeasurement:
 
     def __init__(self, folder: ModelFolder, layout: Layout, cfg: LayersConfig, blocks: Sequence[Block]) -> None:
         self.layout, self.cfg = layout, cfg
-        self.chunks = build_model_chunks(folder.shape, layout, model_dtype(folder.shape, cfg.precision))
+        self.chunks = build_model_chunks(
+            folder.shape, layout, model_dtype(folder.shape, cfg.precision), cfg.model.engine
+        )
         load_model(self.chunks, folder)
         self.variants = Variants(
             self.chunks,
@@ -198,8 +200,7 @@ class LayerMeasurement:
             nll = self._run("samples", Windows(data, self.cfg.split, length), count, length)
             self.variants.influence = False
             log_likelihoods = nll.new_zeros(len(requests), self.variants.slots)
-            multiple = self.layout.tensor if self.variants.sequence_parallel else 1
-            for padded, numbers in buckets(requests, multiple).items():
+            for padded, numbers in buckets(requests, sequence_parts(self.layout)).items():
                 samples = RequestSamples([requests[n] for n in numbers], padded)
                 log_likelihoods[numbers] = -self._run(f"questions, {padded} tokens", samples, len(numbers), padded)
         influence, passes = self._summed()
@@ -210,18 +211,10 @@ class LayerMeasurement:
         """Σ −log p of the unmasked labels of every sample, without each block: float64 [count, slots], on every rank."""
         from megatron.core import parallel_state as ps
 
-        data_size = ps.get_data_parallel_world_size()
         # As many tokens at once as in a micro-batch of data.sequence_length, and no more than there are.
         fits = self.cfg.trainer.micro_batch_size * self.cfg.data.sequence_length // length
-        size = max(1, min(fits, math.ceil(count / data_size)))
-        batches = MicroBatches(
-            samples,
-            range(count),
-            size,
-            ps.get_data_parallel_rank(),
-            data_size,
-            multiple_of=self.layout.pipeline if self.layout.virtual_pipeline else 1,
-        )
+        size = max(1, min(fits, math.ceil(count / self.layout.data)))
+        batches = MicroBatches.of_this_rank(samples, range(count), size, self.layout)
         counts_here = ps.get_tensor_model_parallel_rank() == 0
         table = torch.zeros(count, self.variants.slots, dtype=torch.float64, device=torch.cuda.current_device())
 
@@ -254,7 +247,7 @@ class LayerMeasurement:
 
         first = ps.get_tensor_model_parallel_rank() == 0
         cosines = self.variants.cosines * (first or self.variants.sequence_parallel)
-        rows = cosines.new_tensor([self.variants.layer_rows * first])
+        rows = cosines.new_tensor([self.variants.layer_rows * (first and ps.get_context_parallel_rank() == 0)])
         whole = collectives.sum_over_all(torch.cat((cosines, rows))).cpu()
         return whole[:-1], int(whole[-1])
 

@@ -22,7 +22,7 @@ from minitron_megatron.importance.scores import Statistics, finish_scores, save_
 from minitron_megatron.importance.statistics import BatchStatistic
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import PROBES, TENSOR_PARALLEL_AXES
-from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype
+from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype, pick_engine
 from minitron_megatron.models.forward import forward_only
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
@@ -39,12 +39,13 @@ def measure_importance(cfg: ImportanceConfig) -> None:
     data = open_data(cfg.data.path, "train", folder.shape, cfg.data.sequence_length)
     check_calibration(cfg, data)
     inputs = {"model": folder.digest, "data": data.digest}
-    pick_device(cfg.device)
+    device = pick_device(cfg.device)
     if cfg.dry_run:
         check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
         rows = [["samples", cfg.samples], ["tokens", cfg.samples * cfg.data.sequence_length], ["layout", str(layout)]]
         print_table("would be measured", ["", "value"], rows)
         return
+    pick_engine(cfg.model.engine, layout, model_dtype(folder.shape, cfg.precision), device)
     with parallel_job(layout, seed=cfg.seed, device=cfg.device):
         if cfg.verify:
             verify_digest(folder)
@@ -104,20 +105,12 @@ def measure_statistics(
     folder: ModelFolder, data: DataFolder, layout: Layout, cfg: ImportanceConfig
 ) -> Statistics | None:
     """Load the model, run the calibration samples, and give every statistic on rank 0 (None elsewhere)."""
-    from megatron.core import parallel_state as ps
 
-    chunks = build_model_chunks(folder.shape, layout, model_dtype(folder.shape, cfg.precision))
+    chunks = build_model_chunks(folder.shape, layout, model_dtype(folder.shape, cfg.precision), cfg.model.engine)
     load_model(chunks, folder)
     length, last = cfg.data.sequence_length, cfg.first_sample + cfg.samples
     samples = training_samples(data, "train", sequence_length=length, seed=cfg.seed, count=last)
-    batches = MicroBatches(
-        samples,
-        range(cfg.first_sample, last),
-        cfg.trainer.micro_batch_size,
-        ps.get_data_parallel_rank(),
-        ps.get_data_parallel_world_size(),
-        multiple_of=layout.pipeline if layout.virtual_pipeline else 1,
-    )
+    batches = MicroBatches.of_this_rank(samples, range(cfg.first_sample, last), cfg.trainer.micro_batch_size, layout)
     recorder = Recorder(
         chunks,
         head_dim=folder.shape.head_dim,
@@ -172,7 +165,9 @@ def gather_statistics(recorder: Recorder) -> Statistics | None:
         shards = [BatchStatistic.unpacked(part.cpu()) for part in parts]
         total, squares = (torch.cat([getattr(s, sums) for s in shards]).numpy() for sums in ("total", "squares"))
         local[(name, layer)] = total, squares, float(shards[0].count)
-    speaks_for_stage = ps.get_tensor_model_parallel_rank() == 0 and ps.get_data_parallel_rank() == 0
+    speaks_for_stage = (
+        ps.get_tensor_model_parallel_rank() == 0 and ps.get_data_parallel_rank(with_context_parallel=True) == 0
+    )
     gathered = collectives.gather_objects(local if speaks_for_stage else {})
     if gathered is None:
         return None

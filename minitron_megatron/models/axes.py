@@ -410,8 +410,9 @@ def slots(shape: ModelShape) -> Iterator[Slot]:
 class Probe:
     """Where activation importance of an axis is read: the input or the output of one module of every layer.
 
-    `module` is the path inside a layer (empty: the layer itself); `heads` says that channels are to be joined to one
-    score a head by their L2 norm over head_dim before anything else (2407.14679, section 2.2).
+    `module` is the path inside a layer (empty: the layer itself); `fused_into` the linear that has taken it in where
+    layers are Transformer Engine's: that one gives the module's output beside its own when asked. `heads` says that channels
+    are to be joined to one score a head by their L2 norm over head_dim before anything else (2407.14679, section 2.2).
     """
 
     score: str
@@ -420,6 +421,7 @@ class Probe:
     side: str
     heads: bool = False
     sequence_sharded: bool = field(default=False)
+    fused_into: str | None = None
 
 
 # The MLP score is read after the gate, at the input of the second linear, as NVIDIA's own code does; the paper writes it
@@ -427,8 +429,22 @@ class Probe:
 PROBES = (
     Probe("ffn", "ffn", "mlp.linear_fc2", "input"),
     Probe("heads", "kv_groups", "self_attention.linear_proj", "input", heads=True),
-    Probe("hidden.attention_norm", "hidden", "input_layernorm", "output", sequence_sharded=True),
-    Probe("hidden.mlp_norm", "hidden", "pre_mlp_layernorm", "output", sequence_sharded=True),
+    Probe(
+        "hidden.attention_norm",
+        "hidden",
+        "input_layernorm",
+        "output",
+        sequence_sharded=True,
+        fused_into="self_attention.linear_qkv",
+    ),
+    Probe(
+        "hidden.mlp_norm",
+        "hidden",
+        "pre_mlp_layernorm",
+        "output",
+        sequence_sharded=True,
+        fused_into="mlp.linear_fc1",
+    ),
 )
 
 

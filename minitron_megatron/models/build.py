@@ -1,18 +1,20 @@
 """From sizes to Megatron: builds this rank's part of a real megatron.core GPTModel, and refuses layouts that do not fit.
 
-Layers are Megatron's local ones, on CPUs and GPUs alike. Checkpoint keys follow Transformer Engine's names, as Megatron's own
-local layers write them, so a model folder serves any engine.
+Layers are of one of two engines: Megatron's local ones, on CPUs and GPUs alike, or Transformer Engine's on GPUs, with fused
+norms, rotary embeddings and attention. Checkpoint keys follow Transformer Engine's names, as Megatron's own local layers
+write them, so a model folder serves both.
 """
 
 import copy
 import math
+import os
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from minitron_megatron.errors import UserError
-from minitron_megatron.models.axes import TRAITS
+from minitron_megatron.models.axes import TRAITS, Traits
 from minitron_megatron.models.shape import ModelShape, RopeScaling
 from minitron_megatron.parallel.layout import Layout
 
@@ -66,9 +68,14 @@ def pipeline_layout(num_layers: int, layout: Layout) -> list[list[str]] | None:
     return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
+def sequence_parts(layout: Layout) -> int:
+    """What the length of a sequence must be a multiple of, to be split over the ranks that share it."""
+    return (layout.tensor if layout.sequence else 1) * layout.context * (2 if layout.context > 1 else 1)
+
+
 def check_sequence(sequence_length: int, layout: Layout) -> None:
     """Raise UserError when a sequence cannot be split over the ranks that share it."""
-    shares = (layout.tensor if layout.sequence else 1) * layout.context * (2 if layout.context > 1 else 1)
+    shares = sequence_parts(layout)
     if sequence_length % shares:
         raise UserError(
             f"data.sequence_length={sequence_length} is not a multiple of the {shares} parts that sequence and context "
@@ -76,12 +83,59 @@ def check_sequence(sequence_length: int, layout: Layout) -> None:
         )
 
 
-def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) -> Any:
-    """The megatron.core TransformerConfig of a model in a layout."""
+def pick_engine(engine: str, layout: Layout, dtype: torch.dtype, device: torch.device, name: str = "model") -> str:
+    """The engine that layers are built of, te or local. Raises UserError where it cannot run.
+
+    `auto` is Transformer Engine for bfloat16 on CUDA, where it is installed. float32 asks for exact sums: Transformer Engine's
+    float32 products are TF32 ones (ten bits of mantissa), so `auto` leaves it to local layers. `name` is the option's.
+    """
+    if engine == "te" and device.type != "cuda":
+        raise UserError(f"{name}.engine=te needs a CUDA device, and this runs on the CPU: use {name}.engine=auto")
+    exists = device.type == "cuda" and _have_transformer_engine()
+    if engine == "te" and not exists:
+        raise UserError(
+            f"{name}.engine=te needs Transformer Engine, which cannot be imported here: use the image of docker/Dockerfile, "
+            f"or {name}.engine=local"
+        )
+    if layout.context > 1 and exists and engine != "local" and dtype is not torch.bfloat16:
+        raise UserError(
+            f"parallel.context={layout.context} needs precision=bf16: attention over context-parallel ranks is fused, "
+            "and fused attention takes no float32"
+        )
+    if engine == "auto":
+        engine = "te" if exists and dtype is torch.bfloat16 else "local"
+    if layout.context > 1 and engine == "local":
+        raise UserError(
+            f"parallel.context={layout.context} needs Transformer Engine's attention, and the {name} is of Megatron's local "
+            "layers: use parallel.tensor with parallel.sequence=true for long sequences"
+        )
+    return engine
+
+
+def _have_transformer_engine() -> bool:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return HAVE_TE
+
+
+def _fusions(te: bool, traits: Traits) -> dict[str, bool]:
+    """Which of an engine's fused kernels to use."""
+    return {
+        "bias_activation_fusion": te and traits.gated,
+        "bias_dropout_fusion": te,
+        "apply_rope_fusion": te,
+        # These belong to apex and to Megatron's own attention.
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+    }
+
+
+def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype, engine: str) -> Any:
+    """The megatron.core TransformerConfig of a model in a layout, for an engine (te or local)."""
     from megatron.core.transformer import TransformerConfig
 
     kind = TransformerConfig if shape.uniform else _per_layer_config()
-    cpu = not torch.distributed.is_initialized() or torch.distributed.get_backend() != "nccl"
     traits = TRAITS[shape.family]
     config = kind(
         num_layers=shape.num_layers,
@@ -115,13 +169,9 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) ->
         batch_p2p_comm=layout.virtual_pipeline is None,
         # Weights are always read from a folder: drawing random ones first would hold each whole matrix on every rank.
         perform_initialization=False,
-        use_cpu_initialization=cpu,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
+        use_cpu_initialization=_on_cpu(),
+        transformer_impl="transformer_engine" if engine == "te" else "local",
+        **_fusions(engine == "te", traits),
         # Sums of token losses are divided once by the global token count: the same for any split over ranks.
         calculate_per_token_loss=True,
         heterogeneous_block_specs=not shape.uniform,
@@ -129,6 +179,10 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) ->
     if not shape.uniform:
         config.ffn_of_layers = shape.ffn_of_layers
     return config
+
+
+def _on_cpu() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_backend() != "nccl"
 
 
 def _per_layer_config() -> type:
@@ -149,10 +203,29 @@ def _per_layer_config() -> type:
     return PerLayerConfig
 
 
-def layer_spec(config: Any, layout: Layout, vp_stage: int | None) -> Any:
-    """Megatron's local layers with a norm that works under sequence parallelism, for this rank's pipeline stage."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+def layer_spec(config: Any, vp_stage: int | None) -> Any:
+    """What the layers of this rank's pipeline stage, and the norm after them, are made of."""
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+    spec, norm = _te_spec(config) if config.transformer_impl == "transformer_engine" else _local_spec(config)
+    layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
+
+
+def _te_spec(config: Any) -> tuple[Any, type]:
+    """Transformer Engine's layers, and its norm."""
+    from megatron.core.extensions.transformer_engine import TENorm
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    # A run that continues repeats its losses bit for bit: attention's backward pass adds in a fixed order unless the user
+    # has set this to 1, which is a little faster. Before Hopper that takes flash-attn 2.4.1 or later.
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
+
+
+def _local_spec(config: Any) -> tuple[Any, type]:
+    """Megatron's local layers with a norm that works under sequence parallelism, and that norm."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     from minitron_megatron.models.norms import Norm
 
@@ -161,8 +234,7 @@ def layer_spec(config: Any, layout: Layout, vp_stage: int | None) -> Any:
     if config.qk_layernorm:
         attention = spec.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = Norm
-    layers = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm)
+    return spec, Norm
 
 
 def scaled_inverse_frequencies(inv_freq: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
@@ -180,18 +252,22 @@ def build_gpt(
     shape: ModelShape,
     layout: Layout,
     dtype: torch.dtype,
+    engine: str,
     *,
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
 ) -> torch.nn.Module:
-    """One pipeline chunk of the model on this rank, uninitialised: fill it with checkpoints.weights.load_model."""
+    """One pipeline chunk of the model on this rank, of an engine (te or local), uninitialised.
+
+    Fill it with checkpoints.weights.load_model.
+    """
     from megatron.core.models.gpt import GPTModel
 
-    config = transformer_config(shape, layout, dtype)
+    config = transformer_config(shape, layout, dtype, engine)
     model = GPTModel(
         config=config,
-        transformer_layer_spec=layer_spec(config, layout, vp_stage),
+        transformer_layer_spec=layer_spec(config, vp_stage),
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=shape.max_position_embeddings,
         pre_process=pre_process,
@@ -208,15 +284,24 @@ def build_gpt(
     return model.cuda(torch.cuda.current_device())
 
 
-def build_model_chunks(shape: ModelShape, layout: Layout, dtype: torch.dtype) -> list[torch.nn.Module]:
-    """This rank's pipeline chunks: one, or `virtual_pipeline` of them in an interleaved schedule."""
+def build_model_chunks(
+    shape: ModelShape, layout: Layout, dtype: torch.dtype, engine: str = "auto"
+) -> list[torch.nn.Module]:
+    """This rank's pipeline chunks: one, or `virtual_pipeline` of them in an interleaved schedule.
+
+    `engine` is auto, te or local (pick_engine). Raises UserError where it cannot run.
+    """
     from megatron.core import parallel_state as ps
+
+    device = torch.device("cpu" if _on_cpu() else "cuda")
+    picked = pick_engine(engine, layout, dtype, device)
 
     def stage(vp: int | None) -> torch.nn.Module:
         return build_gpt(
             shape,
             layout,
             dtype,
+            picked,
             pre_process=ps.is_pipeline_first_stage(ignore_virtual=vp is None, vp_stage=vp),
             post_process=ps.is_pipeline_last_stage(ignore_virtual=vp is None, vp_stage=vp),
             vp_stage=vp,

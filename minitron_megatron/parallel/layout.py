@@ -135,10 +135,10 @@ def parallel_job(
     `timeout` is how long a rank waits in a collective. Raises UserError for what this device cannot do.
     """
     where = pick_device(device)
-    if layout.context > 1:
+    if layout.context > 1 and where.type == "cpu":
         raise UserError(
-            f"parallel.context={layout.context} needs Transformer Engine's attention, and models are built of Megatron's local "
-            "layers: use parallel.tensor with parallel.sequence=true for long sequences"
+            f"parallel.context={layout.context} needs Transformer Engine's attention, which does not run on CPUs: "
+            "use parallel.tensor with parallel.sequence=true for long sequences"
         )
     with contextlib.ExitStack() as stack:
         if where.type == "cpu":

@@ -31,7 +31,7 @@ def losses_around_the_cut(
     """Mean loss (nats a token) of the source and of each variant of the cut, on the first `loss_samples` validation windows."""
     with parallel_job(layout, seed=cfg.seed, device=cfg.device):
         dtype = model_dtype(folder.shape, cfg.precision)
-        source = build_model_chunks(folder.shape, layout, dtype)
+        source = build_model_chunks(folder.shape, layout, dtype, cfg.model.engine)
         load_model(source, folder)
         batches = _batches(cfg, layout, data)
         losses = {}
@@ -39,7 +39,7 @@ def losses_around_the_cut(
             "loss around the cut", len(batches) * len(source) * (1 + len(variants)), unit="micro-batches"
         ) as bar:
             losses["source"] = _loss(cfg, source, batches, folder.shape, bar)
-            smaller = build_model_chunks(target, layout, dtype)
+            smaller = build_model_chunks(target, layout, dtype, cfg.model.engine)
             given, wanted = local_tensors(source, folder.shape), local_tensors(smaller, target)
             for name, kept in variants.items():
                 cut_live(Side(folder.shape, layout), given, Side(target, layout), wanted, kept)
@@ -55,17 +55,9 @@ def cut_variants(kept: Kept, merged: Kept | None) -> dict[str, Kept]:
 
 
 def _batches(cfg: PruneConfig, layout: Layout, data: DataFolder) -> MicroBatches:
-    from megatron.core import parallel_state as ps
-
     windows = Windows(data, "validation", cfg.data.sequence_length)
-    return MicroBatches(
-        windows,
-        range(min(cfg.loss_samples, len(windows))),
-        cfg.trainer.micro_batch_size,
-        ps.get_data_parallel_rank(),
-        ps.get_data_parallel_world_size(),
-        multiple_of=layout.pipeline if layout.virtual_pipeline else 1,
-    )
+    numbers = range(min(cfg.loss_samples, len(windows)))
+    return MicroBatches.of_this_rank(windows, numbers, cfg.trainer.micro_batch_size, layout)
 
 
 def _loss(

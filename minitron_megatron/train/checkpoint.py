@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.weights import safe_reading
+from minitron_megatron.checkpoints.weights import safe_reading, sharded_weights
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel import collectives
 
@@ -34,7 +34,7 @@ def _metadata() -> dict[str, Any]:
 def _state(chunks: Sequence[Any], optimizer: Any, step: int, *, loading: bool) -> dict[str, Any]:
     """What a checkpoint holds, as sharded tensors; the model's keys are those of a model folder."""
     metadata = _metadata()
-    models = [chunk.module.sharded_state_dict(metadata=metadata) for chunk in chunks]
+    models = [sharded_weights(chunk.module, metadata) for chunk in chunks]
     state = {"model" if len(models) == 1 else f"model{i}": model for i, model in enumerate(models)}
     optimizer_state = optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
     return {**state, "optimizer": optimizer_state, "step": step}

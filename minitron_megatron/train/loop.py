@@ -55,16 +55,7 @@ class Distiller:
 
     def micro_batches(self, samples: Samples, numbers: range) -> MicroBatches:
         """This rank's share of some samples."""
-        from megatron.core import parallel_state as ps
-
-        return MicroBatches(
-            samples,
-            numbers,
-            self.cfg.trainer.micro_batch_size,
-            ps.get_data_parallel_rank(),
-            ps.get_data_parallel_world_size(),
-            multiple_of=self.layout.pipeline if self.layout.virtual_pipeline else 1,
-        )
+        return MicroBatches.of_this_rank(samples, numbers, self.cfg.trainer.micro_batch_size, self.layout)
 
     def train_step(self, step: int, steps: int, samples: Samples) -> StepResult:
         """Optimizer step `step` (from 0) of `steps`."""
@@ -95,7 +86,7 @@ class Distiller:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks,
             num_microbatches=len(batches),
-            seq_length=length,
+            seq_length=length * self.layout.context,
             micro_batch_size=size,
             forward_only=False,
         )

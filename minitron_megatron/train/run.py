@@ -23,7 +23,7 @@ from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import count_parameters
-from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype
+from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype, pick_engine
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
@@ -52,10 +52,12 @@ def distill(cfg: DistillConfig) -> None:
     if not (cfg.dry_run and None in (cfg.teacher.path, cfg.student.path)):
         teacher, student, data = _inputs(cfg)
         check_run_folder(run, cfg)
-    pick_device(cfg.device)
+    device = pick_device(cfg.device)
     if cfg.dry_run:
         _dry_run(cfg, layout, steps, teacher_shape, student_shape)
         return
+    for name, model, shape in (("teacher", cfg.teacher, teacher_shape), ("student", cfg.student, student_shape)):
+        pick_engine(model.engine, layout, model_dtype(shape, cfg.precision), device, name)
     with parallel_job(layout, seed=cfg.seed, device=cfg.device) as job:
         check_optimizer(job.device)
         if cfg.verify:
@@ -221,9 +223,9 @@ def _train(
 
 def _prepare(cfg: DistillConfig, layout: Layout, teacher: ModelFolder, student: ModelFolder) -> tuple[Distiller, int]:
     """Both models on this rank, the optimizer, and the step to begin with."""
-    frozen = build_model_chunks(teacher.shape, layout, model_dtype(teacher.shape, cfg.precision))
+    frozen = build_model_chunks(teacher.shape, layout, model_dtype(teacher.shape, cfg.precision), cfg.teacher.engine)
     load_model(frozen, teacher)
-    chunks = build_model_chunks(student.shape, layout, model_dtype(student.shape, cfg.precision))
+    chunks = build_model_chunks(student.shape, layout, model_dtype(student.shape, cfg.precision), cfg.student.engine)
     load_model(chunks, student)
     wrapped, optimizer = wrap_and_optimize(chunks, cfg.optim)
     start = 0
@@ -263,11 +265,11 @@ def _dry_run(cfg: DistillConfig, layout: Layout, steps: int, teacher: ModelShape
     mine, theirs = count_parameters(student) / share, count_parameters(teacher) / share
     bf16 = model_dtype(student, cfg.precision) is torch.bfloat16
     size = 2 if bf16 else 4
-    # Gradients are float32; master weights (bf16 only) and Adam's moments are spread over data-parallel ranks.
+    # Gradients are float32; master weights (bf16 only) and Adam's moments are spread over data- and context-parallel ranks.
     gib = {
         "student weights": mine * size,
         "student gradients": mine * 4,
-        "optimizer": mine * (12 if bf16 else 8) / layout.data,
+        "optimizer": mine * (12 if bf16 else 8) / (layout.data * layout.context),
         "teacher weights": theirs * size,
     }
     rows = [

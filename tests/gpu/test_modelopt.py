@@ -4,6 +4,8 @@ Ours runs with ModelOpt's convention for heads (importance.heads=per_channel) on
 channels by descending score; ours stay in source order, so its weights are put back into that order before they are compared.
 """
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,8 @@ from minitron_megatron.parallel.layout import Layout, parallel_job
 from minitron_megatron.prune.prune import prune_model
 from tests.tiny import data_folder, data_option, hf_model, imported, model_option
 
+# The peer needs Transformer Engine, whose float32 products are TF32 ones unless this is set before the first of them.
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SIZES = {
     "hidden_size": 256,
@@ -32,7 +36,7 @@ GROUPS, HEAD_DIM, SAMPLES, LENGTH = 4, 16, 16, 32
 
 
 def spread_model():
-    """A random model whose scores lie well apart: Transformer Engine multiplies float32 with TF32's precision."""
+    """A random model whose scores lie well apart."""
     model, generator = hf_model(**SIZES), torch.Generator().manual_seed(5)
 
     def ramp(length: int) -> torch.Tensor:
@@ -57,7 +61,7 @@ def peer_pruned(path, samples) -> tuple[dict[str, torch.Tensor], dict[str, torch
     folder, layout = open_model_folder(path), Layout()
     shape = folder.shape
     model = GPTModel(
-        config=transformer_config(shape, layout, torch.float32),
+        config=transformer_config(shape, layout, torch.float32, "te"),
         transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec(),
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=shape.max_position_embeddings,
