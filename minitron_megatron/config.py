@@ -241,10 +241,12 @@ class RandomModelConfig(CommandConfig):
 class PrepareDataConfig(CommandConfig):
     """Text into Megatron's indexed datasets, with a train and a validation split."""
 
-    input: Any = option(REQUIRED, "text file, .jsonl (also .gz, .xz), a folder of them, or a list of those")
+    input: Any = option(
+        REQUIRED, "text file, .jsonl (also .gz, .xz, .zst), .parquet, a folder of them, or a list of those"
+    )
     model: ModelConfig = group(ModelConfig)
     validation_fraction: float = option(0.05, "share of the documents that goes to the validation split")
-    text_key: str = option("text", "key of the text in each JSON line")
+    text_key: str = option("text", "key of the text in each JSON line, or Parquet column")
     workers: int = option(1, "processes that tokenise")
 
 

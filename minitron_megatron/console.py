@@ -56,30 +56,55 @@ def format_value(value: object) -> str:
 
 
 @contextmanager
-def progress(description: str, total: int, *, unit: str = "") -> Iterator[Callable[[int], None]]:
-    """A progress bar over `total` units (`unit="B"` shows bytes and their rate); yields the function that advances it."""
+def progress(
+    description: str, total: int, *, unit: str = "", made: str = "", done: int = 0
+) -> Iterator[Callable[..., None]]:
+    """A progress bar over `total` units (`unit="B"` shows bytes and their rate), `done` of them by an earlier run.
+
+    Yields `advance(n, made=0)`, which moves it on by n units; where something else comes out of them (`made="tokens"`), its
+    rate is shown too.
+    """
     if not speaks():
-        yield lambda n: None
+        yield lambda n, made=0: None
         return
     screen = console()
+    rate = _Rate(made)
     if not screen.is_terminal:
-        yield _lines(description, total, unit)
+        yield _lines(description, total, unit, done, rate)
         return
     counts = [DownloadColumn(binary_units=True), TransferSpeedColumn()] if unit == "B" else [MofNCompleteColumn()]
-    columns = [TextColumn("{task.description}"), BarColumn(), *counts, TimeElapsedColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=screen) as bars:
-        task = bars.add_task(description, total=total)
-        yield lambda n: bars.advance(task, n)
+    columns = [TextColumn("{task.description}"), BarColumn(), *counts, TextColumn("{task.fields[rate]}")]
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=screen) as bars:
+        task = bars.add_task(description, total=total, completed=done, rate="")
+
+        def advance(n: int, made: int = 0) -> None:
+            bars.update(task, advance=n, rate=rate.add(made))
+
+        yield advance
 
 
-def _lines(description: str, total: int, unit: str) -> Callable[[int], None]:
-    done, last = 0, time.monotonic()
+class _Rate:
+    """How much of something is made a second since the start, in words; nothing where it has no name."""
 
-    def advance(n: int) -> None:
+    def __init__(self, name: str) -> None:
+        self.name, self.made, self.began = name, 0, time.monotonic()
+
+    def add(self, made: int) -> str:
+        self.made += made
+        return f"{self.made / max(time.monotonic() - self.began, 1e-9):,.0f} {self.name}/s" if self.name else ""
+
+
+def _lines(description: str, total: int, unit: str, before: int, rate: _Rate) -> Callable[..., None]:
+    done, last = before, time.monotonic()
+
+    def advance(n: int, made: int = 0) -> None:
         nonlocal done, last
         done += n
+        words = rate.add(made)
         if time.monotonic() - last > SECONDS_BETWEEN_LINES:
             last = time.monotonic()
-            log.info("%s: %.0f %% of %s %s", description, 100 * done / max(total, 1), f"{total:,}", unit)
+            left = (last - rate.began) * (total - done) / max(done - before, 1)
+            of = f"{100 * done / max(total, 1):.0f} % of {total:,} {unit}".rstrip()
+            log.info("%s", ", ".join(part for part in (f"{description}: {of}", words, f"{left:,.0f} s left") if part))
 
     return advance

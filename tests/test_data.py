@@ -3,21 +3,29 @@
 import gzip
 import json
 import lzma
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
 from minitron_megatron.config import PrepareDataConfig
 from minitron_megatron.data import prepare as preparing
 from minitron_megatron.data.datasets import MicroBatches, Windows, open_data, training_samples
-from minitron_megatron.data.prepare import _with_validation, prepare_data, split_of
+from minitron_megatron.data.indexed import SplitWriter
+from minitron_megatron.data.prepare import Piece, _with_validation, prepare_data, split_of
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.layout import Layout
 from tests.tiny import data_folder, hf_model, imported, model_option, save_hf
 
+LAUNCH = str(Path(__file__).parent.parent / "launch" / "prepare_data.py")
 DOCUMENTS = [f"Document {i}: {'words and more words ' * (i % 7 + 1)}" for i in range(40)]
 
 
@@ -72,6 +80,98 @@ def test_the_same_bytes_for_any_number_of_workers(model, tmp_path, workers, monk
         assert (one / file).read_bytes() == (many / file).read_bytes()
 
 
+def zstd(text):
+    return pyarrow.compress(text.encode(), codec="zstd", asbytes=True)
+
+
+def as_parquet(columns):
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.table(columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def kill_after(documents, monkeypatch):
+    """Let the next run die once so many documents have been written."""
+    added = SplitWriter.add
+    count = 0
+
+    def add(writer, ids):
+        nonlocal count
+        if count == documents:
+            raise Killed
+        count += 1
+        added(writer, ids)
+
+    monkeypatch.setattr(SplitWriter, "add", add)
+
+
+@pytest.mark.parametrize("kills", [(0,), (1,), (25,), (39,), (3, 20), (39, 0)])
+def test_a_killed_run_continues_to_the_same_bytes(model, tmp_path, monkeypatch, kills):
+    (tmp_path / "in").mkdir()
+    for name, part in (("a.jsonl", DOCUMENTS[:15]), ("b.jsonl", [""]), ("c.jsonl", DOCUMENTS[15:])):
+        (tmp_path / "in" / name).write_text(jsonl(part))
+    whole = prepare(model, tmp_path / "in", tmp_path / "whole")
+    monkeypatch.setattr(preparing, "SECONDS_BETWEEN_COMMITS", 0.0)
+    for documents in kills:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_after(documents, patch)
+            prepare(model, tmp_path / "in", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    tokenised = []
+    encode = preparing._encode
+    monkeypatch.setattr(preparing, "_encode", lambda chunk, dtype: tokenised.extend(chunk) or encode(chunk, dtype))
+    prepare(model, tmp_path / "in", tmp_path / "out")
+    assert len(tokenised) == len(DOCUMENTS) - sum(kills)
+    assert read_manifest(whole)["digest"] == read_manifest(tmp_path / "out")["digest"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in whole.iterdir()}
+
+
+def test_a_killed_run_with_one_document_begins_again(model, tmp_path, monkeypatch):
+    (tmp_path / "book.txt").write_text("\n\n".join(f"Paragraph {i} of some words." for i in range(20)))
+    whole = prepare(model, tmp_path / "book.txt", tmp_path / "whole")
+    monkeypatch.setattr(preparing, "SECONDS_BETWEEN_COMMITS", 0.0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(1, patch)
+        prepare(model, tmp_path / "book.txt", tmp_path / "out")
+    out = prepare(model, tmp_path / "book.txt", tmp_path / "out")
+    assert read_manifest(whole)["digest"] == read_manifest(out)["digest"]
+
+
+def test_what_was_killed_with_other_options_is_not_continued(model, tmp_path, monkeypatch):
+    (tmp_path / "in.jsonl").write_text(jsonl(DOCUMENTS))
+    whole = prepare(model, tmp_path / "in.jsonl", tmp_path / "whole", seed=2)
+    monkeypatch.setattr(preparing, "SECONDS_BETWEEN_COMMITS", 0.0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(20, patch)
+        prepare(model, tmp_path / "in.jsonl", tmp_path / "out", seed=1)
+    out = prepare(model, tmp_path / "in.jsonl", tmp_path / "out", seed=2)
+    assert read_manifest(whole)["digest"] == read_manifest(out)["digest"]
+
+
+def test_a_run_that_is_killed_from_outside_continues_with_more_workers(model, tmp_path):
+    (tmp_path / "in.jsonl").write_text(jsonl([f"{i} " + "some words " * 60 for i in range(6000)]))
+    out = tmp_path / "out"
+    words = [f"input={tmp_path / 'in.jsonl'}", f"model={model}", f"output={out}", "validation_fraction=0.25"]
+    often = "import minitron_megatron.data.prepare as p; p.SECONDS_BETWEEN_COMMITS = 0.05"
+    run = f"{often}\nimport runpy, sys; sys.argv[0] = {LAUNCH!r}; runpy.run_path({LAUNCH!r}, run_name='__main__')"
+    process = subprocess.Popen([sys.executable, "-c", run, *words], stdout=subprocess.DEVNULL)
+    journal = tmp_path / ".out.partial" / preparing.JOURNAL
+    while not journal.is_file():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert 0 < json.loads(journal.read_text())["documents"] < 6000
+    whole = prepare(model, tmp_path / "in.jsonl", tmp_path / "whole")
+    assert (
+        read_manifest(prepare(model, tmp_path / "in.jsonl", out, workers=2))["digest"] == read_manifest(whole)["digest"]
+    )
+
+
 def test_every_format_gives_the_same_tokens(model, tmp_path):
     text = jsonl(DOCUMENTS)
     (tmp_path / "plain").mkdir()
@@ -80,7 +180,11 @@ def test_every_format_gives_the_same_tokens(model, tmp_path):
     (tmp_path / "a.jsonl").write_text(text)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(text.encode()))
-    sources = ("plain", "a.jsonl", "a.jsonl.gz", "a.jsonl.xz")
+    # Two frames one after the other, as parallel compressors write.
+    half = text.index("\n", len(text) // 2) + 1
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(zstd(part) for part in (text[:half], text[half:])))
+    parquet.write_table(pyarrow.table({"id": range(40), "text": DOCUMENTS}), tmp_path / "a.parquet", row_group_size=7)
+    sources = ("plain", "a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.parquet")
     outs = [prepare(model, tmp_path / name, tmp_path / f"{name}-out") for name in sources]
     assert len({(out / "train.bin").read_bytes() for out in outs}) == 1
 
@@ -89,8 +193,9 @@ def test_every_format_gives_the_same_tokens(model, tmp_path):
 @pytest.mark.parametrize("count", [2, 3, 40])
 def test_no_split_is_empty_and_no_document_is_lost(count, fraction):
     for seed in range(8):
-        pairs = list(_with_validation(DOCUMENTS[:count], fraction, seed))
-        assert [text for _, text in pairs] == DOCUMENTS[:count]
+        pieces = [Piece(text, 0, i) for i, text in enumerate(DOCUMENTS[:count], 1)]
+        pairs = list(_with_validation(pieces, fraction, seed))
+        assert [piece for _, piece in pairs] == pieces
         assert {split for split, _ in pairs} == {"train", "validation"}
 
 
@@ -160,6 +265,12 @@ def test_a_fraction_out_of_range_is_refused(model, tmp_path, fraction):
         ("a.txt", b"caf\xe9", r"is not UTF-8 \(byte 3\)"),
         ("a.csv", b"x", "does not end in one of"),
         ("a.jsonl.gz", b"not gzip", "cannot be read"),
+        ("a.jsonl.zst", b"not zstd", "cannot be read"),
+        ("a.jsonl.zst", zstd("{}\n" * 9)[:-3], "cannot be read"),
+        ("a.parquet", b"not parquet", "a.parquet cannot be read"),
+        ("a.parquet", as_parquet({"body": ["x"]}), "no column 'text' but body: set text_key="),
+        ("a.parquet", as_parquet({"text": [1]}), "column 'text' holds int64, not text"),
+        ("a.parquet", as_parquet({"text": ["x", None]}), "row 2 has no text in column 'text'"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud800"}\n', "a.jsonl:2 has half a character"),
     ],
 )

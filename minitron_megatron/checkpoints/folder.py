@@ -1,6 +1,7 @@
 """Output folders that are whole or not there, and the manifest that says how each was made.
 
-    outputs/.name.partial/   while a command works (its lock keeps a second run out; a killed run's is swept by the next)
+    outputs/.name.partial/   while a command works (its lock keeps a second run out; what a killed run left is swept by the
+                             next, or continued where the command can)
     outputs/name/            renamed when complete; a folder with manifest.yaml is whole
 
 A model folder holds model.yaml (its shape), weights/ (Megatron distributed checkpoint), tokenizer/ and manifest.yaml.
@@ -31,15 +32,21 @@ MANIFEST, SHAPE_FILE, WEIGHTS, TOKENIZER = "manifest.yaml", "model.yaml", "weigh
 log = logging.getLogger(__name__)
 
 # Keys of the resolved config that do not change what is computed: the same output may be asked for in another layout.
-_HOW_NOT_WHAT = frozenset({"parallel", "device", "dry_run", "resume", "verify", "output", "logger"})
+_HOW_NOT_WHAT = frozenset({"parallel", "device", "dry_run", "resume", "verify", "output", "logger", "workers"})
+# In a partial folder that can be continued: the fingerprint of what it was to become.
+_MADE_OF = ".made-of"
 
 
 @dataclass
 class Output:
-    """A folder being written: put files under `path`, figures for the manifest into `results`."""
+    """A folder being written: put files under `path`, figures for the manifest into `results`.
+
+    A command that can continue sets `keep` once there is something to continue from: a failure then leaves the folder.
+    """
 
     path: Path
     done: bool = False
+    keep: bool = False
     results: dict[str, Any] = field(default_factory=dict)
     digest: str | None = None
 
@@ -117,9 +124,21 @@ def open_model_folder(path: Path | str) -> ModelFolder:
     )
 
 
+def verify_files(path: Path, digest: str) -> None:
+    """Read every file of a folder that `output_folder` made and compare with its digest. Raises UserError."""
+    if _digest_of_files(path, read_manifest(path)["files"]) != digest:
+        raise UserError(f"{path} is damaged: its files differ from the digest in its {MANIFEST}; make it again")
+
+
 @contextmanager
 def output_folder(
-    path: Path | str, *, command: str, config: Mapping[str, Any], inputs: Mapping[str, str], resume: bool
+    path: Path | str,
+    *,
+    command: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    resume: bool,
+    continues: bool = False,
 ) -> Iterator[Output]:
     """Write a folder that appears whole or not at all; every rank enters, rank 0 creates, renames and sweeps.
 
@@ -129,6 +148,7 @@ def output_folder(
         config: resolved configuration (plain values).
         inputs: digest of each input, by name.
         resume: when a whole folder with the same config and inputs is there already, yield it with `done=True`.
+        continues: the command goes on from what a killed run with the same config and inputs left in the partial folder.
 
     Raises:
         UserError: `path` exists and was made otherwise, another run is writing it, or the disk is full.
@@ -140,11 +160,12 @@ def output_folder(
         yield Output(path, done=True, results=read_manifest(path).get("results", {}))
         return
     partial = path.parent / f".{path.name}.partial"
-    lock = _start_partial(partial) if collectives.is_rank_zero() else None
+    lock = _start_partial(partial, fingerprint if continues else None, resume) if collectives.is_rank_zero() else None
     collectives.barrier()
     output = Output(partial)
     try:
         yield output
+        output.keep = False
         collectives.barrier()
         if lock is not None:
             _finish(output, path, command, config, inputs, fingerprint)
@@ -154,7 +175,8 @@ def output_folder(
         raise
     finally:
         if lock is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+            if not output.keep:
+                shutil.rmtree(partial, ignore_errors=True)
             os.close(lock)
     collectives.barrier()
     output.path = path
@@ -177,8 +199,8 @@ def _already_there(path: Path, fingerprint: str, resume: bool) -> bool:
     return True
 
 
-def _start_partial(partial: Path) -> int:
-    """Lock and empty the temporary folder; what a killed run left in it goes."""
+def _start_partial(partial: Path, fingerprint: str | None, resume: bool) -> int:
+    """Lock the temporary folder and empty it, unless a killed run of the same fingerprint left it to be continued."""
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
     try:
@@ -186,14 +208,20 @@ def _start_partial(partial: Path) -> int:
     except BlockingIOError:
         os.close(lock)
         raise UserError(f"another run is writing {partial}: wait for it or choose another output=") from None
+    mark = partial / _MADE_OF
+    if resume and fingerprint is not None and mark.is_file() and mark.read_text() == fingerprint:
+        return lock
     for entry in partial.iterdir():
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    if fingerprint is not None:
+        mark.write_text(fingerprint)
     return lock
 
 
 def _finish(
     output: Output, path: Path, command: str, config: Mapping[str, Any], inputs: Mapping[str, str], fingerprint: str
 ) -> None:
+    (output.path / _MADE_OF).unlink(missing_ok=True)
     files = {str(f.relative_to(output.path)): f.stat().st_size for f in sorted(output.path.rglob("*")) if f.is_file()}
     manifest = {
         "command": command,

@@ -1,39 +1,106 @@
 """Text to Megatron's indexed datasets (.bin tokens, .idx lengths), split by document into train and validation.
 
-A document's split is decided by a hash of its text and the seed: the same for any number of workers. Memory holds a few
-documents for each worker, and the length of every document.
+    files ──read, one process──▶ documents ──chunks──▶ workers tokenise ──in order──▶ train.bin, validation.bin
+                                                                                 └──▶ journal.json, every few seconds
+
+A document's split is decided by a hash of its text and the seed, and documents are written in the order of the input: the
+same bytes for any number of workers. The journal says how far input and output are: a run that was killed goes on from there
+when it is started again. Memory holds a few documents for each worker.
 """
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minitron_megatron.checkpoints.folder import SHAPE_FILE, TOKENIZER, Output, check_output, load_yaml, output_folder
 from minitron_megatron.config import PrepareDataConfig
 from minitron_megatron.console import print_table, progress, speaks
+from minitron_megatron.data.indexed import SplitWriter, token_dtype
 from minitron_megatron.data.text import documents, find_files
 from minitron_megatron.data.tokenizer import load_tokenizer, tokenizer_digest, vocabulary_size
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.shape import ModelShape
 
+log = logging.getLogger(__name__)
 SPLITS = ("train", "validation")
-# Token ids fit 16 bits below this; Megatron's readers apply the same rule to the vocabulary's size.
-UINT16_VOCABULARY = 65500
 # A worker's task, and how many per worker wait at once: memory is bounded by these, whatever the corpus.
 CHUNK_CHARACTERS, CHUNKS_AHEAD = 200_000, 3
+JOURNAL = "journal.json"
+# A killed run loses at most this much work.
+SECONDS_BETWEEN_COMMITS = 15.0
+
+
+class Piece(NamedTuple):
+    """A document: its text, its file's number, and how many of that file's documents are done once it is."""
+
+    text: str
+    file: int
+    number: int
+
+
+class Encoded(NamedTuple):
+    """A document's ids [tokens], end-of-document last, in the dtype on disk; `size` are the bytes of its text."""
+
+    split: str
+    ids: np.ndarray
+    size: int
+    file: int
+    number: int
+
+
+@dataclass
+class Done:
+    """How far a run is: `documents` (`bytes` of text) of input file number `file` and all before it are written."""
+
+    counts: dict[str, dict[str, int]] = field(
+        default_factory=lambda: {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+    )
+    file: int = 0
+    documents: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def read(cls, folder: Path) -> "Done":
+        """What a killed run left in its folder; nothing where there was none."""
+        journal = folder / JOURNAL
+        return cls(**json.loads(journal.read_text())) if journal.is_file() else cls()
+
+    def write(self, folder: Path) -> None:
+        """Replace the journal, whole or not at all."""
+        with open(folder / f"{JOURNAL}.new", "w") as file:
+            json.dump(asdict(self), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(folder / f"{JOURNAL}.new", folder / JOURNAL)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of both splits."""
+        return sum(count["tokens"] for count in self.counts.values())
+
+    def add(self, one: Encoded) -> None:
+        """A document was written."""
+        self.bytes = one.size + (self.bytes if one.file == self.file else 0)
+        self.file, self.documents = one.file, one.number
+        for name, more in (("documents", 1), ("tokens", len(one.ids)), ("bytes", one.size)):
+            self.counts[one.split][name] += more
 
 
 def prepare_data(cfg: PrepareDataConfig) -> None:
@@ -52,11 +119,16 @@ def prepare_data(cfg: PrepareDataConfig) -> None:
         _dry_run(files, cfg)
         return
     with output_folder(
-        cfg.output, command=command_line(), config=resolved_config(cfg), inputs=digests, resume=cfg.resume
+        cfg.output,
+        command=command_line(),
+        config=resolved_config(cfg),
+        inputs=digests,
+        resume=cfg.resume,
+        continues=True,
     ) as out:
         if out.done:
             return
-        shutil.copytree(_tokenizer_path(tokenizer_folder), out.path / TOKENIZER)
+        shutil.copytree(_tokenizer_path(tokenizer_folder), out.path / TOKENIZER, dirs_exist_ok=True)
         _write(cfg, files, out, tokenizer)
         out.results["tokenizer"] = digests["tokenizer"]
     rows = [[split, *out.results[split].values()] for split in SPLITS]
@@ -87,7 +159,7 @@ def _check_vocabulary(folder: Path, size: int) -> None:
 def _dry_run(files: list[Path], cfg: PrepareDataConfig) -> None:
     """Read and split every document as the real run would, without tokenising. Raises its errors."""
     counts = dict.fromkeys(SPLITS, 0)
-    for split, _ in _with_validation(documents(files, cfg.text_key), cfg.validation_fraction, cfg.seed):
+    for split, _ in _with_validation(_read(files, cfg.text_key, Done()), cfg.validation_fraction, cfg.seed):
         counts[split] += 1
     rows = [["files", len(files)], *([f"{split} documents", count] for split, count in counts.items())]
     print_table("would be tokenised", ["", "count"], rows)
@@ -104,67 +176,108 @@ def _stamp(file: Path) -> str:
 
 
 def _write(cfg: PrepareDataConfig, files: list[Path], out: Output, tokenizer: Any) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    began = time.monotonic()
     vocabulary = vocabulary_size(tokenizer)
-    dtype = np.uint16 if vocabulary < UINT16_VOCABULARY else np.int32
-    builders = {split: IndexedDatasetBuilder(str(out.path / f"{split}.bin"), dtype=dtype) for split in SPLITS}
-    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
-    total = sum(f.stat().st_size for f in files)
-    with progress("tokenise", total, unit="B") as advance:
-        texts = _with_validation(_read(files, cfg.text_key, advance), cfg.validation_fraction, cfg.seed)
-        for split, size, ids in _tokenise(texts, cfg):
-            builders[split].add_document(ids, [len(ids)])
-            for name, more in (("documents", 1), ("tokens", len(ids)), ("bytes", size)):
-                counts[split][name] += more
-    for split in SPLITS:
-        builders[split].finalize(str(out.path / f"{split}.idx"))
-    tokens = sum(c["tokens"] for c in counts.values())
-    seconds = time.monotonic() - began
+    dtype, done = token_dtype(vocabulary), Done.read(out.path)
+    if done.tokens:
+        out.keep = True
+        log.info("continuing after %s tokens of an earlier run", f"{done.tokens:,}")
+    with ExitStack() as opened:
+        writers = {
+            split: opened.enter_context(
+                SplitWriter(out.path / split, dtype, documents=count["documents"], tokens=count["tokens"])
+            )
+            for split, count in done.counts.items()
+        }
+        _tokenise_all(cfg, files, out, writers, done, dtype)
+        for writer in writers.values():
+            writer.finish()
+    # The journal first: without it nothing is taken for the start of something.
+    (out.path / JOURNAL).unlink(missing_ok=True)
+    for writer in writers.values():
+        writer.forget()
     out.results = {
-        **counts,
+        **done.counts,
         "vocab_size": vocabulary,
-        "token_dtype": np.dtype(dtype).name,
+        "token_dtype": dtype.name,
         "end_of_document": tokenizer.eos_token_id,
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(tokens / seconds),
+        "seconds": round(done.seconds, 2),
+        "tokens_per_second": round(done.tokens / max(done.seconds, 1e-9)),
     }
 
 
-def _read(files: list[Path], key: str, advance: Callable[[int], None]) -> Iterator[str]:
-    """Every document; `advance` is told the bytes of the files, of which compressed ones hold fewer than their text."""
-    for file in files:
-        left = file.stat().st_size
-        for text in documents([file], key):
-            step = min(left, len(text.encode()))
-            advance(step)
-            left -= step
-            yield text
-        advance(left)
+def _tokenise_all(
+    cfg: PrepareDataConfig,
+    files: list[Path],
+    out: Output,
+    writers: dict[str, SplitWriter],
+    done: Done,
+    dtype: np.dtype,
+) -> None:
+    """Write every document after what is done, which is kept up to date."""
+    sizes = [file.stat().st_size for file in files]
+
+    def position() -> int:
+        """Bytes of the files that are done; compressed ones hold fewer than their text."""
+        return sum(sizes[: done.file]) + min(sizes[done.file], done.bytes)
+
+    began = committed = time.monotonic()
+    before, shown = done.seconds, position()
+    found = {split for split, count in done.counts.items() if count["documents"]}
+    pieces = _with_validation(_read(files, cfg.text_key, done), cfg.validation_fraction, cfg.seed, found)
+    with progress("tokenise", sum(sizes), unit="B", made="tokens", done=shown) as advance:
+        for one in _tokenise(pieces, cfg, dtype):
+            writers[one.split].add(one.ids)
+            done.add(one)
+            advance(position() - shown, len(one.ids))
+            shown = position()
+            # A document that is cut in two has its first half counted as none.
+            if one.number and time.monotonic() - committed >= SECONDS_BETWEEN_COMMITS:
+                for writer in writers.values():
+                    writer.commit()
+                committed = time.monotonic()
+                done.seconds = before + committed - began
+                done.write(out.path)
+                out.keep = True
+        advance(sum(sizes) - shown)
+    done.seconds = before + time.monotonic() - began
 
 
-def _with_validation(texts: Iterable[str], fraction: float, seed: int) -> Iterator[tuple[str, str]]:
-    """Pairs of split and text, in order. A split that the hash leaves empty gets the last document.
+def _read(files: list[Path], key: str, done: Done) -> Iterator[Piece]:
+    """Every document after what is done."""
+    first, skipped = done.file, done.documents
+    for number, file in enumerate(files[first:], first):
+        for count, text in enumerate(documents(file, key), 1):
+            if number > first or count > skipped:
+                yield Piece(text, number, count)
 
-    A single document is cut at the paragraph that leaves about `fraction` of it to validation. Raises UserError when
-    there is nothing to split.
+
+def _with_validation(
+    pieces: Iterable[Piece], fraction: float, seed: int, found: Iterable[str] = ()
+) -> Iterator[tuple[str, Piece]]:
+    """Pairs of split and document, in order. A split that the hash leaves empty gets the last document.
+
+    A single document is cut at the paragraph that leaves about `fraction` of it to validation. `found` are the splits that an
+    earlier run has put documents into. Raises UserError when there is nothing to split.
     """
-    held, found = None, set()
-    for text in texts:
+    held, found = None, set(found)
+    for piece in pieces:
         if held is not None:
-            split = split_of(held, fraction, seed)
+            split = split_of(held.text, fraction, seed)
             found.add(split)
             yield split, held
-        held = text
+        held = piece
     if held is None:
+        if found:
+            return  # the earlier run had got to the end
         raise UserError("input= has text with no usable document: every one is empty")
     if not found:
-        yield from zip(SPLITS, _cut(held, fraction), strict=True)
+        first, second = _cut(held.text, fraction)
+        yield SPLITS[0], held._replace(text=first, number=0)
+        yield SPLITS[1], held._replace(text=second)
     elif len(found) == 1:
         yield next(split for split in SPLITS if split not in found), held
     else:
-        yield split_of(held, fraction, seed), held
+        yield split_of(held.text, fraction, seed), held
 
 
 def _cut(text: str, fraction: float) -> tuple[str, str]:
@@ -194,28 +307,28 @@ def _start_worker(folder: str) -> None:
     _tokenizer = load_tokenizer(folder)
 
 
-def _encode(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, int, np.ndarray]]:
-    """(split, bytes of text, ids [tokens] int64 with the end-of-document id last) of some documents."""
+def _encode(chunk: Sequence[tuple[str, Piece]], dtype: np.dtype) -> list[Encoded]:
     encoded = []
-    for split, text in pairs:
-        ids = _tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        encoded.append((split, len(text.encode()), np.array([*ids, _tokenizer.eos_token_id], dtype=np.int64)))
+    for split, piece in chunk:
+        ids = _tokenizer(piece.text, add_special_tokens=False, verbose=False)["input_ids"]
+        whole = np.array([*ids, _tokenizer.eos_token_id], dtype=dtype)
+        encoded.append(Encoded(split, whole, len(piece.text.encode()), piece.file, piece.number))
     return encoded
 
 
-def _tokenise(texts: Iterable[tuple[str, str]], cfg: PrepareDataConfig) -> Iterator[tuple[str, int, np.ndarray]]:
+def _tokenise(pieces: Iterable[tuple[str, Piece]], cfg: PrepareDataConfig, dtype: np.dtype) -> Iterator[Encoded]:
     """Encoded documents in the order of the texts, by `workers` processes; only so many chunks are on their way."""
     folder = cfg.model.folder("model")
     if cfg.workers == 1:
         _start_worker(folder)
-        for pair in texts:
-            yield from _encode([pair])
+        for pair in pieces:
+            yield from _encode([pair], dtype)
         return
     spawn, waiting = multiprocessing.get_context("spawn"), deque[Future]()
     pool = ProcessPoolExecutor(cfg.workers, spawn, _start_worker, (folder,))
     try:
-        for chunk in _chunks(texts):
-            waiting.append(pool.submit(_encode, chunk))
+        for chunk in _chunks(pieces):
+            waiting.append(pool.submit(_encode, chunk, dtype))
             if len(waiting) > CHUNKS_AHEAD * cfg.workers:
                 yield from waiting.popleft().result()
         while waiting:
@@ -226,11 +339,11 @@ def _tokenise(texts: Iterable[tuple[str, str]], cfg: PrepareDataConfig) -> Itera
         pool.shutdown(cancel_futures=True)
 
 
-def _chunks(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+def _chunks(pieces: Iterable[tuple[str, Piece]]) -> Iterator[list[tuple[str, Piece]]]:
     chunk, size = [], 0
-    for pair in texts:
+    for pair in pieces:
         chunk.append(pair)
-        size += len(pair[1])
+        size += len(pair[1].text)
         if size >= CHUNK_CHARACTERS:
             yield chunk
             chunk, size = [], 0

@@ -1,18 +1,22 @@
-"""Documents out of text files: .txt, .md and .rst are one document each, .jsonl (also .gz, .xz) one a line.
+"""Documents out of text files: .txt, .md and .rst are one document each, .jsonl (also .gz, .xz, .zst) and .parquet one a row.
 
-Files are streamed in sorted order; every complaint names the file and the line.
+Files are streamed in sorted order; every complaint names the file and the line or row.
 """
 
 import gzip
+import io
 import json
 import lzma
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from minitron_megatron.errors import UserError
 
-PLAIN, LINES = (".txt", ".md", ".rst"), (".jsonl", ".jsonl.gz", ".jsonl.xz")
+PLAIN, LINES, ROWS = (".txt", ".md", ".rst"), (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst"), (".parquet",)
+KNOWN = PLAIN + LINES + ROWS
+# Rows of a Parquet file that are in memory at once.
+_ROWS_AT_ONCE = 256
 
 
 def find_files(inputs: str | Sequence[str]) -> list[Path]:
@@ -24,34 +28,33 @@ def find_files(inputs: str | Sequence[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(PLAIN + LINES))
+            found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(KNOWN))
             if not found:
-                raise UserError(f"input={path} has no file that ends in {', '.join(PLAIN + LINES)}")
+                raise UserError(f"input={path} has no file that ends in {', '.join(KNOWN)}")
             files += found
         elif not path.is_file():
             raise UserError(f"input={path} does not exist: give a text file or a folder of them")
-        elif not path.name.endswith(PLAIN + LINES):
-            raise UserError(f"input={path} does not end in one of {', '.join(PLAIN + LINES)}")
+        elif not path.name.endswith(KNOWN):
+            raise UserError(f"input={path} does not end in one of {', '.join(KNOWN)}")
         else:
             files.append(path)
     return files
 
 
-def documents(files: Sequence[Path], key: str) -> Iterator[str]:
-    """Every document with something in it, in file order. Raises UserError naming file and line."""
-    for file in files:
-        try:
-            if file.name.endswith(PLAIN):
-                text = file.read_text(encoding="utf-8-sig")
-                if text.strip():
-                    yield text
-            else:
-                with _open(file) as lines:
-                    yield from _json_lines(file, lines, key)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is not UTF-8 (byte {error.start}): convert it first") from None
-        except (OSError, EOFError, lzma.LZMAError) as error:
-            raise UserError(f"{file} cannot be read ({error})") from None
+def documents(file: Path, key: str) -> Iterator[str]:
+    """Every document of a file with something in it, in order. Raises UserError naming file and line or row."""
+    try:
+        if file.name.endswith(PLAIN):
+            texts: Iterator[str] = iter([file.read_text(encoding="utf-8-sig")])
+        elif file.name.endswith(ROWS):
+            texts = _parquet_rows(file, key)
+        else:
+            texts = _json_lines(file, key)
+        yield from (text for text in texts if text.strip())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 (byte {error.start}): convert it first") from None
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())[:200]})") from None
 
 
 def _open(file: Path) -> IO[str]:
@@ -59,20 +62,55 @@ def _open(file: Path) -> IO[str]:
         return gzip.open(file, "rt", encoding="utf-8-sig")
     if file.name.endswith(".xz"):
         return lzma.open(file, "rt", encoding="utf-8-sig")
+    if file.name.endswith(".zst"):
+        import pyarrow
+
+        # Unlike others, Arrow's reader goes on over several frames and notices a truncated one.
+        return io.TextIOWrapper(pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), "zstd"), encoding="utf-8-sig")
     return open(file, encoding="utf-8-sig")
 
 
-def _json_lines(file: Path, lines: IO[str], key: str) -> Iterator[str]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}:{number} is not JSON ({str(error)[:80]})") from None
-        if not isinstance(record, dict) or not isinstance(record.get(key), str):
-            raise UserError(f"{file}:{number} has no text under {key!r}: set text_key=")
-        if any("\ud800" <= letter <= "\udfff" for letter in record[key]):
-            raise UserError(f"{file}:{number} has half a character (a lone surrogate) in its text: mend the file")
-        if record[key].strip():
-            yield record[key]
+def _json_lines(file: Path, key: str) -> Iterator[str]:
+    with _open(file) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{file}:{number} is not JSON ({str(error)[:80]})") from None
+            text = record.get(key) if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                raise UserError(f"{file}:{number} has no text under {key!r}: set text_key=")
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise UserError(f"{file}:{number} has half a character (a lone surrogate) in its text: mend the file")
+            yield text
+
+
+def _parquet_rows(file: Path, key: str) -> Iterator[str]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(file) as table:
+            _check_column(file, table.schema_arrow, key)
+            number = 0
+            for batch in table.iter_batches(_ROWS_AT_ONCE, columns=[key]):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    if text is None:
+                        raise UserError(f"{file}: row {number} has no text in column {key!r}")
+                    yield text
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())[:200]})") from None
+
+
+def _check_column(file: Path, schema: Any, key: str) -> None:
+    """Raise UserError unless the column is there once and holds text."""
+    from pyarrow import types
+
+    if schema.names.count(key) != 1:
+        raise UserError(f"{file} has no column {key!r} but {', '.join(schema.names)[:200]}: set text_key=")
+    kind = schema.field(key).type
+    if not types.is_string(kind) and not types.is_large_string(kind):
+        raise UserError(f"{file}: column {key!r} holds {kind}, not text: set text_key=")
