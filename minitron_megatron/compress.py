@@ -23,7 +23,7 @@ from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open
 from minitron_megatron.checkpoints.weights import check_weights
 from minitron_megatron.config import COMMANDS, CompressConfig, RoundConfig, check, flat, options
 from minitron_megatron.console import console, print_table
-from minitron_megatron.data.datasets import open_data
+from minitron_megatron.data.datasets import data_digest, open_data
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.perplexity import RESULTS
 from minitron_megatron.launcher import compose
@@ -273,7 +273,7 @@ def _run(cfg: CompressConfig, folder: ModelFolder, rounds: list[Round]) -> list[
     """Run the stages that are not done; gives the result of every round."""
     root = Path(cfg.output)
     root.mkdir(parents=True, exist_ok=True)
-    inputs = {"model": folder.digest, "data": str(read_manifest(cfg.data.path)["digest"])}
+    inputs = {"model": folder.digest, "data": data_digest(cfg.data.path)}
     stages = Stages(root / STAGES_FILE, inputs=inputs, start=cfg.start)
     results = []
     for one in rounds:

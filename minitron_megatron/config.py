@@ -83,8 +83,20 @@ class ModelConfig:
 class DataConfig:
     """Tokenised text."""
 
-    path: str = option(REQUIRED, "data folder (the output of prepare_data)")
+    path: Any = option(
+        REQUIRED, "data folder (the output of prepare_data), or a blend: [weight,folder,weight,folder,…]"
+    )
     sequence_length: int = option(1024, "tokens of a sample")
+
+
+@dataclass
+class TrainingDataConfig(DataConfig):
+    """Tokenised text to train on."""
+
+    reset_attention_mask: bool = option(
+        False, "tokens see their own document only, of the several in a sample; needs engine=local"
+    )
+    eod_mask_loss: bool = option(False, "no loss on what follows an end of document: the next one's first token")
 
 
 @dataclass
@@ -181,8 +193,8 @@ class PruneOptions:
 class CalibrationConfig:
     """Tokenised text where a command can do without."""
 
-    path: str | None = option(
-        None, "data folder: to measure scores where none are given, and for the loss right after the cut"
+    path: Any = option(
+        None, "data folder or blend: to measure scores where none are given, and for the loss right after the cut"
     )
     sequence_length: int = option(1024, "tokens of a sample")
 
@@ -206,7 +218,9 @@ class CommandConfig:
         "auto", "what models compute in: auto is the model folder's dtype", ("auto", "bf16", "fp32")
     )
     resume: bool = option(True, "continue, or keep, an output made by the same options; false refuses it")
-    verify: bool = option(False, "read every weight of the model folders first and compare with their digests")
+    verify: bool = option(
+        False, "read every weight of the model folders, and all data, first and compare with their digests"
+    )
     dry_run: bool = option(False, "check everything, say what would be done, write nothing")
 
 
@@ -248,6 +262,17 @@ class PrepareDataConfig(CommandConfig):
     validation_fraction: float = option(0.05, "share of the documents that goes to the validation split")
     text_key: str = option("text", "key of the text in each JSON line, or Parquet column")
     workers: int = option(1, "processes that tokenise")
+
+
+@dataclass
+class AdoptDataConfig(CommandConfig):
+    """Datasets that Megatron-LM's tools have written (.bin, .idx), as a data folder; nothing is copied on one file system."""
+
+    train: str = option(
+        REQUIRED, "prefix of the train split: PREFIX.bin and PREFIX.idx, whole documents with --append-eod"
+    )
+    validation: str = option(REQUIRED, "prefix of the validation split")
+    model: ModelConfig = group(ModelConfig)
 
 
 @dataclass
@@ -321,7 +346,7 @@ class DistillConfig(CommandConfig):
 
     teacher: ModelConfig = group(ModelConfig)
     student: ModelConfig = group(ModelConfig)
-    data: DataConfig = group(DataConfig)
+    data: TrainingDataConfig = group(TrainingDataConfig)
     trainer: TrainerConfig = group(TrainerConfig)
     optim: OptimConfig = group(OptimConfig)
     distill: DistillOptions = group(DistillOptions)
@@ -365,7 +390,9 @@ class RoundConfig:
 class ChainDataConfig:
     """Tokenised text for every stage of a chain."""
 
-    path: str = option(REQUIRED, "data folder (the output of prepare_data)")
+    path: Any = option(
+        REQUIRED, "data folder (the output of prepare_data), or a blend: [weight,folder,weight,folder,…]"
+    )
     sequence_length: int | None = option(None, "tokens of a sample in every stage; each command's own if not given")
 
 
@@ -407,6 +434,7 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "import_hf": ImportHfConfig,
     "random_model": RandomModelConfig,
     "prepare_data": PrepareDataConfig,
+    "adopt_data": AdoptDataConfig,
     "importance": ImportanceConfig,
     "merge_scores": MergeScoresConfig,
     "layers": LayersConfig,

@@ -15,7 +15,7 @@ from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open
 from minitron_megatron.checkpoints.weights import check_weights, verify_digest
 from minitron_megatron.config import LayersConfig
 from minitron_megatron.console import format_value, print_table, speaks
-from minitron_megatron.data.datasets import open_data
+from minitron_megatron.data.datasets import Windows, open_data, verify_data
 from minitron_megatron.data.questions import QuestionFile, QuestionSource, Request, encode_all
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
@@ -52,7 +52,7 @@ def analyse_layers(cfg: LayersConfig) -> None:
     blocks = contiguous_blocks(folder.shape.num_layers, lengths)
     data = open_data(cfg.data.path, cfg.split, folder.shape, cfg.data.sequence_length)
     # Full windows only: padding would have a share in Block Influence.
-    count = min(cfg.samples, (data.tokens(cfg.split) - 1) // cfg.data.sequence_length)
+    count = min(cfg.samples, Windows(data, cfg.split, cfg.data.sequence_length).whole)
     file = QuestionFile(cfg.questions, cfg.limit) if cfg.questions else None
     inputs = {"model": folder.digest, "data": data.digest, **({"questions": file.digest} if file else {})}
     if file or cfg.tasks:
@@ -67,6 +67,7 @@ def analyse_layers(cfg: LayersConfig) -> None:
     with parallel_job(layout, seed=cfg.seed, device=cfg.device):
         if cfg.verify:
             verify_digest(folder)
+            verify_data(data)
         with output_folder(
             cfg.output, command=command_line(), config=resolved_config(cfg), inputs=inputs, resume=cfg.resume
         ) as out:

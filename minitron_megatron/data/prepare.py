@@ -27,15 +27,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minitron_megatron.checkpoints.folder import SHAPE_FILE, TOKENIZER, Output, check_output, load_yaml, output_folder
+from minitron_megatron.checkpoints.folder import TOKENIZER, Output, check_output, output_folder
 from minitron_megatron.config import PrepareDataConfig
 from minitron_megatron.console import print_table, progress, speaks
 from minitron_megatron.data.indexed import SplitWriter, token_dtype
 from minitron_megatron.data.text import documents, find_files
-from minitron_megatron.data.tokenizer import load_tokenizer, tokenizer_digest, vocabulary_size
+from minitron_megatron.data.tokenizer import (
+    check_vocabulary,
+    load_tokenizer,
+    tokenizer_digest,
+    tokenizer_path,
+    vocabulary_size,
+)
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, resolved_config
-from minitron_megatron.models.shape import ModelShape
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "validation")
@@ -112,8 +117,8 @@ def prepare_data(cfg: PrepareDataConfig) -> None:
     files = find_files(_inputs(cfg.input))
     tokenizer_folder = Path(cfg.model.folder("model"))
     tokenizer = load_tokenizer(tokenizer_folder)
-    _check_vocabulary(tokenizer_folder, vocabulary_size(tokenizer))
-    digests = {"tokenizer": tokenizer_digest(_tokenizer_path(tokenizer_folder)), **{str(f): _stamp(f) for f in files}}
+    check_vocabulary(tokenizer_folder, tokenizer)
+    digests = {"tokenizer": tokenizer_digest(tokenizer_path(tokenizer_folder)), **{str(f): _stamp(f) for f in files}}
     if cfg.dry_run:
         check_output(cfg.output, config=resolved_config(cfg), inputs=digests, resume=cfg.resume)
         _dry_run(files, cfg)
@@ -128,7 +133,7 @@ def prepare_data(cfg: PrepareDataConfig) -> None:
     ) as out:
         if out.done:
             return
-        shutil.copytree(_tokenizer_path(tokenizer_folder), out.path / TOKENIZER, dirs_exist_ok=True)
+        shutil.copytree(tokenizer_path(tokenizer_folder), out.path / TOKENIZER, dirs_exist_ok=True)
         _write(cfg, files, out, tokenizer)
         out.results["tokenizer"] = digests["tokenizer"]
     rows = [[split, *out.results[split].values()] for split in SPLITS]
@@ -141,21 +146,6 @@ def _inputs(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) and "," in value and not Path(value).exists() else value
 
 
-def _check_vocabulary(folder: Path, size: int) -> None:
-    """Raise UserError when the tokenizer has ids that the model beside it does not; a tokenizer alone is fine."""
-    if (folder / SHAPE_FILE).is_file():
-        known = ModelShape.from_dict(load_yaml(folder / SHAPE_FILE), str(folder / SHAPE_FILE)).vocab_size
-    elif (folder / "config.json").is_file():
-        try:
-            known = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size")
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{folder / 'config.json'} cannot be read ({error})") from None
-    else:
-        return
-    if isinstance(known, int) and size > known:
-        raise UserError(f"model={folder}: its tokenizer has a vocabulary of {size}, the model of {known}")
-
-
 def _dry_run(files: list[Path], cfg: PrepareDataConfig) -> None:
     """Read and split every document as the real run would, without tokenising. Raises its errors."""
     counts = dict.fromkeys(SPLITS, 0)
@@ -163,10 +153,6 @@ def _dry_run(files: list[Path], cfg: PrepareDataConfig) -> None:
         counts[split] += 1
     rows = [["files", len(files)], *([f"{split} documents", count] for split, count in counts.items())]
     print_table("would be tokenised", ["", "count"], rows)
-
-
-def _tokenizer_path(folder: Path) -> Path:
-    return folder / TOKENIZER if (folder / TOKENIZER).is_dir() else folder
 
 
 def _stamp(file: Path) -> str:

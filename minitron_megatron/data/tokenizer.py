@@ -1,11 +1,13 @@
 """Tokenizers from local folders only: no hub, no remote code."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import TOKENIZER
+from minitron_megatron.checkpoints.folder import SHAPE_FILE, TOKENIZER, load_yaml
 from minitron_megatron.errors import UserError
+from minitron_megatron.models.shape import ModelShape
 
 
 def load_tokenizer(folder: Path | str) -> Any:
@@ -13,7 +15,7 @@ def load_tokenizer(folder: Path | str) -> Any:
     from transformers import AutoTokenizer
 
     folder = Path(folder)
-    path = folder / TOKENIZER if (folder / TOKENIZER).is_dir() else folder
+    path = tokenizer_path(folder)
     if not (path / "tokenizer_config.json").is_file() and not (path / "tokenizer.json").is_file():
         raise UserError(f"model={folder} has no tokenizer: import the model from a Hugging Face folder that has one")
     try:
@@ -36,3 +38,25 @@ def tokenizer_digest(folder: Path) -> str:
     for file in sorted(p for p in folder.iterdir() if p.is_file()):
         whole.update(file.name.encode() + b"\0" + file.read_bytes())
     return "sha256:" + whole.hexdigest()
+
+
+def check_vocabulary(folder: Path, tokenizer: Any) -> int:
+    """Its size. Raises UserError when the tokenizer has ids that the model beside it does not; a tokenizer alone is fine."""
+    size = vocabulary_size(tokenizer)
+    if (folder / SHAPE_FILE).is_file():
+        known = ModelShape.from_dict(load_yaml(folder / SHAPE_FILE), str(folder / SHAPE_FILE)).vocab_size
+    elif (folder / "config.json").is_file():
+        try:
+            known = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{folder / 'config.json'} cannot be read ({error})") from None
+    else:
+        known = None
+    if isinstance(known, int) and size > known:
+        raise UserError(f"model={folder}: its tokenizer has a vocabulary of {size}, the model of {known}")
+    return size
+
+
+def tokenizer_path(folder: Path) -> Path:
+    """Where a model folder, or a Hugging Face folder, has its tokenizer's files."""
+    return folder / TOKENIZER if (folder / TOKENIZER).is_dir() else folder

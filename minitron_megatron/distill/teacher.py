@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from minitron_megatron.models.forward import Batch, forward_only
+from minitron_megatron.models.forward import Batch, attention_mask, forward_only
 
 
 class Teacher:
@@ -70,4 +70,4 @@ class Teacher:
 
         (chunk,) = self.chunks
         with torch.no_grad():
-            return chunk(batch["tokens"], batch["position_ids"], None, output_processor=processor)
+            return chunk(batch["tokens"], batch["position_ids"], attention_mask(batch), output_processor=processor)

@@ -8,7 +8,7 @@ from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open
 from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.console import print_table, progress
-from minitron_megatron.data.datasets import DataFolder, MicroBatches, Windows, open_data
+from minitron_megatron.data.datasets import Data, MicroBatches, Windows, open_data, verify_data
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype, pick_engine
@@ -39,6 +39,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     with parallel_job(layout, seed=cfg.seed, device=cfg.device):
         if cfg.verify:
             verify_digest(folder)
+            verify_data(data)
         with output_folder(
             cfg.output, command=command_line(), config=resolved_config(cfg), inputs=inputs, resume=cfg.resume
         ) as out:
@@ -50,7 +51,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
         print_table(f"{folder.path} on {cfg.data.path}, {cfg.split}", ["", "value"], list(out.results.items()))
 
 
-def measure(folder: ModelFolder, data: DataFolder, layout: Layout, cfg: EvaluateConfig, count: int) -> dict[str, float]:
+def measure(folder: ModelFolder, data: Data, layout: Layout, cfg: EvaluateConfig, count: int) -> dict[str, float]:
     """Mean negative log likelihood (nats a token), perplexity and tokens over the first `count` windows."""
 
     began = time.monotonic()

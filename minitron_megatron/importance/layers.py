@@ -22,7 +22,7 @@ from minitron_megatron.checkpoints.folder import ModelFolder, read_manifest
 from minitron_megatron.checkpoints.weights import load_model
 from minitron_megatron.config import LayersConfig
 from minitron_megatron.console import progress
-from minitron_megatron.data.datasets import DataFolder, MicroBatches, Samples, Windows
+from minitron_megatron.data.datasets import Data, MicroBatches, Samples, Windows
 from minitron_megatron.data.questions import Request, RequestSamples, buckets
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.scores import model_digest
@@ -192,7 +192,7 @@ class LayerMeasurement:
             sequence_parallel=layout.sequence and layout.tensor > 1,
         )
 
-    def measure(self, data: DataFolder, count: int, requests: Sequence[Request]) -> Measured:
+    def measure(self, data: Data, count: int, requests: Sequence[Request]) -> Measured:
         """Loss and Block Influence over the first `count` windows of the split, then every request."""
         began = time.monotonic()
         length = self.cfg.data.sequence_length

@@ -15,7 +15,7 @@ from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open
 from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest
 from minitron_megatron.config import ImportanceConfig
 from minitron_megatron.console import print_table, progress
-from minitron_megatron.data.datasets import DataFolder, MicroBatches, Samples, open_data, training_samples
+from minitron_megatron.data.datasets import Data, MicroBatches, Samples, open_data, training_samples, verify_data
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.hooks import Recorder
 from minitron_megatron.importance.scores import Statistics, finish_scores, save_scores, save_statistics
@@ -49,6 +49,7 @@ def measure_importance(cfg: ImportanceConfig) -> None:
     with parallel_job(layout, seed=cfg.seed, device=cfg.device):
         if cfg.verify:
             verify_digest(folder)
+            verify_data(data)
         with output_folder(
             cfg.output, command=command_line(), config=resolved_config(cfg), inputs=inputs, resume=cfg.resume
         ) as out:
@@ -75,7 +76,7 @@ def measure_importance(cfg: ImportanceConfig) -> None:
             _print(cfg.output, scores, out.results)
 
 
-def check_calibration(cfg: ImportanceConfig, data: DataFolder) -> None:
+def check_calibration(cfg: ImportanceConfig, data: Data) -> None:
     """Raise UserError where a sequence cannot be split, or there are too few samples for what is asked."""
     check_sequence(cfg.data.sequence_length, Layout.from_config(cfg.parallel))
     last, length = cfg.first_sample + cfg.samples, cfg.data.sequence_length
@@ -101,9 +102,7 @@ def aggregation(cfg: ImportanceConfig, head_dim: int) -> dict[str, Any]:
     }
 
 
-def measure_statistics(
-    folder: ModelFolder, data: DataFolder, layout: Layout, cfg: ImportanceConfig
-) -> Statistics | None:
+def measure_statistics(folder: ModelFolder, data: Data, layout: Layout, cfg: ImportanceConfig) -> Statistics | None:
     """Load the model, run the calibration samples, and give every statistic on rank 0 (None elsewhere)."""
 
     chunks = build_model_chunks(folder.shape, layout, model_dtype(folder.shape, cfg.precision), cfg.model.engine)

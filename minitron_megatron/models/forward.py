@@ -14,6 +14,19 @@ Batch = dict[str, torch.Tensor]
 Collect = Callable[..., Any]
 
 
+def attention_mask(batch: Batch) -> torch.Tensor | None:
+    """Where a token must not look, [b, 1, s, s]: at later ones and at other `documents` [b, s]; None where a batch has none.
+
+    Layers mask later tokens by themselves without a mask, and with one only what it says. Transformer Engine's ignore it.
+    """
+    documents = batch.get("documents")
+    if documents is None:
+        return None
+    length = documents.shape[1]
+    later = torch.ones(length, length, dtype=torch.bool, device=documents.device).triu(1)
+    return (documents[:, None, :, None] != documents[:, None, None, :]) | later
+
+
 def forward_only(
     chunks: Sequence[torch.nn.Module],
     batches: Iterable[Batch],
@@ -57,7 +70,7 @@ def forward_only(
         out = model(
             batch["tokens"],
             batch["position_ids"],
-            None,
+            attention_mask(batch),
             output_processor=processor,
             output_processor_context=batch,
         )

@@ -11,7 +11,7 @@ from minitron_megatron.checkpoints.folder import ModelFolder
 from minitron_megatron.checkpoints.weights import load_model
 from minitron_megatron.config import PruneConfig
 from minitron_megatron.console import progress
-from minitron_megatron.data.datasets import DataFolder, MicroBatches, Windows
+from minitron_megatron.data.datasets import Data, MicroBatches, Windows
 from minitron_megatron.models.build import build_model_chunks, model_dtype
 from minitron_megatron.models.loss import summed_loss
 from minitron_megatron.models.shape import ModelShape
@@ -24,7 +24,7 @@ def losses_around_the_cut(
     cfg: PruneConfig,
     layout: Layout,
     folder: ModelFolder,
-    data: DataFolder,
+    data: Data,
     target: ModelShape,
     variants: dict[str, Kept],
 ) -> dict[str, float]:
@@ -54,7 +54,7 @@ def cut_variants(kept: Kept, merged: Kept | None) -> dict[str, Kept]:
     return {"pruned": replace(merged, partners=None), "pruned, heads merged": merged}
 
 
-def _batches(cfg: PruneConfig, layout: Layout, data: DataFolder) -> MicroBatches:
+def _batches(cfg: PruneConfig, layout: Layout, data: Data) -> MicroBatches:
     windows = Windows(data, "validation", cfg.data.sequence_length)
     numbers = range(min(cfg.loss_samples, len(windows)))
     return MicroBatches.of_this_rank(windows, numbers, cfg.trainer.micro_batch_size, layout)

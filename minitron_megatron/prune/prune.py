@@ -27,7 +27,7 @@ from minitron_megatron.checkpoints.hf import HF_FILES, copy_companions, write_sh
 from minitron_megatron.checkpoints.weights import WeightReader, check_weights, verify_digest, write_weights
 from minitron_megatron.config import DataConfig, ImportanceConfig, PruneConfig
 from minitron_megatron.console import print_table
-from minitron_megatron.data.datasets import DataFolder, open_data
+from minitron_megatron.data.datasets import Data, open_data
 from minitron_megatron.data.vocabulary import KEPT_FILE, choose_tokens, renumber_config, write_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.layers import load_layer_analysis
@@ -56,7 +56,7 @@ class Goal:
     folder: ModelFolder
     target: ModelShape
     drop_layers: list[int]
-    data: DataFolder | None
+    data: Data | None
     kept: Kept | None
     measured: bool
 
@@ -202,7 +202,7 @@ def _importance(cfg: PruneConfig) -> ImportanceConfig:
         precision=cfg.precision,
         resume=cfg.resume,
         model=cfg.model,
-        data=DataConfig(path=str(cfg.data.path), sequence_length=cfg.data.sequence_length),
+        data=DataConfig(path=cfg.data.path, sequence_length=cfg.data.sequence_length),
         samples=cfg.samples,
         trainer=cfg.trainer,
         importance=cfg.importance,

@@ -20,7 +20,7 @@ from minitron_megatron.config import DistillConfig
 from minitron_megatron.data.datasets import MicroBatches, Samples
 from minitron_megatron.distill.losses import vocab_parallel_kl
 from minitron_megatron.distill.teacher import Teacher
-from minitron_megatron.models.forward import Batch, forward_only
+from minitron_megatron.models.forward import Batch, attention_mask, forward_only
 from minitron_megatron.models.vocab_parallel import vocab_parallel_nll
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
@@ -96,7 +96,11 @@ class Distiller:
     def _forward_step(self, data: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(data)
         out = model(
-            batch["tokens"], batch["position_ids"], None, output_processor=self._kl, output_processor_context=batch
+            batch["tokens"],
+            batch["position_ids"],
+            attention_mask(batch),
+            output_processor=self._kl,
+            output_processor_context=batch,
         )
 
         def loss_func(per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

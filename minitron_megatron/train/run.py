@@ -18,7 +18,7 @@ from minitron_megatron.checkpoints.hf import copy_companions, write_shape
 from minitron_megatron.checkpoints.weights import WeightReader, check_weights, load_model, verify_digest, write_weights
 from minitron_megatron.config import DistillConfig, flat
 from minitron_megatron.console import print_table
-from minitron_megatron.data.datasets import DataFolder, Windows, open_data, training_samples
+from minitron_megatron.data.datasets import Data, DocumentMasks, Windows, open_data, training_samples, verify_data
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, resolved_config
@@ -57,12 +57,15 @@ def distill(cfg: DistillConfig) -> None:
         _dry_run(cfg, layout, steps, teacher_shape, student_shape)
         return
     for name, model, shape in (("teacher", cfg.teacher, teacher_shape), ("student", cfg.student, student_shape)):
-        pick_engine(model.engine, layout, model_dtype(shape, cfg.precision), device, name)
+        engine = pick_engine(model.engine, layout, model_dtype(shape, cfg.precision), device, name)
+        if engine == "te" and cfg.data.reset_attention_mask:
+            raise UserError(f"data.reset_attention_mask needs Megatron's local layers: use {name}.engine=local")
     with parallel_job(layout, seed=cfg.seed, device=cfg.device) as job:
         check_optimizer(job.device)
         if cfg.verify:
             verify_digest(teacher)
             verify_digest(student)
+            verify_data(data)
         inputs = {"teacher": teacher.digest, "student": student.digest, "data": data.digest}
         with output_folder(
             run / "model", command=command_line(), config=resolved_config(cfg), inputs=inputs, resume=cfg.resume
@@ -103,7 +106,7 @@ def _shape(model: Any, name: str, dry_run: bool) -> ModelShape:
     return open_model_folder(model.folder(name)).shape
 
 
-def _inputs(cfg: DistillConfig) -> tuple[ModelFolder, ModelFolder, DataFolder]:
+def _inputs(cfg: DistillConfig) -> tuple[ModelFolder, ModelFolder, Data]:
     """Teacher, student and data, checked to be whole and to go together. Raises UserError."""
     teacher, student = (
         open_model_folder(cfg.teacher.folder("teacher")),
@@ -111,7 +114,8 @@ def _inputs(cfg: DistillConfig) -> tuple[ModelFolder, ModelFolder, DataFolder]:
     )
     check_weights(teacher)
     check_weights(student)
-    data = open_data(cfg.data.path, "train", student.shape, cfg.data.sequence_length)
+    masks = DocumentMasks(cfg.data.reset_attention_mask, cfg.data.eod_mask_loss)
+    data = open_data(cfg.data.path, "train", student.shape, cfg.data.sequence_length, masks)
     if cfg.trainer.validation_samples:
         open_data(cfg.data.path, "validation", student.shape, cfg.data.sequence_length)
     return teacher, student, data
@@ -175,7 +179,7 @@ def check_run_folder(run: Path, cfg: DistillConfig) -> None:
 
 
 def _train(
-    cfg: DistillConfig, layout: Layout, steps: int, teacher: ModelFolder, student: ModelFolder, data: DataFolder
+    cfg: DistillConfig, layout: Layout, steps: int, teacher: ModelFolder, student: ModelFolder, data: Data
 ) -> dict[str, Any] | None:
     """Train to the last step and save; None when a signal stopped the run before (saved all the same)."""
     distiller, start = _prepare(cfg, layout, teacher, student)

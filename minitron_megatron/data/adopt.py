@@ -1,0 +1,93 @@
+"""Datasets that Megatron-LM's tools have written, as a data folder: the same files, checked, with a manifest.
+
+tools/preprocess_data.py --append-eod ──▶ PREFIX.bin, PREFIX.idx ──adopt_data──▶ data folder, its files hard links to those
+"""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from minitron_megatron.checkpoints.folder import TOKENIZER, Output, check_output, output_folder
+from minitron_megatron.config import AdoptDataConfig
+from minitron_megatron.console import print_table, speaks
+from minitron_megatron.data.indexed import Split, beside, open_split
+from minitron_megatron.data.tokenizer import check_vocabulary, load_tokenizer, tokenizer_digest, tokenizer_path
+from minitron_megatron.errors import UserError
+from minitron_megatron.launcher import command_line, resolved_config
+
+log = logging.getLogger(__name__)
+
+
+def adopt_data(cfg: AdoptDataConfig) -> None:
+    """`launch/adopt_data.py`: .bin/.idx prefixes into a data folder. One process works; others of a torchrun job return."""
+    if not speaks():
+        return
+    splits = {name: _open(getattr(cfg, name), name) for name in ("train", "validation")}
+    if len({split.dtype for split in splits.values()}) > 1:
+        raise UserError("train= and validation= hold ids of different types: make both with one tokenizer")
+    folder = Path(cfg.model.folder("model"))
+    tokenizer, files = load_tokenizer(folder), tokenizer_path(folder)
+    vocabulary = check_vocabulary(folder, tokenizer)
+    inputs = {"tokenizer": tokenizer_digest(files), **{name: _stamp(split) for name, split in splits.items()}}
+    if cfg.dry_run:
+        check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
+        _print("would be adopted", splits)
+        return
+    for name, split in splits.items():
+        split.check_ids(vocabulary, f"{name}={split.prefix}", whole=True)
+        _check_ends(split, name, tokenizer.eos_token_id)
+    with output_folder(
+        cfg.output, command=command_line(), config=resolved_config(cfg), inputs=inputs, resume=cfg.resume
+    ) as out:
+        if out.done:
+            return
+        shutil.copytree(files, out.path / TOKENIZER)
+        for name, split in splits.items():
+            _take(split, name, out)
+        out.results |= {
+            "vocab_size": vocabulary,
+            "token_dtype": splits["train"].dtype.name,
+            "end_of_document": tokenizer.eos_token_id,
+            "tokenizer": inputs["tokenizer"],
+        }
+    _print(f"{cfg.output}: adopted", splits)
+
+
+def _open(prefix: str, name: str) -> Split:
+    split = open_split(Path(prefix), f"{name}={prefix}")
+    if not split.tokens:
+        raise UserError(f"{name}={prefix} has no tokens")
+    return split
+
+
+def _stamp(split: Split) -> str:
+    stat = beside(split.prefix, ".bin").stat()
+    return f"{stat.st_size} bytes, modified {stat.st_mtime_ns}"
+
+
+def _check_ends(split: Split, name: str, end_of_document: int) -> None:
+    """Warn where documents do not end as ours do: they would run into each other."""
+    if split.ids[-1] != end_of_document:
+        log.warning(
+            "%s=%s: its last document does not end in token %d: was it written with --append-eod?",
+            name,
+            split.prefix,
+            end_of_document,
+        )
+
+
+def _take(split: Split, name: str, out: Output) -> None:
+    """The split's files in the folder: hard links, or copies on another file system."""
+    for ending in (".bin", ".idx"):
+        source, target = beside(split.prefix, ending).resolve(), out.path / f"{name}{ending}"
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+    # The text is not there to be measured.
+    out.results[name] = {"documents": split.documents, "tokens": split.tokens, "bytes": None}
+
+
+def _print(title: str, splits: dict[str, Split]) -> None:
+    print_table(title, ["split", "documents", "tokens"], [[n, s.documents, s.tokens] for n, s in splits.items()])
