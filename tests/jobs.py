@@ -65,8 +65,8 @@ def batch_of(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def logits(path: str, tokens: torch.Tensor, layout: dict, *how) -> torch.Tensor | None:
-    """Logits [b, s, vocab] without padding, on the last stage; `how` is engine and dtype."""
+def logits(path: str, tokens: torch.Tensor, layout: dict, *how, documents=None) -> torch.Tensor | None:
+    """Logits [b, s, vocab] without padding, on the last stage; `how` is engine and dtype, documents [b, s] keep apart."""
     folder, chunks = build(path, layout, *how)
 
     def collect(batch, *, hidden_states, output_layer, output_weight):
@@ -76,6 +76,8 @@ def logits(path: str, tokens: torch.Tensor, layout: dict, *how) -> torch.Tensor 
         return torch.cat(parts, dim=-1)
 
     batch = batch_of(torch.cat((tokens, tokens[:, :1]), dim=1))
+    if documents is not None:
+        batch["documents"] = documents
     repeats = layout.get("pipeline", 1) if layout.get("virtual_pipeline") else 1
     out = forward_only(
         chunks,
@@ -138,6 +140,11 @@ def distiller(
     return folder, Distiller(
         wrapped, made, Teacher(frozen, pipelined=full.pipeline > 1), full, cfg, folder.shape.vocab_size
     )
+
+
+def logits_of_documents(path: str, tokens: torch.Tensor, documents: torch.Tensor, layout: dict) -> torch.Tensor | None:
+    """The same of documents that share samples and do not see each other."""
+    return logits(path, tokens, layout, documents=documents)
 
 
 class Tokens:

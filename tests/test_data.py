@@ -3,6 +3,9 @@
 import gzip
 import json
 import lzma
+import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,12 +15,21 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
+import yaml
 from pyarrow import parquet
 
 from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
-from minitron_megatron.config import PrepareDataConfig
+from minitron_megatron.config import AdoptDataConfig, PrepareDataConfig
 from minitron_megatron.data import prepare as preparing
-from minitron_megatron.data.datasets import MicroBatches, Windows, open_data, training_samples
+from minitron_megatron.data.adopt import adopt_data
+from minitron_megatron.data.datasets import (
+    DocumentMasks,
+    MicroBatches,
+    Windows,
+    open_data,
+    training_samples,
+    verify_data,
+)
 from minitron_megatron.data.indexed import SplitWriter
 from minitron_megatron.data.prepare import Piece, _with_validation, prepare_data, split_of
 from minitron_megatron.data.tokenizer import load_tokenizer
@@ -440,3 +452,253 @@ def test_context_parallel_ranks_share_every_sequence(gloo):
         for batch in batches:
             assert batch["tokens"].tolist() == batch["position_ids"].tolist() == [positions, positions]
             assert (batch["labels"] == batch["tokens"] + 1).all() and batch["loss_mask"].shape == (2, 8)
+
+
+@pytest.fixture(scope="module")
+def blend(tmp_path_factory, model):
+    """Three data folders of one tokenizer."""
+    return [
+        str(data_folder(tmp_path_factory.mktemp("blend") / name, model, n))
+        for name, n in zip("abc", (60, 30, 20), strict=True)
+    ]
+
+
+def opened(path, model, length=16, **options):
+    return open_data(path, "train", open_model_folder(model).shape, length, **options)
+
+
+def blended(path, model, count, seed=7):
+    samples = training_samples(opened(path, model), "train", sequence_length=16, seed=seed, count=count)
+    return samples, [tuple(samples[i]["tokens"].tolist()) for i in range(count)]
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (1, 1), (0.5, 0.3, 0.2), (97, 2, 1), (1 / 3, 1 / 3, 1 / 3)])
+def test_any_first_samples_of_a_blend_are_in_proportion(model, blend, weights):
+    path = [entry for pair in zip(weights, blend, strict=False) for entry in pair]
+    samples, _ = blended(path, model, 200)
+    for n in (1, 2, 3, 7, 50, 101, 200):
+        taken = np.bincount(samples.dataset_index[:n], minlength=len(weights))
+        assert np.abs(taken - n * np.array(weights) / sum(weights)).max() <= 1
+
+
+def test_a_longer_run_of_a_blend_begins_with_the_samples_of_a_shorter_one(model, blend):
+    path = [0.6, blend[0], 0.4, blend[1]]
+    _, short = blended(path, model, 90)
+    _, long = blended(path, model, 400)
+    assert long[:90] == short and blended(path, model, 90)[1] == short != blended(path, model, 90, seed=8)[1]
+
+
+def test_a_blend_has_the_samples_of_its_folders_in_their_own_order(model, blend):
+    samples, found = blended([0.6, blend[0], 0.4, blend[1]], model, 90)
+    for number, folder in enumerate(blend[:2]):
+        mine = [tokens for tokens, part in zip(found, samples.dataset_index, strict=True) if part == number]
+        assert mine == blended(folder, model, len(mine))[1]
+
+
+def test_folders_without_weights_weigh_their_tokens(model, blend):
+    data = opened(blend, model)
+    tokens = [read_manifest(folder)["results"]["train"]["tokens"] for folder in blend]
+    assert data.weights == pytest.approx([n / sum(tokens) for n in tokens])
+    assert data.tokens("train") == pytest.approx(sum(tokens), abs=1)
+
+
+def test_validation_of_a_blend_has_its_proportions_and_no_window_twice(model, blend):
+    data = opened([3, blend[0], 1, blend[1]], model)
+    windows = Windows(data, "validation", 16)
+    found = [tuple(windows[i]["tokens"].tolist()) for i in range(len(windows))]
+    alone = [Windows(opened(folder, model), "validation", 16) for folder in blend[:2]]
+    of_first = {tuple(alone[0][i]["tokens"].tolist()) for i in range(alone[0].whole)}
+    assert abs(sum(tokens in of_first for tokens in found) - 0.75 * len(found)) <= 1
+    assert all(windows[i]["loss_mask"].all() for i in range(len(windows)))
+    assert len(found) >= min(alone[0].whole / 0.75, alone[1].whole / 0.25) - 4
+
+
+def test_more_samples_than_there_are_is_told(model, blend, caplog):
+    blended(blend[2], model, 10)
+    assert not caplog.records
+    blended([0.9, blend[0], 0.1, blend[2]], model, 2000)
+    assert [record.getMessage().split(": ")[0] for record in caplog.records] == [blend[0], blend[2]]
+    assert re.search(r"1800 samples are \d+\.\d epochs of its \d+", caplog.records[0].getMessage())
+
+
+def blend_of_a_rank(path, model):
+    return blended(path, model, 60)[1]
+
+
+def test_ranks_of_a_job_read_one_index_of_a_blend(model, tmp_path, gloo):
+    path = [2, str(data_folder(tmp_path / "a", model)), 1, str(data_folder(tmp_path / "b", model, 30))]
+    one, other = gloo(2, blend_of_a_rank, path, model)
+    assert one == other == blend_of_a_rank(path, model)
+    caches = sorted(file.name.split("-")[0] for file in (tmp_path / "a" / "data" / "cache").iterdir())
+    assert caches == ["blend", "train"]
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ([], "must be a folder, or a list"),
+        ([0.5, "{a}", 0.5], "must be a folder, or a list"),
+        (["{a}", 0.5], "must be a folder, or a list"),
+        ({"a": 1}, "must be a folder, or a list"),
+        ([0, "{a}", 1, "{b}"], "weights must be above 0"),
+        ([1, "{a}", 2, "{a}"], "twice: give it once"),
+        ([1, "{a}", 1, "{b}x"], "does not exist"),
+        ([1, "{a}", 1, "{other}"], "different tokenizers"),
+    ],
+)
+def test_impossible_blends_are_refused(model, blend, tmp_path, path, says):
+    names = {"a": blend[0], "b": blend[1]}
+    if "{other}" in path:
+        other = imported(hf_model(vocab_size=280), tmp_path)
+        names["other"] = data_folder(tmp_path, other)
+    path = [entry.format(**names) if isinstance(entry, str) else entry for entry in path] if path else path
+    with pytest.raises(UserError, match=says):
+        opened(path, model)
+
+
+def rewritten(data, tmp_path, change):
+    """A copy of a data folder whose files `change` has touched, with sizes in its manifest as they are now."""
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy, ignore=shutil.ignore_patterns("cache"))
+    change(copy)
+    manifest = read_manifest_as_it_is(copy)
+    manifest["files"] = {name: (copy / name).stat().st_size for name in manifest["files"]}
+    (copy / "manifest.yaml").write_text(yaml.safe_dump(manifest))
+    return copy
+
+
+def read_manifest_as_it_is(folder):
+    return yaml.safe_load((folder / "manifest.yaml").read_text())
+
+
+def cut(name, size):
+    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size - size)
+
+
+def put(name, place, value):
+    def change(folder):
+        with open(folder / name, "r+b") as file:
+            file.seek(place)
+            file.write(value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (cut("train.idx", 8), "its size is not that of"),
+        (cut("train.bin", 2), r"train.bin has \d+ bytes, not the \d+ of its index"),
+        (lambda folder: os.truncate(folder / "train.idx", 20), "is damaged, or no index of Megatron's"),
+        (put("train.idx", 0, b"nonsense"), "is damaged, or no index of Megatron's"),
+        (put("train.idx", 17, b"\x07"), "dtype code 7"),
+        (put("train.bin", 40, b"\xff\xff"), "token id 65535 is not of the vocabulary of 300"),
+    ],
+)
+def test_damage_that_keeps_the_sizes_is_refused(model, data, tmp_path, change, says):
+    copy = rewritten(data, tmp_path, change)
+    with pytest.raises(UserError, match=says):
+        opened(str(copy), model)
+
+
+def test_verify_reads_everything(model, data, tmp_path):
+    verify_data(opened(str(data), model))
+    copy = rewritten(data, tmp_path, put("train.bin", 40, b"\x01\x00"))
+    with pytest.raises(UserError, match="files differ from the digest"):
+        verify_data(opened(str(copy), model))
+
+
+def test_a_full_disk_is_told_and_what_is_done_is_kept(model, tmp_path, monkeypatch):
+    """The real error of the real device that is always full."""
+    (tmp_path / "in.jsonl").write_text(jsonl(DOCUMENTS))
+    whole = prepare(model, tmp_path / "in.jsonl", tmp_path / "whole")
+    monkeypatch.setattr(preparing, "SECONDS_BETWEEN_COMMITS", 0.0)
+    commits = 0
+    commit = SplitWriter.commit
+
+    def fill(writer):
+        nonlocal commits
+        commits += 1
+        if commits == 40:
+            writer._tokens = open("/dev/full", "wb")  # noqa: SIM115
+            writer._tokens.write(b"x")
+        commit(writer)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no space left while writing"):
+        patch.setattr(SplitWriter, "commit", fill)
+        prepare(model, tmp_path / "in.jsonl", tmp_path / "out")
+    assert (tmp_path / ".out.partial" / preparing.JOURNAL).is_file()
+    out = prepare(model, tmp_path / "in.jsonl", tmp_path / "out")
+    assert read_manifest(whole)["digest"] == read_manifest(out)["digest"]
+
+
+def with_megatron(prefix, documents, dtype=np.uint16):
+    """What Megatron-LM's preprocess_data.py writes: documents of one or more sequences each."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for sequences in documents:
+        builder.add_document(np.concatenate(sequences), [len(ids) for ids in sequences])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def adopt(model, tmp_path, train, validation, **options):
+    cfg = AdoptDataConfig(
+        str(tmp_path / "out"), train=train, validation=validation, model=model_option(model), **options
+    )
+    adopt_data(cfg)
+    return tmp_path / "out"
+
+
+def test_what_megatron_wrote_is_adopted_and_read(model, tmp_path):
+    end = load_tokenizer(model).eos_token_id
+    documents = [[np.arange(5, 20 + i) % 250, np.array([7, 8, end])] for i in range(30)]
+    train, validation = (with_megatron(tmp_path / name, documents) for name in ("all.train", "all.validation"))
+    out = adopt(model, tmp_path, train, validation)
+    results = read_manifest(out)["results"]
+    tokens = np.concatenate([np.concatenate(sequences) for sequences in documents])
+    assert results["train"] == {"documents": 30, "tokens": len(tokens), "bytes": None}
+    assert os.path.samefile(f"{train}.bin", out / "train.bin")
+    windows = Windows(opened(str(out), model), "train", 16)
+    found = np.concatenate([windows[i]["tokens"].numpy() for i in range(windows.whole)])
+    assert (found == tokens[: len(found)]).all()
+    assert len(blended(str(out), model, 20)[1]) == 20
+
+
+def test_what_cannot_be_adopted_is_refused(model, tmp_path):
+    good = with_megatron(tmp_path / "good", [[np.arange(9)]])
+    with pytest.raises(UserError, match="token id 300 is not of the vocabulary of 300"):
+        adopt(model, tmp_path, good, with_megatron(tmp_path / "large", [[np.array([1, 300])]]))
+    with pytest.raises(UserError, match=r"nowhere.idx is missing"):
+        adopt(model, tmp_path, good, str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="different types"):
+        adopt(model, tmp_path, good, with_megatron(tmp_path / "wide", [[np.arange(9)]], np.int32))
+    with pytest.raises(UserError, match="dtype code 3"):
+        adopt(model, tmp_path, good, with_megatron(tmp_path / "short", [[np.arange(9)]], np.int16))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_documents_of_a_sample_are_told_apart(model, data, split):
+    masks = DocumentMasks(reset_attention=True, end_of_document=True)
+    folder = opened(str(data), model, 64, masks=masks)
+    plain = opened(str(data), model, 64)
+    if split == "train":
+        masked, free = (training_samples(f, split, sequence_length=64, seed=1, count=9) for f in (folder, plain))
+    else:
+        masked, free = (Windows(f, split, 64) for f in (folder, plain))
+    ends = 0
+    for i in range(5):
+        tokens = masked[i]["tokens"].tolist()
+        assert tokens == free[i]["tokens"].tolist() and free[i]["loss_mask"].all() and "documents" not in free[i]
+        expected, number = [], 0
+        for token in tokens:
+            expected.append(number)
+            number += token == folder.end_of_document
+        ends += number
+        assert masked[i]["documents"].tolist() == expected
+        assert masked[i]["loss_mask"].tolist() == [float(token != folder.end_of_document) for token in tokens]
+    assert ends > 0
+    (batch,) = MicroBatches(masked, range(2), 2, 0, 1)
+    assert batch["documents"].shape == (2, 64)

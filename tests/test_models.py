@@ -1,5 +1,7 @@
 """Megatron's models compute what transformers' do, in every layout, and hold what the axis table says they hold."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -162,3 +164,17 @@ def test_configs_survive_the_round_trip(sizes):
     shape = shape_from_hf(config, "config.json")
     assert shape_from_hf(hf_config(shape, config), "again") == shape
     assert shape_from_hf(hf_config(shape, {}), "again") == shape
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(1, {}), (2, {"pipeline": 2}), (2, {"tensor": 2, "sequence": True})])
+def test_documents_in_one_sample_are_as_if_each_were_alone(gloo, tmp_path, ranks, layout):
+    path = imported(hf_model(), tmp_path)
+    tokens = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+    ends = [(0, 6, 16), (0, 10, 16)]
+    documents = torch.tensor([[sum(i >= end for end in row[1:]) for i in range(16)] for row in ends])
+    arguments = (jobs.logits_of_documents, str(path), tokens, documents, layout)
+    (together,) = [out for out in gloo(ranks, *arguments, layout=layout) if out is not None]
+    for row, places in enumerate(ends):
+        for begin, end in itertools.pairwise(places):
+            (alone,) = gloo(1, jobs.logits, str(path), tokens[row : row + 1, begin:end], {}, layout={})
+            torch.testing.assert_close(together[row, begin:end], alone[0], atol=1e-5, rtol=1e-5)

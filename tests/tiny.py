@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from minitron_megatron.checkpoints.hf import import_hf
-from minitron_megatron.config import DataConfig, ImportHfConfig, ModelConfig, PrepareDataConfig
+from minitron_megatron.config import ImportHfConfig, ModelConfig, PrepareDataConfig, TrainingDataConfig
 from minitron_megatron.data.prepare import prepare_data
 
 LLAMA3 = {
@@ -92,6 +92,7 @@ def imported(model, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
 
 def data_folder(folder: Path, model: Path, documents: int = 60) -> Path:
     """A prepared data folder of some thousand tokens."""
+    folder.mkdir(exist_ok=True)
     text = folder / "text.jsonl"
     words = TEXT.split()
     lines = (" ".join(words[(i * j) % len(words)] for j in range(1, 60 + i)) for i in range(1, documents + 1))
@@ -106,6 +107,6 @@ def model_option(path: Path) -> ModelConfig:
     return ModelConfig(path=str(path))
 
 
-def data_option(path: Path, sequence_length: int = 32) -> DataConfig:
+def data_option(path: Path, sequence_length: int = 32) -> TrainingDataConfig:
     """`data.path=path`."""
-    return DataConfig(path=str(path), sequence_length=sequence_length)
+    return TrainingDataConfig(path=str(path), sequence_length=sequence_length)
