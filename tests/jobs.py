@@ -169,7 +169,11 @@ def loss_and_gradients(
     folder, trained = distiller(teacher, student, layout, micro_batch_size, engine)
     for chunk in trained.chunks:
         chunk.zero_grad_buffer()
-    batches = list(trained.micro_batches(Tokens(tokens), range(len(tokens))))
+    here = torch.cuda.current_device()
+    batches = [
+        {name: tensor.to(here) for name, tensor in batch.items()}
+        for batch in trained.micro_batches(Tokens(tokens), range(len(tokens)))
+    ]
     loss, count = collectives.sum_from_last_stage(trained.forward_backward(batches))
     modules = [chunk.module for chunk in trained.chunks]
     return loss / count, _placed(folder.shape, modules, lambda parameter: parameter.main_grad.float())

@@ -47,7 +47,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from minitron_megatron.checkpoints.folder import ModelFolder
 from minitron_megatron.console import progress
 from minitron_megatron.errors import UserError
-from minitron_megatron.models.axes import Slot, slots
+from minitron_megatron.models.axes import Slot, distinct_slots, slots
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 
@@ -97,7 +97,7 @@ def chunks(shape: ModelShape) -> Iterator[Chunk]:
 
 def stored_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Every key of a model's checkpoint with its global shape."""
-    return {slot.key(shape): slot.stored_shape(shape) for slot in slots(shape)}
+    return {slot.key(shape): slot.stored_shape(shape) for slot, _ in distinct_slots(shape)}
 
 
 def total_bytes(shape: ModelShape) -> int:

@@ -12,7 +12,9 @@ import triton.language as tl
 
 # Runs of rows that are summed by programs of their own.
 SPLITS = 16
-_BLOCK_ROWS, _BLOCK_COLUMNS = 32, 128
+# Rows and columns that a program reads at once; of a dozen shapes the quickest on an H100, as quick as torch's own sum of all.
+_BLOCK_ROWS, _BLOCK_COLUMNS = 128, 64
+_HEAD_ROWS, _HEAD_WARPS = 32, 8
 
 
 @triton.jit
@@ -164,9 +166,10 @@ def head_sums(a: torch.Tensor, head_dim: int, how: str, out: torch.Tensor) -> No
         head_dim,
         *_strides(out),
         triton.cdiv(rows, SPLITS),
-        TILES=triton.cdiv(triton.cdiv(rows, SPLITS), _BLOCK_ROWS),
+        TILES=triton.cdiv(triton.cdiv(rows, SPLITS), _HEAD_ROWS),
         HOW=_HOW[how],
-        BLOCK_ROWS=_BLOCK_ROWS,
+        BLOCK_ROWS=_HEAD_ROWS,
+        num_warps=_HEAD_WARPS,
         BLOCK_DIM=triton.next_power_of_2(head_dim),
     )
 

@@ -406,6 +406,15 @@ def slots(shape: ModelShape) -> Iterator[Slot]:
     yield from (Slot(row, None) for row in rows if row.place is Place.LAST)
 
 
+def distinct_slots(shape: ModelShape) -> Iterator[tuple[Slot, int]]:
+    """One tensor for all that have its size, and how many they are: counting does not walk every layer of a large model."""
+    if not shape.uniform:
+        yield from ((slot, 1) for slot in slots(shape))
+        return
+    for row in axis_table(shape):
+        yield (Slot(row, 0), shape.num_layers) if row.stacked else (Slot(row, None), 1)
+
+
 @dataclass(frozen=True)
 class Probe:
     """Where activation importance of an axis is read: the input or the output of one module of every layer.
@@ -451,18 +460,18 @@ PROBES = (
 def count_parameters(shape: ModelShape, *, embedding: bool = True) -> int:
     """Parameters without vocabulary padding; `embedding=False` leaves out every parameter with the vocab axis."""
     total = 0
-    for slot in slots(shape):
+    for slot, count in distinct_slots(shape):
         if embedding or "vocab" not in slot.row.axes:
             lengths = {**shape.lengths(slot.layer), "vocab": shape.vocab_size}
-            total += int(np.prod([dim.size(lengths) for dim in slot.row.dims], dtype=np.int64))
+            total += count * int(np.prod([dim.size(lengths) for dim in slot.row.dims], dtype=np.int64))
     return total
 
 
 def flops_per_token(shape: ModelShape, sequence_length: int) -> float:
     """Floating-point operations of one token's forward pass: 2 a matrix weight, and causal attention's two products."""
     matrices = sum(
-        int(np.prod(slot.shape(shape), dtype=np.int64))
-        for slot in slots(shape)
+        count * int(np.prod(slot.shape(shape), dtype=np.int64))
+        for slot, count in distinct_slots(shape)
         if len(slot.row.dims) == 2 and slot.row.place is not Place.FIRST
     )
     head = shape.padded_vocab_size * shape.hidden_size if shape.tied_embeddings else 0

@@ -31,9 +31,16 @@ def family(request, tmp_path_factory):
     return model, imported(model, tmp_path_factory.mktemp(request.param))
 
 
-def on_gpu(job, *arguments):
+@pytest.fixture(scope="module", autouse=True)
+def job():
+    """One for all tests: ending NCCL's groups takes longer than most of them."""
     with parallel_job(Layout(), seed=1, device="cuda"):
-        return job(*arguments)
+        yield
+
+
+def on_gpu(job, *arguments):
+    torch.manual_seed(1)
+    return job(*arguments)
 
 
 def logits(path, engine, dtype=torch.float32):
