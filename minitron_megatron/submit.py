@@ -19,7 +19,7 @@ from typing import Any
 import jinja2
 
 from minitron_megatron.checkpoints.folder import output_folder
-from minitron_megatron.config import COMMANDS, ClusterConfig, SubmitConfig, flat
+from minitron_megatron.config import COMMANDS, MODEL_OPTIONS, ClusterConfig, SubmitConfig, flat
 from minitron_megatron.console import console
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, compose, resolved_config
@@ -33,6 +33,8 @@ _NOT_AS_A_JOB = {
     "demo": "it runs on one machine",
     "submit": "name the command that the job is to run",
 }
+# Only these take a model's sizes alone outside of a dry run.
+_WITHOUT_WEIGHTS = ("random_model", "benchmark")
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 
 
@@ -43,6 +45,9 @@ def submit(cfg: SubmitConfig) -> None:
     name, words = read_command(cfg.command)
     config = compose(name, words)
     check_job(cfg)
+    if cfg.submit and not cfg.dry_run and name not in _WITHOUT_WEIGHTS:
+        for option in (option for option in MODEL_OPTIONS if hasattr(config, option)):
+            getattr(config, option).folder(option)
     rehearse(name, words, cfg.nodes * processes_per_node(cfg.cluster))
     script = render(cfg, name, words, config)
     if cfg.dry_run or not cfg.submit:

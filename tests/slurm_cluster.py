@@ -63,6 +63,15 @@ def missing_programs() -> list[str]:
     return [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
 
 
+def programs_by_name(folder: Path, **programs: str) -> Path:
+    """A folder of shell programs, for what a script does around Slurm rather than in it; gives the folder."""
+    folder.mkdir()
+    for name, does in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{does}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
 class Cluster:
     """Submits jobs and asks about them; `log` is where their scripts write."""
 
@@ -78,7 +87,7 @@ class Cluster:
             capture_output=True,
             text=True,
             cwd=self.folder,
-            timeout=60,
+            timeout=120,
         )
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -91,7 +100,7 @@ class Cluster:
         """What Slurm knows of a job: JobState, Restarts, ExitCode, …"""
         return dict(re.findall(r"(\S+?)=(\S*)", self.call("scontrol", "--oneliner", "show", "job", number)))
 
-    def wait(self, number: int, timeout: float = 240.0) -> dict[str, str]:
+    def wait(self, number: int, timeout: float = 600.0) -> dict[str, str]:
         """Wait for a job's end."""
         deadline = time.monotonic() + timeout
         while (job := self.job(number))["JobState"] not in FINISHED:

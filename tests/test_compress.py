@@ -19,6 +19,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF, compose, presets
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.stages import Stages
+from tests.slurm_cluster import programs_by_name
 from tests.test_commands import ROOT, environment, error_of, run
 from tests.tiny import data_folder, hf_model, imported
 
@@ -215,11 +216,9 @@ def test_a_dry_run_shows_every_stage_and_writes_nothing(folders, tmp_path):
 
 def test_the_job_script_starts_every_stage_on_all_nodes(folders, tmp_path):
     """slurm/compress.sh with a dry run, Slurm's own programs standing there by name."""
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    for name, does in (("srun", "exit 1"), ("scontrol", "echo node1; echo node2")):
-        (programs / name).write_text(f"#!/bin/sh\n{does}\n")
-        (programs / name).chmod(0o755)
+    programs = programs_by_name(
+        tmp_path / "programs", srun="exit 1", scontrol="echo node1; echo node2", squeue="echo RUNNING"
+    )
     activate = tmp_path / "it's an environment"
     activate.write_text(f"PATH={programs}:{Path(sys.executable).parent}:$PATH\n")
     job = {

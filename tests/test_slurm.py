@@ -6,19 +6,21 @@ skipped, except where CI is set.
 
 import json
 import os
+import re
 import signal
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.slurm_cluster import PACKAGES, Cluster, missing_programs, slurm_cluster
 from tests.tiny import data_folder, hf_model, imported
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
-STEPS, SAVE_INTERVAL = 60, 10
+STEPS, SAVE_INTERVAL = 16, 4
 SMALLER = (
     f"trainer.steps={STEPS}",
     "trainer.tokens=null",
@@ -77,7 +79,7 @@ def metrics(output: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
 
 
-def wait_for_checkpoint(cluster: Cluster, output: Path, timeout: float = 180.0) -> None:
+def wait_for_checkpoint(cluster: Cluster, output: Path, timeout: float = 600.0) -> None:
     deadline = time.monotonic() + timeout
     while not list((output / "checkpoints").glob("step_*")):
         assert time.monotonic() < deadline, cluster.logs()
@@ -156,3 +158,49 @@ def test_a_mistake_ends_the_job_at_once_with_its_line(cluster, variables):
     assert cluster.wait(job)["ExitCode"] == "2:0", cluster.logs()
     logs = "".join(file.read_text() for file in output.with_suffix(".logs").iterdir())
     assert "error: parallel.tensor × pipeline × context = 7" in logs and not output.exists()
+
+
+def test_a_submitted_command_runs_as_its_rendered_script(cluster, variables):
+    output, job_folder = cluster.folder / "perplexity", cluster.folder / "it's a job"
+    words = ["cluster=h100", "cluster.gpus_per_node=1", "nodes=2", "cluster.time=10", f"output={job_folder}"]
+    words += [
+        f"cluster.activate={variables['ACTIVATE']}",
+        "cluster.setup=['export OMP_NUM_THREADS=1']",
+        "--",
+        "evaluate",
+    ]
+    words += [f"model={variables['TEACHER']}", f"data.path={variables['DATA']}", "data.sequence_length=32"]
+    said = cluster.call(sys.executable, ROOT / "launch" / "submit.py", *words, "parallel.tensor=2", f"output={output}")
+    job = int(re.search(r"Submitted: job (\d+)", said).group(1))
+    assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.logs()
+    manifest = yaml.safe_load((output / "manifest.yaml").read_text())
+    assert manifest["config"]["parallel"]["tensor"] == 2 and manifest["results"]["perplexity"] > 1
+    assert len(list(cluster.folder.glob(f"it's a job_logs/{job}-*.log"))) == 2
+
+
+def test_the_road_is_a_chain_of_jobs(cluster):
+    """Every script of it is one that Slurm takes, and waits for what it needs; nothing of it runs."""
+    said = cluster.call(
+        "bash", ROOT / "slurm" / "road.sh", ROOT=str(ROOT), HF="hf", CORPUS="text", NODES="2", GPUS="2", SBATCH_BEGIN="now+1hour",
+    )  # fmt: skip
+    numbers = dict(re.findall(r"(\w[\w ]*) (\d+)[,:]", said))
+    jobs = {name: cluster.job(int(number)) for name, number in numbers.items()}
+    cluster.call("scancel", *numbers.values())
+    after = {
+        name: {other for other, number in numbers.items() if f":{number}" in job["Dependency"]}
+        for name, job in jobs.items()
+    }
+    assert after == {
+        "import": set(),
+        "data": {"import"},
+        "importance": {"data"},
+        "prune": {"importance"},
+        "correct teacher": {"data"},
+        "distill": {"prune", "correct teacher"},
+        "evaluate": {"distill"},
+        "export": {"distill"},
+    }
+    assert {name: job["NumNodes"][0] for name, job in jobs.items() if job["NumNodes"][0] != "1"} == {
+        "correct teacher": "2",
+        "distill": "2",
+    }
