@@ -70,14 +70,14 @@ progress() {
 # Whether Slurm still wants this job: not when it is cancelled, preempted or over its time.
 wanted() {
     case $(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID" 2> /dev/null) in
-        RUNNING | "") [ -z "$ended" ] ;;
-        *) false ;;
+        CANCELLED | COMPLETING | DEADLINE | NODE_FAIL | PREEMPTED | REQUEUE* | TIMEOUT) false ;;
+        *) [ -z "$ended" ] ;;
     esac
 }
 
 # What comes before a limit (#SBATCH --signal=B:USR1@…): the processes of all nodes save, and the job is requeued.
 stop=''
-trap 'stop=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+trap 'stop=yes; scancel --signal=USR1 "$SLURM_JOB_ID" || true' USR1
 # Slurm ends or requeues the job and has told every process itself.
 ended=''
 trap 'ended=yes' TERM

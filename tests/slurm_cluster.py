@@ -55,6 +55,8 @@ GresTypes=gpu
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 Gres=gpu:2 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 Gres=gpu:2 State=UNKNOWN
 PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+# Jobs queue here and never start.
+PartitionName=closed Nodes=n1,n2 State=DOWN
 """
 
 
@@ -185,4 +187,4 @@ def _wait_for_nodes(cluster: Cluster, timeout: float = 60.0) -> None:
         assert time.monotonic() < deadline, cluster.logs()
         time.sleep(0.5)
         with contextlib.suppress(AssertionError):
-            states = cluster.call("sinfo", "--noheader", "--Node", "--format=%t").split()
+            states = cluster.call("sinfo", "--noheader", "--Node", "--partition=all", "--format=%t").split()
