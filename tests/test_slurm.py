@@ -180,9 +180,8 @@ def test_a_submitted_command_runs_as_its_rendered_script(cluster, variables):
 
 def test_the_road_is_a_chain_of_jobs(cluster):
     """Every script of it is one that Slurm takes, and waits for what it needs; nothing of it runs."""
-    said = cluster.call(
-        "bash", ROOT / "slurm" / "road.sh", ROOT=str(ROOT), HF="hf", CORPUS="text", NODES="2", GPUS="2", SBATCH_PARTITION="closed",
-    )  # fmt: skip
+    variables = {"HF": "hf", "CORPUS": "text", "NODES": "2", "GPUS": "2", "SBATCH_PARTITION": "closed"}
+    said = cluster.call("bash", ROOT / "slurm" / "road.sh", ROOT=str(ROOT), **variables)
     numbers = dict(re.findall(r"(\w[\w ]*) (\d+)[,:]", said))
     jobs = {name: cluster.job(int(number)) for name, number in numbers.items()}
     cluster.call("scancel", *numbers.values())

@@ -1,8 +1,10 @@
 """launch/submit.py and the words that job scripts start; on a real Slurm they run in tests/test_slurm.py."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF, compose, presets, words_after_dashes
 from minitron_megatron.submit import SCRIPT, read_command, submit
 from tests.slurm_cluster import programs_by_name
-from tests.test_commands import error_of, run
+from tests.test_commands import environment, error_of, free_port, run
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ("teacher=llama3_1_8b", "student=llama3_1_minitron_4b_width", "experiment=llama3_1_minitron_4b_width")
@@ -152,3 +154,35 @@ def test_scripts_are_bash_and_name_no_place_of_one_machine(script):
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
     text = script.read_text()
     assert str(ROOT) not in text and str(Path.home()) not in text and sys.prefix not in text
+
+
+WORKER = """
+import os, signal, sys, time
+from pathlib import Path
+def save(*_):
+    time.sleep(1)
+    Path(f"saved-{os.environ['RANK']}").touch()
+    while len(list(Path().glob("saved-*"))) < 2:
+        time.sleep(0.1)
+    sys.exit(75)
+signal.signal(signal.SIGUSR1, save)
+Path(f"ready-{os.environ['RANK']}").touch()
+time.sleep(300)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_torchrun_passes_signals_on_and_ends_as_its_processes_do(tmp_path, number):
+    (tmp_path / "worker.py").write_text(WORKER.replace("SIGUSR1", number.name))
+    words = ["--nproc-per-node=2", f"--master-port={free_port()}", "worker.py"]
+    job = subprocess.Popen(
+        [sys.executable, "-m", "minitron_megatron.parallel.torchrun", *words],
+        cwd=tmp_path, env=environment() | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("ready-*"))) < 2:
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.1)
+    job.send_signal(number)
+    assert job.wait(60) == 75

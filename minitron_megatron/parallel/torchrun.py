@@ -4,7 +4,8 @@
     srun ◀──exit status────────── this ◀─── that of the first process that failed
 
 torchrun by itself dies of SIGUSR1, kills its processes 30 seconds after a SIGTERM (too few to save), and exits with 1 whatever
-they exited with: a mistake of the user (2) and a wish to be requeued (75) would look like a crash.
+they exited with: a mistake of the user (2) and a wish to be requeued (75) would look like a crash. The first process of a node
+that ends with another status than 0 ends the others there: what has to be finished comes before a barrier.
 """
 
 import os
