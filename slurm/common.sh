@@ -116,7 +116,7 @@ persist() {
         if [ "$(progress)" != "$before" ]; then attempts=0; fi
         attempts=$((attempts + 1))
         if [ "$attempts" -gt "$RESTARTS" ]; then exit "$status"; fi
-        echo "ended with status $status; started again ($attempts of $RESTARTS without a new checkpoint)"
+        echo "ended with status $status; started again ($attempts of $RESTARTS before a new checkpoint)"
     done
 }
 
