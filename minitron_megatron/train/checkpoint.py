@@ -53,7 +53,7 @@ def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Signals wait for the end of a save, and processes that it starts never get them.
+    """Processes that a save starts never get the signals that ask for a stop: they inherit that these are blocked.
 
     Slurm sends a signal to every process of a job. Megatron's writers start a helper in the first save that all later ones
     need; without this it dies of the very signal that asks for a save.
