@@ -413,6 +413,41 @@ class CompressConfig(CommandConfig):
 
 
 @dataclass
+class ClusterConfig:
+    """A cluster: what a job on it asks Slurm for, and how python is found on its nodes."""
+
+    gpu: str | None = option(None, "kind of its GPUs", ("a100", "h100", "h200", "gb200"))
+    gpus_per_node: int = option(8, "GPUs of a node; 0 for nodes without")
+    processes_per_node: int | None = option(None, "processes of a node; one a GPU if not given")
+    partition: str | None = option(None, "partition; Slurm's default if not given")
+    account: str | None = option(None, "account that pays")
+    time: str = option("24:00:00", "time limit: minutes, HH:MM:SS or DAYS-HH:MM:SS")
+    save_seconds: int = option(300, "seconds before the limit at which a training run saves and is requeued")
+    container: str | None = option(None, "image for enroot/pyxis; the environment of activate if not given")
+    mounts: list[str] = option(
+        [], "more mounts of the container, FROM:TO; folders of the command's options are mounted"
+    )
+    activate: str | None = option(
+        None, "file to source on every node; .venv/bin/activate of this repository if not given"
+    )
+    setup: list[str] = option(
+        [], "shell lines before the command, such as 'module load cuda' or 'export NCCL_IB_HCA=mlx5'"
+    )
+    sbatch: list[str] = option([], "more options of sbatch, such as --exclude=node7")
+
+
+@dataclass
+class SubmitConfig(CommandConfig):
+    """A command of launch/ as a Slurm job: checked, written as a script, submitted."""
+
+    command: Any = option(REQUIRED, "command and its options; best written at the end, after --")
+    cluster: ClusterConfig = group(ClusterConfig)
+    nodes: int = option(1, "nodes of the job")
+    name: str | None = option(None, "name of the job; the command's if not given")
+    submit: bool = option(True, "give the script to sbatch; false writes and prints it")
+
+
+@dataclass
 class BenchmarkConfig(CommandConfig):
     """A measurement on this machine: a table and results.json."""
 
@@ -444,6 +479,7 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "export_hf": ExportHfConfig,
     "compress": CompressConfig,
     "benchmark": BenchmarkConfig,
+    "submit": SubmitConfig,
 }
 # Options that name a model: by its folder, or by a preset of conf/model.
 MODEL_OPTIONS = ("model", "teacher", "student")
@@ -493,11 +529,11 @@ def _nested(f: Any) -> bool:
 _POSITIVE = frozenset(
     """tensor pipeline context sequence_length micro_batch_size global_batch_size samples steps tokens lr workers temperature
     max_shard_gb save_interval interval repeats rows limit num_layers hidden_size ffn_hidden_size num_attention_heads
-    num_query_groups vocab_size adam_eps processes""".split()
+    num_query_groups vocab_size adam_eps processes nodes processes_per_node""".split()
 )
 _NOT_NEGATIVE = frozenset(
     """min_lr warmup_steps weight_decay clip_grad validation_interval validation_samples seed first_sample fewshot
-    keep_last_layers loss_samples""".split()
+    keep_last_layers loss_samples gpus_per_node save_seconds""".split()
 )
 
 

@@ -258,6 +258,14 @@ def _quoted(value: str) -> str:
     return "'" + re.sub(r"(\\+)$", lambda found: 2 * found[1], value) + "'"
 
 
+def words_after_dashes(words: list[str], option: str) -> list[str]:
+    """Words after `--` as the list that is the value of one option: nothing in them needs quotes of Hydra's."""
+    if "--" not in words:
+        return words
+    own, after = words[: words.index("--")], words[words.index("--") + 1 :]
+    return [*own, f"{option}=[{','.join(map(_quoted, after))}]"]
+
+
 def _takes_text(key: str, config_class: type[CommandConfig]) -> bool:
     found = next((o for o in options(config_class) if o.name == key.lstrip("+~")), None)
     return found is not None and ("str" in found.type or found.type == "Any")

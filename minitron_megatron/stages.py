@@ -121,7 +121,9 @@ class Stages:
 
         def work() -> None:
             console().print(f"\n$ {line}", style="bold", markup=False, highlight=False, soft_wrap=True)
-            status, reason = _run([program_of(program) or program, *start, str(ROOT / file), *options], processes)
+            status, reason = run_program(
+                [program_of(program) or program, *start, str(ROOT / file), *options], processes
+            )
             if status:
                 reason = reason or f"ended with status {status}; mend what it says and run the same command again"
                 raise UserError(f"{name}: {reason}")
@@ -132,7 +134,7 @@ class Stages:
         self.run(name, output if is_whole(output) else output / MANIFEST, work, what)
 
 
-def _run(program: list[str], processes: int) -> tuple[int, str]:
+def run_program(program: list[str], processes: int) -> tuple[int, str]:
     """Run a program to its end; gives its status and its `error: …` line, which is left to the caller to show."""
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Llama-3.1 8B into Llama-3.1-Minitron 4B Width, as published: 94 B tokens, batch 1152 × 8192 tokens, AdamW 1e-4 → 1e-5.
+# Llama-3.1 8B into Llama-3.1-Minitron 4B Width, as published: 94 B tokens, batch 1152 × 8192 tokens, AdamW 1e-4 → 1e-5 with 40
+# steps of warm-up (conf/experiment/llama3_1_minitron_4b_width.yaml).
 #
 #   TEACHER=… STUDENT=… DATA=… sbatch slurm/distill_4b.sh
+#   TEACHER=… STUDENT=… DATA=… sbatch --nodes=4 slurm/distill_4b.sh trainer.tokens=10e9 logger.wandb=offline
 #
-# 32 nodes of 8 GPUs: tensor 2, data 128, 9 micro-batches of one sample a step (1152 does not divide over 256). Smaller
-# clusters: sbatch --nodes=N; tensor × micro-batches must still divide the batch, which a dry run on any machine tells:
+# 32 nodes of 8 GPUs: tensor 2, data 128, 9 micro-batches of one sample a step (1152 does not divide over 256). Other numbers of
+# nodes: tensor × micro-batches must still divide the batch, which a dry run on any machine tells:
 #   python launch/distill.py … dry_run=true
-# The same command continues a run that was stopped.
 #SBATCH --job-name=distill_4b
 #SBATCH --nodes=32
 #SBATCH --ntasks-per-node=1
@@ -14,38 +15,21 @@
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --signal=B:USR1@300
 #SBATCH --output=%x_%j.log
-
+#SBATCH --open-mode=append
 set -euo pipefail
 
-# What to change: folders on storage that every node sees, and how python is found on a node.
-TEACHER=${TEACHER:?folder of the (corrected) teacher, from launch/import_hf.py}
-STUDENT=${STUDENT:?folder of the pruned student, from launch/prune.py}
+# What to change: folders on storage that every node sees; common.sh has the rest (container or environment, logs).
+TEACHER=${TEACHER:?folder of the corrected teacher, from slurm/correct_teacher.sh}
+STUDENT=${STUDENT:?folder of the pruned student, from slurm/prune_4b.sh}
 DATA=${DATA:?data folder, from launch/prepare_data.py}
 OUTPUT=${OUTPUT:-outputs/distill_4b}
-GPUS=${GPUS:-8}                                       # processes a node
-ROOT=${ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}               # this repository
-CONTAINER=${CONTAINER:-}                              # image for pyxis; empty: the environment of ACTIVATE
-ACTIVATE=${ACTIVATE:-$ROOT/.venv/bin/activate}
-EXTRA=${EXTRA:-}                                      # more options, such as logger.wandb=offline
+TENSOR=${TENSOR:-2}                                    # tensor-parallel size
+ROOT=${ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}                # this repository
 
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# One rendezvous a job and restart; the port follows the job so that two jobs on a node do not meet.
-PORT=$((20000 + SLURM_JOB_ID % 20000))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
-# Tensor parallelism overlaps its communication with computation only when kernels are queued in issue order.
-export CUDA_DEVICE_MAX_CONNECTIONS=1
-# A rank that dies must fail the job at once rather than leave the others waiting.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+# shellcheck source=slurm/common.sh
+. "$ROOT/slurm/common.sh" "$TEACHER" "$STUDENT" "$DATA"
 
-command=(torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$GPUS"
-    --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$HEAD:$PORT"
-    "$ROOT/launch/distill.py" experiment=llama3_1_minitron_4b_width
-    "teacher=$TEACHER" "student=$STUDENT" "data.path=$DATA" "output=$OUTPUT" parallel.tensor=2)
-read -ra extra <<< "$EXTRA"
-
-if [ -n "$CONTAINER" ]; then
-    exec srun --container-image="$CONTAINER" --container-mounts="$ROOT,$(dirname "$DATA"),$(dirname "$OUTPUT")" \
-        "${command[@]}" "${extra[@]}"
-fi
-exec srun bash -c '. "$0" && exec "$@"' "$ACTIVATE" "${command[@]}" "${extra[@]}"
+launch distill experiment=llama3_1_minitron_4b_width "teacher=$TEACHER" "student=$STUDENT" "data.path=$DATA" \
+    "output=$OUTPUT" "parallel.tensor=$TENSOR" "$@"

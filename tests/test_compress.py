@@ -19,6 +19,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF, compose, presets
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.stages import Stages
+from tests.slurm_cluster import programs_by_name
 from tests.test_commands import ROOT, environment, error_of, run
 from tests.tiny import data_folder, hf_model, imported
 
@@ -215,11 +216,9 @@ def test_a_dry_run_shows_every_stage_and_writes_nothing(folders, tmp_path):
 
 def test_the_job_script_starts_every_stage_on_all_nodes(folders, tmp_path):
     """slurm/compress.sh with a dry run, Slurm's own programs standing there by name."""
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    for name, does in (("srun", "exit 1"), ("scontrol", "echo node1; echo node2")):
-        (programs / name).write_text(f"#!/bin/sh\n{does}\n")
-        (programs / name).chmod(0o755)
+    programs = programs_by_name(
+        tmp_path / "programs", srun="exit 1", scontrol="echo node1; echo node2", squeue="echo RUNNING"
+    )
     activate = tmp_path / "it's an environment"
     activate.write_text(f"PATH={programs}:{Path(sys.executable).parent}:$PATH\n")
     job = {
@@ -235,15 +234,19 @@ def test_the_job_script_starts_every_stage_on_all_nodes(folders, tmp_path):
         "TENSOR": "2",
         "GPUS": "2",
         "CHAIN": "",
-        "EXTRA": "rounds=[{name:one,prune:{target.hidden_size:16}}] data.sequence_length=32 importance.samples=4 "
-        "distill.trainer.steps=2 distill.trainer.validation_samples=0 dry_run=true",
+        "LOGS": str(tmp_path / "logs"),
     }
-    script = ["bash", str(ROOT / "slurm" / "compress.sh")]
+    options = "rounds=[{name:one,prune:{target.hidden_size:16}}] data.sequence_length=32 importance.samples=4 "
+    options += "distill.trainer.steps=2 distill.trainer.validation_samples=0 dry_run=true"
+    script = ["bash", str(ROOT / "slurm" / "compress.sh"), *options.split()]
     done = subprocess.run(script, env={**environment(), **job}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = [shlex.split(line)[1:] for line in done.stdout.splitlines() if line.startswith("$ ")]
-    assert [line[:5] for line in lines] == [["srun", "bash", "-c", '. "$0" && exec "$@"', str(activate)]] * 4
-    assert {tuple(line[5:10]) for line in lines} == {("torchrun", "--nnodes", "2", "--nproc-per-node", "2")}
+    shell, torchrun = ["bash", "-c", '. "$0" && exec "$@"', str(activate)], "minitron_megatron.parallel.torchrun"
+    assert [line[0] for line in lines] == ["srun"] * 4 and all(
+        line[i : i + 4] == shell for line in lines for i in [line.index("bash")]
+    )
+    assert all(line[line.index(torchrun) + 1 :][:4] == ["--nnodes", "2", "--nproc-per-node", "2"] for line in lines)
     assert not (tmp_path / "chain").exists()
 
 

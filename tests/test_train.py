@@ -5,7 +5,9 @@ import os
 import shutil
 import signal
 import sys
+import time
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -344,3 +346,18 @@ def test_a_dry_run_counts_and_writes_nothing(sources, tmp_path, capsys):
     for words in ("teacher parameters", "student parameters", "optimizer, GiB a rank", "1,536"):
         assert words in shown
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_what_a_save_starts_outlives_the_signal_that_asks_for_another(number):
+    """Slurm signals every process of a job; the manager stands for the one that Megatron's writers keep."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with checkpoint._undisturbed():
+        manager = get_context("spawn").Manager()
+    with manager:
+        queue = manager.Queue()
+        os.kill(manager._process.pid, number)
+        time.sleep(0.5)
+        queue.put("still here")
+        assert queue.get(timeout=10) == "still here"
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before

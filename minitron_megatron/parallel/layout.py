@@ -153,7 +153,8 @@ def parallel_job(
 @contextlib.contextmanager
 def tool_job() -> Iterator[None]:
     """A gloo group over all processes for commands that only share out work on files, whatever the layout."""
-    if world_size_from_env() == 1:
+    # A dry run may be told of processes that are not there: nothing says where they would meet.
+    if world_size_from_env() == 1 or "MASTER_ADDR" not in os.environ:
         yield
         return
     with process_group(torch.device("cpu")):

@@ -9,7 +9,10 @@ seed and the step.
 import logging
 import re
 import shutil
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,24 @@ def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match.group(1)), path) for match, path in found if match)
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Processes that a save starts never get the signals that ask for a stop: they inherit that these are blocked.
+
+    Slurm sends a signal to every process of a job. Megatron's writers start a helper in the first save that all later ones
+    need; without this it dies of the very signal that asks for a save.
+    """
+    signals = (signal.SIGTERM, signal.SIGUSR1)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        # Python's own helper lets SIGTERM in again when it starts: have it started.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def save(folder: Path, chunks: Sequence[Any], optimizer: Any, step: int) -> None:
     """Write a checkpoint, then drop all but the newest ones. Every rank calls it."""
     from megatron.core import dist_checkpointing
@@ -58,7 +79,8 @@ def save(folder: Path, chunks: Sequence[Any], optimizer: Any, step: int) -> None
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     collectives.barrier()
-    dist_checkpointing.save(_state(chunks, optimizer, step, loading=False), str(partial), content_metadata=None)
+    with _undisturbed():
+        dist_checkpointing.save(_state(chunks, optimizer, step, loading=False), str(partial), content_metadata=None)
     collectives.barrier()
     if collectives.is_rank_zero():
         shutil.rmtree(folder / name, ignore_errors=True)

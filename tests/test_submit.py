@@ -1,0 +1,188 @@
+"""launch/submit.py and the words that job scripts start; on a real Slurm they run in tests/test_slurm.py."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra import initialize_config_dir
+
+from minitron_megatron.config import COMMANDS
+from minitron_megatron.errors import UserError
+from minitron_megatron.launcher import CONF, compose, presets, words_after_dashes
+from minitron_megatron.submit import SCRIPT, read_command, submit
+from tests.slurm_cluster import programs_by_name
+from tests.test_commands import environment, error_of, free_port, run
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = ("teacher=llama3_1_8b", "student=llama3_1_minitron_4b_width", "experiment=llama3_1_minitron_4b_width")
+
+
+@pytest.fixture
+def hydra():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+@pytest.fixture
+def started(tmp_path):
+    """`started(script, *options, **variables)`: the words after launch/ that a script gives to srun."""
+    words = tmp_path / "words"
+    programs = programs_by_name(
+        tmp_path / "programs",
+        srun=f"printf '%s\\0' \"$@\" > '{words}'; exit 2",
+        scontrol="echo node1; echo node2",
+        squeue="echo RUNNING",
+    )
+    job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "ROOT": str(ROOT)}
+
+    def start(script: Path, *options: str, **variables: str) -> tuple[list[str], list[str]]:
+        environment = {**os.environ, **job, **variables, "PATH": f"{programs}:{os.environ['PATH']}"}
+        done = subprocess.run(
+            ["bash", str(script), *options], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 2, done.stderr
+        found = words.read_text().split("\0")[:-1]
+        at = next(i for i, word in enumerate(found) if "/launch/" in word)
+        return found[:at], found[at:]
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "options", "sizes"),
+    [
+        ("distill_4b", {"TEACHER": "t", "STUDENT": "s", "DATA": "d"}, ("optim.lr=2e-4",), {"tokens": 94e9}),
+        ("distill_mn_8b", {"TEACHER": "t", "STUDENT": "s", "DATA": "d"}, (), {"tokens": 380e9}),
+        ("correct_teacher", {"TEACHER": "t", "DATA": "d", "TOKENS": "127e9"}, (), {"tokens": 127e9}),
+        ("importance", {"MODEL": "m", "DATA": "d"}, ("importance.batch=mean",), {}),
+        ("prune_4b", {"MODEL": "m", "SCORES": "s"}, (), {}),
+        ("run", {}, ("evaluate", "model=m", "data.path=a b", "output=it's"), {}),
+    ],
+)
+def test_what_a_script_starts_is_a_command_with_options_that_it_has(hydra, started, script, variables, options, sizes):
+    before, (file, *words) = started(ROOT / "slurm" / f"{script}.sh", *options, **variables)
+    name = Path(file).stem
+    if name not in COMMANDS:
+        pytest.skip(f"launch/{name}.py is not there yet")
+    config = compose(name, words)
+    for key, value in sizes.items():
+        assert getattr(config.trainer, key) == value
+    assert before[0] == "--nodes=2" and before[before.index("--nproc-per-node") + 1] == "8"
+
+
+def test_a_container_sees_every_folder_where_it_is(started, tmp_path):
+    folders = {"MODEL": str(tmp_path / "a b" / "model"), "DATA": "data", "OUTPUT": "out/scores"}
+    before, _ = started(
+        ROOT / "slurm" / "importance.sh", **folders, CONTAINER="image.sqsh", MOUNTS="/scratch:/tmp", ACTIVATE="unused"
+    )
+    assert "--container-image=image.sqsh" in before and f"--container-workdir={tmp_path}" in before
+    mounts = next(w for w in before if w.startswith("--container-mounts=")).partition("=")[2].split(",")
+    seen = [ROOT, tmp_path, tmp_path / "a b" / "model", tmp_path / "data", tmp_path / "out"]
+    assert set(mounts) == {*(f"{path}:{path}" for path in seen), "/scratch:/tmp"}
+    assert "bash" not in before
+
+
+def test_a_rendered_script_gives_the_command_the_words_that_were_typed(started, tmp_path):
+    typed = [
+        *SIZES,
+        "data.path=a path, with = odd 'ch@racters'",
+        'logger.name="$HOME"',
+        "output=x",
+        "parallel.tensor=2",
+    ]
+    output = tmp_path / "it's a job"
+    done = run(
+        "submit", "cluster=h200", "nodes=32", "submit=false", f"output={output}", "cluster.setup=['export ODD=\"a b\"']",
+        "--", "distill", *typed, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    script = (output / SCRIPT).read_text()
+    assert "--signal=B:USR1@300" in script and 'export ODD="a b"' in script and script in done.stdout
+    _, (_, *words) = started(output / SCRIPT)
+    assert words == typed
+
+
+def test_the_command_may_be_one_line():
+    assert read_command("launch/distill.py teacher='a b'") == ("distill", ["teacher=a b"])
+    assert words_after_dashes(["output=x", "--", "prune", "model=a'b"], "command") == [
+        "output=x",
+        "command=['prune','model=a\\'b']",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("command=distil",), "there is no launch/distil.py"),
+        (("command=compress",), "slurm/compress.sh runs a chain"),
+        (("command=[]",), "no command: write it after --"),
+        (("command='torchrun launch/distill.py'",), "leave torchrun out"),
+        (('command="distill \\"teacher=x"',), "cannot be read"),
+        (("command=['distill','trainer.step=3']",), "did you mean trainer.steps?"),
+        (("command='export_hf model=x output=y'", "cluster.time=soon"), "cluster.time=soon is not a time"),
+        (("command='export_hf model=x output=y'", "cluster.sbatch=['exclude=n1']"), "with their dashes"),
+        (("command='export_hf model=x output=y'",), "there is no sbatch here"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_before_anything_is_written(hydra, tmp_path, monkeypatch, words, says):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError) as raised:
+        submit(compose("submit", [f"output={tmp_path / 'x'}", *words]))
+    assert says in str(raised.value) and "\n" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_command_would_refuse_is_refused(tmp_path):
+    options = ("submit", f"output={tmp_path / 'x'}", "submit=false", "nodes=3", "cluster.gpus_per_node=8")
+    says = error_of(run(*options, "--", "distill", *SIZES, "data.path=d", "output=y", "parallel.tensor=5"))
+    assert "distill: parallel.tensor × pipeline × context = 5" in says and "24" in says
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_cluster_preset_composes(hydra):
+    for name in presets("submit")["cluster"]:
+        config = compose("submit", [f"cluster={name}", "command=x", "output=y"])
+        assert config.cluster.gpu == name and config.cluster.gpus_per_node > 0
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda path: path.stem)
+def test_scripts_are_bash_and_name_no_place_of_one_machine(script):
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    text = script.read_text()
+    assert str(ROOT) not in text and str(Path.home()) not in text and sys.prefix not in text
+
+
+WORKER = """
+import os, signal, sys, time
+from pathlib import Path
+def save(*_):
+    time.sleep(1)
+    Path(f"saved-{os.environ['RANK']}").touch()
+    while len(list(Path().glob("saved-*"))) < 2:
+        time.sleep(0.1)
+    sys.exit(75)
+signal.signal(signal.SIGUSR1, save)
+Path(f"ready-{os.environ['RANK']}").touch()
+time.sleep(300)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_torchrun_passes_signals_on_and_ends_as_its_processes_do(tmp_path, number):
+    (tmp_path / "worker.py").write_text(WORKER.replace("SIGUSR1", number.name))
+    words = ["--nproc-per-node=2", f"--master-port={free_port()}", "worker.py"]
+    job = subprocess.Popen(
+        [sys.executable, "-m", "minitron_megatron.parallel.torchrun", *words],
+        cwd=tmp_path, env=environment() | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("ready-*"))) < 2:
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.1)
+    job.send_signal(number)
+    assert job.wait(60) == 75
