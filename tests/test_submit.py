@@ -57,7 +57,6 @@ def started(tmp_path):
     [
         ("distill_4b", {"TEACHER": "t", "STUDENT": "s", "DATA": "d"}, ("optim.lr=2e-4",), {"tokens": 94e9}),
         ("distill_mn_8b", {"TEACHER": "t", "STUDENT": "s", "DATA": "d"}, (), {"tokens": 380e9}),
-        ("correct_teacher", {"TEACHER": "t", "DATA": "d", "TOKENS": "127e9"}, (), {"tokens": 127e9}),
         ("importance", {"MODEL": "m", "DATA": "d"}, ("importance.batch=mean",), {}),
         ("prune_4b", {"MODEL": "m", "SCORES": "s"}, (), {}),
         ("run", {}, ("evaluate", "model=m", "data.path=a b", "output=it's"), {}),
