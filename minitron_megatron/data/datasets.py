@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +31,8 @@ from minitron_megatron.parallel.layout import Layout
 
 Sample = dict[str, torch.Tensor]
 log = logging.getLogger(__name__)
+# Not megatron.core.__version__: that ends in the commit of whatever repository is around, which may change during a job.
+_MEGATRON = version("megatron-core")
 
 
 class Samples(Protocol):
@@ -308,13 +311,12 @@ def training_samples(data: Data, split: str, *, sequence_length: int, seed: int,
 
 def _blended(data: Data, epochs: list[Epochs], caches: Path, count: int) -> Samples:
     """Megatron's BlendedDataset of the folders' epochs."""
-    from megatron.core import __version__ as megatron_version
     from megatron.core.datasets.blended_dataset import BlendedDataset
 
     def build(cache: Path) -> Samples:
         return BlendedDataset(epochs, list(data.weights), count, _dataset_config(data.folders[0], "", 1, 0, cache))
 
-    made_of = f"{[epoch.unique_identifiers for epoch in epochs]} {data.weights} {megatron_version}"
+    made_of = f"{[epoch.unique_identifiers for epoch in epochs]} {data.weights} {_MEGATRON}"
     cache = caches / f"blend-{count}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
     _once_on_rank_zero(cache, build)
     return build(cache)
@@ -322,11 +324,9 @@ def _blended(data: Data, epochs: list[Epochs], caches: Path, count: int) -> Samp
 
 def _index_of(folder: DataFolder, split: str, sequence_length: int, seed: int) -> tuple[str, Path]:
     """A split's prefix and the folder of its sample index."""
-    from megatron.core import __version__ as megatron_version
-
     # Megatron names its cached files after the path and the tokenizer, so these belong to the folder's name.
     prefix, results = str((folder.path / split).resolve()), folder.results
-    made_of = f"{prefix} {results['vocab_size']} {results['end_of_document']} {megatron_version}"
+    made_of = f"{prefix} {results['vocab_size']} {results['end_of_document']} {_MEGATRON}"
     name = f"{split}-{sequence_length}-{seed}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
     return prefix, folder.path / "cache" / name
 
