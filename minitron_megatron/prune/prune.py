@@ -35,7 +35,7 @@ from minitron_megatron.importance.measure import check_calibration, measure_impo
 from minitron_megatron.importance.scores import Scores, check_scores, load_scores
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import count_parameters
-from minitron_megatron.models.build import check_layout
+from minitron_megatron.models.build import check_layout, check_sequence
 from minitron_megatron.models.families import check_exportable
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
@@ -154,6 +154,7 @@ def _check_measuring(cfg: PruneConfig, goal: Goal) -> None:
         open_data(cfg.data.path, "validation", goal.folder.shape, cfg.data.sequence_length)
     if measures or cfg.loss_samples:
         layout = Layout.from_config(cfg.parallel)
+        check_sequence(cfg.data.sequence_length, layout)
         check_layout(goal.folder.shape, layout, "the source model")
         if cfg.loss_samples:
             check_layout(goal.target, layout, "the target")
