@@ -37,7 +37,9 @@ absolute() { realpath --canonicalize-missing -- "$1"; }
 
 # The rendezvous is on the first node, at its address in Slurm (its name, unless the cluster says otherwise); the port follows
 # the job, so that two jobs on a node do not meet.
-first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# All lines are read: one that ends early would end the script, by the signal that its writer gets.
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first_node=${nodes[0]}
 address=$(scontrol --oneliner show node "$first_node" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
 torchrun=(python -m minitron_megatron.parallel.torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$GPUS"
     --rdzv-backend c10d --rdzv-endpoint "${address:-$first_node}:$((20000 + SLURM_JOB_ID % 20000))")

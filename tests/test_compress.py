@@ -317,7 +317,7 @@ def one_round(**options) -> str:
         ([one_round(prune={})], "round second, prune: nothing to cut"),
         (
             [one_round(prune={"target.hidden_size": 25})],
-            "round second, prune: target.hidden_size=25 must be between 1 and the source model's 24",
+            "round second, prune: target.hidden_size=25 must be a whole number from 1 to the source model's 24",
         ),
         (
             [one_round(prune={"target": "mn_minitron_8"})],

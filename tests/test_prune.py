@@ -23,7 +23,7 @@ from tests import jobs, reference
 from tests.test_models import names
 from tests.tiny import data_folder, hf_model, imported, model_option
 
-MEAN, MERGE = PruneOptions(groups="mean"), PruneOptions(heads="merge")
+MEAN, BOTH = PruneOptions(groups="mean"), PruneOptions(groups="mean", heads="merge")
 LAYOUTS = [(1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2}), (2, {}), (4, {"tensor": 2, "pipeline": 2})]
 
 
@@ -226,7 +226,7 @@ def test_plans_of_heads_edited_into_nonsense_are_refused(source, tmp_path, chang
         ),
         ({"target": TargetConfig(ffn_hidden_size="wide")}, "ffn_hidden_size=wide must be a whole number"),
         ({"target": TargetConfig(num_query_groups=3, num_attention_heads=6), "prune": MEAN}, "does not divide"),
-        ({"target": TargetConfig(num_query_groups=2, num_attention_heads=2), "prune": MERGE}, "at least half"),
+        ({"target": TargetConfig(num_query_groups=2, num_attention_heads=2), "prune": BOTH}, "at least half"),
         ({"layers": "x"}, "layers=x needs target.num_layers="),
         ({"loss_samples": 4}, "loss_samples= needs data.path="),
         ({"target": TargetConfig(vocab_size=100)}, "target.vocab_size=100 is too small: 258 special"),
