@@ -1,10 +1,14 @@
 """Fixtures: `gloo`, which runs a function in several processes."""
 
+import os
 from collections.abc import Iterator
 
-import pytest
+# Tiny models: threads that wait for one another cost more than they save, in this process and in those it starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.pool import Pool
+import pytest  # noqa: E402
+
+from tests.pool import Pool  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -226,7 +226,9 @@ def test_the_whole_road_under_torchrun(folders, tmp_path):
     assert again.returncode == 0 and "complete already" in again.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL], ids=["SIGTERM", "SIGKILL"]
+)
 def test_a_stopped_run_continues_to_the_same_losses(folders, tmp_path, number):
     """A signal after the first checkpoint; the same command then ends with the losses of an undisturbed run, bit for bit."""
     teacher, data = folders

@@ -81,7 +81,7 @@ def test_reading_back_is_tokenising_each_document(model, tmp_path):
             assert tokenizer.decode(ids[:-1]) == text
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_same_bytes_for_any_number_of_workers(model, tmp_path, workers, monkeypatch):
     # Chunks of a few documents, so that every worker has several and the queue is full at times.
     monkeypatch.setattr(preparing, "CHUNK_CHARACTERS", 100)

@@ -189,7 +189,9 @@ def _losses(layout, dtype, overlap=False):
     return [trainer.step() for _ in range(4)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["fp32", "bf16"]
+)
 @pytest.mark.parametrize(
     ("world_size", "sizes"),
     [

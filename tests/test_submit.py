@@ -135,6 +135,7 @@ def test_mistakes_end_before_anything_is_written(hydra, tmp_path, monkeypatch, w
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_the_command_would_refuse_is_refused(tmp_path):
     options = ("submit", f"output={tmp_path / 'x'}", "submit=false", "nodes=3", "cluster.gpus_per_node=8")
     says = error_of(run(*options, "--", "distill", *SIZES, "data.path=d", "output=y", "parallel.tensor=5"))

@@ -42,7 +42,7 @@ STEPS = 6
 LENGTH = 32
 RUNS = [
     (1, {}, "float32"),
-    (2, {}, "bfloat16"),
+    pytest.param(2, {}, "bfloat16", marks=pytest.mark.slow),
     pytest.param(4, {"tensor": 2, "pipeline": 2, "sequence": True}, "float32", marks=pytest.mark.slow),
     pytest.param(2, {"tensor": 2}, "bfloat16", marks=pytest.mark.slow),
     pytest.param(4, {"pipeline": 2}, "float32", marks=pytest.mark.slow),
@@ -192,6 +192,7 @@ def test_wandb_continues_the_run_of_the_folder(tmp_path, monkeypatch):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_layout(gloo, sources, tmp_path):
     """Losses to 1e-4: sums run in another order there."""
     gloo(1, exit_code, options(sources, tmp_path / "whole"))
