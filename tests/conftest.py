@@ -6,9 +6,9 @@ from collections.abc import Iterator
 # Tiny models: threads that wait for one another cost more than they save, in this process and in those it starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
+import pytest
 
-from tests.pool import Pool  # noqa: E402
+from tests.pool import Pool
 
 
 @pytest.fixture(scope="session")
