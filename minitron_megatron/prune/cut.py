@@ -57,7 +57,10 @@ def cut_chunk(reader: WeightReader, source: ModelShape, kept: Kept, chunk: Chunk
 def _read_rows(
     reader: WeightReader, slot: Slot, shape: ModelShape, rows: np.ndarray, columns: list[torch.Tensor | None]
 ) -> torch.Tensor:
-    """Any rows of a slot's tensor, in any order, with columns already cut: read in spans of at most a block."""
+    """Any rows of a slot's tensor, in any order, with columns already cut.
+
+    Read in spans that do not cross the source's own chunks: torch reads a stored chunk whole, however little of it is asked for.
+    """
     whole = slot.shape(shape)
     row_bytes = torch.Size(whole[1:]).numel() * getattr(torch, shape.dtype).itemsize
     span = max(1, BLOCK_BYTES // row_bytes)
@@ -65,7 +68,7 @@ def _read_rows(
     parts, start = [], 0
     while start < len(ordered):
         first = int(ordered[start])
-        stop = int(np.searchsorted(ordered, first + span))
+        stop = int(np.searchsorted(ordered, (first // span + 1) * span))
         block = reader.read_slot(slot, shape, first, int(ordered[stop - 1]) + 1)
         wanted = ordered[start:stop] - first
         if len(wanted) < len(block):
