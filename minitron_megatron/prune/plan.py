@@ -35,8 +35,8 @@ def write_plan(file: Path, model_digest: str, target: ModelShape, kept: Kept) ->
     """Write a plan."""
     sizes = {name: getattr(target, name) for name in TARGETS}
 
-    def per_layer(chosen: Any, text: Callable[[Any], str], absent: str = ALL) -> Any:
-        return absent if chosen is None else {i: text(chosen[i]) for i in kept.layers.tolist()}
+    def per_layer(chosen: Any, text: Callable[[Any], str]) -> Any:
+        return ALL if chosen is None else {i: text(chosen[i]) for i in kept.layers.tolist()}
 
     values = {
         "model": model_digest,
