@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
-from minitron_megatron.checkpoints.weights import WeightReader
+from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.config import (
     BatchConfig,
     DistillConfig,

@@ -24,7 +24,8 @@ from minitron_megatron.checkpoints.folder import (
     output_folder,
 )
 from minitron_megatron.checkpoints.hf import HF_FILES, copy_companions, write_shape
-from minitron_megatron.checkpoints.weights import WeightReader, check_weights, verify_digest, write_weights
+from minitron_megatron.checkpoints.reading import WeightReader
+from minitron_megatron.checkpoints.weights import check_weights, verify_digest, write_weights
 from minitron_megatron.config import DataConfig, ImportanceConfig, PruneConfig
 from minitron_megatron.console import print_table
 from minitron_megatron.data.datasets import Data, open_data

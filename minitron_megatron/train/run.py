@@ -15,7 +15,8 @@ import yaml
 
 from minitron_megatron.checkpoints.folder import WEIGHTS, ModelFolder, load_yaml, open_model_folder, output_folder
 from minitron_megatron.checkpoints.hf import copy_companions, write_shape
-from minitron_megatron.checkpoints.weights import WeightReader, check_weights, load_model, verify_digest, write_weights
+from minitron_megatron.checkpoints.reading import WeightReader
+from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest, write_weights
 from minitron_megatron.config import DistillConfig, flat
 from minitron_megatron.console import print_table
 from minitron_megatron.data.datasets import Data, DocumentMasks, Windows, open_data, training_samples, verify_data
