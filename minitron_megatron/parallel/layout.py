@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -170,8 +171,10 @@ def process_group(device: torch.device, timeout: datetime.timedelta = TIMEOUT) -
     if dist.is_initialized():
         yield
         return
-    # NCCL would otherwise guess each rank's device by its number.
-    own = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+    # Without `device_id` a group's communicator is made when it is first used: Megatron makes two dozen groups, most jobs use
+    # a few, and ending all of them took 10 s. Barriers then use the current device, which is set before, and say so.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
+    own = {"backend": "nccl" if device.type == "cuda" else "gloo"}
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(**own, timeout=timeout)
     else:
