@@ -201,9 +201,24 @@ class CalibrationConfig:
 
 @dataclass
 class DistillOptions:
-    """The distillation loss: forward KL of the full softmax (arXiv 2407.14679, section 3)."""
+    """The distillation loss: forward KL of the full softmax unless told otherwise (docs/distillation.md)."""
 
+    loss: str = option(
+        "forward_kl",
+        "distance of the student's distribution from the teacher's, per token",
+        ("forward_kl", "reverse_kl", "jsd", "topk_kl"),
+    )
     temperature: float = option(1.0, "softmax temperature of teacher and student")
+    jsd_beta: float = option(
+        0.5, "jsd: the teacher's share of the mixture, between 0 (as forward KL) and 1 (as reverse)"
+    )
+    top_k: int = option(1000, "topk_kl: how many of the teacher's most probable tokens")
+    top_k_rest: str = option(
+        "bucket",
+        "topk_kl: the teacher's other tokens are one class (bucket), or left out and the K scaled up (renormalize)",
+        ("bucket", "renormalize"),
+    )
+    cross_entropy: float = option(0.0, "weight of the labels' cross entropy, added to the distance")
 
 
 @dataclass
@@ -529,11 +544,11 @@ def _nested(f: Any) -> bool:
 _POSITIVE = frozenset(
     """tensor pipeline context sequence_length micro_batch_size global_batch_size samples steps tokens lr workers temperature
     max_shard_gb save_interval interval repeats rows limit num_layers hidden_size ffn_hidden_size num_attention_heads
-    num_query_groups vocab_size adam_eps processes nodes processes_per_node""".split()
+    num_query_groups vocab_size adam_eps top_k processes nodes processes_per_node""".split()
 )
 _NOT_NEGATIVE = frozenset(
     """min_lr warmup_steps weight_decay clip_grad validation_interval validation_samples seed first_sample fewshot
-    keep_last_layers loss_samples gpus_per_node save_seconds""".split()
+    keep_last_layers loss_samples gpus_per_node save_seconds cross_entropy""".split()
 )
 
 
@@ -558,6 +573,10 @@ def check(config: Any, prefix: str = "") -> None:
                 raise UserError(f"{name}={value} must be at least 0 and below 1")
             if f.name == "seed" and value >= 2**32:
                 raise UserError(f"{name}={value} must be below 2**32")
+            if f.name == "jsd_beta" and not 0 < value < 1:
+                raise UserError(
+                    f"{name}={value} must be above 0 and below 1: at either end the loss is 0 for any student"
+                )
             if f.name in _POSITIVE and not value > 0:
                 raise UserError(f"{name}={value} must be above 0")
             if f.name in _NOT_NEGATIVE and not value >= 0:
