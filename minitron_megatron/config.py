@@ -369,6 +369,43 @@ class DistillConfig(CommandConfig):
 
 
 @dataclass
+class CacheDataConfig(DataConfig):
+    """Tokenised text that a student is going to learn from."""
+
+    reset_attention_mask: bool = option(False, "as in the distillation: tokens see their own document only")
+
+
+@dataclass
+class CacheRunConfig:
+    """Which samples: those of a distillation with the same options."""
+
+    steps: int | None = option(None, "optimizer steps of the distillation (give steps or tokens)")
+    tokens: float | None = option(None, "tokens of the distillation (give steps or tokens)")
+    global_batch_size: int = option(8, "samples of an optimizer step of the distillation")
+    validation_samples: int = option(64, "samples of its validation; 0 for none")
+    micro_batch_size: int = option(1, "samples that run through the teacher at once")
+
+
+@dataclass
+class CacheOptions:
+    """What is kept of the teacher's answer to each token."""
+
+    top_k: int = option(1000, "log probabilities of so many of the most probable tokens, and the mass of the rest")
+    temperature: float = option(1.0, "softmax temperature of the distillation")
+
+
+@dataclass
+class CacheTeacherConfig(CommandConfig):
+    """The teacher's most probable tokens for every sample of a distillation, written once."""
+
+    teacher: ModelConfig = group(ModelConfig)
+    data: CacheDataConfig = group(CacheDataConfig)
+    trainer: CacheRunConfig = group(CacheRunConfig)
+    distill: CacheOptions = group(CacheOptions)
+    chunk_samples: int = option(64, "samples of a file: what a killed run does again at most, and what a process holds")
+
+
+@dataclass
 class EvaluateConfig(CommandConfig):
     """Perplexity of a model on a data folder."""
 
@@ -489,6 +526,7 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "merge_scores": MergeScoresConfig,
     "layers": LayersConfig,
     "prune": PruneConfig,
+    "cache_teacher": CacheTeacherConfig,
     "distill": DistillConfig,
     "evaluate": EvaluateConfig,
     "export_hf": ExportHfConfig,
@@ -544,7 +582,8 @@ def _nested(f: Any) -> bool:
 _POSITIVE = frozenset(
     """tensor pipeline context sequence_length micro_batch_size global_batch_size samples steps tokens lr workers temperature
     max_shard_gb save_interval interval repeats rows limit num_layers hidden_size ffn_hidden_size num_attention_heads
-    num_query_groups vocab_size adam_eps top_k processes nodes processes_per_node""".split()
+    num_query_groups vocab_size adam_eps top_k chunk_samples processes nodes
+    processes_per_node""".split()
 )
 _NOT_NEGATIVE = frozenset(
     """min_lr warmup_steps weight_decay clip_grad validation_interval validation_samples seed first_sample fewshot
