@@ -34,6 +34,7 @@ from minitron_megatron.importance.variants import contiguous_blocks
 from minitron_megatron.models.axes import Place, axis_table, slots, tensor_parallel_keep
 from minitron_megatron.models.build import build_model_chunks
 from minitron_megatron.models.forward import forward_only
+from minitron_megatron.models.objective import NextToken
 from minitron_megatron.parallel.layout import Layout, model_parallel
 from minitron_megatron.prune.live import Side, cut_live, local_tensors
 from minitron_megatron.prune.plan import read_plan
@@ -115,14 +116,18 @@ def _placed(shape, chunks, values):
 
 
 def trainer(
-    teacher: str, student: str, layout: dict, micro_batch_size: int, engine: str = "auto", optimizer: bool = False
+    teacher: str | None,
+    student: str,
+    layout: dict,
+    micro_batch_size: int,
+    engine: str = "auto",
+    optimizer: bool = False,
 ):
-    """A Trainer that distills, with gradients reduced over all data-parallel ranks in full."""
+    """A Trainer that distills, or predicts the next token where there is no teacher; gradients are reduced in full."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
     from minitron_megatron.train.optimizer import wrap_and_optimize
 
-    _, frozen = build(teacher, layout, engine)
     folder, chunks = build(student, layout, engine)
     cfg = DistillConfig(
         output="",
@@ -138,8 +143,11 @@ def trainer(
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads
     full = full_layout(layout)
-    pair = Teacher(frozen, pipelined=full.pipeline > 1)
-    return folder, Trainer(wrapped, made, Distillation(pair, cfg.distill, folder.shape.vocab_size), full, cfg)
+    vocabulary, objective = folder.shape.vocab_size, NextToken(folder.shape.vocab_size)
+    if teacher is not None:
+        _, frozen = build(teacher, layout, engine)
+        objective = Distillation(Teacher(frozen, pipelined=full.pipeline > 1), cfg.distill, vocabulary)
+    return folder, Trainer(wrapped, made, objective, full, cfg)
 
 
 def logits_of_documents(path: str, tokens: torch.Tensor, documents: torch.Tensor, layout: dict) -> torch.Tensor | None:
@@ -161,7 +169,7 @@ class Tokens:
 
 
 def loss_and_gradients(
-    teacher: str, student: str, tokens: torch.Tensor, layout: dict, micro_batch_size: int, engine: str = "auto"
+    teacher: str | None, student: str, tokens: torch.Tensor, layout: dict, micro_batch_size: int, engine: str = "auto"
 ):
     """(mean loss, {name: (global indices, gradient of the mean loss)})."""
     folder, trained = trainer(teacher, student, layout, micro_batch_size, engine)
