@@ -356,16 +356,29 @@ class PruneConfig(CommandConfig):
 
 
 @dataclass
-class DistillConfig(CommandConfig):
+class TrainingConfig(CommandConfig):
+    """What every command that trains has."""
+
+    data: TrainingDataConfig = group(TrainingDataConfig)
+    trainer: TrainerConfig = group(TrainerConfig)
+    optim: OptimConfig = group(OptimConfig)
+    logger: LoggerConfig = group(LoggerConfig)
+
+
+@dataclass
+class CorrectTeacherConfig(TrainingConfig):
+    """The teacher is fine-tuned on the data of the distillation first (arXiv 2408.11796, section 2)."""
+
+    model: ModelConfig = group(ModelConfig)
+
+
+@dataclass
+class DistillConfig(TrainingConfig):
     """A student learns from its teacher."""
 
     teacher: ModelConfig = group(ModelConfig)
     student: ModelConfig = group(ModelConfig)
-    data: TrainingDataConfig = group(TrainingDataConfig)
-    trainer: TrainerConfig = group(TrainerConfig)
-    optim: OptimConfig = group(OptimConfig)
     distill: DistillOptions = group(DistillOptions)
-    logger: LoggerConfig = group(LoggerConfig)
 
 
 @dataclass
@@ -527,6 +540,7 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "layers": LayersConfig,
     "prune": PruneConfig,
     "cache_teacher": CacheTeacherConfig,
+    "correct_teacher": CorrectTeacherConfig,
     "distill": DistillConfig,
     "evaluate": EvaluateConfig,
     "export_hf": ExportHfConfig,
