@@ -219,6 +219,9 @@ class DistillOptions:
         ("bucket", "renormalize"),
     )
     cross_entropy: float = option(0.0, "weight of the labels' cross entropy, added to the distance")
+    cache: str | None = option(
+        None, "answers of the teacher on disk (the output of cache_teacher), which then need not run; needs topk_kl"
+    )
 
 
 @dataclass

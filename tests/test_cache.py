@@ -1,6 +1,7 @@
 """A cached teacher: what comes back from disk, what damage does, the same cache from any layout and after a kill."""
 
 import hashlib
+import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,13 +15,20 @@ from minitron_megatron.config import (
     CacheOptions,
     CacheRunConfig,
     CacheTeacherConfig,
+    DistillConfig,
+    DistillOptions,
+    LoggerConfig,
+    ModelConfig,
+    OptimConfig,
     ParallelConfig,
+    TrainerConfig,
 )
 from minitron_megatron.distill import cache_teacher as command
 from minitron_megatron.distill.cache import Cache, Contents, write_chunk
 from minitron_megatron.distill.losses import TopK
 from minitron_megatron.errors import UserError
-from tests.tiny import data_folder, hf_model, imported, model_option
+from minitron_megatron.train.distill import distill
+from tests.tiny import data_folder, data_option, hf_model, imported, model_option
 
 LENGTH = 32
 SMALL = Contents("model", "data", 1, 5, False, 128256, 1.0, 4, train=7, validation=2, chunk_samples=3)
@@ -114,8 +122,9 @@ def test_another_folder_is_no_cache(tmp_path):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Folder with a teacher and data."""
+    """Folder with a teacher, a smaller student, and data."""
     folder = tmp_path_factory.mktemp("sources")
+    imported(hf_model(1, hidden_size=24, intermediate_size=24), folder / "student")
     data_folder(folder, imported(hf_model(0), folder / "teacher"))
     return folder
 
@@ -128,8 +137,7 @@ def options(sources: Path, output: Path, layout: dict | None = None, **changes) 
         teacher=model_option(sources / "teacher" / "model"),
         data=CacheDataConfig(path=str(sources / "data"), sequence_length=LENGTH),
         trainer=CacheRunConfig(steps=5, global_batch_size=4, validation_samples=3, micro_batch_size=3),
-        distill=CacheOptions(top_k=20, temperature=1.5),
-        **{"chunk_samples": 4, **changes},
+        **{"distill": CacheOptions(top_k=20, temperature=1.5), "chunk_samples": 4, **changes},
     )
 
 
@@ -237,6 +245,98 @@ def test_a_cache_is_verified_like_any_folder(made, tmp_path):
     damaged(tmp_path / "cache", "-1")
     with pytest.raises(UserError, match="is damaged: its files differ"):
         verify_files(tmp_path / "cache", digest)
+
+
+# A student that learns from it
+
+
+def distillation(sources: Path, output: Path, layout: dict | None = None, **loss) -> DistillConfig:
+    """Five steps over the samples of `options`, in other micro-batches."""
+    return DistillConfig(
+        output=str(output),
+        parallel=ParallelConfig(**(layout or {})),
+        teacher=ModelConfig() if "cache" in loss else model_option(sources / "teacher" / "model"),
+        student=model_option(sources / "student" / "model"),
+        data=data_option(sources / "data", LENGTH),
+        trainer=TrainerConfig(steps=5, global_batch_size=4, micro_batch_size=2, validation_samples=3),
+        optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
+        distill=DistillOptions(**loss),
+        logger=LoggerConfig(wandb="disabled"),
+    )
+
+
+def figures(run: Path, name: str = "loss") -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line[name] for line in lines if name in line]
+
+
+TOP_20 = {"loss": "topk_kl", "top_k": 20, "temperature": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [(2, {"tensor": 2, "sequence": True}), (4, {"pipeline": 2})], ids=lambda value: str(value)
+)
+def test_a_cached_teacher_is_as_good_as_the_same_top_k_online(gloo, sources, made, tmp_path, ranks, layout):
+    """To what float16 keeps, over five steps and in a validation, in layouts that the cache knows nothing of."""
+    gloo(1, distill, distillation(sources, tmp_path / "online", **TOP_20))
+    gloo(ranks, distill, distillation(sources, tmp_path / "cached", layout, **TOP_20, cache=str(made)))
+    found, wanted = figures(tmp_path / "cached"), figures(tmp_path / "online")
+    assert len(found) == 5 and found == pytest.approx(wanted, rel=2e-3)
+    for name in ("grad_norm", "validation_perplexity"):
+        assert figures(tmp_path / "cached", name) == pytest.approx(figures(tmp_path / "online", name), rel=5e-3)
+
+
+def test_a_cache_of_the_whole_vocabulary_gives_the_whole_divergence(gloo, sources, tmp_path):
+    """With nothing outside K, the figures of a run with the teacher beside the student and forward KL, validations too."""
+    whole = options(sources, tmp_path / "cache", distill=CacheOptions(top_k=300))
+    gloo(1, command.cache_teacher, whole)
+    gloo(1, distill, distillation(sources, tmp_path / "online"))
+    cached = {"loss": "topk_kl", "top_k": 300, "cache": str(tmp_path / "cache")}
+    gloo(1, distill, distillation(sources, tmp_path / "cached", **cached))
+    for name in ("loss", "validation_loss", "validation_perplexity"):
+        assert figures(tmp_path / "cached", name) == pytest.approx(figures(tmp_path / "online", name), rel=2e-3)
+
+
+def test_cross_entropy_is_mixed_in_by_its_weight(gloo, sources, made, tmp_path):
+    gloo(1, distill, distillation(sources, tmp_path / "run", **TOP_20, cache=str(made), cross_entropy=0.25))
+    losses, parts = figures(tmp_path / "run"), zip(*(figures(tmp_path / "run", n) for n in PARTS), strict=True)
+    assert losses == pytest.approx([divergence + 0.25 * labels for divergence, labels in parts], rel=1e-6)
+    gloo(1, distill, distillation(sources, tmp_path / "without", **TOP_20, cache=str(made)))
+    assert figures(tmp_path / "run", "divergence")[0] == figures(tmp_path / "without")[0]
+    assert figures(tmp_path / "run", "cross_entropy")[-1] < figures(tmp_path / "run", "cross_entropy")[0]
+
+
+PARTS = ("divergence", "cross_entropy")
+
+
+def test_a_cache_of_something_else_is_refused(sources, made, tmp_path):
+    """In one line, before anything is written."""
+    cfg = distillation(sources, tmp_path / "run", **TOP_20, cache=str(made))
+    loss, trainer = cfg.distill, cfg.trainer
+    data_folder(tmp_path / "other", sources / "teacher" / "model", documents=50)
+    other = imported(hf_model(3), tmp_path / "teacher")
+    for changed, says in (
+        (
+            {"distill": replace(loss, loss="forward_kl")},
+            "holds the top 20 log probabilities: give distill.loss=topk_kl",
+        ),
+        ({"distill": replace(loss, top_k=10)}, "was made with distill.top_k=20, this run has 10"),
+        ({"distill": replace(loss, temperature=1.0)}, "was made with distill.temperature=1.5, this run has 1.0"),
+        ({"distill": replace(loss, cache=str(sources / "data"))}, "data is not a teacher cache"),
+        ({"distill": replace(loss, cache=str(tmp_path / "none"))}, "none does not exist"),
+        ({"seed": 5}, "was made with seed=1234, this run has 5: they must be the same"),
+        ({"data": data_option(tmp_path / "other" / "data", LENGTH)}, "was made of other data than data.path="),
+        ({"data": data_option(sources / "data", 16)}, "was made with data.sequence_length=32, this run has 16"),
+        ({"data": replace(cfg.data, reset_attention_mask=True)}, "with data.reset_attention_mask=False, this run has"),
+        ({"teacher": model_option(other)}, "was made with another teacher than teacher=: leave it out"),
+        ({"trainer": replace(trainer, steps=6)}, "has 20 train samples, this run takes 24: make a longer cache"),
+        ({"trainer": replace(trainer, validation_samples=4)}, "has 3 validation samples, this run takes 4"),
+    ):
+        with pytest.raises(UserError, match=says) as error:
+            distill(replace(cfg, **changed))
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+    distill(replace(cfg, teacher=model_option(sources / "teacher" / "model"), dry_run=True))
 
 
 def test_impossible_caches_are_refused(sources, tmp_path, capsys):

@@ -23,7 +23,9 @@ import json
 import math
 import os
 import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
@@ -34,10 +36,12 @@ import safetensors
 import torch
 from safetensors.numpy import save
 
-from minitron_megatron.checkpoints.folder import read_manifest
+from minitron_megatron.checkpoints.folder import read_manifest, verify_files
 from minitron_megatron.data.datasets import Data
 from minitron_megatron.distill.losses import Divergence, TopK
 from minitron_megatron.errors import UserError
+from minitron_megatron.models.forward import Batch
+from minitron_megatron.parallel import collectives
 
 SPLITS = ("train", "validation")
 _ENDING = ".safetensors"
@@ -206,6 +210,18 @@ class Cache:
         scale = torch.log1p(-rest) - log_probs.logsumexp(-1)
         return TopK(ids, log_probs + scale[..., None], rest)
 
+    def verify(self) -> None:
+        """Read every file on rank 0 and compare with the digest. Raises UserError on every rank."""
+        problem = None
+        if collectives.is_rank_zero():
+            try:
+                verify_files(self.path, self.digest)
+            except UserError as error:
+                problem = str(error)
+        problem = collectives.broadcast_object(problem)
+        if problem is not None:
+            raise UserError(problem)
+
     def check(
         self,
         *,
@@ -252,6 +268,35 @@ class Cache:
                 raise UserError(
                     f"{name} has {getattr(has, split)} {split} samples, this run takes {needed}: make a longer cache"
                 )
+
+
+class CachedTeacher:
+    """A teacher that has answered before: in a `Teacher`'s place, with the top K for logits and nothing to run.
+
+    The next micro-batch is read and checked while the model is busy with this one.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self._thread = ThreadPoolExecutor(1)
+        self._coming: deque[list[int]] = deque()
+        self._next: Future[TopK] | None = None
+
+    def run_ahead(self, batches: Sequence[Batch]) -> None:
+        """Note which samples come, in order; samples that only fill a round up are read as sample 0."""
+        self._coming, self._next = deque(batch["number"].clamp_min(0).tolist() for batch in batches), None
+
+    def targets(self, batch: Batch, split: str) -> TopK:
+        """The top K of the next micro-batch in order, [s, b, K] on its device; `batch` is that micro-batch.
+
+        With context parallelism of this rank's share of each sequence, which its position ids name.
+        """
+        numbers = self._coming.popleft()
+        answers = self.cache.of_samples(numbers, split) if self._next is None else self._next.result()
+        self._next = self._thread.submit(self.cache.of_samples, self._coming[0], split) if self._coming else None
+        places = batch["position_ids"][0].cpu()
+        device = batch["tokens"].device
+        return TopK(*(part[:, places].transpose(0, 1).to(device) for part in answers))
 
 
 def _read(folder: Path, contents: Contents, chunk: Chunk, numbers: Sequence[int]) -> tuple[np.ndarray, ...]:

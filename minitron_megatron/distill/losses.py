@@ -114,13 +114,6 @@ def cross_entropy(student: torch.Tensor, labels: torch.Tensor, *, vocab_size: in
     return _sparse(student, TopK(labels[..., None], certain[..., None], certain), _ONE_HOT, vocab_size, group)
 
 
-def vocab_parallel_kl(
-    student: torch.Tensor, teacher: torch.Tensor, *, vocab_size: int, temperature: float = 1.0, group: Any
-) -> torch.Tensor:
-    """Forward KL divergence of the full softmax, per token: `divergence` of its default kind."""
-    return divergence(student, teacher, Divergence(temperature=temperature), vocab_size=vocab_size, group=group)
-
-
 def top_k(logits: torch.Tensor, k: int, *, vocab_size: int, temperature: float = 1.0, group: Any) -> TopK:
     """The K most probable tokens over the whole vocabulary, without a gradient.
 
