@@ -102,7 +102,9 @@ def cache_teacher(cfg: CacheTeacherConfig) -> None:
                 "seconds": round(seconds, 2),
                 "tokens_per_second": round((tokens - written) / seconds),
             }
-        print_table(f"{cfg.output}: a teacher's cache", ["", "value"], list(out.results.items()))
+        shown = ("train", "validation", "top_k", "tokens", "seconds", "tokens_per_second")
+        rows = [[name, out.results[name]] for name in shown] + [["GiB", contents.total_bytes / 2**30]]
+        print_table(f"{cfg.output}: a teacher's cache", ["", "value"], rows)
 
 
 def check_teacher(cfg: CacheTeacherConfig, folder: ModelFolder, layout: Layout) -> None:
