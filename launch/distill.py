@@ -6,7 +6,7 @@ from minitron_megatron.launcher import command
 
 def main(cfg: DistillConfig) -> None:
     """Heavy imports wait until the options are checked."""
-    from minitron_megatron.train.run import distill
+    from minitron_megatron.train.distill import distill
 
     distill(cfg)
 

@@ -33,7 +33,8 @@ from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout, pick_device, world_size_from_env
 from minitron_megatron.prune.select import target_shape
 from minitron_megatron.stages import Stages, program_of, start_words, write_json
-from minitron_megatron.train.run import check_pair, number_of_steps
+from minitron_megatron.train.distill import check_pair
+from minitron_megatron.train.run import number_of_steps
 
 # Each stage's command and its folder, in order.
 FOLDERS = {"importance": "scores", "prune": "pruned", "distill": "distilled", "evaluate": "evaluation"}

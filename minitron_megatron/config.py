@@ -201,9 +201,27 @@ class CalibrationConfig:
 
 @dataclass
 class DistillOptions:
-    """The distillation loss: forward KL of the full softmax (arXiv 2407.14679, section 3)."""
+    """The distillation loss: forward KL of the full softmax unless told otherwise (docs/distillation.md)."""
 
+    loss: str = option(
+        "forward_kl",
+        "distance of the student's distribution from the teacher's, per token",
+        ("forward_kl", "reverse_kl", "jsd", "topk_kl"),
+    )
     temperature: float = option(1.0, "softmax temperature of teacher and student")
+    jsd_beta: float = option(
+        0.5, "jsd: the teacher's share of the mixture, between 0 (as forward KL) and 1 (as reverse)"
+    )
+    top_k: int = option(1000, "topk_kl: how many of the teacher's most probable tokens")
+    top_k_rest: str = option(
+        "bucket",
+        "topk_kl: the teacher's other tokens are one class (bucket), or left out and the K scaled up (renormalize)",
+        ("bucket", "renormalize"),
+    )
+    cross_entropy: float = option(0.0, "weight of the labels' cross entropy, added to the distance")
+    cache: str | None = option(
+        None, "answers of the teacher on disk (the output of cache_teacher), which then need not run; needs topk_kl"
+    )
 
 
 @dataclass
@@ -341,16 +359,66 @@ class PruneConfig(CommandConfig):
 
 
 @dataclass
-class DistillConfig(CommandConfig):
+class TrainingConfig(CommandConfig):
+    """What every command that trains has."""
+
+    data: TrainingDataConfig = group(TrainingDataConfig)
+    trainer: TrainerConfig = group(TrainerConfig)
+    optim: OptimConfig = group(OptimConfig)
+    logger: LoggerConfig = group(LoggerConfig)
+
+
+@dataclass
+class CorrectTeacherConfig(TrainingConfig):
+    """The teacher is fine-tuned on the data of the distillation first (arXiv 2408.11796, section 2)."""
+
+    model: ModelConfig = group(ModelConfig)
+
+
+@dataclass
+class DistillConfig(TrainingConfig):
     """A student learns from its teacher."""
 
     teacher: ModelConfig = group(ModelConfig)
     student: ModelConfig = group(ModelConfig)
-    data: TrainingDataConfig = group(TrainingDataConfig)
-    trainer: TrainerConfig = group(TrainerConfig)
-    optim: OptimConfig = group(OptimConfig)
     distill: DistillOptions = group(DistillOptions)
-    logger: LoggerConfig = group(LoggerConfig)
+
+
+@dataclass
+class CacheDataConfig(DataConfig):
+    """Tokenised text that a student is going to learn from."""
+
+    reset_attention_mask: bool = option(False, "as in the distillation: tokens see their own document only")
+
+
+@dataclass
+class CacheRunConfig:
+    """Which samples: those of a distillation with the same options."""
+
+    steps: int | None = option(None, "optimizer steps of the distillation (give steps or tokens)")
+    tokens: float | None = option(None, "tokens of the distillation (give steps or tokens)")
+    global_batch_size: int = option(8, "samples of an optimizer step of the distillation")
+    validation_samples: int = option(64, "samples of its validation; 0 for none")
+    micro_batch_size: int = option(1, "samples that run through the teacher at once")
+
+
+@dataclass
+class CacheOptions:
+    """What is kept of the teacher's answer to each token."""
+
+    top_k: int = option(1000, "log probabilities of so many of the most probable tokens, and the mass of the rest")
+    temperature: float = option(1.0, "softmax temperature of the distillation")
+
+
+@dataclass
+class CacheTeacherConfig(CommandConfig):
+    """The teacher's most probable tokens for every sample of a distillation, written once."""
+
+    teacher: ModelConfig = group(ModelConfig)
+    data: CacheDataConfig = group(CacheDataConfig)
+    trainer: CacheRunConfig = group(CacheRunConfig)
+    distill: CacheOptions = group(CacheOptions)
+    chunk_samples: int = option(64, "samples of a file: what a killed run does again at most, and what a process holds")
 
 
 @dataclass
@@ -474,6 +542,8 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "merge_scores": MergeScoresConfig,
     "layers": LayersConfig,
     "prune": PruneConfig,
+    "cache_teacher": CacheTeacherConfig,
+    "correct_teacher": CorrectTeacherConfig,
     "distill": DistillConfig,
     "evaluate": EvaluateConfig,
     "export_hf": ExportHfConfig,
@@ -529,11 +599,12 @@ def _nested(f: Any) -> bool:
 _POSITIVE = frozenset(
     """tensor pipeline context sequence_length micro_batch_size global_batch_size samples steps tokens lr workers temperature
     max_shard_gb save_interval interval repeats rows limit num_layers hidden_size ffn_hidden_size num_attention_heads
-    num_query_groups vocab_size adam_eps processes nodes processes_per_node""".split()
+    num_query_groups vocab_size adam_eps top_k chunk_samples processes nodes
+    processes_per_node""".split()
 )
 _NOT_NEGATIVE = frozenset(
     """min_lr warmup_steps weight_decay clip_grad validation_interval validation_samples seed first_sample fewshot
-    keep_last_layers loss_samples gpus_per_node save_seconds""".split()
+    keep_last_layers loss_samples gpus_per_node save_seconds cross_entropy""".split()
 )
 
 
@@ -558,6 +629,10 @@ def check(config: Any, prefix: str = "") -> None:
                 raise UserError(f"{name}={value} must be at least 0 and below 1")
             if f.name == "seed" and value >= 2**32:
                 raise UserError(f"{name}={value} must be below 2**32")
+            if f.name == "jsd_beta" and not 0 < value < 1:
+                raise UserError(
+                    f"{name}={value} must be above 0 and below 1: at either end the loss is 0 for any student"
+                )
             if f.name in _POSITIVE and not value > 0:
                 raise UserError(f"{name}={value} must be above 0")
             if f.name in _NOT_NEGATIVE and not value >= 0:

@@ -19,7 +19,7 @@
 set -euo pipefail
 
 # What to change: folders on storage that every node sees; common.sh has the rest (container or environment, logs).
-TEACHER=${TEACHER:?folder of the teacher}
+TEACHER=${TEACHER:?folder of the corrected teacher, from slurm/correct_teacher.sh}
 STUDENT=${STUDENT:?folder of the pruned student, from slurm/prune_4b.sh}
 DATA=${DATA:?data folder, from launch/prepare_data.py}
 OUTPUT=${OUTPUT:-outputs/distill_mn_8b}

@@ -25,6 +25,7 @@ from minitron_megatron.config import (
     TrainerConfig,
 )
 from minitron_megatron.data.datasets import Windows, open_data
+from minitron_megatron.distill.objective import Distillation
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.importance.layers import LayerMeasurement
 from minitron_megatron.importance.measure import aggregation, measure_statistics
@@ -33,10 +34,11 @@ from minitron_megatron.importance.variants import contiguous_blocks
 from minitron_megatron.models.axes import Place, axis_table, slots, tensor_parallel_keep
 from minitron_megatron.models.build import build_model_chunks
 from minitron_megatron.models.forward import forward_only
+from minitron_megatron.models.objective import NextToken
 from minitron_megatron.parallel.layout import Layout, model_parallel
 from minitron_megatron.prune.live import Side, cut_live, local_tensors
 from minitron_megatron.prune.plan import read_plan
-from minitron_megatron.train.loop import Distiller
+from minitron_megatron.train.loop import Trainer
 from minitron_megatron.train.run import publish
 from tests.tiny import data_option, model_option
 
@@ -113,15 +115,19 @@ def _placed(shape, chunks, values):
     return found
 
 
-def distiller(
-    teacher: str, student: str, layout: dict, micro_batch_size: int, engine: str = "auto", optimizer: bool = False
+def trainer(
+    teacher: str | None,
+    student: str,
+    layout: dict,
+    micro_batch_size: int,
+    engine: str = "auto",
+    optimizer: bool = False,
 ):
-    """A Distiller with gradients reduced over all data-parallel ranks in full."""
+    """A Trainer that distills, or predicts the next token where there is no teacher; gradients are reduced in full."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
     from minitron_megatron.train.optimizer import wrap_and_optimize
 
-    _, frozen = build(teacher, layout, engine)
     folder, chunks = build(student, layout, engine)
     cfg = DistillConfig(
         output="",
@@ -137,9 +143,11 @@ def distiller(
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads
     full = full_layout(layout)
-    return folder, Distiller(
-        wrapped, made, Teacher(frozen, pipelined=full.pipeline > 1), full, cfg, folder.shape.vocab_size
-    )
+    vocabulary, objective = folder.shape.vocab_size, NextToken(folder.shape.vocab_size)
+    if teacher is not None:
+        _, frozen = build(teacher, layout, engine)
+        objective = Distillation(Teacher(frozen, pipelined=full.pipeline > 1), cfg.distill, vocabulary)
+    return folder, Trainer(wrapped, made, objective, full, cfg)
 
 
 def logits_of_documents(path: str, tokens: torch.Tensor, documents: torch.Tensor, layout: dict) -> torch.Tensor | None:
@@ -161,12 +169,10 @@ class Tokens:
 
 
 def loss_and_gradients(
-    teacher: str, student: str, tokens: torch.Tensor, layout: dict, micro_batch_size: int, engine: str = "auto"
+    teacher: str | None, student: str, tokens: torch.Tensor, layout: dict, micro_batch_size: int, engine: str = "auto"
 ):
     """(mean loss, {name: (global indices, gradient of the mean loss)})."""
-    from minitron_megatron.parallel import collectives
-
-    folder, trained = distiller(teacher, student, layout, micro_batch_size, engine)
+    folder, trained = trainer(teacher, student, layout, micro_batch_size, engine)
     for chunk in trained.chunks:
         chunk.zero_grad_buffer()
     here = torch.cuda.current_device()
@@ -174,14 +180,14 @@ def loss_and_gradients(
         {name: tensor.to(here) for name, tensor in batch.items()}
         for batch in trained.micro_batches(Tokens(tokens), range(len(tokens)))
     ]
-    loss, count = collectives.sum_from_last_stage(trained.forward_backward(batches))
+    terms, _, _ = trained.forward_backward(batches)
     modules = [chunk.module for chunk in trained.chunks]
-    return loss / count, _placed(folder.shape, modules, lambda parameter: parameter.main_grad.float())
+    return terms["loss"], _placed(folder.shape, modules, lambda parameter: parameter.main_grad.float())
 
 
 def training_losses(teacher: str, student: str, tokens: torch.Tensor, layout: dict, micro_batch_size: int, steps: int):
     """(loss, gradient norm) of each of some optimizer steps of 8 samples."""
-    _, trained = distiller(teacher, student, layout, micro_batch_size, optimizer=True)
+    _, trained = trainer(teacher, student, layout, micro_batch_size, optimizer=True)
     results = [trained.train_step(step, steps, Tokens(tokens)) for step in range(steps)]
     return [(r.loss, r.grad_norm) for r in results]
 

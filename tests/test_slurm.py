@@ -197,10 +197,12 @@ def test_the_road_is_a_chain_of_jobs(cluster):
         "data": {"import"},
         "importance": {"data"},
         "prune": {"importance"},
-        "distill": {"prune"},
+        "correct teacher": {"data"},
+        "distill": {"prune", "correct teacher"},
         "evaluate": {"distill"},
         "export": {"distill"},
     }
     assert {name: job["NumNodes"][0] for name, job in jobs.items() if job["NumNodes"][0] != "1"} == {
+        "correct teacher": "2",
         "distill": "2",
     }

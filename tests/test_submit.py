@@ -57,6 +57,13 @@ def started(tmp_path):
     [
         ("distill_4b", {"TEACHER": "t", "STUDENT": "s", "DATA": "d"}, ("optim.lr=2e-4",), {"tokens": 94e9}),
         ("distill_mn_8b", {"TEACHER": "t", "STUDENT": "s", "DATA": "d"}, (), {"tokens": 380e9}),
+        ("correct_teacher", {"TEACHER": "t", "DATA": "d"}, (), {"tokens": 100e9}),
+        (
+            "correct_teacher",
+            {"TEACHER": "t", "DATA": "d", "RECIPE": "correct_mistral_nemo_12b"},
+            (),
+            {"tokens": 127e9, "global_batch_size": 768},
+        ),
         ("importance", {"MODEL": "m", "DATA": "d"}, ("importance.batch=mean",), {}),
         ("prune_4b", {"MODEL": "m", "SCORES": "s"}, (), {}),
         ("run", {}, ("evaluate", "model=m", "data.path=a b", "output=it's"), {}),

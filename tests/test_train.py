@@ -31,9 +31,10 @@ from minitron_megatron.evaluate.perplexity import evaluate
 from minitron_megatron.models.axes import slots
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train import checkpoint
-from minitron_megatron.train.loop import Distiller
+from minitron_megatron.train.distill import check_pair, distill
+from minitron_megatron.train.loop import Trainer
 from minitron_megatron.train.metrics import Metrics
-from minitron_megatron.train.run import check_pair, check_run_folder, distill, number_of_steps
+from minitron_megatron.train.run import check_run_folder, number_of_steps
 from tests.pool import WorkerError
 from tests.test_models import names
 from tests.tiny import data_folder, data_option, hf_model, imported, model_option
@@ -88,18 +89,18 @@ def exit_code(cfg: DistillConfig) -> int | None:
 
 def signalled(cfg: DistillConfig, number: int, step: int) -> int | None:
     """The same, while the last rank alone gets a signal in the middle of a step (from 0)."""
-    train_step = Distiller.train_step
+    train_step = Trainer.train_step
 
     def stepping(self, at, *rest):
         if at == step and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
             os.kill(os.getpid(), number)
         return train_step(self, at, *rest)
 
-    Distiller.train_step = stepping
+    Trainer.train_step = stepping
     try:
         return exit_code(cfg)
     finally:
-        Distiller.train_step = train_step
+        Trainer.train_step = train_step
 
 
 def killed_while_saving(cfg: DistillConfig, step: int) -> str:
@@ -182,7 +183,7 @@ def test_wandb_continues_the_run_of_the_folder(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     values = {"step": 1, "loss": 2.0, "tokens_per_second": 3.0}
     for start in (0, 1):
-        metrics = Metrics(tmp_path, LoggerConfig(wandb="auto"), {}, 2, start)
+        metrics = Metrics(tmp_path, LoggerConfig(wandb="auto"), {}, 2, start, "distill")
         metrics.add({**values, "step": start + 1})
         metrics.close()
     assert [given["mode"] for given in started] == ["offline", "online"]

@@ -1,9 +1,10 @@
 """One training step after another, through Megatron's schedules: any pipeline, any split of the batch, one result.
 
-    step:  micro-batches ─▶ teacher (ahead, or beside) ─▶ student forward and backward ─▶ sum over ranks ─▶ AdamW
+    step:  micro-batches ─▶ objective prepares ─▶ forward and backward ─▶ sums over ranks ─▶ AdamW
+                            (a teacher ahead)     (objective: terms)
 
-Every loss is a sum over tokens, divided once by the step's global token count, so it does not depend on how the batch was
-split over ranks and micro-batches.
+What is minimised is an objective's affair (models/objective.py). Every term is a sum over tokens, divided once by the step's
+global token count, so it does not depend on how the batch was split over ranks and micro-batches.
 """
 
 import math
@@ -16,12 +17,10 @@ from typing import Any
 
 import torch
 
-from minitron_megatron.config import DistillConfig
+from minitron_megatron.config import TrainingConfig
 from minitron_megatron.data.datasets import MicroBatches, Samples
-from minitron_megatron.distill.losses import vocab_parallel_kl
-from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.models.forward import Batch, attention_mask, forward_only
-from minitron_megatron.models.vocab_parallel import vocab_parallel_nll
+from minitron_megatron.models.objective import VALIDATION_TERMS, Objective, Terms
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.optimizer import set_learning_rate
@@ -33,24 +32,29 @@ VALIDATION_ROUND = 8
 
 @dataclass
 class StepResult:
-    """What a step did."""
+    """What a step did: the mean of every term over its tokens, by name, and the rest."""
 
-    loss: float
+    terms: dict[str, float]
     grad_norm: float
     lr: float
     tokens: int
     seconds: float
     stop: bool
 
+    @property
+    def loss(self) -> float:
+        """The term that carried the gradient."""
+        return self.terms["loss"]
 
-class Distiller:
-    """Student, teacher and optimizer of this rank."""
+
+class Trainer:
+    """Model, optimizer and objective of this rank."""
 
     def __init__(
-        self, chunks: list[Any], optimizer: Any, teacher: Teacher, layout: Layout, cfg: DistillConfig, vocab_size: int
+        self, chunks: list[Any], optimizer: Any, objective: Objective, layout: Layout, cfg: TrainingConfig
     ) -> None:
-        self.chunks, self.optimizer, self.teacher = chunks, optimizer, teacher
-        self.layout, self.cfg, self.vocab_size = layout, cfg, vocab_size
+        self.chunks, self.optimizer, self.objective = chunks, optimizer, objective
+        self.layout, self.cfg = layout, cfg
         self.stop_asked = False
 
     def micro_batches(self, samples: Samples, numbers: range) -> MicroBatches:
@@ -66,23 +70,35 @@ class Distiller:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self.forward_backward(batches)
+        terms, tokens, stop = self.forward_backward(batches, measure=self._measures(step, steps))
         lr = learning_rate(step, steps, self.cfg.optim)
         set_learning_rate(self.optimizer, lr, self.cfg.optim.weight_decay)
         _, grad_norm, _ = self.optimizer.step()
-        total, tokens, stop = collectives.sum_from_last_stage(sums, [float(self.stop_asked)])
-        seconds = time.monotonic() - began
-        return StepResult(total / tokens, float(grad_norm or 0.0), lr, int(tokens), seconds, stop > 0)
+        return StepResult(terms, float(grad_norm or 0.0), lr, tokens, time.monotonic() - began, stop)
 
-    def forward_backward(self, batches: list[Batch]) -> tuple[float, float]:
-        """Gradients of a step's micro-batches; gives the sums of loss and tokens seen on this (last) stage."""
+    def _measures(self, step: int, steps: int) -> bool:
+        """Whether the step's metrics are kept: only then is what merely informs computed."""
+        return (step + 1) % self.cfg.logger.interval == 0 or step + 1 == steps
+
+    def forward_backward(self, batches: list[Batch], *, measure: bool = False) -> tuple[dict[str, float], int, bool]:
+        """Gradients of a step's micro-batches.
+
+        Returns:
+            The mean of every term over all ranks' tokens, the number of those, and whether some rank was asked to stop;
+            the same on every rank.
+        """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        self.teacher.run_ahead(batches)
+        self.objective.prepare(batches)
+        names = self.objective.names(measure)
         size, length = batches[0]["tokens"].shape
         iterators = [iter(batches) for _ in self.chunks]
+
+        def step(data: Iterator[Batch], model: Any) -> tuple[Terms, Callable[..., Any]]:
+            return self._forward_step(next(data), model, names, measure)
+
         results = get_forward_backward_func()(
-            forward_step_func=self._forward_step,
+            forward_step_func=step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks,
             num_microbatches=len(batches),
@@ -90,66 +106,43 @@ class Distiller:
             micro_batch_size=size,
             forward_only=False,
         )
-        loss = sum(float(result["loss"]) for result in results)
-        return loss, sum(float(result["tokens"]) for result in results)
+        sums = torch.stack(results).sum(0).tolist() if results else [0.0] * (len(names) + 1)
+        *sums, tokens, stop = collectives.sum_from_last_stage(sums, [float(self.stop_asked)])
+        return {name: total / tokens for name, total in zip(names, sums, strict=True)}, int(tokens), stop > 0
 
-    def _forward_step(self, data: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-        batch = next(data)
-        out = model(
-            batch["tokens"],
-            batch["position_ids"],
-            attention_mask(batch),
-            output_processor=self._kl,
-            output_processor_context=batch,
-        )
+    def _forward_step(
+        self, batch: Batch, model: Any, names: tuple[str, ...], measure: bool
+    ) -> tuple[Any, Callable[..., Any]]:
+        """A stage's pass over a micro-batch, and what the last stage makes of its terms."""
 
-        def loss_func(per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        def processor(*, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, **_: Any) -> Terms:
+            return self.objective(hidden_states, output_layer, output_weight, batch, measure=measure)
+
+        def loss_func(terms: Terms) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             mask = batch["loss_mask"].t()
-            loss, tokens = (per_token * mask).sum(), mask.sum().int()
-            return loss, tokens, {"loss": loss.detach(), "tokens": tokens}
+            sums = [(terms[name].detach() * mask).sum(dtype=torch.float64) for name in names]
+            counted = torch.stack([*sums, mask.sum(dtype=torch.float64)])
+            return (terms["loss"] * mask).sum(), mask.sum().int(), counted
 
+        out = model(batch["tokens"], batch["position_ids"], attention_mask(batch), output_processor=processor)
         return out, loss_func
 
-    def _kl(
-        self, *, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, context: Batch, **_: Any
-    ) -> torch.Tensor:
-        """Per-token KL [s, b] of a micro-batch, on the last stage."""
-        from megatron.core import parallel_state as ps
-
-        teacher = self.teacher.logits(context)
-        student, _ = output_layer(hidden_states, weight=output_weight)
-        return vocab_parallel_kl(
-            student,
-            teacher,
-            vocab_size=self.vocab_size,
-            temperature=self.cfg.distill.temperature,
-            group=ps.get_tensor_model_parallel_group(),
-        )
-
     def validate(self, samples: Samples, count: int) -> dict[str, float]:
-        """Mean KL to the teacher and perplexity over the first `count` samples; the same figure in any layout."""
-        from megatron.core import parallel_state as ps
+        """Mean loss and perplexity over the first `count` samples; the same figures in any layout."""
 
-        group = ps.get_tensor_model_parallel_group()
-
-        def collect(
-            batch: Batch, *, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any
-        ) -> torch.Tensor:
-            logits, _ = output_layer(hidden_states, weight=output_weight)
-            teacher, mask = self.teacher.logits(batch), batch["loss_mask"].t()
-            kl = vocab_parallel_kl(logits, teacher, vocab_size=self.vocab_size, group=group)
-            nll = vocab_parallel_nll(logits, batch["labels"].t().contiguous(), vocab_size=self.vocab_size, group=group)
-            return torch.stack(((kl * mask).sum(), (nll * mask).sum(), mask.sum()))
+        def collect(batch: Batch, **last_stage: Any) -> torch.Tensor:
+            terms, mask = self.objective.validation(**last_stage, batch=batch), batch["loss_mask"].t()
+            return torch.stack([*((terms[name] * mask).sum() for name in VALIDATION_TERMS), mask.sum()])
 
         models = [chunk.module for chunk in self.chunks]
         batches = [_on_device(b) for b in self.micro_batches(samples, range(count))]
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(len(VALIDATION_TERMS) + 1, dtype=torch.float64)
         # The interleaved schedule takes whole multiples of its stages only.
         stages = self.layout.pipeline if self.layout.virtual_pipeline else 1
         at_once = math.ceil(VALIDATION_ROUND / stages) * stages
         for start in range(0, len(batches), at_once):
             part = batches[start : start + at_once]
-            self.teacher.run_ahead(part)
+            self.objective.prepare(part)
             collected = forward_only(
                 models,
                 part,
@@ -158,10 +151,10 @@ class Distiller:
                 sequence_length=self.cfg.data.sequence_length,
                 collect=collect,
             )
-            sums += sum((c.double().cpu() for c in collected), torch.zeros(3, dtype=torch.float64))
-        kl, nll, tokens = collectives.sum_from_last_stage(sums.tolist())
+            sums += sum((c.double().cpu() for c in collected), torch.zeros_like(sums))
+        loss, nll, tokens = collectives.sum_from_last_stage(sums.tolist())
         perplexity = float(torch.tensor(nll / tokens, dtype=torch.float64).exp())
-        return {"validation_loss": kl / tokens, "validation_perplexity": perplexity}
+        return {"validation_loss": loss / tokens, "validation_perplexity": perplexity}
 
 
 def _on_device(batch: Batch) -> Batch:
@@ -169,11 +162,11 @@ def _on_device(batch: Batch) -> Batch:
 
 
 @contextmanager
-def stop_on_signal(distiller: Distiller) -> Iterator[None]:
+def stop_on_signal(trainer: Trainer) -> Iterator[None]:
     """SIGTERM and SIGUSR1 (what Slurm sends before a limit) ask for a stop after the step that is running."""
 
     def ask(_: int, __: Any) -> None:
-        distiller.stop_asked = True
+        trainer.stop_asked = True
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:

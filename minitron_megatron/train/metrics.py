@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 class Metrics:
     """Takes one dictionary a step, with the key `step`, and shows and keeps it."""
 
-    def __init__(self, folder: Path, options: LoggerConfig, config: dict[str, Any], steps: int, start: int) -> None:
+    def __init__(
+        self, folder: Path, options: LoggerConfig, config: dict[str, Any], steps: int, start: int, title: str
+    ) -> None:
         self.active = speaks()
         self.interval, self.steps = options.interval, steps
         if not self.active:
@@ -43,7 +45,7 @@ class Metrics:
             console=screen,
             disable=not screen.is_terminal,
         )
-        self.task = self.bar.add_task("distill", total=steps, completed=start, loss="…", rate="…")
+        self.task = self.bar.add_task(title, total=steps, completed=start, loss="…", rate="…")
         self.bar.start()
         self.terminal, self.last_line = screen.is_terminal, 0.0
         self.began, self.first = time.monotonic(), start

@@ -1,12 +1,19 @@
-"""`launch/distill.py`: a run folder from first check to the published student.
+"""The life of a run folder, whatever is trained: from the first check to the published model.
+
+    check everything ──▶ train, or continue, ──▶ publish
+                         saving as it goes
 
 output/config.yaml, metrics.jsonl, checkpoints/, wandb/     while it trains; the same command continues it
-output/model/                                               the student as a model folder, when it is done
+output/model/                                               what was trained as a model folder, when it is done
+
+The commands (train/distill.py, train/correct_teacher.py) say in a `Recipe` which models there are and what is minimised.
 """
 
 import logging
 import math
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +24,19 @@ from minitron_megatron.checkpoints.folder import WEIGHTS, ModelFolder, load_yaml
 from minitron_megatron.checkpoints.hf import copy_companions, write_shape
 from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest, write_weights
-from minitron_megatron.config import DistillConfig, flat
+from minitron_megatron.config import ModelConfig, TrainingConfig, flat
 from minitron_megatron.console import print_table
 from minitron_megatron.data.datasets import Data, DocumentMasks, Windows, open_data, training_samples, verify_data
-from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype, pick_engine
+from minitron_megatron.models.objective import Objective
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
 from minitron_megatron.train import checkpoint
-from minitron_megatron.train.loop import Distiller, StepResult, stop_on_signal
+from minitron_megatron.train.loop import StepResult, Trainer, stop_on_signal
 from minitron_megatron.train.metrics import Metrics
 from minitron_megatron.train.optimizer import check_optimizer, wrap_and_optimize
 
@@ -37,37 +44,54 @@ log = logging.getLogger(__name__)
 # What may differ between the command that began a run and the one that continues it.
 _MAY_CHANGE = frozenset({"parallel", "device", "resume", "verify", "dry_run", "output", "logger"})
 _MAY_GROW = frozenset({"trainer.steps", "trainer.tokens"})
+Shapes = Mapping[str, ModelShape]
 
 
-def distill(cfg: DistillConfig) -> None:
+@dataclass(frozen=True)
+class Recipe:
+    """What a command that trains has of its own.
+
+    Attributes:
+        verb: what is done to the model, as in "distill".
+        models: every model that takes part, by the name of its option.
+        trained: which of them is trained and published; the others are only read.
+        check: raises UserError when these models do not go together in a layout.
+        objective: what is minimised, made of the opened folders in a live layout.
+    """
+
+    verb: str
+    models: Mapping[str, ModelConfig]
+    trained: str
+    check: Callable[[Shapes, Layout], None]
+    objective: Callable[[Mapping[str, ModelFolder], Layout], Objective]
+
+
+def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
     """Check everything, train or continue, publish."""
     layout = Layout.from_config(cfg.parallel)
     steps = number_of_steps(cfg)
-    teacher_shape, student_shape = (
-        _shape(cfg.teacher, "teacher", cfg.dry_run),
-        _shape(cfg.student, "student", cfg.dry_run),
-    )
-    check_pair(teacher_shape, student_shape, cfg, layout)
+    shapes = {name: _shape(model, name, cfg.dry_run) for name, model in recipe.models.items()}
+    recipe.check(shapes, layout)
     run = Path(cfg.output)
     # A rehearsal of presets has no folders to look into.
-    if not (cfg.dry_run and None in (cfg.teacher.path, cfg.student.path)):
-        teacher, student, data = _inputs(cfg)
+    if not (cfg.dry_run and any(model.path is None for model in recipe.models.values())):
+        folders, data = _inputs(cfg, recipe)
         check_run_folder(run, cfg)
     device = pick_device(cfg.device)
     if cfg.dry_run:
-        _dry_run(cfg, layout, steps, teacher_shape, student_shape)
+        _dry_run(cfg, recipe, layout, steps, shapes)
         return
-    for name, model, shape in (("teacher", cfg.teacher, teacher_shape), ("student", cfg.student, student_shape)):
-        engine = pick_engine(model.engine, layout, model_dtype(shape, cfg.precision), device, name)
+    for name, model in recipe.models.items():
+        engine = pick_engine(model.engine, layout, model_dtype(shapes[name], cfg.precision), device, name)
         if engine == "te" and cfg.data.reset_attention_mask:
             raise UserError(f"data.reset_attention_mask needs Megatron's local layers: use {name}.engine=local")
     with parallel_job(layout, seed=cfg.seed, device=cfg.device) as job:
         check_optimizer(job.device)
         if cfg.verify:
-            verify_digest(teacher)
-            verify_digest(student)
+            for folder in folders.values():
+                verify_digest(folder)
             verify_data(data)
-        inputs = {"teacher": teacher.digest, "student": student.digest, "data": data.digest}
+        inputs = {**{name: folder.digest for name, folder in folders.items()}, "data": data.digest}
         with output_folder(
             run / "model", command=command_line(), config=resolved_config(cfg), inputs=inputs, resume=cfg.resume
         ) as out:
@@ -79,19 +103,20 @@ def distill(cfg: DistillConfig) -> None:
                     yaml.safe_dump(resolved_config(cfg), sort_keys=False), encoding="utf-8"
                 )
             collectives.barrier()
-            results = _train(cfg, layout, steps, teacher, student, data)
+            results = _train(cfg, recipe, layout, steps, folders, data)
             if results is None:
                 raise SystemExit(0)
             out.results = results
             latest = checkpoint.find_checkpoints(run / "checkpoints")[-1][1]
-            out.digest = publish(out.path / WEIGHTS, student_shape, latest)
+            source = folders[recipe.trained]
+            out.digest = publish(out.path / WEIGHTS, source.shape, latest)
             if collectives.is_rank_zero():
-                write_shape(out.path, student_shape)
-                copy_companions(student, out.path)
-        print_table(f"{run / 'model'}: distilled", ["", "value"], list(results.items()))
+                write_shape(out.path, source.shape)
+                copy_companions(source, out.path)
+        print_table(f"{run / 'model'}: {recipe.verb}ed", ["", "value"], list(results.items()))
 
 
-def number_of_steps(cfg: DistillConfig) -> int:
+def number_of_steps(cfg: TrainingConfig) -> int:
     """Optimizer steps of the run. Raises UserError unless just one of steps and tokens is given."""
     trainer = cfg.trainer
     if (trainer.steps is None) == (trainer.tokens is None):
@@ -101,38 +126,31 @@ def number_of_steps(cfg: DistillConfig) -> int:
     return math.ceil(trainer.tokens / (trainer.global_batch_size * cfg.data.sequence_length))
 
 
-def _shape(model: Any, name: str, dry_run: bool) -> ModelShape:
+def _shape(model: ModelConfig, name: str, dry_run: bool) -> ModelShape:
     if model.path is None and dry_run:
         return ModelShape.from_dict(model.sizes(name), name)
     return open_model_folder(model.folder(name)).shape
 
 
-def _inputs(cfg: DistillConfig) -> tuple[ModelFolder, ModelFolder, Data]:
-    """Teacher, student and data, checked to be whole and to go together. Raises UserError."""
-    teacher, student = (
-        open_model_folder(cfg.teacher.folder("teacher")),
-        open_model_folder(cfg.student.folder("student")),
-    )
-    check_weights(teacher)
-    check_weights(student)
+def _inputs(cfg: TrainingConfig, recipe: Recipe) -> tuple[dict[str, ModelFolder], Data]:
+    """Models and data, checked to be whole and to go together. Raises UserError."""
+    folders = {name: open_model_folder(model.folder(name)) for name, model in recipe.models.items()}
+    for folder in folders.values():
+        check_weights(folder)
+    shape = folders[recipe.trained].shape
     masks = DocumentMasks(cfg.data.reset_attention_mask, cfg.data.eod_mask_loss)
-    data = open_data(cfg.data.path, "train", student.shape, cfg.data.sequence_length, masks)
+    data = open_data(cfg.data.path, "train", shape, cfg.data.sequence_length, masks)
     if cfg.trainer.validation_samples:
-        open_data(cfg.data.path, "validation", student.shape, cfg.data.sequence_length)
-    return teacher, student, data
+        open_data(cfg.data.path, "validation", shape, cfg.data.sequence_length)
+    return folders, data
 
 
-def check_pair(teacher: ModelShape, student: ModelShape, cfg: DistillConfig, layout: Layout) -> None:
-    """Raise UserError when teacher, student, batch and layout do not go together."""
-    if teacher.vocab_size != student.vocab_size:
-        raise UserError(
-            f"teacher has a vocabulary of {teacher.vocab_size}, student of {student.vocab_size}: "
-            "logits can only be compared over the same one"
-        )
-    check_layout(teacher, layout, "the teacher")
-    check_layout(student, layout, "the student")
+def check_training(shapes: Shapes, cfg: TrainingConfig, layout: Layout) -> None:
+    """Raise UserError when models, batch and layout do not go together."""
+    for name, shape in shapes.items():
+        check_layout(shape, layout, f"the {name}")
     check_sequence(cfg.data.sequence_length, layout)
-    for name, shape in (("teacher", teacher), ("student", student)):
+    for name, shape in shapes.items():
         if cfg.data.sequence_length > shape.max_position_embeddings:
             raise UserError(
                 f"data.sequence_length={cfg.data.sequence_length} is above the {name}'s {shape.max_position_embeddings} positions"
@@ -150,7 +168,7 @@ def check_pair(teacher: ModelShape, student: ModelShape, cfg: DistillConfig, lay
         raise UserError(f"optim.min_lr={cfg.optim.min_lr} is above optim.lr={cfg.optim.lr}")
 
 
-def check_run_folder(run: Path, cfg: DistillConfig) -> None:
+def check_run_folder(run: Path, cfg: TrainingConfig) -> None:
     """Raise UserError when the output folder holds another run, or something else."""
     # A run killed in its first moments leaves this alone.
     if not run.exists() or {path.name for path in run.iterdir()} <= {".model.partial"}:
@@ -180,10 +198,15 @@ def check_run_folder(run: Path, cfg: DistillConfig) -> None:
 
 
 def _train(
-    cfg: DistillConfig, layout: Layout, steps: int, teacher: ModelFolder, student: ModelFolder, data: Data
+    cfg: TrainingConfig,
+    recipe: Recipe,
+    layout: Layout,
+    steps: int,
+    folders: Mapping[str, ModelFolder],
+    data: Data,
 ) -> dict[str, Any] | None:
     """Train to the last step and save; None when a signal stopped the run before (saved all the same)."""
-    distiller, start = _prepare(cfg, layout, teacher, student)
+    loop, start = _prepare(cfg, recipe, layout, folders)
     folder, trainer = Path(cfg.output) / "checkpoints", cfg.trainer
     length = cfg.data.sequence_length
     samples = training_samples(
@@ -191,27 +214,27 @@ def _train(
     )
     windows = Windows(data, "validation", length) if trainer.validation_samples else None
     count = min(len(windows), trainer.validation_samples) if windows is not None else 0
-    metrics = Metrics(Path(cfg.output), cfg.logger, resolved_config(cfg), steps, start)
+    metrics = Metrics(Path(cfg.output), cfg.logger, resolved_config(cfg), steps, start, recipe.verb)
     began, last, validation = time.monotonic(), None, {}
     try:
-        with stop_on_signal(distiller):
+        with stop_on_signal(loop):
             for step in range(start, steps):
-                last = distiller.train_step(step, steps, samples)
+                last = loop.train_step(step, steps, samples)
                 if not math.isfinite(last.loss):
                     raise UserError(f"step {step + 1}: the loss is {last.loss}; lower optim.lr or use precision=fp32")
                 metrics.add(_values(step + 1, last, length))
                 if count and trainer.validation_interval and (step + 1) % trainer.validation_interval == 0:
-                    validation = distiller.validate(windows, count)
+                    validation = loop.validate(windows, count)
                     metrics.add({"step": step + 1, **validation})
                 if last.stop or (step + 1) % trainer.save_interval == 0 or step + 1 == steps:
-                    checkpoint.save(folder, distiller.chunks, distiller.optimizer, step + 1)
+                    checkpoint.save(folder, loop.chunks, loop.optimizer, step + 1)
                 if last.stop and step + 1 < steps:
                     log.warning(
                         "a signal stopped the run at step %d of %d: the same command continues it", step + 1, steps
                     )
                     return None
             if count and not (trainer.validation_interval and steps % trainer.validation_interval == 0 and validation):
-                validation = distiller.validate(windows, count)
+                validation = loop.validate(windows, count)
                 metrics.add({"step": steps, **validation})
     finally:
         metrics.close()
@@ -222,30 +245,32 @@ def _train(
         "steps": steps,
         "tokens": steps * trainer.global_batch_size * length,
         "seconds_since_start": round(time.monotonic() - began, 1),
-        "parameters": count_parameters(student.shape),
+        "parameters": count_parameters(folders[recipe.trained].shape),
     }
 
 
-def _prepare(cfg: DistillConfig, layout: Layout, teacher: ModelFolder, student: ModelFolder) -> tuple[Distiller, int]:
-    """Both models on this rank, the optimizer, and the step to begin with."""
-    frozen = build_model_chunks(teacher.shape, layout, model_dtype(teacher.shape, cfg.precision), cfg.teacher.engine)
-    load_model(frozen, teacher)
-    chunks = build_model_chunks(student.shape, layout, model_dtype(student.shape, cfg.precision), cfg.student.engine)
-    load_model(chunks, student)
+def _prepare(
+    cfg: TrainingConfig, recipe: Recipe, layout: Layout, folders: Mapping[str, ModelFolder]
+) -> tuple[Trainer, int]:
+    """Objective, model and optimizer on this rank, and the step to begin with."""
+    objective = recipe.objective(folders, layout)
+    source = folders[recipe.trained]
+    dtype = model_dtype(source.shape, cfg.precision)
+    chunks = build_model_chunks(source.shape, layout, dtype, recipe.models[recipe.trained].engine)
+    load_model(chunks, source)
     wrapped, optimizer = wrap_and_optimize(chunks, cfg.optim)
     start = 0
     there = checkpoint.find_checkpoints(Path(cfg.output) / "checkpoints")
     if there:
         start = checkpoint.load(there[-1][1], wrapped, optimizer)
         log.info("continuing from step %d (%s)", start, there[-1][1])
-    pair = Teacher(frozen, pipelined=layout.pipeline > 1)
-    return Distiller(wrapped, optimizer, pair, layout, cfg, student.shape.vocab_size), start
+    return Trainer(wrapped, optimizer, objective, layout, cfg), start
 
 
 def _values(step: int, result: StepResult, length: int) -> dict[str, Any]:
     return {
         "step": step,
-        "loss": result.loss,
+        **result.terms,
         "lr": result.lr,
         "grad_norm": result.grad_norm,
         "tokens": result.tokens,
@@ -255,7 +280,7 @@ def _values(step: int, result: StepResult, length: int) -> dict[str, Any]:
 
 
 def publish(weights: Path, shape: ModelShape, saved: Path) -> str:
-    """Stream the student's weights out of a training checkpoint into a model folder's; gives their digest."""
+    """Stream the model's weights out of a training checkpoint into a model folder's; gives their digest."""
     reader = WeightReader(saved)
 
     def produce(chunk: Any) -> torch.Tensor:
@@ -264,23 +289,23 @@ def publish(weights: Path, shape: ModelShape, saved: Path) -> str:
     return write_weights(weights, shape, produce, "publish")
 
 
-def _dry_run(cfg: DistillConfig, layout: Layout, steps: int, teacher: ModelShape, student: ModelShape) -> None:
+def _dry_run(cfg: TrainingConfig, recipe: Recipe, layout: Layout, steps: int, shapes: Shapes) -> None:
     """What the run would be, by counting: nothing is built or written."""
     share = layout.tensor * layout.pipeline
-    mine, theirs = count_parameters(student) / share, count_parameters(teacher) / share
-    bf16 = model_dtype(student, cfg.precision) is torch.bfloat16
+    bf16 = model_dtype(shapes[recipe.trained], cfg.precision) is torch.bfloat16
     size = 2 if bf16 else 4
-    # Gradients are float32; master weights (bf16 only) and Adam's moments are spread over data- and context-parallel ranks.
-    gib = {
-        "student weights": mine * size,
-        "student gradients": mine * 4,
-        "optimizer": mine * (12 if bf16 else 8) / (layout.data * layout.context),
-        "teacher weights": theirs * size,
-    }
+    gib: dict[str, float] = {}
+    for name, shape in shapes.items():
+        mine = count_parameters(shape) / share
+        gib[f"{name} weights"] = mine * size
+        if name == recipe.trained:
+            # Gradients are float32. Master weights (bf16 only) and Adam's moments are spread over data- and context-parallel
+            # ranks.
+            gib[f"{name} gradients"] = mine * 4
+            gib["optimizer"] = mine * (12 if bf16 else 8) / (layout.data * layout.context)
     rows = [
         ["layout", f"tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}"],
-        ["teacher parameters", count_parameters(teacher)],
-        ["student parameters", count_parameters(student)],
+        *([f"{name} parameters", count_parameters(shape)] for name, shape in shapes.items()),
         ["steps", steps],
         ["tokens", steps * cfg.trainer.global_batch_size * cfg.data.sequence_length],
         [
@@ -289,4 +314,4 @@ def _dry_run(cfg: DistillConfig, layout: Layout, steps: int, teacher: ModelShape
         ],
         *([f"{name}, GiB a rank", value / 2**30] for name, value in gib.items()),
     ]
-    print_table("would be distilled (activations not counted)", ["", "value"], rows)
+    print_table(f"would be {recipe.verb}ed (activations not counted)", ["", "value"], rows)
