@@ -126,12 +126,33 @@ class OptimConfig:
     lr: float = option(1e-4, "peak learning rate")
     min_lr: float = option(1e-5, "learning rate at the end")
     warmup_steps: int = option(40, "steps of linear warm-up")
-    schedule: str = option("cosine", "decay after the warm-up", ("cosine", "linear", "constant"))
-    weight_decay: float = option(0.1, "decoupled weight decay of matrices (norms have none)")
+    warmup_tokens: float | None = option(None, "tokens of linear warm-up, in place of warmup_steps")
+    schedule: str = option(
+        "cosine",
+        "after the warm-up: decay to the end, none, or none but at the end (wsd)",
+        ("cosine", "linear", "constant", "wsd"),
+    )
+    decay_share: float = option(0.2, "wsd: share of the steps that the last decay takes")
+    decay_steps: int | None = option(None, "wsd: steps of the last decay, in place of decay_share")
+    decay_tokens: float | None = option(None, "wsd: tokens of the last decay, in place of decay_share")
+    decay_shape: str = option("1-sqrt", "wsd: how the last decay falls", ("1-sqrt", "linear"))
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices (norms and biases have none)")
+    decay_embeddings: bool = option(True, "weight decay of the embedding and output matrices too")
     adam_beta1: float = option(0.9, "decay of the first moment")
     adam_beta2: float = option(0.95, "decay of the second moment")
     adam_eps: float = option(1e-8, "added to the root of the second moment")
     clip_grad: float = option(1.0, "largest gradient norm; 0 for no clipping")
+
+
+@dataclass
+class GuardConfig:
+    """The loss spike guard: steps that are not taken."""
+
+    enabled: bool = option(True, "skip steps that spike; false: take all, and end with a loss that is not finite")
+    loss_factor: float = option(3.0, "skip a loss above so many times the running median; 0: unless not finite")
+    grad_norm_factor: float = option(10.0, "the same for the gradient norm before clipping")
+    window: int = option(64, "steps of the running median; no step is compared before there are so many")
+    stop_after: int = option(10, "end the run after so many skipped steps in a row")
 
 
 @dataclass
@@ -347,6 +368,7 @@ class TrainingConfig(CommandConfig):
     data: TrainingDataConfig = group(TrainingDataConfig)
     trainer: TrainerConfig = group(TrainerConfig)
     optim: OptimConfig = group(OptimConfig)
+    guard: GuardConfig = group(GuardConfig)
     logger: LoggerConfig = group(LoggerConfig)
 
 
@@ -543,10 +565,12 @@ def _nested(f: Any) -> bool:
 _POSITIVE = frozenset(
     """tensor pipeline context sequence_length micro_batch_size global_batch_size samples steps tokens lr workers temperature
     max_shard_gb save_interval interval repeats rows limit num_layers hidden_size ffn_hidden_size num_attention_heads
-    num_query_groups vocab_size adam_eps processes nodes processes_per_node""".split()
+    num_query_groups vocab_size adam_eps processes nodes processes_per_node decay_steps decay_tokens decay_share window
+    stop_after""".split()
 )
 _NOT_NEGATIVE = frozenset(
-    """min_lr warmup_steps weight_decay clip_grad validation_interval validation_samples seed first_sample fewshot
+    """min_lr warmup_steps warmup_tokens loss_factor grad_norm_factor weight_decay clip_grad validation_interval
+    validation_samples seed first_sample fewshot
     keep_last_layers loss_samples gpus_per_node save_seconds""".split()
 )
 

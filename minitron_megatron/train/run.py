@@ -38,6 +38,7 @@ from minitron_megatron.train import checkpoint
 from minitron_megatron.train.loop import StepResult, Trainer, stop_on_signal
 from minitron_megatron.train.metrics import Metrics
 from minitron_megatron.train.optimizer import check_optimizer, wrap_and_optimize
+from minitron_megatron.train.schedule import Schedule
 
 log = logging.getLogger(__name__)
 # What may differ between the command that began a run and the one that continues it.
@@ -122,7 +123,17 @@ def number_of_steps(cfg: TrainingConfig) -> int:
         raise UserError("give either trainer.steps= or trainer.tokens=")
     if trainer.steps is not None:
         return trainer.steps
-    return math.ceil(trainer.tokens / (trainer.global_batch_size * cfg.data.sequence_length))
+    return math.ceil(trainer.tokens / tokens_per_step(cfg))
+
+
+def tokens_per_step(cfg: TrainingConfig) -> int:
+    """Tokens of an optimizer step."""
+    return cfg.trainer.global_batch_size * cfg.data.sequence_length
+
+
+def schedule_of(cfg: TrainingConfig) -> Schedule:
+    """The learning rates of the run. Raises UserError."""
+    return Schedule.of_run(cfg.optim, number_of_steps(cfg), tokens_per_step(cfg))
 
 
 def _shape(model: ModelConfig, name: str, dry_run: bool) -> ModelShape:
@@ -163,8 +174,7 @@ def check_training(shapes: Shapes, cfg: TrainingConfig, layout: Layout) -> None:
             f"trainer.global_batch_size={batch} is not a multiple of {at_once} (trainer.micro_batch_size={micro} × "
             f"{layout.data} data-parallel ranks{stages}): use {' or '.join(map(str, fits))}"
         )
-    if cfg.optim.min_lr > cfg.optim.lr:
-        raise UserError(f"optim.min_lr={cfg.optim.min_lr} is above optim.lr={cfg.optim.lr}")
+    schedule_of(cfg)
 
 
 def check_run_folder(run: Path, cfg: TrainingConfig) -> None:
@@ -205,6 +215,7 @@ def _train(
     data: Data,
 ) -> dict[str, Any] | None:
     """Train to the last step and save; None when a signal stopped the run before (saved all the same)."""
+    schedule = schedule_of(cfg)
     loop, start = _prepare(cfg, recipe, layout, folders)
     folder, trainer = Path(cfg.output) / "checkpoints", cfg.trainer
     length = cfg.data.sequence_length
@@ -218,9 +229,7 @@ def _train(
     try:
         with stop_on_signal(loop):
             for step in range(start, steps):
-                last = loop.train_step(step, steps, samples)
-                if not math.isfinite(last.loss):
-                    raise UserError(f"step {step + 1}: the loss is {last.loss}; lower optim.lr or use precision=fp32")
+                last = loop.train_step(step, schedule, samples)
                 metrics.add(_values(step + 1, last, length))
                 if count and trainer.validation_interval and (step + 1) % trainer.validation_interval == 0:
                     validation = loop.validate(windows, count)
@@ -242,7 +251,7 @@ def _train(
         **done,
         **validation,
         "steps": steps,
-        "tokens": steps * trainer.global_batch_size * length,
+        "tokens": steps * tokens_per_step(cfg),
         "seconds_since_start": round(time.monotonic() - began, 1),
         "parameters": count_parameters(folders[recipe.trained].shape),
     }
@@ -306,7 +315,7 @@ def _dry_run(cfg: TrainingConfig, recipe: Recipe, layout: Layout, steps: int, sh
         ["layout", f"tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}"],
         *([f"{name} parameters", count_parameters(shape)] for name, shape in shapes.items()),
         ["steps", steps],
-        ["tokens", steps * cfg.trainer.global_batch_size * cfg.data.sequence_length],
+        ["tokens", steps * tokens_per_step(cfg)],
         [
             "micro-batches of a rank and step",
             cfg.trainer.global_batch_size // (cfg.trainer.micro_batch_size * layout.data),
