@@ -10,7 +10,7 @@ from minitron_megatron.distill.losses import vocab_parallel_kl
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.models.forward import Batch
 from minitron_megatron.models.objective import Terms
-from minitron_megatron.models.vocab_parallel import vocab_parallel_nll
+from minitron_megatron.models.vocab_parallel import vocab_parallel_argmax, vocab_parallel_entropy, vocab_parallel_nll
 
 
 class Distillation:
@@ -20,8 +20,8 @@ class Distillation:
         self.teacher, self.options, self.vocab_size = teacher, options, vocab_size
 
     def names(self, measure: bool) -> tuple[str, ...]:
-        """The divergence alone."""
-        return ("loss",)
+        """The divergence; measured, the teacher's entropy in nats and whether both would say the same token, too."""
+        return ("loss", "teacher_entropy", "agreement") if measure else ("loss",)
 
     def prepare(self, batches: Sequence[Batch]) -> None:
         """With a pipeline, the teacher runs these micro-batches first."""
@@ -30,10 +30,17 @@ class Distillation:
     def __call__(
         self, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, batch: Batch, *, measure: bool
     ) -> Terms:
-        """The divergence at the options' temperature."""
+        """The divergence at the options' temperature; the rest is of the distributions themselves."""
         teacher = self.teacher.logits(batch)
         student, _ = output_layer(hidden_states, weight=output_weight)
-        return {"loss": self._divergence(student, teacher, self.options.temperature)}
+        terms = {"loss": self._divergence(student, teacher, self.options.temperature)}
+        if measure:
+            over = {"vocab_size": self.vocab_size, "group": _tensor_group()}
+            terms["teacher_entropy"] = vocab_parallel_entropy(teacher, **over)
+            terms["agreement"] = (
+                vocab_parallel_argmax(teacher, **over) == vocab_parallel_argmax(student, **over)
+            ).float()
+        return terms
 
     def validation(self, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, batch: Batch) -> Terms:
         """The divergence at temperature 1, whatever is trained with, and the labels' negative log likelihood."""

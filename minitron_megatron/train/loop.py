@@ -43,6 +43,7 @@ class StepResult:
     lr: float
     tokens: int
     seconds: float
+    data_seconds: float
     taken: bool
     stop: bool
 
@@ -72,6 +73,7 @@ class Trainer:
         began = time.monotonic()
         size = self.cfg.trainer.global_batch_size
         batches = [_on_device(b) for b in self.micro_batches(samples, range(step * size, (step + 1) * size))]
+        data_seconds = time.monotonic() - began
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -82,7 +84,7 @@ class Trainer:
         if taken:
             set_learning_rate(self.optimizer, lr, self.cfg.optim.weight_decay)
             self.optimizer.step()
-        return StepResult(terms, grad_norm, lr, tokens, time.monotonic() - began, taken, stop)
+        return StepResult(terms, grad_norm, lr, tokens, time.monotonic() - began, data_seconds, taken, stop)
 
     def _measures(self, step: int, steps: int) -> bool:
         """Whether the step's metrics are kept: only then is what merely informs computed."""
