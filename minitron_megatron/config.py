@@ -115,6 +115,18 @@ class TrainerConfig:
     global_batch_size: int = option(8, "samples of an optimizer step, over all processes")
     micro_batch_size: int = option(1, "samples that run through the model at once")
     save_interval: int = option(100, "steps between checkpoints")
+    keep_last: int = option(2, "newest checkpoints to keep")
+    keep_best: bool = option(False, "save at the lowest validation loss so far, and keep that checkpoint too")
+    publish: str = option("last", "which checkpoint becomes output/model; best needs keep_best=true", ("last", "best"))
+    checkpoint_format: str = option(
+        "fully_reshardable",
+        "optimizer state: fully_reshardable continues in any layout; dp_reshardable copies nothing to the CPU, for frequent "
+        "saves, and continues in the same tensor and pipeline sizes only",
+        ("fully_reshardable", "dp_reshardable"),
+    )
+    time_limit_minutes: float | None = option(
+        None, "save and end with exit status 75 once so many minutes have passed since the start of the command"
+    )
     validation_interval: int = option(100, "steps between validations; 0 for none before the end")
     validation_samples: int = option(64, "samples of a validation; 0 for none")
 
@@ -126,12 +138,33 @@ class OptimConfig:
     lr: float = option(1e-4, "peak learning rate")
     min_lr: float = option(1e-5, "learning rate at the end")
     warmup_steps: int = option(40, "steps of linear warm-up")
-    schedule: str = option("cosine", "decay after the warm-up", ("cosine", "linear", "constant"))
-    weight_decay: float = option(0.1, "decoupled weight decay of matrices (norms have none)")
+    warmup_tokens: float | None = option(None, "tokens of linear warm-up, in place of warmup_steps")
+    schedule: str = option(
+        "cosine",
+        "after the warm-up: decay to the end, none, or none but at the end (wsd)",
+        ("cosine", "linear", "constant", "wsd"),
+    )
+    decay_share: float = option(0.2, "wsd: share of the steps that the last decay takes")
+    decay_steps: int | None = option(None, "wsd: steps of the last decay, in place of decay_share")
+    decay_tokens: float | None = option(None, "wsd: tokens of the last decay, in place of decay_share")
+    decay_shape: str = option("1-sqrt", "wsd: how the last decay falls", ("1-sqrt", "linear"))
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices (norms and biases have none)")
+    decay_embeddings: bool = option(True, "weight decay of the embedding and output matrices too")
     adam_beta1: float = option(0.9, "decay of the first moment")
     adam_beta2: float = option(0.95, "decay of the second moment")
     adam_eps: float = option(1e-8, "added to the root of the second moment")
     clip_grad: float = option(1.0, "largest gradient norm; 0 for no clipping")
+
+
+@dataclass
+class GuardConfig:
+    """The loss spike guard: steps that are not taken."""
+
+    enabled: bool = option(True, "skip steps that spike; false: take all, and end with a loss that is not finite")
+    loss_factor: float = option(3.0, "skip a loss above so many times the running median; 0: unless not finite")
+    grad_norm_factor: float = option(10.0, "the same for the gradient norm before clipping")
+    window: int = option(64, "steps of the running median; no step is compared before there are so many")
+    stop_after: int = option(10, "end the run after so many skipped steps in a row")
 
 
 @dataclass
@@ -141,7 +174,7 @@ class LoggerConfig:
     wandb: str = option("auto", "auto: online if logged in, else offline", ("auto", "online", "offline", "disabled"))
     project: str = option("minitron", "wandb project")
     name: str | None = option(None, "wandb run name; the output folder's name if not given")
-    interval: int = option(1, "steps between lines of metrics")
+    interval: int = option(1, "steps between lines of metrics, and between measurements that only inform")
 
 
 @dataclass
@@ -222,6 +255,23 @@ class DistillOptions:
     cache: str | None = option(
         None, "answers of the teacher on disk (the output of cache_teacher), which then need not run; needs topk_kl"
     )
+
+
+@dataclass
+class HardwareConfig:
+    """The GPUs of a cluster and what connects them (conf/cluster); what is not given is that of the GPU's preset."""
+
+    gpu: str | None = option(None, "kind of its GPUs; this machine's, else h100", ("a100", "h100", "h200", "gb200"))
+    gpus_per_node: int | None = option(None, "GPUs of a node; 0 for nodes without")
+    nvlink_gpus: int | None = option(None, "GPUs that reach one another over NVLink")
+    memory_gib: float | None = option(None, "memory of a GPU, GiB")
+    bf16_tflops: float | None = option(None, "peak of dense bfloat16 products, TFLOP/s")
+    fp8_tflops: float | None = option(None, "peak of dense FP8 products, TFLOP/s, where there are some")
+    fp32_tflops: float | None = option(None, "peak of float32 arithmetic without tensor cores, TFLOP/s")
+    memory_gb_s: float | None = option(None, "memory bandwidth of a GPU, GB/s")
+    nvlink_gb_s: float | None = option(None, "NVLink bandwidth of a GPU in one direction, GB/s")
+    network_gb_s: float | None = option(None, "network bandwidth of a GPU in one direction, GB/s")
+    efficiency: float | None = option(None, "share of the peak that a step reaches on one GPU, as measured")
 
 
 @dataclass
@@ -365,7 +415,9 @@ class TrainingConfig(CommandConfig):
     data: TrainingDataConfig = group(TrainingDataConfig)
     trainer: TrainerConfig = group(TrainerConfig)
     optim: OptimConfig = group(OptimConfig)
+    guard: GuardConfig = group(GuardConfig)
     logger: LoggerConfig = group(LoggerConfig)
+    cluster: HardwareConfig = group(HardwareConfig)
 
 
 @dataclass
@@ -481,10 +533,9 @@ class CompressConfig(CommandConfig):
 
 
 @dataclass
-class ClusterConfig:
-    """A cluster: what a job on it asks Slurm for, and how python is found on its nodes."""
+class ClusterConfig(HardwareConfig):
+    """A cluster: its hardware, what a job on it asks Slurm for, and how python is found on its nodes."""
 
-    gpu: str | None = option(None, "kind of its GPUs", ("a100", "h100", "h200", "gb200"))
     gpus_per_node: int = option(8, "GPUs of a node; 0 for nodes without")
     processes_per_node: int | None = option(None, "processes of a node; one a GPU if not given")
     partition: str | None = option(None, "partition; Slurm's default if not given")
@@ -599,12 +650,14 @@ def _nested(f: Any) -> bool:
 _POSITIVE = frozenset(
     """tensor pipeline context sequence_length micro_batch_size global_batch_size samples steps tokens lr workers temperature
     max_shard_gb save_interval interval repeats rows limit num_layers hidden_size ffn_hidden_size num_attention_heads
-    num_query_groups vocab_size adam_eps top_k chunk_samples processes nodes
-    processes_per_node""".split()
+    num_query_groups vocab_size adam_eps top_k chunk_samples processes nodes processes_per_node decay_steps decay_tokens
+    decay_share window stop_after keep_last time_limit_minutes world_size nvlink_gpus memory_gib bf16_tflops fp8_tflops
+    fp32_tflops memory_gb_s nvlink_gb_s network_gb_s efficiency""".split()
 )
 _NOT_NEGATIVE = frozenset(
-    """min_lr warmup_steps weight_decay clip_grad validation_interval validation_samples seed first_sample fewshot
-    keep_last_layers loss_samples gpus_per_node save_seconds cross_entropy""".split()
+    """min_lr warmup_steps warmup_tokens loss_factor grad_norm_factor weight_decay clip_grad validation_interval
+    validation_samples seed first_sample fewshot keep_last_layers loss_samples gpus_per_node save_seconds
+    cross_entropy""".split()
 )
 
 

@@ -25,6 +25,7 @@ from minitron_megatron.checkpoints.folder import MANIFEST
 from minitron_megatron.config import CompressConfig
 from minitron_megatron.console import console
 from minitron_megatron.errors import UserError
+from minitron_megatron.parallel.torchrun import REQUEUE
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN_PORT = 29500
@@ -124,6 +125,9 @@ class Stages:
             status, reason = run_program(
                 [program_of(program) or program, *start, str(ROOT / file), *options], processes
             )
+            if status == REQUEUE:
+                console().print(f"{name}: saved before its end; the same command continues it", markup=False)
+                raise SystemExit(REQUEUE)
             if status:
                 reason = reason or f"ended with status {status}; mend what it says and run the same command again"
                 raise UserError(f"{name}: {reason}")

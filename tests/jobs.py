@@ -40,6 +40,7 @@ from minitron_megatron.prune.live import Side, cut_live, local_tensors
 from minitron_megatron.prune.plan import read_plan
 from minitron_megatron.train.loop import Trainer
 from minitron_megatron.train.run import publish
+from minitron_megatron.train.schedule import Schedule
 from tests.tiny import data_option, model_option
 
 
@@ -188,7 +189,8 @@ def loss_and_gradients(
 def training_losses(teacher: str, student: str, tokens: torch.Tensor, layout: dict, micro_batch_size: int, steps: int):
     """(loss, gradient norm) of each of some optimizer steps of 8 samples."""
     _, trained = trainer(teacher, student, layout, micro_batch_size, optimizer=True)
-    results = [trained.train_step(step, steps, Tokens(tokens)) for step in range(steps)]
+    schedule = Schedule.of_run(trained.cfg.optim, steps, 8 * 32)
+    results = [trained.train_step(step, schedule, Tokens(tokens)) for step in range(steps)]
     return [(r.loss, r.grad_norm) for r in results]
 
 

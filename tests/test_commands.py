@@ -246,7 +246,7 @@ def test_a_stopped_run_continues_to_the_same_losses(folders, tmp_path, number):
         # A kill takes the whole job, as Slurm's does: Megatron's checkpoint writer is a process of its own.
         os.killpg(running.pid, number) if number == signal.SIGKILL else running.send_signal(number)
         running.communicate(timeout=60)
-        assert running.returncode == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+        assert running.returncode == (75 if number == signal.SIGTERM else -signal.SIGKILL)
     assert not (tmp_path / "stopped" / "model").exists()
     done = run(*words)
     assert done.returncode == 0, done.stderr

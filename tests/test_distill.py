@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from minitron_megatron.config import DistillOptions, OptimConfig, check
+from minitron_megatron.config import DistillOptions, check
 from minitron_megatron.distill.losses import Divergence
 from minitron_megatron.errors import UserError
-from minitron_megatron.train.schedule import learning_rate
 from tests import jobs, reference
 from tests.test_models import LAYOUTS, names
 from tests.tiny import hf_model, imported
@@ -284,14 +283,3 @@ def test_optimizer_steps_are_the_same_in_every_layout(gloo, pair, ranks, layout)
             assert loss == pytest.approx(loss_wanted, rel=1e-4)
             assert norm == pytest.approx(norm_wanted, rel=1e-3)
     assert wanted[-1][0] < wanted[0][0]
-
-
-def test_the_schedule_follows_its_closed_form():
-    optim = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=4)
-    rates = [learning_rate(step, 21, optim) for step in range(21)]
-    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert rates[4] == 1.0 and rates[-1] == pytest.approx(0.1)
-    assert rates[12] == pytest.approx(0.1 + 0.9 * (1 + np.cos(np.pi * 8 / 16)) / 2)
-    linear = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=4, schedule="linear")
-    assert learning_rate(12, 21, linear) == pytest.approx(0.55)
-    assert learning_rate(20, 21, OptimConfig(lr=1.0, warmup_steps=0, schedule="constant")) == 1.0

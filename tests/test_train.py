@@ -1,6 +1,7 @@
 """The distill command: runs that stop and go on as if they had not, their folders, and what is refused before any work."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
 from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
@@ -21,6 +23,7 @@ from minitron_megatron.config import (
     BatchConfig,
     DistillConfig,
     EvaluateConfig,
+    GuardConfig,
     LoggerConfig,
     OptimConfig,
     ParallelConfig,
@@ -28,12 +31,12 @@ from minitron_megatron.config import (
 )
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.perplexity import evaluate
-from minitron_megatron.models.axes import slots
+from minitron_megatron.models.axes import flops_per_token, slots
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train import checkpoint
 from minitron_megatron.train.distill import check_pair, distill
 from minitron_megatron.train.loop import Trainer
-from minitron_megatron.train.metrics import Metrics
+from minitron_megatron.train.metrics import OF_THE_MACHINE, Metrics
 from minitron_megatron.train.run import check_run_folder, number_of_steps
 from tests.pool import WorkerError
 from tests.test_models import names
@@ -107,11 +110,11 @@ def killed_while_saving(cfg: DistillConfig, step: int) -> str:
     """The same, but the checkpoint of a step is left half-written."""
     save = checkpoint.save
 
-    def saving(folder, chunks, optimizer, at):
+    def saving(folder, chunks, optimizer, at, **rest):
         if at == step:
             (folder / f".step_{at:08d}.partial").mkdir(exist_ok=True)
             raise RuntimeError("killed")
-        save(folder, chunks, optimizer, at)
+        save(folder, chunks, optimizer, at, **rest)
 
     checkpoint.save = saving
     try:
@@ -129,7 +132,7 @@ def lines(run: Path) -> list[dict]:
 
 def untimed(run: Path) -> list[dict]:
     """Metrics but for what the clock says."""
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "step_seconds")} for line in lines(run)]
+    return [{k: v for k, v in line.items() if k not in OF_THE_MACHINE} for line in lines(run)]
 
 
 def checkpoints(run: Path) -> list[str]:
@@ -141,7 +144,7 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(gloo, sources, tmp_path, ra
     """Every figure of every step and every bit of the published weights."""
     whole, stopped = (options(sources, tmp_path / name, layout, dtype) for name in ("whole", "stopped"))
     assert gloo(ranks, exit_code, whole) == [None] * ranks
-    assert gloo(ranks, signalled, stopped, signal.SIGTERM, 2) == [0] * ranks
+    assert gloo(ranks, signalled, stopped, signal.SIGTERM, 2) == [75] * ranks
     assert checkpoints(tmp_path / "stopped") == ["step_00000002", "step_00000003"]
     assert not (tmp_path / "stopped" / "model").exists()
     assert gloo(ranks, exit_code, stopped) == [None] * ranks
@@ -149,6 +152,41 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(gloo, sources, tmp_path, ra
     assert untimed(tmp_path / "stopped") == untimed(tmp_path / "whole")
     digests = {open_model_folder(tmp_path / name / "model").digest for name in ("whole", "stopped")}
     assert len(digests) == 1
+
+
+def saved_at_every_step(cfg: DistillConfig) -> list[list[dict]]:
+    """Run all steps and keep each checkpoint; then go on from each of them: every run's metrics after its start."""
+    distill(cfg)
+    kept = Path(cfg.output) / "checkpoints"
+    runs = [untimed(Path(cfg.output))]
+    for step, path in checkpoint.find_checkpoints(kept)[:-1]:
+        output = Path(f"{cfg.output}-{step}")
+        if dist.get_rank() == 0:
+            shutil.copytree(path, output / "checkpoints" / path.name)
+            shutil.copy(Path(cfg.output) / "config.yaml", output)
+        dist.barrier()
+        distill(replace(cfg, output=str(output)))
+        runs.append(untimed(output))
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "how"),
+    [
+        pytest.param(1, {}, "fully_reshardable", marks=pytest.mark.slow),
+        pytest.param(2, {}, "dp_reshardable", marks=pytest.mark.slow),
+        pytest.param(2, {"tensor": 2}, "dp_reshardable", marks=pytest.mark.slow),
+    ],
+    ids=names,
+)
+def test_a_run_goes_on_from_each_of_its_steps(gloo, sources, tmp_path, ranks, layout, how):
+    """With the same losses, gradient norms and skipped steps: the spike guard judges by a window of two steps."""
+    trainer = {"steps": 8, "save_interval": 1, "keep_last": 8, "validation_samples": 0, "checkpoint_format": how}
+    cfg = options(sources, tmp_path / "run", layout, **trainer)
+    cfg.guard = GuardConfig(window=2, loss_factor=1.01, grad_norm_factor=1.2, stop_after=9)
+    whole, *continued = gloo(ranks, saved_at_every_step, cfg, timeout=240)[0]
+    assert [line["step"] for line in whole] == list(range(1, 9)) and 0 < whole[-1]["skipped"] < 6
+    assert continued == [whole[k:] for k in range(1, 8)]
 
 
 def test_metrics_go_back_to_the_checkpoint_of_a_killed_run(gloo, sources, tmp_path):
@@ -242,6 +280,75 @@ def test_a_complete_run_is_left_alone(gloo, sources, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == metrics
 
 
+def test_the_best_checkpoint_stays_and_can_be_published(gloo, sources, tmp_path):
+    """Validation losses are made to be lowest at the second step; of the others the newest two are kept."""
+    cfg = options(
+        sources, tmp_path / "run", steps=5, validation_interval=1, save_interval=1, keep_best=True, publish="best"
+    )
+    assert gloo(1, with_validation_losses, cfg, [5.0, 1.0, 3.0, 2.0, 4.0]) == [None]
+    kept = ["best.json", "step_00000002", "step_00000004", "step_00000005"]
+    assert checkpoints(tmp_path / "run") == kept
+    shape = open_model_folder(tmp_path / "run").shape
+    folder = tmp_path / "run" / "checkpoints"
+    published, second, last = (
+        WeightReader(path) for path in (tmp_path / "run" / "model" / "weights", folder / kept[1], folder / kept[3])
+    )
+    slot = next(iter(slots(shape)))
+    assert torch.equal(published.read_slot(slot, shape), second.read_slot(slot, shape))
+    assert not torch.equal(published.read_slot(slot, shape), last.read_slot(slot, shape))
+
+
+def with_validation_losses(cfg: DistillConfig, losses: list[float]) -> int | None:
+    """The command on this rank, with these losses for its validations."""
+    validate, left = Trainer.validate, iter(losses)
+    Trainer.validate = lambda self, *_: {"validation_loss": next(left), "validation_perplexity": 1.0}
+    try:
+        return exit_code(cfg)
+    finally:
+        Trainer.validate = validate
+
+
+def test_a_time_limit_saves_and_asks_to_be_requeued(gloo, sources, tmp_path):
+    cfg = options(sources, tmp_path / "run", steps=3, validation_samples=0, time_limit_minutes=1e-9)
+    assert [gloo(1, exit_code, cfg)[0] for _ in range(3)] == [75, 75, None]
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_metrics_say_what_a_step_did(gloo, sources, tmp_path):
+    """What merely informs is measured when a line is written; on CPUs there is no MFU."""
+    cfg = options(sources, tmp_path / "run", steps=4, validation_samples=0)
+    cfg.logger.interval = 2
+    gloo(2, exit_code, cfg)
+    found = lines(tmp_path / "run")
+    assert [line["step"] for line in found] == [2, 4]
+    for line in found:
+        assert 0 <= line["agreement"] <= 1 and 0 < line["teacher_entropy"] < math.log(300)
+        assert line["tokens"] == 8 * LENGTH and line["skipped"] == 0 and "mfu" not in line
+        assert line["tokens_per_second_per_gpu"] == pytest.approx(line["tokens_per_second"] / 2)
+        assert 0 < line["data_seconds"] < line["step_seconds"] and line["resident_gib"] > 0.05
+        teacher, student = (
+            flops_per_token(open_model_folder(sources / name / "model").shape, LENGTH)
+            for name in ("teacher", "float32")
+        )
+        work = line["tokens_per_second_per_gpu"] * (3 * student + teacher)
+        assert line["tflops_per_gpu"] == pytest.approx(work / 1e12)
+
+
+def test_a_format_that_needs_the_same_layout_says_so(gloo, sources, tmp_path):
+    cfg = options(sources, tmp_path / "run", steps=2, validation_samples=0, checkpoint_format="dp_reshardable")
+    assert gloo(1, signalled, cfg, signal.SIGTERM, 0) == [75]
+    with pytest.raises(WorkerError, match="no other layout: use tensor 1, pipeline 1, virtual_pipeline 1"):
+        gloo(2, exit_code, replace(cfg, parallel=ParallelConfig(tensor=2)))
+    assert gloo(2, exit_code, cfg) == [None] * 2  # two data-parallel ranks can
+
+
+def test_checkpoints_without_room_are_refused(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
+    refused(
+        options(sources, tmp_path / "run"), r"no space left for the checkpoints of .*trainer\.keep_last=2 and one being"
+    )
+
+
 def test_a_run_can_be_made_longer(gloo, sources, tmp_path):
     """Its published student has to be removed by hand first; what was trained stays."""
     short = options(sources, tmp_path / "run", steps=2, validation_samples=0)
@@ -292,6 +399,8 @@ def test_impossible_runs_are_refused(sources, tmp_path):
     refused(replace(cfg, trainer=replace(trainer, micro_batch_size=3)), "not a multiple of 3")
     refused(replace(cfg, data=data_option(sources / "data", 256)), "above the teacher's 128 positions")
     refused(replace(cfg, optim=OptimConfig(lr=1e-5, min_lr=1e-4)), "min_lr=0.0001 is above optim.lr=1e-05")
+    refused(replace(cfg, trainer=replace(trainer, publish="best")), "publish=best needs trainer.keep_best=true")
+    refused(replace(cfg, trainer=replace(trainer, keep_best=True, validation_samples=0)), "needs validations")
     refused(replace(cfg, student=model_option(tmp_path / "none")), "none does not exist")
     refused(replace(cfg, data=data_option(tmp_path / "none", LENGTH)), "none does not exist")
     refused(replace(cfg, data=data_option(tmp_path / "none", LENGTH), dry_run=True), "none does not exist")

@@ -11,11 +11,11 @@ import torch
 
 from minitron_megatron.config import DistillOptions
 from minitron_megatron.distill.cache import CachedTeacher
-from minitron_megatron.distill.losses import Divergence, cross_entropy, divergence
+from minitron_megatron.distill.losses import Divergence, TopK, cross_entropy, divergence
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.models.forward import Batch
 from minitron_megatron.models.objective import Terms
-from minitron_megatron.models.vocab_parallel import vocab_parallel_nll
+from minitron_megatron.models.vocab_parallel import vocab_parallel_argmax, vocab_parallel_entropy, vocab_parallel_nll
 
 
 class Distillation:
@@ -31,8 +31,11 @@ class Distillation:
         self.validated = self.how if isinstance(teacher, CachedTeacher) else Divergence()
 
     def names(self, measure: bool) -> tuple[str, ...]:
-        """The loss, and of what it is the sum where it is one."""
-        return ("loss", "divergence", "cross_entropy") if self.options.cross_entropy else ("loss",)
+        """The loss, and of what it is the sum where it is one; measured, what the teacher is sure of, and how often both agree."""
+        parts = ("divergence", "cross_entropy") if self.options.cross_entropy else ()
+        # A cache has the most probable tokens, not the entropy of all.
+        entropy = () if isinstance(self.teacher, CachedTeacher) else ("teacher_entropy",)
+        return ("loss", *parts, *((*entropy, "agreement") if measure else ()))
 
     def prepare(self, batches: Sequence[Batch]) -> None:
         """With a pipeline, the teacher runs these micro-batches first."""
@@ -44,12 +47,23 @@ class Distillation:
         """The divergence that the options ask for, and `cross_entropy` times that of the labels."""
         targets = self.teacher.targets(batch, "train")
         student, _ = output_layer(hidden_states, weight=output_weight)
-        loss = self._divergence(student, targets, self.how)
-        if not self.options.cross_entropy:
-            return {"loss": loss}
-        of_labels = cross_entropy(student, _labels(batch), vocab_size=self.vocab_size, group=_tensor_group())
-        parts = {"divergence": loss.detach(), "cross_entropy": of_labels.detach()}
-        return {"loss": loss + self.options.cross_entropy * of_labels, **parts}
+        terms = {"loss": self._divergence(student, targets, self.how)}
+        if self.options.cross_entropy:
+            of_labels = cross_entropy(student, _labels(batch), vocab_size=self.vocab_size, group=_tensor_group())
+            terms["divergence"], terms["cross_entropy"] = terms["loss"].detach(), of_labels.detach()
+            terms["loss"] = terms["loss"] + self.options.cross_entropy * of_labels
+        return {**terms, **self._measured(student, targets)} if measure else terms
+
+    def _measured(self, student: torch.Tensor, targets: torch.Tensor | TopK) -> Terms:
+        """The teacher's entropy in nats, and whether both would say the same token; of the distributions at temperature 1."""
+        over = {"vocab_size": self.vocab_size, "group": _tensor_group()}
+        said = vocab_parallel_argmax(student, **over)
+        if isinstance(targets, TopK):
+            return {"agreement": (targets.ids[..., 0] == said).float()}
+        return {
+            "teacher_entropy": vocab_parallel_entropy(targets, **over),
+            "agreement": (vocab_parallel_argmax(targets, **over) == said).float(),
+        }
 
     def validation(self, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, batch: Batch) -> Terms:
         """Forward KL at temperature 1, whatever is trained with; of a cache its own loss. And the labels' NLL."""

@@ -1,11 +1,15 @@
-"""Training checkpoints in a run folder: model, optimizer and step through Megatron's distributed checkpointing.
+"""Training checkpoints in a run folder: model, optimizer, spike guard and step through Megatron's distributed checkpointing.
 
     output/checkpoints/step_00000100/     whole, or not there: written as .step_00000100.partial and renamed
+    output/checkpoints/best.json          which of them had the lowest validation loss; that one is not dropped
 
-Readable in any layout. No random state is kept: nothing draws in a step (no dropout), and the data order follows from the
-seed and the step.
+Of two formats of the optimizer's state (`trainer.checkpoint_format`), `fully_reshardable` can be read in any layout, and gathers
+a TP × PP shard's float32 state on one rank's CPU to write it; `dp_reshardable` copies nothing, for frequent saves, and can be
+read in another number of data-parallel ranks only. No random state is kept: nothing draws in a step (no dropout), and the data
+order follows from the seed and the step.
 """
 
+import json
 import logging
 import re
 import shutil
@@ -18,30 +22,34 @@ from typing import Any
 
 from minitron_megatron.checkpoints.reading import safe_reading
 from minitron_megatron.checkpoints.weights import sharded_weights
+from minitron_megatron.config import TrainerConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.layout import Layout
 
 log = logging.getLogger(__name__)
-KEEP = 2
+BEST, FORMAT = "best.json", "format.json"
 _NAME = re.compile(r"step_(\d{8})")
 
 
-def _metadata() -> dict[str, Any]:
+def _metadata(sharding: str) -> dict[str, Any]:
     from megatron.core import parallel_state as ps
 
     return {
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": sharding,
         "dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True),
     }
 
 
-def _state(chunks: Sequence[Any], optimizer: Any, step: int, *, loading: bool) -> dict[str, Any]:
+def _state(
+    chunks: Sequence[Any], optimizer: Any, sharding: str, plain: dict[str, Any], *, loading: bool
+) -> dict[str, Any]:
     """What a checkpoint holds, as sharded tensors; the model's keys are those of a model folder."""
-    metadata = _metadata()
+    metadata = _metadata(sharding)
     models = [sharded_weights(chunk.module, metadata) for chunk in chunks]
     state = {"model" if len(models) == 1 else f"model{i}": model for i, model in enumerate(models)}
     optimizer_state = optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
-    return {**state, "optimizer": optimizer_state, "step": step}
+    return {**state, "optimizer": optimizer_state, **plain}
 
 
 def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -50,6 +58,22 @@ def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
         return []
     found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
     return sorted((int(match.group(1)), path) for match, path in found if match)
+
+
+def find_best(folder: Path) -> tuple[Path, float] | None:
+    """The checkpoint with the lowest validation loss so far, and that loss; None where none is marked."""
+    try:
+        marked = json.loads((folder / BEST).read_text(encoding="utf-8"))
+        path, loss = folder / f"step_{marked['step']:08d}", float(marked["validation_loss"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return (path, loss) if path.is_dir() else None
+
+
+def _mark_best(folder: Path, step: int, validation_loss: float) -> None:
+    partial = folder / f".{BEST}.partial"
+    partial.write_text(json.dumps({"step": step, "validation_loss": validation_loss}) + "\n", encoding="utf-8")
+    partial.replace(folder / BEST)
 
 
 @contextmanager
@@ -70,8 +94,28 @@ def _undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def save(folder: Path, chunks: Sequence[Any], optimizer: Any, step: int) -> None:
-    """Write a checkpoint, then drop all but the newest ones. Every rank calls it."""
+def save(
+    folder: Path,
+    chunks: Sequence[Any],
+    optimizer: Any,
+    step: int,
+    *,
+    guard: dict[str, Any],
+    layout: Layout,
+    options: TrainerConfig,
+    best: float | None = None,
+) -> None:
+    """Write a checkpoint, then drop all but the newest ones and the best. Every rank calls it.
+
+    Args:
+        folder: of the run's checkpoints.
+        chunks, optimizer: this rank's part.
+        step: optimizer steps done.
+        guard: the spike guard's state, plain values.
+        layout: that the run has now.
+        options: how many to keep, and the format.
+        best: the step's validation loss, if it is the lowest so far: the checkpoint is marked as the best one.
+    """
     from megatron.core import dist_checkpointing
 
     name = f"step_{step:08d}"
@@ -80,30 +124,88 @@ def save(folder: Path, chunks: Sequence[Any], optimizer: Any, step: int) -> None
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     collectives.barrier()
+    plain = {"step": step, "guard": guard}
     with _undisturbed():
-        dist_checkpointing.save(_state(chunks, optimizer, step, loading=False), str(partial), content_metadata=None)
+        state = _state(chunks, optimizer, options.checkpoint_format, plain, loading=False)
+        dist_checkpointing.save(state, str(partial), content_metadata=None)
     collectives.barrier()
     if collectives.is_rank_zero():
+        written = {"optimizer": options.checkpoint_format, **_places(layout)}
+        (partial / FORMAT).write_text(json.dumps(written) + "\n", encoding="utf-8")
         shutil.rmtree(folder / name, ignore_errors=True)
         partial.rename(folder / name)
-        for _, old in find_checkpoints(folder)[:-KEEP]:
-            shutil.rmtree(old)
+        if best is not None:
+            _mark_best(folder, step, best)
+        _drop_old(folder, options.keep_last)
     collectives.barrier()
     log.info("step %d: saved %s", step, folder / name)
 
 
-def load(path: Path, chunks: Sequence[Any], optimizer: Any) -> int:
-    """Fill model and optimizer from a checkpoint written in any layout; gives its step. Raises UserError."""
+def _drop_old(folder: Path, keep_last: int) -> None:
+    """Remove all checkpoints but the newest and the best."""
+    best = find_best(folder)
+    for _, old in find_checkpoints(folder)[:-keep_last]:
+        if best is None or old != best[0]:
+            shutil.rmtree(old)
+
+
+def _places(layout: Layout) -> dict[str, int]:
+    """What dp_reshardable depends on."""
+    return {"tensor": layout.tensor, "pipeline": layout.pipeline, "virtual_pipeline": layout.virtual_pipeline or 1}
+
+
+def check_readable(path: Path, layout: Layout) -> None:
+    """Raise UserError when a layout cannot go on from a checkpoint: before any model is built."""
+    there = _read_format(path)
+    if there.pop("optimizer") != "dp_reshardable" or there == _places(layout):
+        return
+    was = ", ".join(f"{name} {size}" for name, size in there.items())
+    raise UserError(
+        f"{path} was written with trainer.checkpoint_format=dp_reshardable, which another number of data-parallel ranks can read "
+        f"and no other layout: use {was}"
+    )
+
+
+def _read_format(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((path / FORMAT).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return UserError(f"{path} is damaged ({reason}): remove it, the run continues from the one before")
+
+
+def load(path: Path, chunks: Sequence[Any], optimizer: Any) -> tuple[int, dict[str, Any]]:
+    """Fill model and optimizer from a checkpoint; gives its step and the spike guard's state. Raises UserError."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
     try:
         with safe_reading():
-            state = dist_checkpointing.load(_state(chunks, optimizer, 0, loading=True), str(path))
+            wanted = _state(chunks, optimizer, _read_format(path)["optimizer"], {}, loading=True)
+            state = dist_checkpointing.load(wanted, str(path))
     except (CheckpointingException, OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged ({reason}): remove it, the run continues from the one before") from error
+        raise _damaged(path, error) from error
     for i, chunk in enumerate(chunks):
         chunk.module.load_state_dict(state["model" if len(chunks) == 1 else f"model{i}"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+    return int(state["step"]), state["guard"]
+
+
+def check_space(folder: Path, parameters: int, bytes_per_weight: int, options: TrainerConfig) -> None:
+    """Raise UserError when the checkpoints that the run will hold at once, and one being written, have no room.
+
+    A parameter takes its own bytes and 12 of the optimizer (float32 master weights and both moments of Adam).
+    """
+    wanted = options.keep_last + 1 + options.keep_best - len(find_checkpoints(folder))
+    need = max(1, wanted) * parameters * (bytes_per_weight + 12)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < need:
+        raise UserError(
+            f"no space left for the checkpoints of {folder.parent}: {need / 2**30:.1f} GiB are needed "
+            f"(trainer.keep_last={options.keep_last} and one being written), {free / 2**30:.1f} GiB are free"
+        )

@@ -1,6 +1,6 @@
 """One training step after another, through Megatron's schedules: any pipeline, any split of the batch, one result.
 
-    step:  micro-batches ─▶ objective prepares ─▶ forward and backward ─▶ sums over ranks ─▶ AdamW
+    step:  micro-batches ─▶ objective prepares ─▶ forward and backward ─▶ sums over ranks ─▶ spike guard ─▶ AdamW
                             (a teacher ahead)     (objective: terms)
 
 What is minimised is an objective's affair (models/objective.py). Every term is a sum over tokens, divided once by the step's
@@ -23,8 +23,9 @@ from minitron_megatron.models.forward import Batch, attention_mask, forward_only
 from minitron_megatron.models.objective import VALIDATION_TERMS, Objective, Terms
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.train.optimizer import set_learning_rate
-from minitron_megatron.train.schedule import learning_rate
+from minitron_megatron.train.guard import SpikeGuard
+from minitron_megatron.train.optimizer import gradient_norm, set_learning_rate
+from minitron_megatron.train.schedule import Schedule
 
 # Micro-batches of a validation that run through the pipeline together, at least.
 VALIDATION_ROUND = 8
@@ -32,13 +33,18 @@ VALIDATION_ROUND = 8
 
 @dataclass
 class StepResult:
-    """What a step did: the mean of every term over its tokens, by name, and the rest."""
+    """What a step did: the mean of every term over its tokens, by name, and the rest.
+
+    `taken` is false where the spike guard left parameters and optimizer as they were; `stop` says that a rank was asked to stop.
+    """
 
     terms: dict[str, float]
     grad_norm: float
     lr: float
     tokens: int
     seconds: float
+    data_seconds: float
+    taken: bool
     stop: bool
 
     @property
@@ -55,26 +61,30 @@ class Trainer:
     ) -> None:
         self.chunks, self.optimizer, self.objective = chunks, optimizer, objective
         self.layout, self.cfg = layout, cfg
+        self.guard = SpikeGuard(cfg.guard)
         self.stop_asked = False
 
     def micro_batches(self, samples: Samples, numbers: range) -> MicroBatches:
         """This rank's share of some samples."""
         return MicroBatches.of_this_rank(samples, numbers, self.cfg.trainer.micro_batch_size, self.layout)
 
-    def train_step(self, step: int, steps: int, samples: Samples) -> StepResult:
-        """Optimizer step `step` (from 0) of `steps`."""
+    def train_step(self, step: int, schedule: Schedule, samples: Samples) -> StepResult:
+        """Optimizer step `step` (from 0) of a schedule. Raises UserError when the spike guard gives up."""
         began = time.monotonic()
         size = self.cfg.trainer.global_batch_size
         batches = [_on_device(b) for b in self.micro_batches(samples, range(step * size, (step + 1) * size))]
+        data_seconds = time.monotonic() - began
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        terms, tokens, stop = self.forward_backward(batches, measure=self._measures(step, steps))
-        lr = learning_rate(step, steps, self.cfg.optim)
-        set_learning_rate(self.optimizer, lr, self.cfg.optim.weight_decay)
-        _, grad_norm, _ = self.optimizer.step()
-        return StepResult(terms, float(grad_norm or 0.0), lr, tokens, time.monotonic() - began, stop)
+        terms, tokens, stop = self.forward_backward(batches, measure=self._measures(step, schedule.steps))
+        lr, grad_norm = schedule.learning_rate(step), gradient_norm(self.optimizer)
+        taken = self.guard.takes(step, terms["loss"], grad_norm)
+        if taken:
+            set_learning_rate(self.optimizer, lr, self.cfg.optim.weight_decay)
+            self.optimizer.step()
+        return StepResult(terms, grad_norm, lr, tokens, time.monotonic() - began, data_seconds, taken, stop)
 
     def _measures(self, step: int, steps: int) -> bool:
         """Whether the step's metrics are kept: only then is what merely informs computed."""

@@ -11,12 +11,71 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from minitron_megatron.config import LoggerConfig
+from minitron_megatron.config import HardwareConfig, LoggerConfig
 from minitron_megatron.console import SECONDS_BETWEEN_LINES, console, speaks
+from minitron_megatron.parallel.hardware import gpu_of, hardware, peak_flops
+from minitron_megatron.train.loop import StepResult
 
 log = logging.getLogger(__name__)
+# What the clock and the machine say of a step: two runs with the same losses differ in these.
+OF_THE_MACHINE = frozenset(
+    """tokens_per_second tokens_per_second_per_gpu tflops_per_gpu mfu step_seconds data_seconds memory_gib memory_peak_gib
+    resident_gib""".split()
+)
+
+
+class StepMetrics:
+    """What is kept of each step, out of its result and of what this machine can do.
+
+    Work is that of the models, without what is computed again: 2 operations a weight and token forward, twice that backward.
+    """
+
+    def __init__(
+        self, flops_per_token: float, processes: int, dtype: torch.dtype, device: torch.device, given: HardwareConfig
+    ) -> None:
+        """Metrics of a run.
+
+        Args:
+            flops_per_token: operations that a token takes in a step, of all models.
+            processes: of the job, one a GPU.
+            dtype: that models compute in.
+            device: of this rank.
+            given: hardware= of the config; MFU is left out for GPUs that neither it nor conf/cluster knows, and on CPUs.
+        """
+        self.flops_per_token, self.processes, self.on_gpu = flops_per_token, processes, device.type == "cuda"
+        known = self.on_gpu and (given.gpu or given.bf16_tflops or gpu_of(torch.cuda.get_device_name()))
+        self.peak = peak_flops(hardware(given), dtype) if known else None
+
+    def values(self, step: int, result: StepResult, skipped: int) -> dict[str, Any]:
+        """By name, of step `step` from 1; `skipped` counts the steps of the run that were not taken."""
+        rate = result.tokens / result.seconds
+        flops = rate * self.flops_per_token / self.processes
+        return {
+            "step": step,
+            **result.terms,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "skipped": skipped,
+            "tokens": result.tokens,
+            "tokens_per_second": rate,
+            "tokens_per_second_per_gpu": rate / self.processes,
+            "tflops_per_gpu": flops / 1e12,
+            **({"mfu": flops / self.peak} if self.peak else {}),
+            "step_seconds": result.seconds,
+            "data_seconds": result.data_seconds,
+            **self._memory(),
+        }
+
+    def _memory(self) -> dict[str, float]:
+        """GiB of rank 0: on its GPU now and at the most, or resident on a CPU."""
+        if self.on_gpu:
+            now, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+            return {"memory_gib": now / 2**30, "memory_peak_gib": most / 2**30}
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return {"resident_gib": pages * os.sysconf("SC_PAGE_SIZE") / 2**30}
 
 
 class Metrics:

@@ -30,36 +30,53 @@ def check_optimizer(device: torch.device) -> None:
 
 
 def wrap_and_optimize(chunks: Sequence[torch.nn.Module], optim: OptimConfig) -> tuple[list[Any], Any]:
-    """DistributedDataParallel chunks and their distributed AdamW; norms have no weight decay."""
+    """DistributedDataParallel chunks and their distributed AdamW; norms and biases have no weight decay."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import (
+        OptimizerConfig,
+        ParamGroupOverride,
+        ParamKey,
+        get_megatron_optimizer,
+        get_standard_config_overrides,
+    )
 
     bf16 = next(chunks[0].parameters()).dtype is torch.bfloat16
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     wrapped = [
         DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
     ]
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=optim.lr,
-            min_lr=optim.min_lr,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.adam_beta1,
-            adam_beta2=optim.adam_beta2,
-            adam_eps=optim.adam_eps,
-            clip_grad=optim.clip_grad,
-            bf16=bf16,
-            params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            use_distributed_optimizer=True,
-        ),
-        wrapped,
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_eps=optim.adam_eps,
+        clip_grad=optim.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
     )
+    # Megatron's own rule: no weight decay of what has one dimension.
+    groups = get_standard_config_overrides(config)
+    if not optim.decay_embeddings:
+        groups[ParamKey(attr="is_embedding_or_output_parameter")] = ParamGroupOverride(wd_mult=0.0)
+    optimizer = get_megatron_optimizer(config, wrapped, config_overrides=groups)
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize_model_grads
         chunk.config.grad_scale_func = optimizer.scale_loss
         chunk.config.no_sync_func = [w.no_sync for w in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     return wrapped, optimizer
+
+
+def gradient_norm(optimizer: Any) -> float:
+    """Norm of the step's gradients over all ranks, before clipping; the same on every rank. Nothing is changed.
+
+    Megatron's `step` makes it again: the gradients are read once more, a thousandth of a step.
+    """
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
 
 
 def set_learning_rate(optimizer: Any, lr: float, weight_decay: float) -> None:

@@ -29,20 +29,26 @@ from minitron_megatron.console import print_table
 from minitron_megatron.data.datasets import Data, DocumentMasks, Windows, open_data, training_samples, verify_data
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, resolved_config
-from minitron_megatron.models.axes import count_parameters
+from minitron_megatron.models.axes import count_parameters, flops_per_token
 from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype, pick_engine
 from minitron_megatron.models.objective import Objective
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
+from minitron_megatron.parallel.layout import Job, Layout, parallel_job, pick_device
+from minitron_megatron.parallel.torchrun import REQUEUE
 from minitron_megatron.train import checkpoint
 from minitron_megatron.train.loop import StepResult, Trainer, stop_on_signal
-from minitron_megatron.train.metrics import Metrics
+from minitron_megatron.train.metrics import Metrics, StepMetrics
 from minitron_megatron.train.optimizer import check_optimizer, wrap_and_optimize
+from minitron_megatron.train.schedule import Schedule
 
 log = logging.getLogger(__name__)
 # What may differ between the command that began a run and the one that continues it.
-_MAY_CHANGE = frozenset({"parallel", "device", "resume", "verify", "dry_run", "output", "logger"})
+_MAY_CHANGE = frozenset({"parallel", "device", "resume", "verify", "dry_run", "output", "logger", "cluster"})
+_MAY_CHANGE_TOO = frozenset(
+    f"trainer.{name}"
+    for name in ("save_interval", "keep_last", "keep_best", "publish", "checkpoint_format", "time_limit_minutes")
+)
 _MAY_GROW = frozenset({"trainer.steps", "trainer.tokens"})
 Shapes = Mapping[str, ModelShape]
 
@@ -67,7 +73,11 @@ class Recipe:
 
 
 def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
-    """Check everything, train or continue, publish."""
+    """Check everything, train or continue, publish.
+
+    Ends with exit status 75 when it was stopped before the last step, by a signal or its time limit: saved, and to be continued.
+    """
+    began = time.monotonic()
     layout = Layout.from_config(cfg.parallel)
     steps = number_of_steps(cfg)
     shapes = {name: _shape(model, name, cfg.dry_run) for name, model in recipe.models.items()}
@@ -77,6 +87,7 @@ def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
     if not (cfg.dry_run and any(model.path is None for model in recipe.models.values())):
         folders, data = _inputs(cfg, recipe)
         check_run_folder(run, cfg)
+        check_checkpoints(run / "checkpoints", cfg, layout, folders[recipe.trained].shape)
     device = pick_device(cfg.device)
     if cfg.dry_run:
         _dry_run(cfg, recipe, layout, steps, shapes)
@@ -103,13 +114,13 @@ def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
                     yaml.safe_dump(resolved_config(cfg), sort_keys=False), encoding="utf-8"
                 )
             collectives.barrier()
-            results = _train(cfg, recipe, layout, steps, folders, data)
+            training = _Run(cfg, recipe, job, folders, began)
+            results = training.train(data)
             if results is None:
-                raise SystemExit(0)
+                raise SystemExit(REQUEUE)
             out.results = results
-            latest = checkpoint.find_checkpoints(run / "checkpoints")[-1][1]
             source = folders[recipe.trained]
-            out.digest = publish(out.path / WEIGHTS, source.shape, latest)
+            out.digest = publish(out.path / WEIGHTS, source.shape, training.to_publish())
             if collectives.is_rank_zero():
                 write_shape(out.path, source.shape)
                 copy_companions(source, out.path)
@@ -123,7 +134,17 @@ def number_of_steps(cfg: TrainingConfig) -> int:
         raise UserError("give either trainer.steps= or trainer.tokens=")
     if trainer.steps is not None:
         return trainer.steps
-    return math.ceil(trainer.tokens / (trainer.global_batch_size * cfg.data.sequence_length))
+    return math.ceil(trainer.tokens / tokens_per_step(cfg))
+
+
+def tokens_per_step(cfg: TrainingConfig) -> int:
+    """Tokens of an optimizer step."""
+    return cfg.trainer.global_batch_size * cfg.data.sequence_length
+
+
+def schedule_of(cfg: TrainingConfig) -> Schedule:
+    """The learning rates of the run. Raises UserError."""
+    return Schedule.of_run(cfg.optim, number_of_steps(cfg), tokens_per_step(cfg))
 
 
 def _shape(model: ModelConfig, name: str, dry_run: bool) -> ModelShape:
@@ -164,8 +185,12 @@ def check_training(shapes: Shapes, cfg: TrainingConfig, layout: Layout) -> None:
             f"trainer.global_batch_size={batch} is not a multiple of {at_once} (trainer.micro_batch_size={micro} × "
             f"{layout.data} data-parallel ranks{stages}): use {' or '.join(map(str, fits))}"
         )
-    if cfg.optim.min_lr > cfg.optim.lr:
-        raise UserError(f"optim.min_lr={cfg.optim.min_lr} is above optim.lr={cfg.optim.lr}")
+    schedule_of(cfg)
+    trainer = cfg.trainer
+    if trainer.keep_best and not trainer.validation_samples:
+        raise UserError("trainer.keep_best=true needs validations: set trainer.validation_samples= above 0")
+    if trainer.publish == "best" and not trainer.keep_best:
+        raise UserError("trainer.publish=best needs trainer.keep_best=true")
 
 
 def check_run_folder(run: Path, cfg: TrainingConfig) -> None:
@@ -178,7 +203,8 @@ def check_run_folder(run: Path, cfg: TrainingConfig) -> None:
     if not cfg.resume:
         raise UserError(f"output={run} has a run in it and resume=false: remove it or choose another output=")
     before, now = flat(load_yaml(run / "config.yaml")), flat(resolved_config(cfg))
-    differ = [k for k in now if k.split(".")[0] not in _MAY_CHANGE and before.get(k, now[k]) != now[k]]
+    what = [k for k in now if k.split(".")[0] not in _MAY_CHANGE and k not in _MAY_CHANGE_TOO]
+    differ = [k for k in what if before.get(k, now[k]) != now[k]]
     longer = [k for k in differ if k in _MAY_GROW and None not in (before[k], now[k]) and now[k] > before[k]]
     differ = [k for k in differ if k not in longer]
     if differ:
@@ -197,86 +223,136 @@ def check_run_folder(run: Path, cfg: TrainingConfig) -> None:
         )
 
 
-def _train(
-    cfg: TrainingConfig,
-    recipe: Recipe,
-    layout: Layout,
-    steps: int,
-    folders: Mapping[str, ModelFolder],
-    data: Data,
-) -> dict[str, Any] | None:
-    """Train to the last step and save; None when a signal stopped the run before (saved all the same)."""
-    loop, start = _prepare(cfg, recipe, layout, folders)
-    folder, trainer = Path(cfg.output) / "checkpoints", cfg.trainer
-    length = cfg.data.sequence_length
-    samples = training_samples(
-        data, "train", sequence_length=length, seed=cfg.seed, count=steps * trainer.global_batch_size
-    )
-    windows = Windows(data, "validation", length) if trainer.validation_samples else None
-    count = min(len(windows), trainer.validation_samples) if windows is not None else 0
-    metrics = Metrics(Path(cfg.output), cfg.logger, resolved_config(cfg), steps, start, recipe.verb)
-    began, last, validation = time.monotonic(), None, {}
-    try:
-        with stop_on_signal(loop):
-            for step in range(start, steps):
-                last = loop.train_step(step, steps, samples)
-                if not math.isfinite(last.loss):
-                    raise UserError(f"step {step + 1}: the loss is {last.loss}; lower optim.lr or use precision=fp32")
-                metrics.add(_values(step + 1, last, length))
-                if count and trainer.validation_interval and (step + 1) % trainer.validation_interval == 0:
-                    validation = loop.validate(windows, count)
-                    metrics.add({"step": step + 1, **validation})
-                if last.stop or (step + 1) % trainer.save_interval == 0 or step + 1 == steps:
-                    checkpoint.save(folder, loop.chunks, loop.optimizer, step + 1)
-                if last.stop and step + 1 < steps:
-                    log.warning(
-                        "a signal stopped the run at step %d of %d: the same command continues it", step + 1, steps
-                    )
-                    return None
-            if count and not (trainer.validation_interval and steps % trainer.validation_interval == 0 and validation):
-                validation = loop.validate(windows, count)
-                metrics.add({"step": steps, **validation})
-    finally:
-        metrics.close()
-    done = {} if last is None else {"loss": last.loss}
-    return {
-        **done,
-        **validation,
-        "steps": steps,
-        "tokens": steps * trainer.global_batch_size * length,
-        "seconds_since_start": round(time.monotonic() - began, 1),
-        "parameters": count_parameters(folders[recipe.trained].shape),
-    }
-
-
-def _prepare(
-    cfg: TrainingConfig, recipe: Recipe, layout: Layout, folders: Mapping[str, ModelFolder]
-) -> tuple[Trainer, int]:
-    """Objective, model and optimizer on this rank, and the step to begin with."""
-    objective = recipe.objective(folders, layout)
-    source = folders[recipe.trained]
-    dtype = model_dtype(source.shape, cfg.precision)
-    chunks = build_model_chunks(source.shape, layout, dtype, recipe.models[recipe.trained].engine)
-    load_model(chunks, source)
-    wrapped, optimizer = wrap_and_optimize(chunks, cfg.optim)
-    start = 0
-    there = checkpoint.find_checkpoints(Path(cfg.output) / "checkpoints")
+def check_checkpoints(folder: Path, cfg: TrainingConfig, layout: Layout, shape: ModelShape) -> None:
+    """Raise UserError when this layout cannot go on from what is there, or the checkpoints have no room."""
+    there = checkpoint.find_checkpoints(folder)
     if there:
-        start = checkpoint.load(there[-1][1], wrapped, optimizer)
-        log.info("continuing from step %d (%s)", start, there[-1][1])
-    return Trainer(wrapped, optimizer, objective, layout, cfg), start
+        checkpoint.check_readable(there[-1][1], layout)
+    itemsize = model_dtype(shape, cfg.precision).itemsize
+    checkpoint.check_space(folder, count_parameters(shape), itemsize, cfg.trainer)
 
 
-def _values(step: int, result: StepResult, length: int) -> dict[str, Any]:
-    return {
-        "step": step,
-        **result.terms,
-        "lr": result.lr,
-        "grad_norm": result.grad_norm,
-        "tokens": result.tokens,
-        "tokens_per_second": result.tokens / result.seconds,
-        "step_seconds": result.seconds,
-    }
+class _Run:
+    """A run between its checks and its end: the loop, its metrics and its checkpoints."""
+
+    def __init__(
+        self, cfg: TrainingConfig, recipe: Recipe, job: Job, folders: Mapping[str, ModelFolder], began: float
+    ) -> None:
+        self.cfg, self.recipe, self.layout, self.began = cfg, recipe, job.layout, began
+        self.schedule = schedule_of(cfg)
+        self.folder = Path(cfg.output) / "checkpoints"
+        self.shapes = {name: folder.shape for name, folder in folders.items()}
+        self.loop, self.start = self._prepare(folders)
+        dtype = model_dtype(self.shapes[recipe.trained], cfg.precision)
+        length = cfg.data.sequence_length
+        # Forward and twice that backward for the model that is trained, forward alone for the others.
+        flops = sum((3 if n == recipe.trained else 1) * flops_per_token(s, length) for n, s in self.shapes.items())
+        self.of_step = StepMetrics(flops, job.layout.world_size, dtype, job.device, cfg.cluster)
+
+    def _prepare(self, folders: Mapping[str, ModelFolder]) -> tuple[Trainer, int]:
+        """Objective, model and optimizer on this rank, and the step to begin with."""
+        cfg, recipe, layout = self.cfg, self.recipe, self.layout
+        objective = recipe.objective(folders, layout)
+        source = folders[recipe.trained]
+        dtype = model_dtype(source.shape, cfg.precision)
+        chunks = build_model_chunks(source.shape, layout, dtype, recipe.models[recipe.trained].engine)
+        load_model(chunks, source)
+        wrapped, optimizer = wrap_and_optimize(chunks, cfg.optim)
+        loop, start = Trainer(wrapped, optimizer, objective, layout, cfg), 0
+        there = checkpoint.find_checkpoints(self.folder)
+        if there:
+            start, guard = checkpoint.load(there[-1][1], wrapped, optimizer)
+            loop.guard.load_state_dict(guard)
+            log.info("continuing from step %d (%s)", start, there[-1][1])
+        return loop, start
+
+    def train(self, data: Data) -> dict[str, Any] | None:
+        """Train to the last step and save; gives the manifest's results, None when it was stopped before and saved."""
+        cfg, steps, length = self.cfg, self.schedule.steps, self.cfg.data.sequence_length
+        count = steps * cfg.trainer.global_batch_size
+        samples = training_samples(data, "train", sequence_length=length, seed=cfg.seed, count=count)
+        windows = Windows(data, "validation", length) if cfg.trainer.validation_samples else None
+        validation: dict[str, float] = {}
+        last, stopped = None, False
+        metrics = Metrics(Path(cfg.output), cfg.logger, resolved_config(cfg), steps, self.start, self.recipe.verb)
+        try:
+            with stop_on_signal(self.loop):
+                for step in range(self.start, steps):
+                    self._look_at_the_clock()
+                    last = self.loop.train_step(step, self.schedule, samples)
+                    metrics.add(self.of_step.values(step + 1, last, self.loop.guard.skipped))
+                    measured = self._validate_if_due(windows, step + 1)
+                    validation = measured or validation
+                    if measured:
+                        metrics.add({"step": step + 1, **measured})
+                    self._save_if_due(step + 1, last.stop, measured)
+                    if last.stop and step + 1 < steps:
+                        stopped = True
+                        break
+            if windows is not None and not stopped and last is None:
+                # Continued from its last step: what it ended with is measured again.
+                validation = self._validate(windows)
+                metrics.add({"step": steps, **validation})
+        finally:
+            metrics.close()
+        # The first process of a node that ends takes the others with it: rank 0 has its files written by now.
+        collectives.barrier()
+        if stopped:
+            log.warning("stopped at step %d of %d: the same command continues it", step + 1, steps)
+            return None
+        return self._results(last, validation)
+
+    def _look_at_the_clock(self) -> None:
+        limit = self.cfg.trainer.time_limit_minutes
+        if limit is not None and time.monotonic() - self.began > 60 * limit:
+            self.loop.stop_asked = True
+
+    def _validate_if_due(self, windows: Windows | None, done: int) -> dict[str, float]:
+        interval = self.cfg.trainer.validation_interval
+        due = windows is not None and (done == self.schedule.steps or (interval and done % interval == 0))
+        return self._validate(windows) if due else {}
+
+    def _validate(self, windows: Windows) -> dict[str, float]:
+        return self.loop.validate(windows, min(len(windows), self.cfg.trainer.validation_samples))
+
+    def _save_if_due(self, done: int, stop: bool, measured: Mapping[str, float]) -> None:
+        """Save on the interval, at the end, before a stop, and at the lowest validation loss where that is kept."""
+        trainer = self.cfg.trainer
+        best = None
+        if trainer.keep_best and measured:
+            before = checkpoint.find_best(self.folder)
+            best = measured["validation_loss"] if before is None or measured["validation_loss"] < before[1] else None
+        if best is None and not stop and done % trainer.save_interval and done < self.schedule.steps:
+            return
+        checkpoint.save(
+            self.folder,
+            self.loop.chunks,
+            self.loop.optimizer,
+            done,
+            guard=self.loop.guard.state_dict(),
+            layout=self.layout,
+            options=trainer,
+            best=best,
+        )
+
+    def _results(self, last: StepResult | None, validation: Mapping[str, float]) -> dict[str, Any]:
+        return {
+            **({} if last is None else {"loss": last.loss}),
+            **validation,
+            "steps": self.schedule.steps,
+            "skipped": self.loop.guard.skipped,
+            "tokens": self.schedule.steps * tokens_per_step(self.cfg),
+            "seconds_since_start": round(time.monotonic() - self.began, 1),
+            "parameters": count_parameters(self.shapes[self.recipe.trained]),
+        }
+
+    def to_publish(self) -> Path:
+        """The checkpoint that becomes the model."""
+        if self.cfg.trainer.publish == "best":
+            path, loss = checkpoint.find_best(self.folder)
+            log.info("publishing %s, whose validation loss is %.4f", path.name, loss)
+            return path
+        return checkpoint.find_checkpoints(self.folder)[-1][1]
 
 
 def publish(weights: Path, shape: ModelShape, saved: Path) -> str:
@@ -307,7 +383,7 @@ def _dry_run(cfg: TrainingConfig, recipe: Recipe, layout: Layout, steps: int, sh
         ["layout", f"tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}"],
         *([f"{name} parameters", count_parameters(shape)] for name, shape in shapes.items()),
         ["steps", steps],
-        ["tokens", steps * cfg.trainer.global_batch_size * cfg.data.sequence_length],
+        ["tokens", steps * tokens_per_step(cfg)],
         [
             "micro-batches of a rank and step",
             cfg.trainer.global_batch_size // (cfg.trainer.micro_batch_size * layout.data),
