@@ -38,6 +38,9 @@ class ParallelConfig:
     virtual_pipeline: int | None = option(None, "model chunks a stage in the interleaved schedule")
     sequence: bool = option(False, "sequence parallelism: tokens of norms are split over the tensor-parallel group")
     context: int = option(1, "context-parallel size: parts of each sequence; above 1 needs model.engine=te and bf16")
+    world_size: int | None = option(
+        None, "processes of the whole job: those that were started, if not given; a dry run plans for any number"
+    )
 
 
 @dataclass
@@ -207,6 +210,23 @@ class DistillOptions:
 
 
 @dataclass
+class HardwareConfig:
+    """The GPUs of a cluster and what connects them (conf/cluster); what is not given is that of the GPU's preset."""
+
+    gpu: str | None = option(None, "kind of its GPUs; this machine's, else h100", ("a100", "h100", "h200", "gb200"))
+    gpus_per_node: int | None = option(None, "GPUs of a node; 0 for nodes without")
+    nvlink_gpus: int | None = option(None, "GPUs that reach one another over NVLink")
+    memory_gib: float | None = option(None, "memory of a GPU, GiB")
+    bf16_tflops: float | None = option(None, "peak of dense bfloat16 products, TFLOP/s")
+    fp8_tflops: float | None = option(None, "peak of dense FP8 products, TFLOP/s, where there are some")
+    fp32_tflops: float | None = option(None, "peak of float32 arithmetic without tensor cores, TFLOP/s")
+    memory_gb_s: float | None = option(None, "memory bandwidth of a GPU, GB/s")
+    nvlink_gb_s: float | None = option(None, "NVLink bandwidth of a GPU in one direction, GB/s")
+    network_gb_s: float | None = option(None, "network bandwidth of a GPU in one direction, GB/s")
+    efficiency: float | None = option(None, "share of the peak that a step reaches on one GPU, as measured")
+
+
+@dataclass
 class CommandConfig:
     """What every command has."""
 
@@ -351,6 +371,7 @@ class DistillConfig(CommandConfig):
     optim: OptimConfig = group(OptimConfig)
     distill: DistillOptions = group(DistillOptions)
     logger: LoggerConfig = group(LoggerConfig)
+    cluster: HardwareConfig = group(HardwareConfig)
 
 
 @dataclass
@@ -413,10 +434,9 @@ class CompressConfig(CommandConfig):
 
 
 @dataclass
-class ClusterConfig:
-    """A cluster: what a job on it asks Slurm for, and how python is found on its nodes."""
+class ClusterConfig(HardwareConfig):
+    """A cluster: its hardware, what a job on it asks Slurm for, and how python is found on its nodes."""
 
-    gpu: str | None = option(None, "kind of its GPUs", ("a100", "h100", "h200", "gb200"))
     gpus_per_node: int = option(8, "GPUs of a node; 0 for nodes without")
     processes_per_node: int | None = option(None, "processes of a node; one a GPU if not given")
     partition: str | None = option(None, "partition; Slurm's default if not given")
@@ -529,7 +549,8 @@ def _nested(f: Any) -> bool:
 _POSITIVE = frozenset(
     """tensor pipeline context sequence_length micro_batch_size global_batch_size samples steps tokens lr workers temperature
     max_shard_gb save_interval interval repeats rows limit num_layers hidden_size ffn_hidden_size num_attention_heads
-    num_query_groups vocab_size adam_eps processes nodes processes_per_node""".split()
+    num_query_groups vocab_size adam_eps processes nodes processes_per_node world_size nvlink_gpus memory_gib bf16_tflops
+    fp8_tflops fp32_tflops memory_gb_s nvlink_gb_s network_gb_s efficiency""".split()
 )
 _NOT_NEGATIVE = frozenset(
     """min_lr warmup_steps weight_decay clip_grad validation_interval validation_samples seed first_sample fewshot

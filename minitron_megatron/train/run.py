@@ -4,9 +4,12 @@ output/config.yaml, metrics.jsonl, checkpoints/, wandb/     while it trains; the
 output/model/                                               the student as a model folder, when it is done
 """
 
+import contextlib
 import logging
 import math
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +31,14 @@ from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
 from minitron_megatron.train import checkpoint
+from minitron_megatron.train.foresee import TENSOR_SIZES, foresee, listing_layouts
 from minitron_megatron.train.loop import Distiller, StepResult, stop_on_signal
 from minitron_megatron.train.metrics import Metrics
 from minitron_megatron.train.optimizer import check_optimizer, wrap_and_optimize
 
 log = logging.getLogger(__name__)
 # What may differ between the command that began a run and the one that continues it.
-_MAY_CHANGE = frozenset({"parallel", "device", "resume", "verify", "dry_run", "output", "logger"})
+_MAY_CHANGE = frozenset({"parallel", "device", "resume", "verify", "dry_run", "output", "logger", "cluster"})
 _MAY_GROW = frozenset({"trainer.steps", "trainer.tokens"})
 
 
@@ -46,7 +50,9 @@ def distill(cfg: DistillConfig) -> None:
         _shape(cfg.teacher, "teacher", cfg.dry_run),
         _shape(cfg.student, "student", cfg.dry_run),
     )
-    check_pair(teacher_shape, student_shape, cfg, layout)
+    check = partial(check_pair, teacher_shape, student_shape, cfg)
+    with listing_layouts(cfg, layout, teacher_shape, student_shape, check):
+        check(layout)
     run = Path(cfg.output)
     # A rehearsal of presets has no folders to look into.
     if not (cfg.dry_run and None in (cfg.teacher.path, cfg.student.path)):
@@ -54,7 +60,7 @@ def distill(cfg: DistillConfig) -> None:
         check_run_folder(run, cfg)
     device = pick_device(cfg.device)
     if cfg.dry_run:
-        _dry_run(cfg, layout, steps, teacher_shape, student_shape)
+        foresee(cfg, layout, steps, teacher_shape, student_shape, check)
         return
     for name, model, shape in (("teacher", cfg.teacher, teacher_shape), ("student", cfg.student, student_shape)):
         engine = pick_engine(model.engine, layout, model_dtype(shape, cfg.precision), device, name)
@@ -140,13 +146,27 @@ def check_pair(teacher: ModelShape, student: ModelShape, cfg: DistillConfig, lay
     at_once = micro * layout.data * (layout.pipeline if layout.virtual_pipeline else 1)
     if batch % at_once:
         stages = " × pipeline stages" if layout.virtual_pipeline else ""
-        fits = [n for n in (batch // at_once * at_once, (batch // at_once + 1) * at_once) if n]
+        fits = [str(n) for n in (batch // at_once * at_once, (batch // at_once + 1) * at_once) if n]
+        fits += [f"parallel.tensor={n}" for n in _tensor_sizes_that_divide(teacher, student, batch // micro, layout)]
         raise UserError(
             f"trainer.global_batch_size={batch} is not a multiple of {at_once} (trainer.micro_batch_size={micro} × "
-            f"{layout.data} data-parallel ranks{stages}): use {' or '.join(map(str, fits))}"
+            f"{layout.data} data-parallel ranks{stages}): use {' or '.join(fits)}"
         )
     if cfg.optim.min_lr > cfg.optim.lr:
         raise UserError(f"optim.min_lr={cfg.optim.min_lr} is above optim.lr={cfg.optim.lr}")
+
+
+def _tensor_sizes_that_divide(teacher: ModelShape, student: ModelShape, samples: int, layout: Layout) -> list[int]:
+    """Other tensor-parallel sizes, up to 8, with which so many micro-batches divide over the data-parallel ranks."""
+    found = []
+    for tensor in TENSOR_SIZES:
+        with contextlib.suppress(UserError):
+            other = replace(layout, tensor=tensor)
+            check_layout(teacher, other)
+            check_layout(student, other)
+            if samples % (other.data * (other.pipeline if other.virtual_pipeline else 1)) == 0:
+                found.append(tensor)
+    return found
 
 
 def check_run_folder(run: Path, cfg: DistillConfig) -> None:
@@ -261,31 +281,3 @@ def publish(weights: Path, shape: ModelShape, saved: Path) -> str:
         return reader.read_slot(chunk.slot, shape, chunk.start, chunk.stop)
 
     return write_weights(weights, shape, produce, "publish")
-
-
-def _dry_run(cfg: DistillConfig, layout: Layout, steps: int, teacher: ModelShape, student: ModelShape) -> None:
-    """What the run would be, by counting: nothing is built or written."""
-    share = layout.tensor * layout.pipeline
-    mine, theirs = count_parameters(student) / share, count_parameters(teacher) / share
-    bf16 = model_dtype(student, cfg.precision) is torch.bfloat16
-    size = 2 if bf16 else 4
-    # Gradients are float32; master weights (bf16 only) and Adam's moments are spread over data- and context-parallel ranks.
-    gib = {
-        "student weights": mine * size,
-        "student gradients": mine * 4,
-        "optimizer": mine * (12 if bf16 else 8) / (layout.data * layout.context),
-        "teacher weights": theirs * size,
-    }
-    rows = [
-        ["layout", f"tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}"],
-        ["teacher parameters", count_parameters(teacher)],
-        ["student parameters", count_parameters(student)],
-        ["steps", steps],
-        ["tokens", steps * cfg.trainer.global_batch_size * cfg.data.sequence_length],
-        [
-            "micro-batches of a rank and step",
-            cfg.trainer.global_batch_size // (cfg.trainer.micro_batch_size * layout.data),
-        ],
-        *([f"{name}, GiB a rank", value / 2**30] for name, value in gib.items()),
-    ]
-    print_table("would be distilled (activations not counted)", ["", "value"], rows)

@@ -1,0 +1,32 @@
+"""What a GPU and its node can do, by data sheet: the figures of conf/cluster, for plans and for utilisation."""
+
+from dataclasses import fields
+
+import torch
+import yaml
+
+from minitron_megatron.config import HardwareConfig
+from minitron_megatron.launcher import CONF
+
+DEFAULT_GPU = "h100"
+# GB200 before the rest: the first name that is part of the device's counts.
+GPUS = ("gb200", "h100", "h200", "a100")
+
+
+def gpu_of(device_name: str) -> str | None:
+    """The preset of conf/cluster for torch's name of a device, such as "NVIDIA H100 80GB HBM3"; None where there is none."""
+    return next((gpu for gpu in GPUS if gpu in device_name.lower()), None)
+
+
+def hardware(given: HardwareConfig) -> HardwareConfig:
+    """The hardware with every figure that was not given taken from its GPU's preset: the named one, this machine's, or h100."""
+    here = gpu_of(torch.cuda.get_device_name()) if given.gpu is None and torch.cuda.is_available() else None
+    preset = yaml.safe_load((CONF / "cluster" / f"{given.gpu or here or DEFAULT_GPU}.yaml").read_text(encoding="utf-8"))
+    names = [f.name for f in fields(HardwareConfig)]
+    own = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    return HardwareConfig(**{**{name: preset[name] for name in names}, **own})
+
+
+def peak_flops(gpu: HardwareConfig, dtype: torch.dtype) -> float:
+    """Operations a second at the most in a dtype: bfloat16 on tensor cores, float32 without them."""
+    return 1e12 * (gpu.bf16_tflops if dtype is torch.bfloat16 else gpu.fp32_tflops)
