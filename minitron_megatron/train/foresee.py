@@ -20,7 +20,7 @@ from minitron_megatron.parallel.hardware import hardware, peak_flops
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.census import Stage, take_census
 from minitron_megatron.train.memory import (
-    OPTIMIZER_BYTES,
+    CHECKPOINT_BYTES,
     RECOMPUTE,
     Arithmetic,
     MicroBatch,
@@ -75,7 +75,7 @@ def forecast(cfg: DistillConfig, layout: Layout, teacher: ModelShape | None, stu
     plan = Plan(
         student=student,
         teacher=teacher,
-        layout=replace(layout, sequence=layout.sequence and layout.tensor > 1),
+        layout=layout,
         batch=MicroBatch.of(trainer.micro_batch_size, cfg.data.sequence_length, layout),
         micro_batches=trainer.global_batch_size // (trainer.micro_batch_size * layout.data),
         how=Arithmetic(dtype, _engine(cfg.student.engine, dtype)),
@@ -94,6 +94,7 @@ def foresee(
     cfg: DistillConfig, layout: Layout, steps: int, teacher: ModelShape | None, student: ModelShape, check: Check
 ) -> None:
     """Print what the job would be; nothing is written."""
+    layout = _without_idle_options(layout)
     found = forecast(cfg, layout, teacher, student)
     _show_job(found, steps, cfg)
     _show_memory(found)
@@ -127,7 +128,12 @@ def layouts_that_run(layout: Layout, sequence_length: int, check: Check) -> list
                 sizes = replace(layout, tensor=tensor, pipeline=pipeline, virtual_pipeline=None, sequence=tensor > 1)
                 divides = sequence_length % sequence_parts(sizes) == 0
                 found.append(sizes if divides else replace(sizes, sequence=False))
-    return [one for one in dict.fromkeys([layout, *found]) if _accepts(check, one)]
+    return [one for one in dict.fromkeys([_without_idle_options(layout), *found]) if _accepts(check, one)]
+
+
+def _without_idle_options(layout: Layout) -> Layout:
+    """Sequence parallelism is nothing on one tensor-parallel rank."""
+    return replace(layout, sequence=layout.sequence and layout.tensor > 1)
 
 
 def _accepts(check: Check, layout: Layout) -> bool:
@@ -166,7 +172,7 @@ def _show_job(found: Forecast, steps: int, cfg: DistillConfig) -> None:
     plan, layout = found.plan, found.plan.layout
     stored = {key: size for stage in found.stages for chunk in stage.student for key, size in chunk.stored.items()}
     weights = sum(stored.values())
-    states = weights // plan.how.dtype.itemsize * OPTIMIZER_BYTES[torch.bfloat16]
+    states = weights // plan.how.dtype.itemsize * CHECKPOINT_BYTES
     rows = [
         ["layout", f"{layout}: {layout.world_size} processes, {layout.data} data-parallel ranks"],
         *([["teacher parameters", count_parameters(plan.teacher)]] if plan.teacher else []),

@@ -26,6 +26,9 @@ RECOMPUTE = ("none", "selective", "full")
 GRADIENT_BYTES = 4
 OPTIMIZER_BYTES = {torch.bfloat16: 12, torch.float32: 8}
 
+# Of the optimizer, a parameter in a checkpoint: the float32 weight, of float32 models too, and both moments.
+CHECKPOINT_BYTES = 12
+
 
 @dataclass(frozen=True)
 class Arithmetic:
