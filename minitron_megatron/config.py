@@ -473,8 +473,9 @@ class BenchmarkConfig(CommandConfig):
 
     measure: str = option(
         "importance",
-        "hooks over a forward pass; cutting files over copying them; cutting in memory; a layer analysis over passes",
-        ("importance", "prune", "cut", "layers"),
+        "hooks over a forward pass; cutting files over copying them; cutting in memory; a layer analysis over passes; "
+        "activations as a dry run counts them over those kept",
+        ("importance", "prune", "cut", "layers", "memory"),
     )
     model: ModelConfig = group(ModelConfig)
     target: TargetConfig = group(TargetConfig)

@@ -121,19 +121,12 @@ def test_weights_gradients_and_optimizer_are_what_a_run_allocates(gloo, ranks, s
 
 
 def kept_for_backward(shape: ModelShape, layout: Layout, dtype: torch.dtype) -> int:
-    """Bytes of the distinct storages, other than parameters', that a forward pass of the whole model saves."""
+    """Bytes that a forward pass of the whole model saves on this rank."""
+    from minitron_megatron.benchmark.memory import kept_bytes
+
     (model,) = random_chunks(shape, layout, dtype)
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept = []
     tokens = torch.randint(0, shape.vocab_size, (SAMPLES, LENGTH))
-    positions = torch.arange(LENGTH).expand(SAMPLES, LENGTH)
-
-    def head(*, hidden_states, output_layer, output_weight, **_):
-        return output_layer(hidden_states, weight=output_weight)[0]
-
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        model(tokens, positions, None, output_processor=head)
-    return distinct_bytes([t for t in kept if t.untyped_storage()._cdata not in parameters])
+    return kept_bytes(model, {"tokens": tokens, "position_ids": torch.arange(LENGTH).expand(SAMPLES, LENGTH)})[0]
 
 
 @pytest.mark.parametrize(

@@ -61,10 +61,11 @@ def take_census(
 
 
 def _chunks(shape: ModelShape, layout: Layout, dtype: torch.dtype) -> tuple[Chunk, ...]:
-    return tuple(_count(chunk) for chunk in build_model_chunks(shape, layout, dtype, "local"))
+    return tuple(count_chunk(chunk) for chunk in build_model_chunks(shape, layout, dtype, "local"))
 
 
-def _count(chunk: Any) -> Chunk:
+def count_chunk(chunk: Any) -> Chunk:
+    """What a built GPTModel chunk of this rank has."""
     layers = chunk.decoder.layers
     parameters = [p.numel() for p in chunk.parameters()]
     return Chunk(
