@@ -38,6 +38,9 @@ class ParallelConfig:
     virtual_pipeline: int | None = option(None, "model chunks a stage in the interleaved schedule")
     sequence: bool = option(False, "sequence parallelism: tokens of norms are split over the tensor-parallel group")
     context: int = option(1, "context-parallel size: parts of each sequence; above 1 needs model.engine=te and bf16")
+    world_size: int | None = option(
+        None, "processes of the whole job: those that were started, if not given; a dry run plans for any number"
+    )
 
 
 @dataclass
@@ -572,8 +575,9 @@ class BenchmarkConfig(CommandConfig):
 
     measure: str = option(
         "importance",
-        "hooks over a forward pass; cutting files over copying them; cutting in memory; a layer analysis over passes",
-        ("importance", "prune", "cut", "layers"),
+        "hooks over a forward pass; cutting files over copying them; cutting in memory; a layer analysis over passes; "
+        "activations as a dry run counts them over those kept",
+        ("importance", "prune", "cut", "layers", "memory"),
     )
     model: ModelConfig = group(ModelConfig)
     target: TargetConfig = group(TargetConfig)

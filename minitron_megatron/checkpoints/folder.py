@@ -32,7 +32,9 @@ MANIFEST, SHAPE_FILE, WEIGHTS, TOKENIZER = "manifest.yaml", "model.yaml", "weigh
 log = logging.getLogger(__name__)
 
 # Keys of the resolved config that do not change what is computed: the same output may be asked for in another layout.
-_HOW_NOT_WHAT = frozenset({"parallel", "device", "dry_run", "resume", "verify", "output", "logger", "workers"})
+_HOW_NOT_WHAT = frozenset(
+    {"parallel", "device", "dry_run", "resume", "verify", "output", "logger", "cluster", "workers"}
+)
 # In a partial folder that can be continued: the fingerprint of what it was to become.
 _MADE_OF = ".made-of"
 

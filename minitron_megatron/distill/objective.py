@@ -31,7 +31,7 @@ class Distillation:
         self.validated = self.how if isinstance(teacher, CachedTeacher) else Divergence()
 
     def names(self, measure: bool) -> tuple[str, ...]:
-        """The loss, and of what it is the sum where it is one; measured, what the teacher is sure of, and how often both agree."""
+        """The loss, and its terms where it has several; measured, also how sure the teacher is, and how often both agree."""
         parts = ("divergence", "cross_entropy") if self.options.cross_entropy else ()
         # A cache has the most probable tokens, not the entropy of all.
         entropy = () if isinstance(self.teacher, CachedTeacher) else ("teacher_entropy",)
