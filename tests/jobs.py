@@ -15,6 +15,7 @@ from minitron_megatron.checkpoints.weights import load_model
 from minitron_megatron.config import (
     BatchConfig,
     DistillConfig,
+    DistillOptions,
     ExportHfConfig,
     ImportanceConfig,
     ImportanceOptions,
@@ -38,6 +39,7 @@ from minitron_megatron.models.objective import NextToken
 from minitron_megatron.parallel.layout import Layout, model_parallel
 from minitron_megatron.prune.live import Side, cut_live, local_tensors
 from minitron_megatron.prune.plan import read_plan
+from minitron_megatron.train.distill import intermediate_loss
 from minitron_megatron.train.loop import Trainer
 from minitron_megatron.train.run import publish
 from minitron_megatron.train.schedule import Schedule
@@ -123,8 +125,12 @@ def trainer(
     micro_batch_size: int,
     engine: str = "auto",
     optimizer: bool = False,
+    **distill,
 ):
-    """A Trainer that distills, or predicts the next token where there is no teacher; gradients are reduced in full."""
+    """A Trainer that distills (by options of `distill`), or predicts the next token where there is no teacher.
+
+    Without an optimizer gradients are reduced in full.
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
     from minitron_megatron.train.optimizer import wrap_and_optimize
@@ -135,7 +141,16 @@ def trainer(
         data=data_option(Path(), 32),
         trainer=TrainerConfig(steps=4, global_batch_size=8, micro_batch_size=micro_batch_size),
         optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
+        distill=DistillOptions(**distill),
     )
+    full = full_layout(layout)
+    vocabulary, objective = folder.shape.vocab_size, NextToken(folder.shape.vocab_size)
+    if teacher is not None:
+        theirs, frozen = build(teacher, layout, engine)
+        beside = Teacher(frozen, pipelined=full.pipeline > 1)
+        intermediate = intermediate_loss(cfg, theirs.shape, folder.shape, beside)
+        objective = Distillation(beside, cfg.distill, vocabulary, intermediate)
+    objective.attach(chunks)
     if optimizer:
         wrapped, made = wrap_and_optimize(chunks, cfg.optim)
     else:
@@ -143,11 +158,6 @@ def trainer(
         wrapped, made = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks], None
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads
-    full = full_layout(layout)
-    vocabulary, objective = folder.shape.vocab_size, NextToken(folder.shape.vocab_size)
-    if teacher is not None:
-        _, frozen = build(teacher, layout, engine)
-        objective = Distillation(Teacher(frozen, pipelined=full.pipeline > 1), cfg.distill, vocabulary)
     return folder, Trainer(wrapped, made, objective, full, cfg)
 
 

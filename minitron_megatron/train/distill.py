@@ -7,6 +7,7 @@ from minitron_megatron.checkpoints.weights import load_model
 from minitron_megatron.config import DistillConfig
 from minitron_megatron.data.datasets import DocumentMasks, Windows, open_data
 from minitron_megatron.distill.cache import Cache, CachedTeacher
+from minitron_megatron.distill.intermediate import IntermediateLoss, chosen_pairs
 from minitron_megatron.distill.losses import Divergence
 from minitron_megatron.distill.objective import Distillation
 from minitron_megatron.distill.teacher import Teacher
@@ -25,8 +26,12 @@ def distill(cfg: DistillConfig) -> None:
     def objective(folders: Mapping[str, ModelFolder], layout: Layout) -> Distillation:
         if cache and cfg.verify:
             cache.verify()
-        teacher = CachedTeacher(cache) if cache else _beside(cfg, folders["teacher"], layout)
-        return Distillation(teacher, cfg.distill, folders["student"].shape.vocab_size)
+        student = folders["student"].shape
+        if cache:
+            return Distillation(CachedTeacher(cache), cfg.distill, student.vocab_size)
+        teacher = _beside(cfg, folders["teacher"], layout)
+        intermediate = intermediate_loss(cfg, folders["teacher"].shape, student, teacher)
+        return Distillation(teacher, cfg.distill, student.vocab_size, intermediate)
 
     recipe = Recipe(
         verb="distill",
@@ -43,6 +48,14 @@ def _beside(cfg: DistillConfig, teacher: ModelFolder, layout: Layout) -> Teacher
     frozen = build_model_chunks(teacher.shape, layout, model_dtype(teacher.shape, cfg.precision), cfg.teacher.engine)
     load_model(frozen, teacher)
     return Teacher(frozen, pipelined=layout.pipeline > 1)
+
+
+def intermediate_loss(
+    cfg: DistillConfig, teacher: ModelShape, student: ModelShape, beside: Teacher
+) -> IntermediateLoss | None:
+    """The losses on intermediate states, where they are asked for; `beside` is the running teacher."""
+    pairs = chosen_pairs(cfg.distill, student.num_layers, teacher.num_layers)
+    return IntermediateLoss(pairs, beside.chunks, cfg.distill.intermediate, cfg.seed) if pairs else None
 
 
 def open_cache(cfg: DistillConfig) -> Cache | None:
@@ -81,4 +94,10 @@ def check_pair(teacher: ModelShape | None, student: ModelShape, cfg: DistillConf
             "logits can only be compared over the same one"
         )
     Divergence.from_options(cfg.distill, student.vocab_size)
+    if cfg.distill.intermediate and cfg.distill.cache:
+        raise UserError(
+            "distill.intermediate compares states of the teacher, which distill.cache does not have: leave one of them out"
+        )
+    if teacher:
+        chosen_pairs(cfg.distill, student.num_layers, teacher.num_layers)
     check_training({"teacher": teacher, "student": student} if teacher else {"student": student}, cfg, layout)

@@ -251,7 +251,10 @@ def _show_assumptions(found: Forecast) -> None:
         ["overlap", "none: communication and optimizer come after arithmetic"],
         ["layers", engines[plan.how.engine]],
         ["reserved", f"{RESERVED_GIB} GiB a GPU for CUDA, NCCL and fragmentation"],
-        ["not counted", "validation, checkpoints, reading data, exchange between context-parallel ranks"],
+        [
+            "not counted",
+            "validation, checkpoints, reading data, exchange between context-parallel ranks, intermediate losses",
+        ],
     ]
     print_table("assumptions", ["", "value"], rows)
 

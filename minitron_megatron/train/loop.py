@@ -76,8 +76,10 @@ class Trainer:
         data_seconds = time.monotonic() - began
         for chunk in self.chunks:
             chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        if self.objective.needs_first_pass:
+            self._drop_gradients()
+            self.forward_backward(batches)
+        self._drop_gradients()
         terms, tokens, stop = self.forward_backward(batches, measure=self._measures(step, schedule.steps))
         lr, grad_norm = schedule.learning_rate(step), gradient_norm(self.optimizer)
         taken = self.guard.takes(step, terms["loss"], grad_norm)
@@ -85,6 +87,11 @@ class Trainer:
             set_learning_rate(self.optimizer, lr, self.cfg.optim.weight_decay)
             self.optimizer.step()
         return StepResult(terms, grad_norm, lr, tokens, time.monotonic() - began, data_seconds, taken, stop)
+
+    def _drop_gradients(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
 
     def _measures(self, step: int, steps: int) -> bool:
         """Whether the step's metrics are kept: only then is what merely informs computed."""
@@ -117,8 +124,11 @@ class Trainer:
             forward_only=False,
         )
         sums = torch.stack(results).sum(0).tolist() if results else [0.0] * (len(names) + 1)
-        *sums, tokens, stop = collectives.sum_from_last_stage(sums, [float(self.stop_asked)])
-        return {name: total / tokens for name, total in zip(names, sums, strict=True)}, int(tokens), stop > 0
+        of_stages = self.objective.sums_of_stages()
+        totals = collectives.sum_from_last_stage(sums, [float(self.stop_asked), *of_stages])
+        (*sums, tokens), (stop, *of_stages) = totals[: len(sums)], totals[len(sums) :]
+        means = {name: total / tokens for name, total in zip(names, sums, strict=True)}
+        return self.objective.finish(means, [total / tokens for total in of_stages]), int(tokens), stop > 0
 
     def _forward_step(
         self, batch: Batch, model: Any, names: tuple[str, ...], measure: bool
@@ -134,6 +144,7 @@ class Trainer:
             counted = torch.stack([*sums, mask.sum(dtype=torch.float64)])
             return (terms["loss"] * mask).sum(), mask.sum().int(), counted
 
+        self.objective.begin(batch)
         out = model(batch["tokens"], batch["position_ids"], attention_mask(batch), output_processor=processor)
         return out, loss_func
 
@@ -152,7 +163,7 @@ class Trainer:
         at_once = math.ceil(VALIDATION_ROUND / stages) * stages
         for start in range(0, len(batches), at_once):
             part = batches[start : start + at_once]
-            self.objective.prepare(part)
+            self.objective.prepare(part, training=False)
             collected = forward_only(
                 models,
                 part,
