@@ -8,6 +8,7 @@ write them, so a model folder serves both.
 import copy
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -131,8 +132,13 @@ def _fusions(te: bool, traits: Traits) -> dict[str, bool]:
     }
 
 
-def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype, engine: str) -> Any:
-    """The megatron.core TransformerConfig of a model in a layout, for an engine (te or local)."""
+def transformer_config(
+    shape: ModelShape, layout: Layout, dtype: torch.dtype, engine: str, training: Mapping[str, Any] | None = None
+) -> Any:
+    """The megatron.core TransformerConfig of a model in a layout, for an engine (te or local).
+
+    `training` has fields of it that only a model that is trained needs, such as activation recomputation.
+    """
     from megatron.core.transformer import TransformerConfig
 
     kind = TransformerConfig if shape.uniform else _per_layer_config()
@@ -175,6 +181,7 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype, en
         # Sums of token losses are divided once by the global token count: the same for any split over ranks.
         calculate_per_token_loss=True,
         heterogeneous_block_specs=not shape.uniform,
+        **(training or {}),
     )
     if not shape.uniform:
         config.ffn_of_layers = shape.ffn_of_layers
@@ -257,6 +264,7 @@ def build_gpt(
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> torch.nn.Module:
     """One pipeline chunk of the model on this rank, of an engine (te or local), uninitialised.
 
@@ -264,7 +272,7 @@ def build_gpt(
     """
     from megatron.core.models.gpt import GPTModel
 
-    config = transformer_config(shape, layout, dtype, engine)
+    config = transformer_config(shape, layout, dtype, engine, training)
     model = GPTModel(
         config=config,
         transformer_layer_spec=layer_spec(config, vp_stage),
@@ -285,11 +293,15 @@ def build_gpt(
 
 
 def build_model_chunks(
-    shape: ModelShape, layout: Layout, dtype: torch.dtype, engine: str = "auto"
+    shape: ModelShape,
+    layout: Layout,
+    dtype: torch.dtype,
+    engine: str = "auto",
+    training: Mapping[str, Any] | None = None,
 ) -> list[torch.nn.Module]:
     """This rank's pipeline chunks: one, or `virtual_pipeline` of them in an interleaved schedule.
 
-    `engine` is auto, te or local (pick_engine). Raises UserError where it cannot run.
+    `engine` is auto, te or local (pick_engine), `training` is as of transformer_config. Raises UserError where it cannot run.
     """
     from megatron.core import parallel_state as ps
 
@@ -305,6 +317,7 @@ def build_model_chunks(
             pre_process=ps.is_pipeline_first_stage(ignore_virtual=vp is None, vp_stage=vp),
             post_process=ps.is_pipeline_last_stage(ignore_virtual=vp is None, vp_stage=vp),
             vp_stage=vp,
+            training=training,
         )
 
     return [stage(vp) for vp in (range(layout.virtual_pipeline) if layout.virtual_pipeline else [None])]
