@@ -36,6 +36,13 @@ class ParallelConfig:
     tensor: int = option(1, "tensor-parallel size: processes that share each matrix")
     pipeline: int = option(1, "pipeline-parallel size: stages of consecutive layers, as even as they divide")
     virtual_pipeline: int | None = option(None, "model chunks a stage in the interleaved schedule")
+    account_for_embedding: bool = option(
+        False, "the embedding counts as a layer when layers are shared out over the stages"
+    )
+    account_for_loss: bool = option(False, "the output head and loss count as a layer, likewise")
+    pipeline_layout: str | None = option(
+        None, "layers of each stage, in Megatron's notation, as 'Et*3|t*5L': E embedding, t layer, L loss"
+    )
     sequence: bool = option(False, "sequence parallelism: tokens of norms are split over the tensor-parallel group")
     context: int = option(1, "context-parallel size: parts of each sequence; above 1 needs model.engine=te and bf16")
 

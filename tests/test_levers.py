@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.config import DdpConfig, TrainerConfig
 from minitron_megatron.errors import UserError
+from minitron_megatron.models.build import check_layout, layers_of_stages
+from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.optimizer import check_ddp, recomputation
 from tests import jobs
 from tests.test_models import names
@@ -37,7 +40,11 @@ def plain(gloo, pair):
         (2, {"pipeline": 2}, {"recompute": "full", "recompute_method": "block"}),
         (2, {}, {"ddp": {"overlap_grad_reduce": True, "bucket_size": 2000}}),
         (2, {}, {"ddp": OVERLAP}),
-        (4, {"pipeline": 2, "virtual_pipeline": 2}, {"ddp": OVERLAP, "recompute": "full"}),
+        pytest.param(
+            4, {"pipeline": 2, "virtual_pipeline": 2}, {"ddp": OVERLAP, "recompute": "full"}, marks=pytest.mark.slow
+        ),
+        (2, {"pipeline": 2, "account_for_loss": True}, {}),
+        (2, {"pipeline": 2, "pipeline_layout": "Et|t*3L"}, {}),
     ],
     ids=names,
 )
@@ -67,6 +74,29 @@ def kept_bytes(student, how):
 def test_recomputation_keeps_less(gloo, pair):
     bytes_of = [gloo(1, kept_bytes, pair[1], {"recompute": how}, layout={})[0] for how in ("none", "selective", "full")]
     assert bytes_of[0] > bytes_of[1] > bytes_of[2]
+
+
+def test_layers_are_shared_out_as_asked():
+    def stages(layers, pipeline, **split):
+        return layers_of_stages(layers, Layout(pipeline=pipeline, world_size=pipeline, **split))
+
+    embedding, loss = ({f"account_for_{what}": True} for what in ("embedding", "loss"))
+    assert stages(8, 4) == [2, 2, 2, 2] and stages(7, 3) == [3, 2, 2]
+    assert stages(6, 4, **embedding, **loss) == [1, 2, 2, 1]
+    assert stages(7, 4, **loss) == [2, 2, 2, 1] and stages(7, 4, **embedding) == [1, 2, 2, 2]
+    assert stages(8, 2, pipeline_layout="Et*3|t*5L") == [3, 5]
+    for wrong in ("Et*3|t*4L", "Et*8L", "t*3|t*5L", "EtL|t*7", "nonsense"):
+        with pytest.raises(UserError, match="does not lay out 8 layers over 2 stages"):
+            stages(8, 2, pipeline_layout=wrong)
+
+
+def test_a_split_that_leaves_a_stage_empty_is_refused(pair):
+    shape = open_model_folder(pair[0]).shape
+    layout = Layout(pipeline=4, world_size=4, account_for_loss=True)
+    with pytest.raises(
+        UserError, match=r"4 layers of the model over 4 stages would be \[2, 1, 1, 0\]: every stage needs"
+    ):
+        check_layout(shape, layout)
 
 
 def test_what_megatron_would_refuse_is_refused_first():

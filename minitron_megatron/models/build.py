@@ -54,19 +54,62 @@ def check_layout(shape: ModelShape, layout: Layout, what: str = "the model") -> 
         raise UserError(
             f"{names}={layout.stages} is more than num_layers={shape.num_layers} of {what}: every stage needs a layer"
         )
+    layers = layers_of_stages(shape.num_layers, layout)
+    if min(layers) < 1:
+        raise UserError(
+            f"{shape.num_layers} layers of {what} over {layout.stages} stages would be {layers}: every stage needs a layer; do "
+            "without parallel.account_for_embedding or parallel.account_for_loss"
+        )
 
 
-def layers_of_stages(num_layers: int, stages: int) -> list[int]:
-    """Layers of each pipeline stage, in the order of the data flow: as even as can be, the last stages (the head) fewer."""
-    return [num_layers // stages + (stage < num_layers % stages) for stage in range(stages)]
+def layers_of_stages(num_layers: int, layout: Layout) -> list[int]:
+    """Layers of each pipeline stage, in the order of the data flow. Raises UserError for an explicit layout that is no such.
+
+    As even as can be, the last stages (the head) fewer; embedding and loss may count as a layer of the stages that have them.
+    """
+    if layout.pipeline_layout is not None:
+        return _explicit_stages(num_layers, layout)
+    first = int(layout.account_for_embedding)
+    last = int(layout.account_for_loss)
+    share, more = divmod(num_layers + first + last, layout.stages)
+    layers = [share + (stage < more) for stage in range(layout.stages)]
+    layers[0] -= first
+    layers[-1] -= last
+    return layers
+
+
+def _explicit_stages(num_layers: int, layout: Layout) -> list[int]:
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    given = layout.pipeline_layout
+    try:
+        stages = [[layer.name for layer in stage] for stage in PipelineParallelLayerLayout.parse_str_to_list(given)]
+    except AssertionError:
+        stages = [[]]
+    layers = [stage.count("decoder") for stage in stages]
+    in_order = stages == _with_ends([["decoder"] * count for count in layers])
+    if not in_order or sum(layers) != num_layers or len(layers) != layout.stages:
+        raise UserError(
+            f"parallel.pipeline_layout={given} does not lay out {num_layers} layers over {layout.stages} stages: "
+            "write E and L once, at both ends, and a t for each layer, as in 'Et*3|t*5L'"
+        )
+    return layers
 
 
 def pipeline_layout(num_layers: int, layout: Layout) -> list[list[str]] | None:
-    """What Megatron's `pipeline_model_parallel_layout` says where layers do not divide over the stages; None where they do."""
-    if num_layers % layout.stages == 0:
+    """What Megatron's `pipeline_model_parallel_layout` says where stages differ; None where they are equal."""
+    layers = layers_of_stages(num_layers, layout)
+    if len(set(layers)) == 1:
         return None
-    stages = [["decoder"] * layers for layers in layers_of_stages(num_layers, layout.stages)]
-    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+    return _with_ends([["decoder"] * count for count in layers])
+
+
+def _with_ends(stages: list[list[str]]) -> list[list[str]]:
+    """Embedding and loss on the first and the last of the stages."""
+    stages = [list(stage) for stage in stages]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
 
 
 def sequence_parts(layout: Layout) -> int:
