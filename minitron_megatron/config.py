@@ -36,6 +36,13 @@ class ParallelConfig:
     tensor: int = option(1, "tensor-parallel size: processes that share each matrix")
     pipeline: int = option(1, "pipeline-parallel size: stages of consecutive layers, as even as they divide")
     virtual_pipeline: int | None = option(None, "model chunks a stage in the interleaved schedule")
+    account_for_embedding: bool = option(
+        False, "the embedding counts as a layer when layers are shared out over the stages"
+    )
+    account_for_loss: bool = option(False, "the output head and loss count as a layer, likewise")
+    pipeline_layout: str | None = option(
+        None, "layers of each stage, in Megatron's notation, as 'Et*3|t*5L': E embedding, t layer, L loss"
+    )
     sequence: bool = option(False, "sequence parallelism: tokens of norms are split over the tensor-parallel group")
     context: int = option(1, "context-parallel size: parts of each sequence; above 1 needs model.engine=te and bf16")
     world_size: int | None = option(
@@ -117,6 +124,20 @@ class TrainerConfig:
     tokens: float | None = option(None, "tokens to train on (give steps or tokens)")
     global_batch_size: int = option(8, "samples of an optimizer step, over all processes")
     micro_batch_size: int = option(1, "samples that run through the model at once")
+    recompute: str = option(
+        "none",
+        "activations computed again in the backward pass, for memory: those of recompute_modules, or of whole layers",
+        ("none", "selective", "full"),
+    )
+    recompute_modules: list[str] = option(
+        ["core_attn"], "selective: core_attn, mlp or both; fused attention has no need of core_attn"
+    )
+    recompute_method: str = option(
+        "uniform",
+        "full: keep the input of every recompute_num_layers-th layer, or compute the first recompute_num_layers of a stage again",
+        ("uniform", "block"),
+    )
+    recompute_num_layers: int = option(1, "full: see recompute_method")
     save_interval: int = option(100, "steps between checkpoints")
     keep_last: int = option(2, "newest checkpoints to keep")
     keep_best: bool = option(False, "save at the lowest validation loss so far, and keep that checkpoint too")
@@ -132,6 +153,18 @@ class TrainerConfig:
     )
     validation_interval: int = option(100, "steps between validations; 0 for none before the end")
     validation_samples: int = option(64, "samples of a validation; 0 for none")
+
+
+@dataclass
+class DdpConfig:
+    """Megatron's data parallelism: when gradients are reduced and weights gathered. The sums are the same."""
+
+    overlap_grad_reduce: bool = option(False, "reduce gradients bucket by bucket while the backward pass runs")
+    overlap_param_gather: bool = option(
+        False, "gather weights bucket by bucket while the next forward pass runs; needs overlap_grad_reduce"
+    )
+    bucket_size: int | None = option(None, "parameters of a bucket; Megatron's choice if not given")
+    grad_reduce_in_fp32: bool = option(True, "accumulate and reduce gradients in float32, false: in the model's dtype")
 
 
 @dataclass
@@ -426,6 +459,7 @@ class TrainingConfig(CommandConfig):
     trainer: TrainerConfig = group(TrainerConfig)
     optim: OptimConfig = group(OptimConfig)
     guard: GuardConfig = group(GuardConfig)
+    ddp: DdpConfig = group(DdpConfig)
     logger: LoggerConfig = group(LoggerConfig)
     cluster: HardwareConfig = group(HardwareConfig)
 
@@ -662,8 +696,8 @@ _POSITIVE = frozenset(
     """tensor pipeline context sequence_length micro_batch_size global_batch_size samples steps tokens lr workers temperature
     max_shard_gb save_interval interval repeats rows limit num_layers hidden_size ffn_hidden_size num_attention_heads
     num_query_groups vocab_size adam_eps top_k chunk_samples processes nodes processes_per_node decay_steps decay_tokens
-    decay_share window stop_after keep_last time_limit_minutes world_size nvlink_gpus memory_gib bf16_tflops fp8_tflops
-    fp32_tflops memory_gb_s nvlink_gb_s network_gb_s efficiency""".split()
+    decay_share window stop_after recompute_num_layers bucket_size keep_last time_limit_minutes world_size nvlink_gpus
+    memory_gib bf16_tflops fp8_tflops fp32_tflops memory_gb_s nvlink_gb_s network_gb_s efficiency""".split()
 )
 _NOT_NEGATIVE = frozenset(
     """min_lr warmup_steps warmup_tokens loss_factor grad_norm_factor weight_decay clip_grad validation_interval

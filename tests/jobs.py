@@ -14,6 +14,7 @@ from minitron_megatron.checkpoints.hf import export_hf, import_hf
 from minitron_megatron.checkpoints.weights import load_model
 from minitron_megatron.config import (
     BatchConfig,
+    DdpConfig,
     DistillConfig,
     DistillOptions,
     ExportHfConfig,
@@ -125,24 +126,28 @@ def trainer(
     micro_batch_size: int,
     engine: str = "auto",
     optimizer: bool = False,
-    **distill,
+    **how,
 ):
-    """A Trainer that distills (by options of `distill`), or predicts the next token where there is no teacher.
+    """A Trainer that distills, or predicts the next token where there is no teacher; without an optimizer gradients are whole.
 
-    Without an optimizer gradients are reduced in full.
+    `how` has options of the trainer, and those of `ddp` and `distill`.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
-    from minitron_megatron.train.optimizer import wrap_and_optimize
+    from minitron_megatron.train.optimizer import recomputation, wrap_and_optimize
 
-    folder, chunks = build(student, layout, engine)
+    ddp, distill = DdpConfig(**how.pop("ddp", {})), DistillOptions(**how.pop("distill", {}))
     cfg = DistillConfig(
         output="",
         data=data_option(Path(), 32),
-        trainer=TrainerConfig(steps=4, global_batch_size=8, micro_batch_size=micro_batch_size),
+        trainer=TrainerConfig(steps=4, global_batch_size=8, micro_batch_size=micro_batch_size, **how),
         optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
-        distill=DistillOptions(**distill),
+        ddp=ddp,
+        distill=distill,
     )
+    folder = open_model_folder(student)
+    chunks = build_model_chunks(folder.shape, full_layout(layout), torch.float32, engine, recomputation(cfg.trainer))
+    load_model(chunks, folder)
     full = full_layout(layout)
     vocabulary, objective = folder.shape.vocab_size, NextToken(folder.shape.vocab_size)
     if teacher is not None:
@@ -152,7 +157,7 @@ def trainer(
         objective = Distillation(beside, cfg.distill, vocabulary, intermediate)
     objective.attach(chunks)
     if optimizer:
-        wrapped, made = wrap_and_optimize(chunks, cfg.optim)
+        wrapped, made = wrap_and_optimize(chunks, cfg.optim, cfg.ddp)
     else:
         ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
         wrapped, made = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks], None
@@ -196,9 +201,17 @@ def loss_and_gradients(
     return terms["loss"], _placed(folder.shape, modules, lambda parameter: parameter.main_grad.float())
 
 
-def training_losses(teacher: str, student: str, tokens: torch.Tensor, layout: dict, micro_batch_size: int, steps: int):
-    """(loss, gradient norm) of each of some optimizer steps of 8 samples."""
-    _, trained = trainer(teacher, student, layout, micro_batch_size, optimizer=True)
+def training_losses(
+    teacher: str,
+    student: str,
+    tokens: torch.Tensor,
+    layout: dict,
+    micro_batch_size: int,
+    steps: int,
+    how: dict | None = None,
+):
+    """(loss, gradient norm) of each of some optimizer steps of 8 samples; `how` has options of ddp and recomputation."""
+    _, trained = trainer(teacher, student, layout, micro_batch_size, optimizer=True, **(how or {}))
     schedule = Schedule.of_run(trained.cfg.optim, steps, 8 * 32)
     results = [trained.train_step(step, schedule, Tokens(tokens)) for step in range(steps)]
     return [(r.loss, r.grad_norm) for r in results]

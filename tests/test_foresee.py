@@ -16,6 +16,7 @@ from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.hardware import gpu_of, hardware
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.census import take_census
+from minitron_megatron.train.distill import distill
 from minitron_megatron.train.memory import (
     OPTIMIZER_BYTES,
     Arithmetic,
@@ -25,7 +26,6 @@ from minitron_megatron.train.memory import (
     in_flight,
     memory_of_stage,
 )
-from minitron_megatron.train.run import distill
 from minitron_megatron.train.speed import forward_flops
 
 SAMPLES, LENGTH = 2, 64

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minitron_megatron.config import GuardConfig, OptimConfig
+from minitron_megatron.config import DdpConfig, GuardConfig, OptimConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.train.guard import SpikeGuard
 from minitron_megatron.train.schedule import Schedule
@@ -56,7 +56,7 @@ def decayed(path, decay_embeddings):
     _, chunks = jobs.build(path, {})
     names = {id(p): name for name, p in chunks[0].named_parameters()}
     optim = OptimConfig(weight_decay=0.1, decay_embeddings=decay_embeddings)
-    _, optimizer = wrap_and_optimize(chunks, optim)
+    _, optimizer = wrap_and_optimize(chunks, optim, DdpConfig())
     set_learning_rate(optimizer, 1e-3, optim.weight_decay)
     (inner,) = optimizer.chained_optimizers
     groups = zip(inner.optimizer.param_groups, inner.model_fp32_groups, strict=True)

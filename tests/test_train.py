@@ -337,7 +337,7 @@ def test_metrics_say_what_a_step_did(gloo, sources, tmp_path):
 def test_a_format_that_needs_the_same_layout_says_so(gloo, sources, tmp_path):
     cfg = options(sources, tmp_path / "run", steps=2, validation_samples=0, checkpoint_format="dp_reshardable")
     assert gloo(1, signalled, cfg, signal.SIGTERM, 0) == [75]
-    with pytest.raises(WorkerError, match="no other layout: use tensor 1, pipeline 1, virtual_pipeline 1"):
+    with pytest.raises(WorkerError, match=r"no other layout: use parallel\.tensor=1\n"):
         gloo(2, exit_code, replace(cfg, parallel=ParallelConfig(tensor=2)))
     assert gloo(2, exit_code, cfg) == [None] * 2  # two data-parallel ranks can
 

@@ -37,6 +37,8 @@ def pruning_over_copying(cfg: BenchmarkConfig, layout: Layout) -> dict[str, floa
         reader = WeightReader(folder.weights)
         write_weights(scratch, target, lambda chunk: cut_chunk(reader, folder.shape, kept, chunk), "prune")
 
+    from megatron.core import dist_checkpointing  # noqa: F401 (one of the libraries: writing imports it)
+
     libraries = _peak_bytes()
     copies, cuts = [], []
     for _ in range(cfg.repeats):

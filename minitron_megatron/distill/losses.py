@@ -169,7 +169,8 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, weight: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * weight[..., None].to(gradient.dtype), None, None, None, None
+        # In place, or there would be two tensors of the logits' size; torch refuses a second backward through it.
+        return gradient.mul_(weight[..., None]), None, None, None, None
 
 
 # Losses of one block: log q and log p [n, this rank's columns] to the loss [n] and the gradient, without T; both are used up.

@@ -8,6 +8,7 @@ write them, so a model folder serves both.
 import copy
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,19 +54,62 @@ def check_layout(shape: ModelShape, layout: Layout, what: str = "the model") -> 
         raise UserError(
             f"{names}={layout.stages} is more than num_layers={shape.num_layers} of {what}: every stage needs a layer"
         )
+    layers = layers_of_stages(shape.num_layers, layout)
+    if min(layers) < 1:
+        raise UserError(
+            f"{shape.num_layers} layers of {what} over {layout.stages} stages would be {layers}: every stage needs a layer; do "
+            "without parallel.account_for_embedding or parallel.account_for_loss"
+        )
 
 
-def layers_of_stages(num_layers: int, stages: int) -> list[int]:
-    """Layers of each pipeline stage, in the order of the data flow: as even as can be, the last stages (the head) fewer."""
-    return [num_layers // stages + (stage < num_layers % stages) for stage in range(stages)]
+def layers_of_stages(num_layers: int, layout: Layout) -> list[int]:
+    """Layers of each pipeline stage, in the order of the data flow. Raises UserError for an explicit layout that is no such.
+
+    As even as can be, the last stages (the head) fewer; embedding and loss may count as a layer of the stages that have them.
+    """
+    if layout.pipeline_layout is not None:
+        return _explicit_stages(num_layers, layout)
+    first = int(layout.account_for_embedding)
+    last = int(layout.account_for_loss)
+    share, more = divmod(num_layers + first + last, layout.stages)
+    layers = [share + (stage < more) for stage in range(layout.stages)]
+    layers[0] -= first
+    layers[-1] -= last
+    return layers
+
+
+def _explicit_stages(num_layers: int, layout: Layout) -> list[int]:
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    given = layout.pipeline_layout
+    try:
+        stages = [[layer.name for layer in stage] for stage in PipelineParallelLayerLayout.parse_str_to_list(given)]
+    except AssertionError:
+        stages = [[]]
+    layers = [stage.count("decoder") for stage in stages]
+    in_order = stages == _with_ends([["decoder"] * count for count in layers])
+    if not in_order or sum(layers) != num_layers or len(layers) != layout.stages:
+        raise UserError(
+            f"parallel.pipeline_layout={given} does not lay out {num_layers} layers over {layout.stages} stages: "
+            "write E and L once, at both ends, and a t for each layer, as in 'Et*3|t*5L'"
+        )
+    return layers
 
 
 def pipeline_layout(num_layers: int, layout: Layout) -> list[list[str]] | None:
-    """What Megatron's `pipeline_model_parallel_layout` says where layers do not divide over the stages; None where they do."""
-    if num_layers % layout.stages == 0:
+    """What Megatron's `pipeline_model_parallel_layout` says where stages differ; None where they are equal."""
+    layers = layers_of_stages(num_layers, layout)
+    if len(set(layers)) == 1:
         return None
-    stages = [["decoder"] * layers for layers in layers_of_stages(num_layers, layout.stages)]
-    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+    return _with_ends([["decoder"] * count for count in layers])
+
+
+def _with_ends(stages: list[list[str]]) -> list[list[str]]:
+    """Embedding and loss on the first and the last of the stages."""
+    stages = [list(stage) for stage in stages]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
 
 
 def sequence_parts(layout: Layout) -> int:
@@ -131,8 +175,13 @@ def _fusions(te: bool, traits: Traits) -> dict[str, bool]:
     }
 
 
-def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype, engine: str) -> Any:
-    """The megatron.core TransformerConfig of a model in a layout, for an engine (te or local)."""
+def transformer_config(
+    shape: ModelShape, layout: Layout, dtype: torch.dtype, engine: str, training: Mapping[str, Any] | None = None
+) -> Any:
+    """The megatron.core TransformerConfig of a model in a layout, for an engine (te or local).
+
+    `training` has fields of it that only a model that is trained needs, such as activation recomputation.
+    """
     from megatron.core.transformer import TransformerConfig
 
     kind = TransformerConfig if shape.uniform else _per_layer_config()
@@ -175,6 +224,7 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype, en
         # Sums of token losses are divided once by the global token count: the same for any split over ranks.
         calculate_per_token_loss=True,
         heterogeneous_block_specs=not shape.uniform,
+        **(training or {}),
     )
     if not shape.uniform:
         config.ffn_of_layers = shape.ffn_of_layers
@@ -257,6 +307,7 @@ def build_gpt(
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> torch.nn.Module:
     """One pipeline chunk of the model on this rank, of an engine (te or local), uninitialised.
 
@@ -264,7 +315,7 @@ def build_gpt(
     """
     from megatron.core.models.gpt import GPTModel
 
-    config = transformer_config(shape, layout, dtype, engine)
+    config = transformer_config(shape, layout, dtype, engine, training)
     model = GPTModel(
         config=config,
         transformer_layer_spec=layer_spec(config, vp_stage),
@@ -285,11 +336,15 @@ def build_gpt(
 
 
 def build_model_chunks(
-    shape: ModelShape, layout: Layout, dtype: torch.dtype, engine: str = "auto"
+    shape: ModelShape,
+    layout: Layout,
+    dtype: torch.dtype,
+    engine: str = "auto",
+    training: Mapping[str, Any] | None = None,
 ) -> list[torch.nn.Module]:
     """This rank's pipeline chunks: one, or `virtual_pipeline` of them in an interleaved schedule.
 
-    `engine` is auto, te or local (pick_engine). Raises UserError where it cannot run.
+    `engine` is auto, te or local (pick_engine), `training` is as of transformer_config. Raises UserError where it cannot run.
     """
     from megatron.core import parallel_state as ps
 
@@ -305,6 +360,7 @@ def build_model_chunks(
             pre_process=ps.is_pipeline_first_stage(ignore_virtual=vp is None, vp_stage=vp),
             post_process=ps.is_pipeline_last_stage(ignore_virtual=vp is None, vp_stage=vp),
             vp_stage=vp,
+            training=training,
         )
 
     return [stage(vp) for vp in (range(layout.virtual_pipeline) if layout.virtual_pipeline else [None])]

@@ -166,6 +166,16 @@ def _optimizer_stand_ins(optimizer: type) -> dict[str, Any]:
     return {"state_dict": state_dict, "load_state_dict": load_state_dict, load_states: set_states}
 
 
+def _recomputing(backward: Callable[..., Any]) -> staticmethod:
+    """Megatron's backward pass that runs layers again: torch has taken the mode off there."""
+
+    def again(*args: Any) -> Any:
+        with _CudaMeansCpu():
+            return backward(*args)
+
+    return staticmethod(again)
+
+
 @contextlib.contextmanager
 def adapter() -> Iterator[None]:
     """Run Megatron on the CPU within. Entering it again inside itself is harmless."""
@@ -187,7 +197,9 @@ def adapter() -> Iterator[None]:
     changes += [
         (DistributedOptimizer, name, value) for name, value in _optimizer_stand_ins(DistributedOptimizer).items()
     ]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    changes += [(random.CheckpointFunction, "backward", _recomputing(random.CheckpointFunction.backward))]
+    # Out of the class itself where it is one: a static method has to come back as one.
+    before = [(owner, name, vars(owner).get(name, getattr(owner, name))) for owner, name, _ in changes]
     _Active.depth += 1
     try:
         for owner, name, value in changes:

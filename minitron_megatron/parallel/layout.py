@@ -35,6 +35,9 @@ class Layout:
     sequence: bool = False
     context: int = 1
     world_size: int = 1
+    account_for_embedding: bool = False
+    account_for_loss: bool = False
+    pipeline_layout: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be laid out. Raises UserError."""
@@ -99,6 +102,9 @@ class Layout:
             virtual_pipeline=config.virtual_pipeline,
             sequence=config.sequence,
             context=config.context,
+            account_for_embedding=config.account_for_embedding,
+            account_for_loss=config.account_for_loss,
+            pipeline_layout=config.pipeline_layout,
             world_size=world_size or config.world_size or world_size_from_env(),
         )
 

@@ -37,7 +37,7 @@ class Side:
     @cached_property
     def _stage_of_layer(self) -> np.ndarray:
         """Pipeline rank of each layer; stages of the interleaved schedule go round the ranks."""
-        layers = layers_of_stages(self.shape.num_layers, self.layout.stages)
+        layers = layers_of_stages(self.shape.num_layers, self.layout)
         return np.repeat(np.arange(len(layers)), layers) % self.layout.pipeline
 
     def stages(self, slot: Slot) -> list[int]:

@@ -150,9 +150,16 @@ def _drop_old(folder: Path, keep_last: int) -> None:
             shutil.rmtree(old)
 
 
-def _places(layout: Layout) -> dict[str, int]:
-    """What dp_reshardable depends on."""
-    return {"tensor": layout.tensor, "pipeline": layout.pipeline, "virtual_pipeline": layout.virtual_pipeline or 1}
+def _places(layout: Layout) -> dict[str, Any]:
+    """What dp_reshardable depends on, by the names of the options."""
+    return {
+        "tensor": layout.tensor,
+        "pipeline": layout.pipeline,
+        "virtual_pipeline": layout.virtual_pipeline,
+        "account_for_embedding": layout.account_for_embedding,
+        "account_for_loss": layout.account_for_loss,
+        "pipeline_layout": layout.pipeline_layout,
+    }
 
 
 def check_readable(path: Path, layout: Layout) -> None:
@@ -160,7 +167,8 @@ def check_readable(path: Path, layout: Layout) -> None:
     there = _read_format(path)
     if there.pop("optimizer") != "dp_reshardable" or there == _places(layout):
         return
-    was = ", ".join(f"{name} {size}" for name, size in there.items())
+    now = _places(layout)
+    was = " ".join(f"parallel.{name}={value}" for name, value in there.items() if value != now[name])
     raise UserError(
         f"{path} was written with trainer.checkpoint_format=dp_reshardable, which another number of data-parallel ranks can read "
         f"and no other layout: use {was}"

@@ -89,7 +89,7 @@ def forecast(cfg: TrainingConfig, layout: Layout, models: Models) -> Forecast:
         layout=layout,
         batch=MicroBatch.of(trainer.micro_batch_size, cfg.data.sequence_length, layout),
         micro_batches=trainer.global_batch_size // (trainer.micro_batch_size * layout.data),
-        how=Arithmetic(dtype, _engine(models.student_engine, dtype)),
+        how=Arithmetic(dtype, _engine(models.student_engine, dtype), trainer.recompute),
         teacher_how=Arithmetic(theirs, _engine(models.teacher_engine, theirs)),
     )
     stages, gpu = take_census(student, teacher, layout, dtype, theirs), hardware(cfg.cluster)
@@ -199,7 +199,7 @@ def _show_memory(found: Forecast) -> None:
     memory = found.memory
     rows = [[kind, *(_gib(kinds[kind]) for kinds in memory)] for kind in memory[0]]
     rows.append(["all", *(_gib(sum(kinds.values())) for kinds in memory)])
-    for recompute in RECOMPUTE[1:]:
+    for recompute in (r for r in RECOMPUTE[1:] if r != plan.how.recompute):
         other = replace(plan, how=replace(plan.how, recompute=recompute))
         totals = [_gib(sum(memory_of_stage(stage, other).values())) for stage in found.stages]
         rows.append([f"all, with {recompute} recomputation", *totals])
@@ -238,6 +238,11 @@ def _show_assumptions(found: Forecast) -> None:
     gpu, plan = found.gpu, found.plan
     fp8 = f"; FP8 {gpu.fp8_tflops:,.0f}, not used" if gpu.fp8_tflops else ""
     engines = {"te": "Transformer Engine's, with fused attention", "local": "Megatron's local ones, attention unfused"}
+    again = {
+        "none": "none",
+        "selective": "inside of attention; of an MLP is not counted",
+        "full": "every layer from its input, whatever trainer.recompute_num_layers",
+    }
     nodes = f" in nodes of {gpu.gpus_per_node}" if gpu.gpus_per_node else ""
     rows = [
         ["GPU", f"{gpu.gpu}{nodes}: {gpu.memory_gib:g} GiB at {gpu.memory_gb_s:,.0f} GB/s"],
@@ -249,6 +254,7 @@ def _show_assumptions(found: Forecast) -> None:
             f"{LINK_EFFICIENCY:.0%} of it is reached",
         ],
         ["overlap", "none: communication and optimizer come after arithmetic"],
+        ["recomputation", again[plan.how.recompute]],
         ["layers", engines[plan.how.engine]],
         ["reserved", f"{RESERVED_GIB} GiB a GPU for CUDA, NCCL and fragmentation"],
         [

@@ -24,7 +24,7 @@ from minitron_megatron.models.objective import VALIDATION_TERMS, Objective, Term
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.guard import SpikeGuard
-from minitron_megatron.train.optimizer import gradient_norm, set_learning_rate
+from minitron_megatron.train.optimizer import gather_weights, gradient_norm, set_learning_rate
 from minitron_megatron.train.schedule import Schedule
 
 # Micro-batches of a validation that run through the pipeline together, at least.
@@ -155,6 +155,7 @@ class Trainer:
             terms, mask = self.objective.validation(**last_stage, batch=batch), batch["loss_mask"].t()
             return torch.stack([*((terms[name] * mask).sum() for name in VALIDATION_TERMS), mask.sum()])
 
+        gather_weights(self.chunks)
         models = [chunk.module for chunk in self.chunks]
         batches = [_on_device(b) for b in self.micro_batches(samples, range(count))]
         sums = torch.zeros(len(VALIDATION_TERMS) + 1, dtype=torch.float64)

@@ -114,7 +114,9 @@ def _attention_bytes(shape: ModelShape, batch: MicroBatch, sizes: _Sizes, how: A
     if how.engine == "te":
         # Fused attention keeps its inputs, its output and a log-sum-exp a token and head.
         sums = 0 if how.recompute == "selective" else 4 * q // shape.head_dim
-        return mixed + rotated + output + sums + _head_norms_bytes(shape, sizes, how, mixed_is_kept=True)
+        # Its values are a copy; of the mixed output only norms of heads keep their inputs.
+        values = mixed if TRAITS[shape.family].qk_norm else kv * item
+        return values + rotated + output + sums + _head_norms_bytes(shape, sizes, how, mixed_is_kept=True)
     rotary = 4 * batch.tokens_of_sample * int(shape.head_dim * shape.rotary_percent) * item  # cos and sin, for q and k
     if how.recompute == "selective":
         return mixed + rotated + output + rotary + _head_norms_bytes(shape, sizes, how, mixed_is_kept=True)

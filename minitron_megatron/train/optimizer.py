@@ -1,15 +1,16 @@
 """Megatron's data-parallel wrapper and distributed optimizer around a model's chunks.
 
-Gradients are accumulated and reduced in float32; bf16 models have float32 master weights, and every optimizer state is
-spread over the data-parallel ranks.
+Gradients are accumulated and reduced in float32 (`ddp.grad_reduce_in_fp32`); bf16 models have float32 master weights, and every
+optimizer state is spread over the data-parallel ranks.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from minitron_megatron.config import OptimConfig
+from minitron_megatron.config import DdpConfig, OptimConfig, TrainerConfig
 from minitron_megatron.errors import UserError
 
 
@@ -29,7 +30,9 @@ def check_optimizer(device: torch.device) -> None:
         )
 
 
-def wrap_and_optimize(chunks: Sequence[torch.nn.Module], optim: OptimConfig) -> tuple[list[Any], Any]:
+def wrap_and_optimize(
+    chunks: Sequence[torch.nn.Module], optim: OptimConfig, options: DdpConfig
+) -> tuple[list[Any], Any]:
     """DistributedDataParallel chunks and their distributed AdamW; norms and biases have no weight decay."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import (
@@ -41,7 +44,7 @@ def wrap_and_optimize(chunks: Sequence[torch.nn.Module], optim: OptimConfig) -> 
     )
 
     bf16 = next(chunks[0].parameters()).dtype is torch.bfloat16
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, **asdict(options))
     wrapped = [
         DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
     ]
@@ -57,6 +60,7 @@ def wrap_and_optimize(chunks: Sequence[torch.nn.Module], optim: OptimConfig) -> 
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=True,
+        overlap_param_gather=options.overlap_param_gather,
     )
     # Megatron's own rule: no weight decay of what has one dimension.
     groups = get_standard_config_overrides(config)
@@ -68,6 +72,37 @@ def wrap_and_optimize(chunks: Sequence[torch.nn.Module], optim: OptimConfig) -> 
         chunk.config.grad_scale_func = optimizer.scale_loss
         chunk.config.no_sync_func = [w.no_sync for w in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     return wrapped, optimizer
+
+
+def recomputation(options: TrainerConfig) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig for activation recomputation. Raises UserError for modules that a layer has not."""
+    # Megatron's layernorm is not among them: local layers cannot, and Transformer Engine's norms are part of their linears.
+    known = ("core_attn", "mlp")
+    wrong = [name for name in options.recompute_modules if name not in known]
+    if wrong:
+        raise UserError(f"trainer.recompute_modules has {wrong[0]}: use {' or '.join(known)}, or both")
+    if options.recompute == "none":
+        return {}
+    if options.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(options.recompute_modules)}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": options.recompute_method,
+        "recompute_num_layers": options.recompute_num_layers,
+    }
+
+
+def check_ddp(options: DdpConfig) -> None:
+    """Raise UserError for what Megatron would refuse once models are built."""
+    if options.overlap_param_gather and not options.overlap_grad_reduce:
+        raise UserError("ddp.overlap_param_gather=true needs ddp.overlap_grad_reduce=true")
+
+
+def gather_weights(chunks: Sequence[Any]) -> None:
+    """Have whole weights on every rank now, where gathering them is put off to the next forward pass."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def gradient_norm(optimizer: Any) -> float:

@@ -42,15 +42,22 @@ from minitron_megatron.train import checkpoint
 from minitron_megatron.train.foresee import TENSOR_SIZES, Models, foresee, listing_layouts
 from minitron_megatron.train.loop import StepResult, Trainer, stop_on_signal
 from minitron_megatron.train.metrics import Metrics, StepMetrics
-from minitron_megatron.train.optimizer import check_optimizer, wrap_and_optimize
+from minitron_megatron.train.optimizer import (
+    check_ddp,
+    check_optimizer,
+    gather_weights,
+    recomputation,
+    wrap_and_optimize,
+)
 from minitron_megatron.train.schedule import Schedule
 
 log = logging.getLogger(__name__)
 # What may differ between the command that began a run and the one that continues it.
-_MAY_CHANGE = frozenset({"parallel", "device", "resume", "verify", "dry_run", "output", "logger", "cluster"})
+_MAY_CHANGE = frozenset({"parallel", "device", "resume", "verify", "dry_run", "output", "logger", "cluster", "ddp"})
 _MAY_CHANGE_TOO = frozenset(
     f"trainer.{name}"
-    for name in ("save_interval", "keep_last", "keep_best", "publish", "checkpoint_format", "time_limit_minutes")
+    for name in """save_interval keep_last keep_best publish checkpoint_format time_limit_minutes recompute recompute_modules
+    recompute_method recompute_num_layers""".split()
 )
 _MAY_GROW = frozenset({"trainer.steps", "trainer.tokens"})
 Shapes = Mapping[str, ModelShape]
@@ -203,6 +210,8 @@ def check_training(shapes: Shapes, cfg: TrainingConfig, layout: Layout) -> None:
             f"{layout.data} data-parallel ranks{stages}): use {' or '.join(fits)}"
         )
     schedule_of(cfg)
+    recomputation(cfg.trainer)
+    check_ddp(cfg.ddp)
     trainer = cfg.trainer
     if trainer.keep_best and not trainer.validation_samples:
         raise UserError("trainer.keep_best=true needs validations: set trainer.validation_samples= above 0")
@@ -285,10 +294,11 @@ class _Run:
         objective = recipe.objective(folders, layout)
         source = folders[recipe.trained]
         dtype = model_dtype(source.shape, cfg.precision)
-        chunks = build_model_chunks(source.shape, layout, dtype, recipe.models[recipe.trained].engine)
+        engine = recipe.models[recipe.trained].engine
+        chunks = build_model_chunks(source.shape, layout, dtype, engine, recomputation(cfg.trainer))
         load_model(chunks, source)
         objective.attach(chunks)
-        wrapped, optimizer = wrap_and_optimize(chunks, cfg.optim)
+        wrapped, optimizer = wrap_and_optimize(chunks, cfg.optim, cfg.ddp)
         loop, start = Trainer(wrapped, optimizer, objective, layout, cfg), 0
         there = checkpoint.find_checkpoints(self.folder)
         if there:
@@ -356,6 +366,7 @@ class _Run:
             best = measured["validation_loss"] if before is None or measured["validation_loss"] < before[1] else None
         if best is None and not stop and done % trainer.save_interval and done < self.schedule.steps:
             return
+        gather_weights(self.loop.chunks)
         checkpoint.save(
             self.folder,
             self.loop.chunks,
