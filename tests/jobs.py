@@ -27,7 +27,6 @@ from minitron_megatron.config import (
 )
 from minitron_megatron.data.datasets import Windows, open_data
 from minitron_megatron.distill.objective import Distillation
-from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.importance.layers import LayerMeasurement
 from minitron_megatron.importance.measure import aggregation, measure_statistics
 from minitron_megatron.importance.scores import finish_scores
@@ -39,6 +38,7 @@ from minitron_megatron.models.objective import NextToken
 from minitron_megatron.parallel.layout import Layout, model_parallel
 from minitron_megatron.prune.live import Side, cut_live, local_tensors
 from minitron_megatron.prune.plan import read_plan
+from minitron_megatron.train.distill import load_teacher
 from minitron_megatron.train.loop import Trainer
 from minitron_megatron.train.run import publish
 from minitron_megatron.train.schedule import Schedule
@@ -134,6 +134,7 @@ def trainer(
     ddp = DdpConfig(**how.pop("ddp", {}))
     cfg = DistillConfig(
         output="",
+        precision="fp32",
         data=data_option(Path(), 32),
         trainer=TrainerConfig(steps=4, global_batch_size=8, micro_batch_size=micro_batch_size, **how),
         optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
@@ -152,8 +153,9 @@ def trainer(
     full = full_layout(layout)
     vocabulary, objective = folder.shape.vocab_size, NextToken(folder.shape.vocab_size)
     if teacher is not None:
-        _, frozen = build(teacher, layout, engine)
-        objective = Distillation(Teacher(frozen, pipelined=full.pipeline > 1), cfg.distill, vocabulary)
+        cfg.teacher.engine = engine
+        beside = load_teacher(cfg, open_model_folder(teacher), full)
+        objective = Distillation(beside, cfg.distill, vocabulary)
     return folder, Trainer(wrapped, made, objective, full, cfg)
 
 

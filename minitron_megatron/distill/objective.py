@@ -1,7 +1,7 @@
 """Distillation as an objective: the student's logits against what the teacher says, micro-batch by micro-batch.
 
-The teacher runs beside the student (distill/teacher.py) and gives logits, or has run before (distill/cache.py) and gives the
-top K of them; `divergence` takes either.
+The teacher runs beside the student, in its layout (distill/teacher.py) or another (distill/routed.py), and gives logits, or has
+run before (distill/cache.py) and gives the top K of them; `divergence` takes either.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import torch
 from minitron_megatron.config import DistillOptions
 from minitron_megatron.distill.cache import CachedTeacher
 from minitron_megatron.distill.losses import Divergence, TopK, cross_entropy, divergence
+from minitron_megatron.distill.routed import RoutedTeacher
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.models.forward import Batch
 from minitron_megatron.models.objective import Terms
@@ -24,7 +25,9 @@ class Distillation:
     models/objective.py says what an objective is.
     """
 
-    def __init__(self, teacher: Teacher | CachedTeacher, options: DistillOptions, vocab_size: int) -> None:
+    def __init__(
+        self, teacher: Teacher | RoutedTeacher | CachedTeacher, options: DistillOptions, vocab_size: int
+    ) -> None:
         self.teacher, self.options, self.vocab_size = teacher, options, vocab_size
         self.how = Divergence.from_options(options, vocab_size)
         # Runs with different losses are compared by forward KL; a cache can only say what it holds.
@@ -37,8 +40,13 @@ class Distillation:
         entropy = () if isinstance(self.teacher, CachedTeacher) else ("teacher_entropy",)
         return ("loss", *parts, *((*entropy, "agreement") if measure else ()))
 
+    @property
+    def at_once(self) -> int | None:
+        """How far the teacher may run ahead."""
+        return self.teacher.ahead
+
     def prepare(self, batches: Sequence[Batch]) -> None:
-        """With a pipeline, the teacher runs these micro-batches first."""
+        """With a pipeline, or in a layout of its own, the teacher runs these micro-batches first."""
         self.teacher.run_ahead(batches)
 
     def __call__(

@@ -1,6 +1,7 @@
-"""`launch/distill.py`: a student learns from its teacher, which is beside it in the same processes and layout, or cached."""
+"""`launch/distill.py`: a student learns from its teacher, which is beside it in the same processes, or cached."""
 
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 
 from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
 from minitron_megatron.checkpoints.weights import load_model
@@ -9,12 +10,13 @@ from minitron_megatron.data.datasets import DocumentMasks, Windows, open_data
 from minitron_megatron.distill.cache import Cache, CachedTeacher
 from minitron_megatron.distill.losses import Divergence
 from minitron_megatron.distill.objective import Distillation
+from minitron_megatron.distill.routed import RoutedTeacher
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.build import build_model_chunks, model_dtype
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.train.run import Recipe, check_training, number_of_steps, run_training
+from minitron_megatron.train.run import Recipe, check_model, check_training, number_of_steps, run_training
 
 
 def distill(cfg: DistillConfig) -> None:
@@ -25,7 +27,7 @@ def distill(cfg: DistillConfig) -> None:
     def objective(folders: Mapping[str, ModelFolder], layout: Layout) -> Distillation:
         if cache and cfg.verify:
             cache.verify()
-        teacher = CachedTeacher(cache) if cache else _beside(cfg, folders["teacher"], layout)
+        teacher = CachedTeacher(cache) if cache else load_teacher(cfg, folders["teacher"], layout)
         return Distillation(teacher, cfg.distill, folders["student"].shape.vocab_size)
 
     recipe = Recipe(
@@ -34,15 +36,35 @@ def distill(cfg: DistillConfig) -> None:
         trained="student",
         check=lambda shapes, layout: check_pair(shapes.get("teacher"), shapes["student"], cfg, layout),
         objective=objective,
+        layout_of=lambda name, layout: teacher_layout(cfg, layout) if name == "teacher" else layout,
     )
     run_training(cfg, recipe)
 
 
-def _beside(cfg: DistillConfig, teacher: ModelFolder, layout: Layout) -> Teacher:
-    """The teacher, loaded, in the student's processes and layout."""
-    frozen = build_model_chunks(teacher.shape, layout, model_dtype(teacher.shape, cfg.precision), cfg.teacher.engine)
+def load_teacher(cfg: DistillConfig, teacher: ModelFolder, layout: Layout) -> Teacher | RoutedTeacher:
+    """The teacher, loaded, in the student's processes, and in its layout or one of its own."""
+    own, dtype, ahead = (
+        teacher_layout(cfg, layout),
+        model_dtype(teacher.shape, cfg.precision),
+        cfg.distill.teacher_ahead,
+    )
+    if own != layout:
+        return RoutedTeacher(teacher, own, layout, dtype, cfg.teacher.engine, ahead)
+    frozen = build_model_chunks(teacher.shape, layout, dtype, cfg.teacher.engine)
     load_model(frozen, teacher)
-    return Teacher(frozen, pipelined=layout.pipeline > 1)
+    return Teacher(frozen, pipelined=layout.pipeline > 1, ahead=ahead)
+
+
+def teacher_layout(cfg: DistillConfig, layout: Layout) -> Layout:
+    """The teacher's layout beside a student in `layout`: the same, but for what distill.teacher_parallel says.
+
+    A forward pass alone has nothing of an interleaved pipeline but its transfers: a layout of its own has none.
+    Raises UserError where it does not divide the processes.
+    """
+    given = {name: value for name, value in asdict(cfg.distill.teacher_parallel).items() if value is not None}
+    if all(getattr(layout, name) == value for name, value in given.items()):
+        return layout
+    return replace(layout, **given, virtual_pipeline=None, option="distill.teacher_parallel")
 
 
 def open_cache(cfg: DistillConfig) -> Cache | None:
@@ -81,4 +103,29 @@ def check_pair(teacher: ModelShape | None, student: ModelShape, cfg: DistillConf
             "logits can only be compared over the same one"
         )
     Divergence.from_options(cfg.distill, student.vocab_size)
-    check_training({"teacher": teacher, "student": student} if teacher else {"student": student}, cfg, layout)
+    check_training({"student": student}, cfg, layout)
+    check_teacher(teacher, cfg, layout)
+
+
+def check_teacher(teacher: ModelShape | None, cfg: DistillConfig, layout: Layout) -> None:
+    """Raise UserError when the teacher cannot run as asked beside a student in `layout`."""
+    ahead, options = cfg.distill.teacher_ahead, cfg.distill
+    if options.cache and (ahead is not None or any(v is not None for v in asdict(options.teacher_parallel).values())):
+        raise UserError(
+            "distill.teacher_ahead and distill.teacher_parallel are for a teacher that runs, and distill.cache has one that "
+            "need not: leave them out"
+        )
+    if ahead is not None and layout.virtual_pipeline and ahead % layout.pipeline:
+        raise UserError(
+            f"distill.teacher_ahead={ahead} is not a multiple of the {layout.pipeline} stages of the interleaved pipeline"
+        )
+    if teacher is None:
+        return
+    own = teacher_layout(cfg, layout)
+    check_model("teacher", teacher, cfg.data.sequence_length, own)
+    if own != layout and teacher.num_layers % own.pipeline:
+        fits = [str(n) for n in range(1, own.pipeline) if teacher.num_layers % n == 0]
+        raise UserError(
+            f"{own.option}.pipeline={own.pipeline} does not divide num_layers={teacher.num_layers} of the teacher, as a layout "
+            f"of its own must: use {' or '.join(fits[-2:])}"
+        )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minitron_megatron.config import HardwareConfig, TrainingConfig
+from minitron_megatron.config import DistillConfig, HardwareConfig, TrainingConfig
 from minitron_megatron.console import print_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters, flops_per_token
@@ -40,12 +40,16 @@ Check = Callable[[Layout], None]
 
 @dataclass(frozen=True)
 class Models:
-    """What is trained, and the teacher that runs beside it, if any; engines as `model.engine` says them."""
+    """What is trained, and the teacher that runs beside it, if any; engines as `model.engine` says them.
+
+    `teacher_layout` gives the teacher's layout beside a student in one.
+    """
 
     student: ModelShape
     student_engine: str
     teacher: ModelShape | None
     teacher_engine: str
+    teacher_layout: Callable[[Layout], Layout]
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ def forecast(cfg: TrainingConfig, layout: Layout, models: Models) -> Forecast:
     trainer, (student, teacher) = cfg.trainer, (models.student, models.teacher)
     dtype = model_dtype(student, cfg.precision)
     theirs = model_dtype(teacher, cfg.precision) if teacher else dtype
+    own = models.teacher_layout(layout) if teacher else layout
     plan = Plan(
         student=student,
         teacher=teacher,
@@ -91,8 +96,11 @@ def forecast(cfg: TrainingConfig, layout: Layout, models: Models) -> Forecast:
         micro_batches=trainer.global_batch_size // (trainer.micro_batch_size * layout.data),
         how=Arithmetic(dtype, _engine(models.student_engine, dtype), trainer.recompute),
         teacher_how=Arithmetic(theirs, _engine(models.teacher_engine, theirs)),
+        teacher_layout=None if own == layout else own,
+        ahead=cfg.distill.teacher_ahead if isinstance(cfg, DistillConfig) else None,
     )
-    stages, gpu = take_census(student, teacher, layout, dtype, theirs), hardware(cfg.cluster)
+    stages = take_census(student, teacher, layout, dtype, theirs, plan.teacher_layout)
+    gpu = hardware(cfg.cluster)
     return Forecast(plan, stages, time_of_step(stages, plan, gpu), gpu)
 
 
@@ -180,6 +188,7 @@ def _show_job(found: Forecast, steps: int, cfg: TrainingConfig) -> None:
     states = weights // plan.how.dtype.itemsize * CHECKPOINT_BYTES
     rows = [
         ["layout", f"{layout}: {layout.world_size} processes, {layout.data} data-parallel ranks"],
+        *([["teacher's layout", plan.teacher_layout]] if plan.teacher_layout else []),
         *([["teacher parameters", count_parameters(plan.teacher)]] if plan.teacher else []),
         ["student parameters", count_parameters(plan.student)],
         ["steps", steps],
@@ -195,7 +204,7 @@ def _show_job(found: Forecast, steps: int, cfg: TrainingConfig) -> None:
 def _show_memory(found: Forecast) -> None:
     """A column a stage, a row a kind of bytes; activations also as they would be with recomputation."""
     gpu, plan = found.gpu, found.plan
-    names = [f"stage {stage.number}" for stage in found.stages] if plan.layout.pipeline > 1 else ["every rank"]
+    names = [_name_of(stage) for stage in found.stages] if len(found.stages) > 1 else ["every rank"]
     memory = found.memory
     rows = [[kind, *(_gib(kinds[kind]) for kinds in memory)] for kind in memory[0]]
     rows.append(["all", *(_gib(sum(kinds.values())) for kinds in memory)])
@@ -260,6 +269,11 @@ def _show_assumptions(found: Forecast) -> None:
         ["not counted", "validation, checkpoints, reading data, exchange between context-parallel ranks"],
     ]
     print_table("assumptions", ["", "value"], rows)
+
+
+def _name_of(stage: Stage) -> str:
+    theirs = "" if stage.teacher_number is None else f", teacher's {stage.teacher_number}"
+    return f"stage {stage.number}{theirs}"
 
 
 def _gib(size: float) -> float:
