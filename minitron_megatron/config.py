@@ -298,6 +298,13 @@ class DistillOptions:
         ("bucket", "renormalize"),
     )
     cross_entropy: float = option(0.0, "weight of the labels' cross entropy, added to the distance")
+    intermediate: float = option(
+        0.0, "weight of the losses on intermediate states, at 1 as large as that on logits: for strong cuts of depth"
+    )
+    intermediate_layers: Any = option(
+        [[-3, -3]], "intermediate: layers to compare, [[student,teacher],…], from 0, or from the end with -1"
+    )
+    intermediate_embeddings: bool = option(True, "intermediate: compare the embeddings too")
     cache: str | None = option(
         None, "answers of the teacher on disk (the output of cache_teacher), which then need not run; needs topk_kl"
     )
@@ -711,7 +718,7 @@ _POSITIVE = frozenset(
 _NOT_NEGATIVE = frozenset(
     """min_lr warmup_steps warmup_tokens loss_factor grad_norm_factor weight_decay clip_grad validation_interval
     validation_samples seed first_sample fewshot keep_last_layers loss_samples gpus_per_node save_seconds
-    cross_entropy""".split()
+    cross_entropy intermediate""".split()
 )
 
 

@@ -1,6 +1,7 @@
 """What the tests run inside gloo workers: each function is one rank's part and returns plain tensors or numbers."""
 
 import weakref
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from minitron_megatron.config import (
     BatchConfig,
     DdpConfig,
     DistillConfig,
+    DistillOptions,
     ExportHfConfig,
     ImportanceConfig,
     ImportanceOptions,
@@ -38,7 +40,7 @@ from minitron_megatron.models.objective import NextToken
 from minitron_megatron.parallel.layout import Layout, model_parallel
 from minitron_megatron.prune.live import Side, cut_live, local_tensors
 from minitron_megatron.prune.plan import read_plan
-from minitron_megatron.train.distill import load_teacher
+from minitron_megatron.train.distill import intermediate_loss, load_teacher
 from minitron_megatron.train.loop import Trainer
 from minitron_megatron.train.run import publish
 from minitron_megatron.train.schedule import Schedule
@@ -126,12 +128,16 @@ def trainer(
     optimizer: bool = False,
     **how,
 ):
-    """A Trainer that distills, or predicts the next token where there is no teacher; gradients are reduced in full."""
+    """A Trainer that distills (by options of `distill`), or predicts the next token where there is no teacher.
+
+    Without an optimizer gradients are reduced in full.
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
     from minitron_megatron.train.optimizer import recomputation, wrap_and_optimize
 
     ddp = DdpConfig(**how.pop("ddp", {}))
+    of_distill = {f.name: how.pop(f.name) for f in fields(DistillOptions) if f.name in how}
     cfg = DistillConfig(
         output="",
         precision="fp32",
@@ -139,10 +145,20 @@ def trainer(
         trainer=TrainerConfig(steps=4, global_batch_size=8, micro_batch_size=micro_batch_size, **how),
         optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
         ddp=ddp,
+        distill=DistillOptions(**of_distill),
     )
-    folder = open_model_folder(student)
-    chunks = build_model_chunks(folder.shape, full_layout(layout), torch.float32, engine, recomputation(cfg.trainer))
+    folder, full = open_model_folder(student), full_layout(layout)
+    chunks = build_model_chunks(folder.shape, full, torch.float32, engine, recomputation(cfg.trainer))
     load_model(chunks, folder)
+    vocabulary, objective = folder.shape.vocab_size, NextToken(folder.shape.vocab_size)
+    if teacher is not None:
+        cfg.teacher.engine = engine
+        theirs = open_model_folder(teacher)
+        beside = load_teacher(cfg, theirs, full)
+        objective = Distillation(
+            beside, cfg.distill, vocabulary, intermediate_loss(cfg, theirs.shape, folder.shape, beside)
+        )
+    objective.attach(chunks)
     if optimizer:
         wrapped, made = wrap_and_optimize(chunks, cfg.optim, cfg.ddp)
     else:
@@ -150,12 +166,6 @@ def trainer(
         wrapped, made = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks], None
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads
-    full = full_layout(layout)
-    vocabulary, objective = folder.shape.vocab_size, NextToken(folder.shape.vocab_size)
-    if teacher is not None:
-        cfg.teacher.engine = engine
-        beside = load_teacher(cfg, open_model_folder(teacher), full)
-        objective = Distillation(beside, cfg.distill, vocabulary)
     return folder, Trainer(wrapped, made, objective, full, cfg)
 
 

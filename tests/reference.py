@@ -184,3 +184,24 @@ def _cut_rows(rows: torch.Tensor, axis: str | None, layer: int | None, kept, sou
         merged = partners >= 0
         new[merged] = 2 * new[merged] - by_head[partners[merged]]
     return new.flatten(0, 1).to(rows.dtype)
+
+
+def states(model, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(logits, states [b, s, hidden]: what each layer gives, and last of all, at −1, the embeddings)."""
+    found = []
+    modules = [*model.model.layers, model.model.embed_tokens]
+    handles = [m.register_forward_hook(lambda m, a, o, i=i: found.append((i, o))) for i, m in enumerate(modules)]
+    logits = model(tokens).logits
+    for handle in handles:
+        handle.remove()
+    return logits, [out[0] if type(out) is tuple else out for _, out in sorted(found, key=lambda item: item[0])]
+
+
+def state_distance(student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """1 − cos of the student's normalised state, mapped up, and the teacher's, per token; written out."""
+    student, teacher = (
+        (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        for x in (student, teacher)
+    )
+    mapped = student @ weight.T
+    return 1 - (mapped * teacher).sum(-1) / (mapped.norm(dim=-1) * teacher.norm(dim=-1))

@@ -39,10 +39,14 @@ class Teacher:
         self.states.clear()
         self.states.extend(self._forward(batches))
 
+    def run(self, batch: Batch) -> None:
+        """Without a pipeline, run the micro-batch whose targets are asked for next, if they are not asked for at once."""
+        self.states.extend(self._forward([batch]))
+
     def targets(self, batch: Batch, split: str) -> torch.Tensor:
         """Logits [s, b, V / tp] of the next micro-batch in order; `batch` is that micro-batch, whatever `split` it is of."""
-        if not self.pipelined:
-            self.states.extend(self._forward([batch]))
+        if not self.states:
+            self.run(batch)
         layer, weight = self.head
         with torch.no_grad():
             return layer(self.states.popleft(), weight=weight)[0]

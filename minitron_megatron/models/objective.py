@@ -31,8 +31,8 @@ class Objective(Protocol):
         """Most micro-batches that are prepared at once: a step is run in rounds of so many. None for all of a step."""
         ...
 
-    def prepare(self, batches: Sequence[Batch]) -> None:
-        """Called on every stage before these micro-batches run through the model, in this order."""
+    def prepare(self, batches: Sequence[Batch], *, training: bool = True) -> None:
+        """Called on every stage before these micro-batches run through the model, in this order, in a step or a validation."""
         ...
 
     def __call__(
@@ -55,8 +55,36 @@ class Objective(Protocol):
         """The terms of VALIDATION_TERMS, without gradients."""
         ...
 
+    # What follows is for objectives that have a part on every stage; the others inherit that there is none.
 
-class NextToken:
+    def attach(self, chunks: Sequence[Any]) -> None:
+        """Called once with this rank's loaded chunks, before they are wrapped for training: to add parameters to them."""
+
+    def begin(self, batch: Batch) -> None:
+        """Called on every stage and chunk before a micro-batch of a step runs through it."""
+
+    @property
+    def needs_first_pass(self) -> bool:
+        """Whether the step's samples have to run once, for `finish` alone, before the pass whose gradients count."""
+        return False
+
+    def sums_of_stages(self) -> list[float]:
+        """Sums over tokens of terms that are made on any stage; over all ranks of the job each token counts once."""
+        return []
+
+    def finish(self, means: dict[str, float], of_stages: Sequence[float]) -> dict[str, float]:
+        """Called on every stage when a step's gradients are reduced, with the means of all terms; gives what is reported."""
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values that a run needs to go on as if it had not stopped."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+
+
+class NextToken(Objective):
     """Cross entropy of the next token: ordinary training, which teacher correction is (arXiv 2408.11796, section 3)."""
 
     at_once: int | None = None
@@ -68,7 +96,7 @@ class NextToken:
         """The loss alone."""
         return ("loss",)
 
-    def prepare(self, batches: Sequence[Batch]) -> None:
+    def prepare(self, batches: Sequence[Batch], *, training: bool = True) -> None:
         """Nothing runs ahead."""
 
     def __call__(

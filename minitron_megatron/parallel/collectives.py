@@ -52,6 +52,38 @@ def sum_over_data_parallel(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def sum_over_pipeline(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum in place over the pipeline stages."""
+    dist.all_reduce(tensor, group=_groups().get_pipeline_model_parallel_group())
+    return tensor
+
+
+def gather_over_pipeline(value: Any) -> list[Any]:
+    """Small control data of every pipeline stage, by stage, on each of them."""
+    ps = _groups()
+    gathered: list[Any] = [None] * ps.get_pipeline_model_parallel_world_size()
+    dist.all_gather_object(gathered, value, group=ps.get_pipeline_model_parallel_group())
+    return gathered
+
+
+def move_between_stages(
+    tensor: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype, *, source: int, target: int
+) -> torch.Tensor | None:
+    """A pipeline stage's tensor, on another stage and no longer on its own; None everywhere else.
+
+    Both stages call it, in the same order where there are several; others may. `tensor` counts on the source alone.
+    """
+    ps = _groups()
+    group, mine = ps.get_pipeline_model_parallel_group(), ps.get_pipeline_model_parallel_rank()
+    if mine == source:
+        dist.send(tensor.contiguous(), dist.get_global_rank(group, target), group=group)
+    if mine != target:
+        return None
+    received = torch.empty(*shape, dtype=dtype, device=torch.cuda.current_device())
+    dist.recv(received, dist.get_global_rank(group, source), group=group)
+    return received
+
+
 def broadcast_from_last_stage[T: (torch.Tensor, float)](value: T) -> T:
     """The last pipeline stage's value on every stage: a float, or a tensor (in place; same shape and dtype everywhere)."""
     if not dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Training checkpoints in a run folder: model, optimizer, spike guard and step through Megatron's distributed checkpointing.
+"""Training checkpoints in a run folder: model, optimizer, guard, objective and step, by Megatron's distributed checkpointing.
 
     output/checkpoints/step_00000100/     whole, or not there: written as .step_00000100.partial and renamed
     output/checkpoints/best.json          which of them had the lowest validation loss; that one is not dropped
@@ -101,6 +101,7 @@ def save(
     step: int,
     *,
     guard: dict[str, Any],
+    objective: dict[str, Any],
     layout: Layout,
     options: TrainerConfig,
     best: float | None = None,
@@ -111,7 +112,7 @@ def save(
         folder: of the run's checkpoints.
         chunks, optimizer: this rank's part.
         step: optimizer steps done.
-        guard: the spike guard's state, plain values.
+        guard, objective: their states, plain values.
         layout: that the run has now.
         options: how many to keep, and the format.
         best: the step's validation loss, if it is the lowest so far: the checkpoint is marked as the best one.
@@ -124,7 +125,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     collectives.barrier()
-    plain = {"step": step, "guard": guard}
+    plain = {"step": step, "guard": guard, "objective": objective}
     with _undisturbed():
         state = _state(chunks, optimizer, options.checkpoint_format, plain, loading=False)
         dist_checkpointing.save(state, str(partial), content_metadata=None)
@@ -186,8 +187,8 @@ def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} is damaged ({reason}): remove it, the run continues from the one before")
 
 
-def load(path: Path, chunks: Sequence[Any], optimizer: Any) -> tuple[int, dict[str, Any]]:
-    """Fill model and optimizer from a checkpoint; gives its step and the spike guard's state. Raises UserError."""
+def load(path: Path, chunks: Sequence[Any], optimizer: Any) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Fill model and optimizer from a checkpoint; gives its step and the states of guard and objective. Raises UserError."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
@@ -200,7 +201,7 @@ def load(path: Path, chunks: Sequence[Any], optimizer: Any) -> tuple[int, dict[s
     for i, chunk in enumerate(chunks):
         chunk.module.load_state_dict(state["model" if len(chunks) == 1 else f"model{i}"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"]), state["guard"]
+    return int(state["step"]), state["guard"], state["objective"]
 
 
 def check_space(folder: Path, parameters: int, bytes_per_weight: int, options: TrainerConfig) -> None:

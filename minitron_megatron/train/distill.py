@@ -8,6 +8,7 @@ from minitron_megatron.checkpoints.weights import load_model
 from minitron_megatron.config import DistillConfig
 from minitron_megatron.data.datasets import DocumentMasks, Windows, open_data
 from minitron_megatron.distill.cache import Cache, CachedTeacher
+from minitron_megatron.distill.intermediate import IntermediateLoss, chosen_pairs
 from minitron_megatron.distill.losses import Divergence
 from minitron_megatron.distill.objective import Distillation
 from minitron_megatron.distill.routed import RoutedTeacher
@@ -27,8 +28,12 @@ def distill(cfg: DistillConfig) -> None:
     def objective(folders: Mapping[str, ModelFolder], layout: Layout) -> Distillation:
         if cache and cfg.verify:
             cache.verify()
-        teacher = CachedTeacher(cache) if cache else load_teacher(cfg, folders["teacher"], layout)
-        return Distillation(teacher, cfg.distill, folders["student"].shape.vocab_size)
+        student = folders["student"].shape
+        if cache:
+            return Distillation(CachedTeacher(cache), cfg.distill, student.vocab_size)
+        teacher = load_teacher(cfg, folders["teacher"], layout)
+        intermediate = intermediate_loss(cfg, folders["teacher"].shape, student, teacher)
+        return Distillation(teacher, cfg.distill, student.vocab_size, intermediate)
 
     recipe = Recipe(
         verb="distill",
@@ -67,6 +72,14 @@ def teacher_layout(cfg: DistillConfig, layout: Layout) -> Layout:
     return replace(layout, **given, virtual_pipeline=None, option="distill.teacher_parallel")
 
 
+def intermediate_loss(
+    cfg: DistillConfig, teacher: ModelShape, student: ModelShape, beside: Teacher | RoutedTeacher
+) -> IntermediateLoss | None:
+    """The losses on intermediate states, where they are asked for; `beside` is the running teacher."""
+    pairs = chosen_pairs(cfg.distill, student.num_layers, teacher.num_layers)
+    return IntermediateLoss(pairs, beside.chunks, cfg.distill.intermediate, cfg.seed) if pairs else None
+
+
 def open_cache(cfg: DistillConfig) -> Cache | None:
     """The cached teacher, checked to be one for this run; None without one, and in rehearsals of presets.
 
@@ -103,6 +116,8 @@ def check_pair(teacher: ModelShape | None, student: ModelShape, cfg: DistillConf
             "logits can only be compared over the same one"
         )
     Divergence.from_options(cfg.distill, student.vocab_size)
+    if teacher:
+        chosen_pairs(cfg.distill, student.num_layers, teacher.num_layers)
     check_training({"student": student}, cfg, layout)
     check_teacher(teacher, cfg, layout)
 
@@ -110,6 +125,10 @@ def check_pair(teacher: ModelShape | None, student: ModelShape, cfg: DistillConf
 def check_teacher(teacher: ModelShape | None, cfg: DistillConfig, layout: Layout) -> None:
     """Raise UserError when the teacher cannot run as asked beside a student in `layout`."""
     ahead, options = cfg.distill.teacher_ahead, cfg.distill
+    if options.intermediate and options.cache:
+        raise UserError(
+            "distill.intermediate compares states of the teacher, which distill.cache does not have: leave one of them out"
+        )
     if options.cache and (ahead is not None or any(v is not None for v in asdict(options.teacher_parallel).values())):
         raise UserError(
             "distill.teacher_ahead and distill.teacher_parallel are for a teacher that runs, and distill.cache has one that "
@@ -122,6 +141,11 @@ def check_teacher(teacher: ModelShape | None, cfg: DistillConfig, layout: Layout
     if teacher is None:
         return
     own = teacher_layout(cfg, layout)
+    if own != layout and options.intermediate:
+        raise UserError(
+            "distill.intermediate needs the teacher in the student's layout, where their states meet: leave out "
+            "distill.teacher_parallel"
+        )
     check_model("teacher", teacher, cfg.data.sequence_length, own)
     if own != layout and teacher.num_layers % own.pipeline:
         fits = [str(n) for n in range(1, own.pipeline) if teacher.num_layers % n == 0]

@@ -266,7 +266,10 @@ def _show_assumptions(found: Forecast) -> None:
         ["recomputation", again[plan.how.recompute]],
         ["layers", engines[plan.how.engine]],
         ["reserved", f"{RESERVED_GIB} GiB a GPU for CUDA, NCCL and fragmentation"],
-        ["not counted", "validation, checkpoints, reading data, exchange between context-parallel ranks"],
+        [
+            "not counted",
+            "validation, checkpoints, reading data, exchange between context-parallel ranks, intermediate losses",
+        ],
     ]
     print_table("assumptions", ["", "value"], rows)
 

@@ -78,8 +78,10 @@ class Trainer:
         data_seconds = time.monotonic() - began
         for chunk in self.chunks:
             chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        if self.objective.needs_first_pass:
+            self._drop_gradients()
+            self.forward_backward(batches)
+        self._drop_gradients()
         terms, tokens, stop = self.forward_backward(batches, measure=self._measures(step, schedule.steps))
         lr, grad_norm = schedule.learning_rate(step), gradient_norm(self.optimizer)
         taken = self.guard.takes(step, terms["loss"], grad_norm)
@@ -87,6 +89,11 @@ class Trainer:
             set_learning_rate(self.optimizer, lr, self.cfg.optim.weight_decay)
             self.optimizer.step()
         return StepResult(terms, grad_norm, lr, tokens, time.monotonic() - began, data_seconds, taken, stop)
+
+    def _drop_gradients(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
 
     def _measures(self, step: int, steps: int) -> bool:
         """Whether the step's metrics are kept: only then is what merely informs computed."""
@@ -107,8 +114,11 @@ class Trainer:
             with rounds.running(last=start + at_once >= len(batches)):
                 results += self._run_schedule(part, names, measure)
         sums = torch.stack(results).sum(0).tolist() if results else [0.0] * (len(names) + 1)
-        *sums, tokens, stop = collectives.sum_from_last_stage(sums, [float(self.stop_asked)])
-        return {name: total / tokens for name, total in zip(names, sums, strict=True)}, int(tokens), stop > 0
+        of_stages = self.objective.sums_of_stages()
+        totals = collectives.sum_from_last_stage(sums, [float(self.stop_asked), *of_stages])
+        (*sums, tokens), (stop, *of_stages) = totals[: len(sums)], totals[len(sums) :]
+        means = {name: total / tokens for name, total in zip(names, sums, strict=True)}
+        return self.objective.finish(means, [total / tokens for total in of_stages]), int(tokens), stop > 0
 
     def _run_schedule(self, batches: list[Batch], names: tuple[str, ...], measure: bool) -> list[torch.Tensor]:
         """Forward and backward of some micro-batches; what the last stage's terms add up to in each of them."""
@@ -144,6 +154,7 @@ class Trainer:
             counted = torch.stack([*sums, mask.sum(dtype=torch.float64)])
             return (terms["loss"] * mask).sum(), mask.sum().int(), counted
 
+        self.objective.begin(batch)
         out = model(batch["tokens"], batch["position_ids"], attention_mask(batch), output_processor=processor)
         return out, loss_func
 
@@ -163,7 +174,7 @@ class Trainer:
         at_once = min(math.ceil(VALIDATION_ROUND / stages) * stages, self.objective.at_once or len(batches))
         for start in range(0, len(batches), at_once):
             part = batches[start : start + at_once]
-            self.objective.prepare(part)
+            self.objective.prepare(part, training=False)
             collected = forward_only(
                 models,
                 part,

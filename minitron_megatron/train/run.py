@@ -305,12 +305,14 @@ class _Run:
         engine = recipe.models[recipe.trained].engine
         chunks = build_model_chunks(source.shape, layout, dtype, engine, recomputation(cfg.trainer))
         load_model(chunks, source)
+        objective.attach(chunks)
         wrapped, optimizer = wrap_and_optimize(chunks, cfg.optim, cfg.ddp)
         loop, start = Trainer(wrapped, optimizer, objective, layout, cfg), 0
         there = checkpoint.find_checkpoints(self.folder)
         if there:
-            start, guard = checkpoint.load(there[-1][1], wrapped, optimizer)
+            start, guard, of_objective = checkpoint.load(there[-1][1], wrapped, optimizer)
             loop.guard.load_state_dict(guard)
+            objective.load_state_dict(of_objective)
             log.info("continuing from step %d (%s)", start, there[-1][1])
         return loop, start
 
@@ -379,6 +381,7 @@ class _Run:
             self.loop.optimizer,
             done,
             guard=self.loop.guard.state_dict(),
+            objective=self.loop.objective.state_dict(),
             layout=self.layout,
             options=trainer,
             best=best,
