@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import datetime
 import faulthandler
+import gc
 import io
 import os
 import signal
@@ -183,6 +184,8 @@ def _work(rank: int, pipe: Connection, stack_file: str) -> None:
         from minitron_megatron.parallel.cpu import adapter
 
         with adapter():
+            # What is imported stays: collecting garbage after every layout need not look at it.
+            gc.freeze()
             pipe.send_bytes(b"ready")
             while True:
                 try:

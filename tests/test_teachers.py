@@ -98,9 +98,9 @@ def distill_and_count(cfg: DistillConfig) -> int:
     """Run the command; the most final hidden states of the teacher that this rank kept, in micro-batches."""
     prepare, kept = Distillation.prepare, [0]
 
-    def counting(self, batches):
+    def counting(self, batches, *, training=True):
         assert not self.teacher.states  # what came before is consumed
-        prepare(self, batches)
+        prepare(self, batches, training=training)
         kept.append(len(self.teacher.states))
 
     Distillation.prepare = counting

@@ -45,7 +45,7 @@ class RoutedTeacher:
         self.own, self.student, self.ahead = own, student, ahead
         self.hidden_size, self.dtype = folder.shape.hidden_size, dtype
         self.groups = process_groups(own)
-        self.chunks = build_model_chunks(folder.shape, own, dtype, engine, self.groups)
+        self.chunks = build_model_chunks(folder.shape, own, dtype, engine, groups=self.groups)
         load_model(self.chunks, folder, self.groups)
         self.chunks[-1].requires_grad_(False)
         if self.chunks[-1].post_process:
