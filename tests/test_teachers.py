@@ -1,10 +1,12 @@
 """The teacher's modes (same layout, another, bounded ahead, cached) give the same run; what travels between layouts; refusals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.config import (
@@ -26,7 +28,9 @@ from minitron_megatron.distill.objective import Distillation
 from minitron_megatron.distill.routing import Side, messages
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.train.distill import check_pair, distill
+from minitron_megatron.train.census import take_census
+from minitron_megatron.train.distill import check_pair, distill, load_teacher, teacher_layout
+from minitron_megatron.train.memory import Arithmetic, MicroBatch, Plan, memory_of_stage
 from tests.test_models import names
 from tests.tiny import data_folder, data_option, hf_model, imported, model_option
 
@@ -126,8 +130,8 @@ def test_every_mode_of_a_teacher_gives_the_same_run(gloo, sources, wanted, tmp_p
     assert all(1 <= n <= (ahead or micro_batches) for n in kept[-stage:]) and not any(kept[:-stage])
 
 
-def test_an_untied_output_matrix_is_routed_to_as_well(gloo, sources, tmp_path):
-    """Which is a tensor of its own in the folder, and on the teacher's last stage."""
+def test_documents_and_an_untied_output_matrix_find_their_way(gloo, sources, tmp_path):
+    """The masks of documents that share a sample travel with the tokens; the matrix is a tensor of its own in the folder."""
     untied = imported(hf_model(0), tmp_path / "untied")
     runs = {
         name: options(sources, tmp_path / name, PIPELINE, own)
@@ -135,6 +139,7 @@ def test_an_untied_output_matrix_is_routed_to_as_well(gloo, sources, tmp_path):
     }
     for cfg in runs.values():
         cfg.teacher = model_option(untied)
+        cfg.data.reset_attention_mask = True
         gloo(2, distill, cfg)
     for name, found in figures(tmp_path / "own").items():
         assert found == pytest.approx(figures(tmp_path / "same")[name], rel=1e-4 if name == "grad_norm" else 1e-5), name
@@ -153,6 +158,37 @@ def test_a_cached_teacher_gives_the_same_run(gloo, sources, wanted, tmp_path):
     gloo(2, distill, options(sources, tmp_path / "run", PIPELINE, loss="topk_kl", top_k=300, cache=cache.output))
     for name, found in figures(tmp_path / "run").items():
         assert found == pytest.approx(wanted[name], rel=5e-3), name
+
+
+def bytes_of_teacher(cfg: DistillConfig) -> int:
+    """Bytes of weights that this rank keeps of a loaded teacher."""
+    beside = load_teacher(cfg, open_model_folder(cfg.teacher.path), Layout.from_config(cfg.parallel))
+    matrices = [beside.head.weight] if beside.head else []
+    return sum(p.numel() * p.itemsize for p in [*beside.chunks[0].parameters(), *matrices])
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("layout", "beside"), [(PIPELINE, {"tensor": 2, "pipeline": 1}), (TENSOR, {"tensor": 1, "pipeline": 2})]
+)
+def test_a_dry_run_knows_what_a_teacher_in_a_layout_of_its_own_takes(gloo, sources, tmp_path, layout, beside, tied):
+    """Its weights on each rank to the byte; and that hidden states are bounded."""
+    teacher, student = imported(hf_model(0, tie_word_embeddings=tied), tmp_path), sources / "student" / "model"
+    cfg = options(sources, tmp_path / "run", layout, beside)
+    cfg.teacher = model_option(teacher)
+    shapes = [open_model_folder(path).shape for path in (student, teacher)]
+    full = Layout(**layout, world_size=2)
+    own, fp32 = teacher_layout(cfg, full), torch.float32
+    how = Arithmetic(fp32, "local")
+    plan = Plan(*shapes, full, MicroBatch.of(1, LENGTH, full), 8, how, how, own, ahead=4)
+    stages = take_census(*shapes, full, fp32, fp32, own)
+    weights = [memory_of_stage(stage, plan)["teacher weights"] for stage in stages]
+    assert weights == gloo(2, bytes_of_teacher, cfg, layout=full)
+    unbounded = replace(plan, ahead=None)
+    states, all_states = (
+        [memory_of_stage(stage, one)["teacher hidden states"] for stage in stages] for one in (plan, unbounded)
+    )
+    assert all_states == [2 * n for n in states] and max(states) >= 4 * LENGTH * 32 * 4
 
 
 LAYOUTS = [
