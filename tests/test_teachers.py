@@ -145,6 +145,14 @@ def test_documents_and_an_untied_output_matrix_find_their_way(gloo, sources, tmp
         assert found == pytest.approx(figures(tmp_path / "same")[name], rel=1e-4 if name == "grad_norm" else 1e-5), name
 
 
+def test_losses_on_intermediate_states_go_in_rounds_too(gloo, sources, tmp_path):
+    asked = {"intermediate": 1.0, "intermediate_layers": [[0, 0], [-2, -2]]}
+    for ahead in (None, 2):
+        gloo(2, distill, options(sources, tmp_path / str(ahead), PIPELINE, ahead=ahead, **asked))
+    for name, found in figures(tmp_path / "2").items():
+        assert found == pytest.approx(figures(tmp_path / "None")[name], rel=1e-4 if name == "grad_norm" else 1e-5), name
+
+
 def test_a_cached_teacher_gives_the_same_run(gloo, sources, wanted, tmp_path):
     """All of the vocabulary cached: to what float16 keeps. test_cache.py has smaller K."""
     cache = CacheTeacherConfig(

@@ -1,7 +1,7 @@
 """`launch/distill.py`: a student learns from its teacher, which is beside it in the same processes, or cached."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
 from minitron_megatron.checkpoints.weights import load_model
@@ -48,11 +48,8 @@ def distill(cfg: DistillConfig) -> None:
 
 def load_teacher(cfg: DistillConfig, teacher: ModelFolder, layout: Layout) -> Teacher | RoutedTeacher:
     """The teacher, loaded, in the student's processes, and in its layout or one of its own."""
-    own, dtype, ahead = (
-        teacher_layout(cfg, layout),
-        model_dtype(teacher.shape, cfg.precision),
-        cfg.distill.teacher_ahead,
-    )
+    own, ahead = teacher_layout(cfg, layout), cfg.distill.teacher_ahead
+    dtype = model_dtype(teacher.shape, cfg.precision)
     if own != layout:
         return RoutedTeacher(teacher, own, layout, dtype, cfg.teacher.engine, ahead)
     frozen = build_model_chunks(teacher.shape, layout, dtype, cfg.teacher.engine)
@@ -63,13 +60,17 @@ def load_teacher(cfg: DistillConfig, teacher: ModelFolder, layout: Layout) -> Te
 def teacher_layout(cfg: DistillConfig, layout: Layout) -> Layout:
     """The teacher's layout beside a student in `layout`: the same, but for what distill.teacher_parallel says.
 
-    A forward pass alone has nothing of an interleaved pipeline but its transfers: a layout of its own has none.
-    Raises UserError where it does not divide the processes.
+    A forward pass alone has nothing of an interleaved pipeline but its transfers, and how the student's layers are shared out
+    is the student's affair: a layout of its own has neither. Raises UserError where it does not divide the processes.
     """
     given = {name: value for name, value in asdict(cfg.distill.teacher_parallel).items() if value is not None}
     if all(getattr(layout, name) == value for name, value in given.items()):
         return layout
-    return replace(layout, **given, virtual_pipeline=None, option="distill.teacher_parallel")
+    return Layout(
+        **{name: given.get(name, getattr(layout, name)) for name in asdict(cfg.distill.teacher_parallel)},
+        world_size=layout.world_size,
+        option="distill.teacher_parallel",
+    )
 
 
 def intermediate_loss(
@@ -118,8 +119,8 @@ def check_pair(teacher: ModelShape | None, student: ModelShape, cfg: DistillConf
     Divergence.from_options(cfg.distill, student.vocab_size)
     if teacher:
         chosen_pairs(cfg.distill, student.num_layers, teacher.num_layers)
-    check_training({"student": student}, cfg, layout)
     check_teacher(teacher, cfg, layout)
+    check_training({"student": student}, cfg, layout)
 
 
 def check_teacher(teacher: ModelShape | None, cfg: DistillConfig, layout: Layout) -> None:
