@@ -45,6 +45,9 @@ class ParallelConfig:
     )
     sequence: bool = option(False, "sequence parallelism: tokens of norms are split over the tensor-parallel group")
     context: int = option(1, "context-parallel size: parts of each sequence; above 1 needs model.engine=te and bf16")
+    world_size: int | None = option(
+        None, "processes of the whole job: those that were started, if not given; a dry run plans for any number"
+    )
 
 
 @dataclass
@@ -267,9 +270,27 @@ class CalibrationConfig:
 
 @dataclass
 class DistillOptions:
-    """The distillation loss: forward KL of the full softmax (arXiv 2407.14679, section 3)."""
+    """The distillation loss: forward KL of the full softmax unless told otherwise (docs/distillation.md)."""
 
+    loss: str = option(
+        "forward_kl",
+        "distance of the student's distribution from the teacher's, per token",
+        ("forward_kl", "reverse_kl", "jsd", "topk_kl"),
+    )
     temperature: float = option(1.0, "softmax temperature of teacher and student")
+    jsd_beta: float = option(
+        0.5, "jsd: the teacher's share of the mixture, between 0 (as forward KL) and 1 (as reverse)"
+    )
+    top_k: int = option(1000, "topk_kl: how many of the teacher's most probable tokens")
+    top_k_rest: str = option(
+        "bucket",
+        "topk_kl: the teacher's other tokens are one class (bucket), or left out and the K scaled up (renormalize)",
+        ("bucket", "renormalize"),
+    )
+    cross_entropy: float = option(0.0, "weight of the labels' cross entropy, added to the distance")
+    cache: str | None = option(
+        None, "answers of the teacher on disk (the output of cache_teacher), which then need not run; needs topk_kl"
+    )
 
 
 @dataclass
@@ -453,6 +474,43 @@ class DistillConfig(TrainingConfig):
 
 
 @dataclass
+class CacheDataConfig(DataConfig):
+    """Tokenised text that a student is going to learn from."""
+
+    reset_attention_mask: bool = option(False, "as in the distillation: tokens see their own document only")
+
+
+@dataclass
+class CacheRunConfig:
+    """Which samples: those of a distillation with the same options."""
+
+    steps: int | None = option(None, "optimizer steps of the distillation (give steps or tokens)")
+    tokens: float | None = option(None, "tokens of the distillation (give steps or tokens)")
+    global_batch_size: int = option(8, "samples of an optimizer step of the distillation")
+    validation_samples: int = option(64, "samples of its validation; 0 for none")
+    micro_batch_size: int = option(1, "samples that run through the teacher at once")
+
+
+@dataclass
+class CacheOptions:
+    """What is kept of the teacher's answer to each token."""
+
+    top_k: int = option(1000, "log probabilities of so many of the most probable tokens, and the mass of the rest")
+    temperature: float = option(1.0, "softmax temperature of the distillation")
+
+
+@dataclass
+class CacheTeacherConfig(CommandConfig):
+    """The teacher's most probable tokens for every sample of a distillation, written once."""
+
+    teacher: ModelConfig = group(ModelConfig)
+    data: CacheDataConfig = group(CacheDataConfig)
+    trainer: CacheRunConfig = group(CacheRunConfig)
+    distill: CacheOptions = group(CacheOptions)
+    chunk_samples: int = option(64, "samples of a file: what a killed run does again at most, and what a process holds")
+
+
+@dataclass
 class EvaluateConfig(CommandConfig):
     """Perplexity of a model on a data folder."""
 
@@ -551,8 +609,9 @@ class BenchmarkConfig(CommandConfig):
 
     measure: str = option(
         "importance",
-        "hooks over a forward pass; cutting files over copying them; cutting in memory; a layer analysis over passes",
-        ("importance", "prune", "cut", "layers"),
+        "hooks over a forward pass; cutting files over copying them; cutting in memory; a layer analysis over passes; "
+        "activations as a dry run counts them over those kept",
+        ("importance", "prune", "cut", "layers", "memory"),
     )
     model: ModelConfig = group(ModelConfig)
     target: TargetConfig = group(TargetConfig)
@@ -572,6 +631,7 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "merge_scores": MergeScoresConfig,
     "layers": LayersConfig,
     "prune": PruneConfig,
+    "cache_teacher": CacheTeacherConfig,
     "correct_teacher": CorrectTeacherConfig,
     "distill": DistillConfig,
     "evaluate": EvaluateConfig,
@@ -628,14 +688,14 @@ def _nested(f: Any) -> bool:
 _POSITIVE = frozenset(
     """tensor pipeline context sequence_length micro_batch_size global_batch_size samples steps tokens lr workers temperature
     max_shard_gb save_interval interval repeats rows limit num_layers hidden_size ffn_hidden_size num_attention_heads
-    num_query_groups vocab_size adam_eps processes nodes processes_per_node decay_steps decay_tokens decay_share window
-    stop_after recompute_num_layers bucket_size keep_last time_limit_minutes world_size nvlink_gpus memory_gib bf16_tflops
-    fp8_tflops fp32_tflops memory_gb_s nvlink_gb_s network_gb_s efficiency""".split()
+    num_query_groups vocab_size adam_eps top_k chunk_samples processes nodes processes_per_node decay_steps decay_tokens
+    decay_share window stop_after keep_last time_limit_minutes recompute_num_layers bucket_size world_size nvlink_gpus
+    memory_gib bf16_tflops fp8_tflops fp32_tflops memory_gb_s nvlink_gb_s network_gb_s efficiency""".split()
 )
 _NOT_NEGATIVE = frozenset(
     """min_lr warmup_steps warmup_tokens loss_factor grad_norm_factor weight_decay clip_grad validation_interval
-    validation_samples seed first_sample fewshot
-    keep_last_layers loss_samples gpus_per_node save_seconds""".split()
+    validation_samples seed first_sample fewshot keep_last_layers loss_samples gpus_per_node save_seconds
+    cross_entropy""".split()
 )
 
 
@@ -660,6 +720,10 @@ def check(config: Any, prefix: str = "") -> None:
                 raise UserError(f"{name}={value} must be at least 0 and below 1")
             if f.name == "seed" and value >= 2**32:
                 raise UserError(f"{name}={value} must be below 2**32")
+            if f.name == "jsd_beta" and not 0 < value < 1:
+                raise UserError(
+                    f"{name}={value} must be above 0 and below 1: at either end the loss is 0 for any student"
+                )
             if f.name in _POSITIVE and not value > 0:
                 raise UserError(f"{name}={value} must be above 0")
             if f.name in _NOT_NEGATIVE and not value >= 0:

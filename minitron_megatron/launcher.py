@@ -122,6 +122,7 @@ def _hydra(main: Callable[[Any], None], name: str, config_class: type[CommandCon
         # What goes through Hydra gets lines of its own added: carry it past.
         try:
             config = _checked(composed, name, config_class)
+            check_processes(config)
             _logging()
             main(config)
         except OmegaConfBaseException as error:
@@ -177,6 +178,17 @@ def _checked(composed: Any, name: str, config_class: type[CommandConfig]) -> Any
     config = OmegaConf.to_object(composed)
     check(config)
     return config
+
+
+def check_processes(config: CommandConfig) -> None:
+    """Raise UserError when the job has other processes than parallel.world_size says; a dry run may plan for any number."""
+    planned, started = config.parallel.world_size, os.environ.get("WORLD_SIZE")
+    if planned is None or planned == int(started or 1) or (config.dry_run and started is None):
+        return
+    raise UserError(
+        f"parallel.world_size={planned}, but {started or 1} {'were' if started else 'was'} started: leave it out, start as "
+        "many with torchrun, or plan with dry_run=true and without torchrun"
+    )
 
 
 def _check_required(composed: Any, name: str, config_class: type[CommandConfig]) -> None:
@@ -243,13 +255,18 @@ def _rewrite(word: str, config_class: type[CommandConfig]) -> str:
         value = os.path.expanduser(value)
     if key in MODEL_OPTIONS and key in config_class.__dataclass_fields__:
         if (CONF / "model" / f"{value}.yaml").is_file():
-            return f"+model@{key}={value}"
+            return f"{group_of(key)}={value}"
         key = f"{key}.path"
     if key.partition(".")[0] in free_options(config_class):
         return f"++{key}={value}"
     if _takes_text(key, config_class) and not _PLAIN_VALUE.fullmatch(value) and value[0] not in "'\"[{$":
         value = _quoted(value)
     return f"{key}={value}"
+
+
+def group_of(model_option: str) -> str:
+    """The config group that an option such as `teacher` takes presets from, as each command's conf file lists it."""
+    return "model" if model_option == "model" else f"model@{model_option}"
 
 
 def _quoted(value: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import jinja2
 
 from minitron_megatron.checkpoints.folder import output_folder
-from minitron_megatron.config import COMMANDS, MODEL_OPTIONS, ClusterConfig, SubmitConfig, flat
+from minitron_megatron.config import COMMANDS, MODEL_OPTIONS, ClusterConfig, HardwareConfig, SubmitConfig, flat
 from minitron_megatron.console import console
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, compose, resolved_config
@@ -48,7 +48,7 @@ def submit(cfg: SubmitConfig) -> None:
     if cfg.submit and not cfg.dry_run and name not in _WITHOUT_WEIGHTS:
         for option in (option for option in MODEL_OPTIONS if hasattr(config, option)):
             getattr(config, option).folder(option)
-    rehearse(name, words, cfg.nodes * processes_per_node(cfg.cluster))
+    rehearse(name, [*words, *_hardware_words(config, cfg.cluster, words)], cfg.nodes * processes_per_node(cfg.cluster))
     script = render(cfg, name, words, config)
     if cfg.dry_run or not cfg.submit:
         console().print(script, markup=False, highlight=False, soft_wrap=True)
@@ -120,6 +120,14 @@ def rehearse(name: str, words: list[str], processes: int) -> None:
     status, reason = run_program(["env", "-u", "MASTER_ADDR", f"WORLD_SIZE={processes}", *program], 1)
     if status:
         raise UserError(f"{name}: {reason or f'its dry run ended with status {status}'}")
+
+
+def _hardware_words(config: Any, cluster: ClusterConfig, words: list[str]) -> list[str]:
+    """The cluster's hardware, for commands whose dry run says what a job takes on it; what the command itself says goes first."""
+    if not hasattr(config, "cluster") or any(word.startswith("cluster") for word in words):
+        return []
+    values = {f.name: getattr(cluster, f.name) for f in fields(HardwareConfig)}
+    return [f"cluster.{name}={value}" for name, value in values.items() if value is not None]
 
 
 def render(cfg: SubmitConfig, name: str, words: list[str], config: Any) -> str:

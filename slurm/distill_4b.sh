@@ -7,7 +7,7 @@
 #
 # 32 nodes of 8 GPUs: tensor 2, data 128, 9 micro-batches of one sample a step (1152 does not divide over 256). Other numbers of
 # nodes: tensor × micro-batches must still divide the batch, which a dry run on any machine tells:
-#   python launch/distill.py … dry_run=true
+#   python launch/distill.py experiment=llama3_1_minitron_4b_width dry_run=true parallel.world_size=256
 #SBATCH --job-name=distill_4b
 #SBATCH --nodes=32
 #SBATCH --ntasks-per-node=1

@@ -74,6 +74,31 @@ def kl(student: torch.Tensor, teacher: torch.Tensor, vocab_size: int, temperatur
     return temperature**2 * torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
+def divergence(student: torch.Tensor, teacher: torch.Tensor, vocab_size: int, how) -> torch.Tensor:
+    """What distill/losses.py says of each kind, written down term by term; autograd has the gradient."""
+    kind, t = how.kind, how.temperature
+    log_q, log_p = (torch.log_softmax(z[..., :vocab_size] / t, -1) for z in (student, teacher))
+    q, p = log_q.exp(), log_p.exp()
+    if kind == "forward_kl":
+        loss = (p * (log_p - log_q)).sum(-1)
+    elif kind == "reverse_kl":
+        loss = (q * (log_q - log_p)).sum(-1)
+    elif kind == "jsd":
+        m = how.beta * p + (1 - how.beta) * q
+        loss = how.beta * (p * (p / m).log()).sum(-1) + (1 - how.beta) * (q * (q / m).log()).sum(-1)
+    else:
+        # Equal values by their number: a stable sort keeps their order.
+        ids = torch.sort(teacher[..., :vocab_size], dim=-1, descending=True, stable=True).indices[..., : how.top_k]
+        inside_p, inside_q = p.gather(-1, ids), q.gather(-1, ids)
+        if how.rest == "renormalize":
+            inside_p = inside_p / inside_p.sum(-1, keepdim=True)
+        loss = (inside_p * (inside_p / inside_q).log()).sum(-1)
+        if how.rest == "bucket":
+            rest_p, rest_q = 1 - inside_p.sum(-1), 1 - inside_q.sum(-1)
+            loss = loss + rest_p * (rest_p / rest_q).log()
+    return t**2 * loss
+
+
 def without_layers(model, removed: range):
     """The transformers model with layers deleted, float64; a copy."""
     cut = copy.deepcopy(model).double()

@@ -56,6 +56,11 @@ def test_cutting_in_memory(model, tmp_path):
     assert found["target_bytes_of_a_rank"] == total_bytes(shape) and found["cut_seconds"] > 0
 
 
+def test_activations_are_as_many_as_a_dry_run_counts(model, tmp_path):
+    found = results(tmp_path, measure="memory", model=model_option(model), sequence_length=32, micro_batch_size=2)
+    assert found["planned_over_kept"] == 1 and found["kept_gib"] > 0 and "allocated_gib" not in found
+
+
 def test_pruning_needs_a_folder(tmp_path):
     with pytest.raises(UserError, match="must be a model folder"):
         results(tmp_path, measure="prune")

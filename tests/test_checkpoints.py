@@ -4,24 +4,21 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from minitron_megatron.checkpoints import folder as folders
+from minitron_megatron.checkpoints import reading
 from minitron_megatron.checkpoints.folder import open_model_folder, output_folder, read_manifest
 from minitron_megatron.checkpoints.hf import HfFolder, export_hf, import_hf
 from minitron_megatron.checkpoints.random_model import make_random_model
-from minitron_megatron.checkpoints.weights import (
-    WeightReader,
-    check_weights,
-    chunks,
-    read_metadata,
-    safe_reading,
-    verify_digest,
-)
+from minitron_megatron.checkpoints.reading import WeightReader, read_metadata, safe_reading
+from minitron_megatron.checkpoints.weights import check_weights, chunks, verify_digest
 from minitron_megatron.config import ExportHfConfig, ImportHfConfig, ModelConfig, RandomModelConfig
 from minitron_megatron.errors import UserError
 from tests import jobs
@@ -283,3 +280,60 @@ def test_manifests_name_versions_and_files(source):
     manifest = read_manifest(source)
     assert set(manifest["versions"]) == {"minitron-megatron", "torch", "megatron-core", "transformers"}
     assert folders.SHAPE_FILE in manifest["files"] and "weights/.metadata" in manifest["files"]
+
+
+WHOLE = torch.arange(3 * 24 * 10, dtype=torch.int32).view(3, 24, 10)
+
+
+def save_quarters(path):
+    """Rank r stores a quarter of every layer of WHOLE: half of its rows and of its columns, as tensor parallelism would."""
+    from megatron.core import dist_checkpointing as megatron
+    from torch.distributed import get_rank
+
+    down, right = divmod(get_rank(), 2)
+    state = {
+        f"layer{layer}": megatron.ShardedTensor.from_rank_offsets(
+            "layers.w",
+            WHOLE[layer, down * 12 : down * 12 + 12, right * 5 : right * 5 + 5].contiguous(),
+            (0, layer, 3),
+            (1, down, 2),
+            (2, right, 2),
+            prepend_axis_num=1,
+        )
+        for layer in range(3)
+    }
+    megatron.save(state, path)
+
+
+@pytest.fixture(scope="module")
+def quarters(gloo, tmp_path_factory):
+    path = tmp_path_factory.mktemp("quarters")
+    gloo(4, save_quarters, str(path), layout={})
+    return path
+
+
+@pytest.mark.parametrize("span", [1, 100, 2**20])
+def test_any_region_of_a_checkpoint_can_be_read(quarters, monkeypatch, span):
+    """Whatever chunks it is stored in, and however few of its bytes are read at once."""
+    monkeypatch.setattr(reading, "SPAN_BYTES", span)
+    reader, draw = WeightReader(quarters), np.random.default_rng(0)
+    for _ in range(50):
+        start = [int(draw.integers(n)) for n in WHOLE.shape]
+        sizes = [int(draw.integers(1, n - first + 1)) for n, first in zip(WHOLE.shape, start, strict=True)]
+        wanted = WHOLE[tuple(slice(a, a + n) for a, n in zip(start, sizes, strict=True))]
+        assert torch.equal(reader.read("layers.w", start, sizes), wanted), (start, sizes)
+
+
+def test_a_checkpoint_that_lacks_bytes_or_chunks_is_told(quarters, tmp_path):
+    shutil.copytree(quarters, path := tmp_path / "damaged")
+    for file in path.glob("*.distcp"):
+        os.truncate(file, 700)
+    with pytest.raises(UserError, match=r"layers\.w is damaged"):
+        WeightReader(path).read("layers.w", (0, 0, 0), WHOLE.shape)
+    reader = WeightReader(quarters)
+    reader.read("layers.w", (0, 0, 0), WHOLE.shape)
+    reader.places = {index: replace(place, offset=10**9) for index, place in reader.places.items()}
+    with pytest.raises(UserError, match="ends too soon"):
+        reader.read("layers.w", (0, 0, 0), WHOLE.shape)
+    with pytest.raises(UserError, match="incomplete"):
+        WeightReader(quarters).read("layers.w", (0, 0, 0), (3, 25, 10))

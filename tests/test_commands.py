@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from minitron_megatron.config import COMMANDS, ModelConfig, options
-from minitron_megatron.launcher import CONF, presets
+from minitron_megatron.config import COMMANDS, MODEL_OPTIONS, ModelConfig, options
+from minitron_megatron.launcher import CONF, group_of, presets
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.shape import ModelShape
 from tests.tiny import data_folder, hf_model, imported
@@ -63,6 +63,9 @@ def test_help_has_every_option(name):
 def test_every_command_has_its_file_and_its_config():
     assert {p.stem for p in (ROOT / "launch").glob("*.py")} == set(COMMANDS)
     assert {p.stem for p in CONF.glob("*.yaml")} == set(COMMANDS)
+    for name, config in COMMANDS.items():
+        for model in set(MODEL_OPTIONS) & set(config.__dataclass_fields__):
+            assert f"- {group_of(model)}: null" in (CONF / f"{name}.yaml").read_text(), name
 
 
 @pytest.mark.parametrize(
@@ -130,6 +133,7 @@ def test_presets_are_whole_shapes_of_the_published_sizes():
         "llama3_2_3b": 3.213e9,
         "qwen2_5_7b": 7.616e9,
         "qwen3_8b": 8.191e9,
+        "llama3_1_70b": 70.55e9,
     }
     found = presets("distill")["model"]
     assert set(found) == set(published)
@@ -148,17 +152,16 @@ def test_targets_lead_from_one_published_shape_to_the_next():
 
 
 def test_a_job_of_published_size_can_be_rehearsed_without_weights(tmp_path):
-    done = run(
-        "distill",
-        "teacher=llama3_1_8b",
-        "student=llama3_1_minitron_4b_width",
-        "experiment=llama3_1_minitron_4b_width",
-        "data.path=nowhere",
-        f"output={tmp_path / 'x'}",
-        "dry_run=true",
-    )
+    words = ("experiment=llama3_1_minitron_4b_width", "dry_run=true", "parallel.world_size=256")
+    done = run("distill", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "4,512,746,496" in done.stdout and "9,961" in done.stdout
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in done.stdout.splitlines() if "│" in line]
+    value = {row[0]: row[1] for row in rows}
+    assert value["student parameters"] == "4,512,746,496" and value["teacher parameters"] == "8,030,261,248"
+    assert value["steps"] == "9,961" and value["tokens"] == "94,003,789,824"
+    assert value["layout"].endswith("128 data-parallel ranks") and value["micro-batches of a rank and step"] == "9"
+    assert 30 < float(value["all"]) < 50  # GiB of an H100
+    assert 5 < float(value["hours to 9.4e+10 tokens"]) < 20
     assert list(tmp_path.iterdir()) == []
 
 

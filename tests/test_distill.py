@@ -1,9 +1,14 @@
 """The distillation loss against float64, and the same loss, gradients and steps in every layout."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from minitron_megatron.config import DistillOptions, check
+from minitron_megatron.distill.losses import Divergence
+from minitron_megatron.errors import UserError
 from tests import jobs, reference
 from tests.test_models import LAYOUTS, names
 from tests.tiny import hf_model, imported
@@ -11,20 +16,41 @@ from tests.tiny import hf_model, imported
 VOCABULARY = 300  # of 1024 rows: with four ranks, two hold nothing but padding
 
 
-def kl_on_ranks(student, teacher, temperature, weights):
-    """This rank's columns of the logits through the vocabulary-parallel loss: (loss, its columns' gradient)."""
+def on_ranks(function, student, *rest, weights):
+    """(loss, this rank's columns' gradient) of a loss of this rank's columns of the student's logits."""
     from megatron.core import parallel_state as ps
 
-    from minitron_megatron.distill.losses import vocab_parallel_kl
-
-    group = ps.get_tensor_model_parallel_group()
-    rank, size = ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()
-    mine = student.chunk(size, -1)[rank].clone().requires_grad_()
-    loss = vocab_parallel_kl(
-        mine, teacher.chunk(size, -1)[rank], vocab_size=VOCABULARY, temperature=temperature, group=group
-    )
+    mine = columns_of_this_rank(student).clone().requires_grad_()
+    loss = function(mine, *rest, vocab_size=VOCABULARY, group=ps.get_tensor_model_parallel_group())
     (loss * weights).sum().backward()
     return loss.detach(), mine.grad
+
+
+def columns_of_this_rank(logits):
+    from megatron.core import parallel_state as ps
+
+    return logits.chunk(ps.get_tensor_model_parallel_world_size(), -1)[ps.get_tensor_model_parallel_rank()]
+
+
+def divergences_on_ranks(student, teacher, kinds, weights):
+    from minitron_megatron.distill.losses import divergence
+
+    return [on_ranks(divergence, student, columns_of_this_rank(teacher), how, weights=weights) for how in kinds]
+
+
+def cross_entropy_on_ranks(student, labels, weights):
+    from minitron_megatron.distill.losses import cross_entropy
+
+    return on_ranks(cross_entropy, student, labels, weights=weights)
+
+
+def top_k_on_ranks(teacher, k):
+    from megatron.core import parallel_state as ps
+
+    from minitron_megatron.distill.losses import top_k
+
+    group = ps.get_tensor_model_parallel_group()
+    return tuple(top_k(columns_of_this_rank(teacher), k, vocab_size=VOCABULARY, group=group))
 
 
 def nll_on_ranks(logits, labels):
@@ -41,39 +67,128 @@ def random_logits(seed, rows=(5, 3)):
     return torch.randn(*rows, 1024, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 3
 
 
+KINDS = [
+    Divergence(),
+    Divergence("reverse_kl"),
+    Divergence("jsd", beta=0.3),
+    Divergence("topk_kl", top_k=7),
+    Divergence("topk_kl", top_k=7, rest="renormalize"),
+]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_kl_equals_torch_in_float64(gloo, ranks, temperature):
+def test_every_distance_equals_torch_in_float64(gloo, ranks, temperature):
     """Forward and backward; padded columns have values, and must not matter or get a gradient."""
     student, teacher = random_logits(0), random_logits(1)
+    teacher[..., VOCABULARY:] += 20
     weights = torch.rand(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    kinds = [replace(how, temperature=temperature) for how in KINDS]
+    # The top K of everything is everything.
+    asked = [*kinds, Divergence("topk_kl", temperature, top_k=VOCABULARY)]
+    parts = gloo(ranks, divergences_on_ranks, student, teacher, asked, weights, layout={"tensor": ranks})
+    for how, *found in zip([*kinds, kinds[0]], *parts, strict=True):
+        plain = student.clone().requires_grad_()
+        wanted = reference.divergence(plain, teacher, VOCABULARY, how)
+        (wanted * weights).sum().backward()
+        check_loss_and_gradient(found, wanted, plain.grad)
+
+
+def check_loss_and_gradient(found, loss, gradient):
+    """Of every rank, in float64."""
+    for mine, _ in found:
+        torch.testing.assert_close(mine, loss.detach(), rtol=1e-11, atol=1e-12)
+    whole = torch.cat([part for _, part in found], -1)
+    torch.testing.assert_close(whole, gradient, rtol=1e-9, atol=1e-14)
+    assert (whole[..., VOCABULARY:] == 0).all()
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_cross_entropy_equals_torch_in_float64(gloo, ranks):
+    student, weights = random_logits(0), torch.rand(5, 3, dtype=torch.float64)
+    labels = torch.randint(0, VOCABULARY, (5, 3), generator=torch.Generator().manual_seed(5))
     plain = student.clone().requires_grad_()
-    wanted = reference.kl(plain, teacher, VOCABULARY, temperature)
+    wanted = torch.nn.functional.cross_entropy(plain[..., :VOCABULARY].transpose(1, 2), labels, reduction="none")
     (wanted * weights).sum().backward()
-    found = gloo(ranks, kl_on_ranks, student, teacher, temperature, weights, layout={"tensor": ranks})
-    for loss, _ in found:
-        torch.testing.assert_close(loss, wanted.detach(), rtol=1e-12, atol=1e-12)
-    gradient = torch.cat([part for _, part in found], -1)
-    torch.testing.assert_close(gradient, plain.grad, rtol=1e-10, atol=1e-14)
-    assert (gradient[..., VOCABULARY:] == 0).all()
+    found = gloo(ranks, cross_entropy_on_ranks, student, labels, weights, layout={"tensor": ranks})
+    check_loss_and_gradient(found, wanted, plain.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kl_in_low_precision_is_as_exact_as_its_inputs(gloo, dtype):
+def test_low_precision_is_as_exact_as_its_inputs(gloo, dtype):
     student, teacher = random_logits(0).to(dtype), random_logits(1).to(dtype)
-    wanted = reference.kl(student.double(), teacher.double(), VOCABULARY, 1.0)
-    loss, gradient = gloo(1, kl_on_ranks, student, teacher, 1.0, torch.ones(5, 3), layout={})[0]
-    assert loss.dtype is torch.float32 and gradient.dtype is dtype
-    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-5)
+    found = gloo(1, divergences_on_ranks, student, teacher, KINDS, torch.ones(5, 3), layout={})[0]
+    for how, (loss, gradient) in zip(KINDS, found, strict=True):
+        plain = student.double().requires_grad_()
+        wanted = reference.divergence(plain, teacher.double(), VOCABULARY, how)
+        wanted.sum().backward()
+        assert loss.dtype is torch.float32 and gradient.dtype is dtype
+        torch.testing.assert_close(loss.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient.double(), plain.grad, rtol=4 * torch.finfo(dtype).eps, atol=4e-6)
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_equal_logits_have_no_loss_and_no_gradient(gloo, ranks):
-    logits = random_logits(3).float()
-    for loss, gradient in gloo(
-        ranks, kl_on_ranks, logits, logits.clone(), 1.0, torch.ones(5, 3), layout={"tensor": ranks}
+    logits, kinds = random_logits(3).float(), KINDS[:-1]
+    for parts in gloo(
+        ranks, divergences_on_ranks, logits, logits.clone(), kinds, torch.ones(5, 3), layout={"tensor": ranks}
     ):
-        assert (loss == 0).all() and (gradient == 0).all()
+        assert all((loss == 0).all() and (gradient == 0).all() for loss, gradient in parts)
+
+
+def test_jsd_is_forward_and_reverse_kl_at_its_ends(gloo):
+    kinds = [Divergence(), Divergence("reverse_kl"), *(Divergence("jsd", beta=beta) for beta in (1e-9, 1 - 1e-9))]
+    # Smaller logits: the ends are reached where β p / q is small for every token.
+    student, teacher = random_logits(0) / 3, random_logits(1) / 3
+    found = gloo(1, divergences_on_ranks, student, teacher, kinds, torch.ones(5, 3), layout={})[0]
+    for wanted, nearly in zip(found[:2], found[2:], strict=True):
+        for exact, small in zip(wanted, nearly, strict=True):
+            torch.testing.assert_close(small / 1e-9, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_what_lies_outside_k_is_all_that_top_k_misses(gloo):
+    """KL(p ‖ q) − the loss with a bucket = p_R KL(p|R ‖ q|R), and so never below 0."""
+    student, teacher, ones = random_logits(0), random_logits(1), torch.ones(5, 3)
+    kinds = Divergence(), Divergence("topk_kl", top_k=20)
+    (whole, _), (found, _) = gloo(1, divergences_on_ranks, student, teacher, kinds, ones, layout={})[0]
+    log_q, log_p = (torch.log_softmax(logits[..., :VOCABULARY], -1) for logits in (student, teacher))
+    outside = torch.sort(log_p, descending=True).indices[..., 20:]
+    log_q, log_p = log_q.gather(-1, outside), log_p.gather(-1, outside)
+    rest_q, rest_p = log_q.logsumexp(-1, keepdim=True), log_p.logsumexp(-1, keepdim=True)
+    missed = (log_p.exp() * (log_p - rest_p - log_q + rest_q)).sum(-1)
+    torch.testing.assert_close(whole - found, missed, rtol=1e-9, atol=1e-12)
+    assert (missed > 1e-3).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_equal_logits_are_chosen_by_their_number_in_every_layout(gloo, ranks, dtype):
+    """Few different values, both zeros among them, so that most of the K and what ends them are tied."""
+    logits = random_logits(6).round().to(dtype)
+    assert (torch.signbit(logits) & (logits == 0)).any()
+    wanted = torch.sort(logits[..., :VOCABULARY], dim=-1, descending=True, stable=True).indices[..., :40]
+    log_p = torch.log_softmax(logits[..., :VOCABULARY].double(), -1)
+    rest = 1 - log_p.gather(-1, wanted).exp().sum(-1)
+    for ids, log_probs, left in gloo(ranks, top_k_on_ranks, logits, 40, layout={"tensor": ranks}):
+        assert torch.equal(ids, wanted)
+        torch.testing.assert_close(log_probs.double(), log_p.gather(-1, wanted), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(left.double(), rest, rtol=1e-6, atol=1e-6)
+
+
+def test_settings_of_losses_that_cannot_be_are_refused():
+    for options, says in (
+        (DistillOptions(loss="kl"), "distill.loss=kl is not one of forward_kl, reverse_kl"),
+        (DistillOptions(jsd_beta=1.0), "distill.jsd_beta=1.0 must be above 0 and below 1"),
+        (DistillOptions(temperature=0.0), "distill.temperature=0.0 must be above 0"),
+        (DistillOptions(top_k=0), "distill.top_k=0 must be above 0"),
+        (DistillOptions(top_k_rest="drop"), "distill.top_k_rest=drop is not one of bucket, renormalize"),
+        (DistillOptions(cross_entropy=-1.0), "distill.cross_entropy=-1.0 must not be negative"),
+    ):
+        with pytest.raises(UserError) as error:
+            check(options, "distill.")
+        assert str(error.value).startswith(says)
+    with pytest.raises(UserError, match=r"distill\.top_k=301 is above the vocabulary of 300"):
+        Divergence.from_options(DistillOptions(loss="topk_kl", top_k=301), VOCABULARY)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -244,6 +244,12 @@ def test_a_dry_run_foresees_sizes_and_problems(source, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_options_that_do_nothing_are_told(source, tmp_path, caplog):
+    pruned(source, tmp_path, target=TargetConfig(ffn_hidden_size=30), prune=PruneOptions(heads="merge", groups="mean"))
+    assert "prune.heads=merge does nothing: the target keeps all 8 heads" in caplog.text
+    assert "prune.groups=mean does nothing: the target keeps all 4 groups" in caplog.text
+
+
 def test_the_last_layers_stay(source):
     shape = open_model_folder(source).shape
     scores = random_scores(source)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minitron_megatron.checkpoints.folder import open_model_folder
-from minitron_megatron.checkpoints.weights import WeightReader
+from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import Slot, axis_table
 from minitron_megatron.models.build import check_layout, check_sequence, pick_engine

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
-from minitron_megatron.checkpoints.weights import WeightReader, total_bytes, write_weights
+from minitron_megatron.checkpoints.reading import WeightReader
+from minitron_megatron.checkpoints.weights import total_bytes, write_weights
 from minitron_megatron.config import BenchmarkConfig
 from minitron_megatron.importance.scores import Scores
 from minitron_megatron.models.axes import PROBES

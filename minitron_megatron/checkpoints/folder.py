@@ -32,7 +32,9 @@ MANIFEST, SHAPE_FILE, WEIGHTS, TOKENIZER = "manifest.yaml", "model.yaml", "weigh
 log = logging.getLogger(__name__)
 
 # Keys of the resolved config that do not change what is computed: the same output may be asked for in another layout.
-_HOW_NOT_WHAT = frozenset({"parallel", "device", "dry_run", "resume", "verify", "output", "logger", "workers"})
+_HOW_NOT_WHAT = frozenset(
+    {"parallel", "device", "dry_run", "resume", "verify", "output", "logger", "cluster", "workers"}
+)
 # In a partial folder that can be continued: the fingerprint of what it was to become.
 _MADE_OF = ".made-of"
 
@@ -159,7 +161,7 @@ def output_folder(
         log.info("%s is complete already: nothing to do", path)
         yield Output(path, done=True, results=read_manifest(path).get("results", {}))
         return
-    partial = path.parent / f".{path.name}.partial"
+    partial = partial_folder(path)
     lock = _start_partial(partial, fingerprint if continues else None, resume) if collectives.is_rank_zero() else None
     collectives.barrier()
     output = Output(partial)
@@ -180,6 +182,11 @@ def output_folder(
             os.close(lock)
     collectives.barrier()
     output.path = path
+
+
+def partial_folder(path: Path) -> Path:
+    """Where an output is written until it is whole."""
+    return path.parent / f".{path.name}.partial"
 
 
 def _already_there(path: Path, fingerprint: str, resume: bool) -> bool:
@@ -249,10 +256,18 @@ def _fingerprint(config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
 
 
 def _digest_of_files(folder: Path, files: Mapping[str, int]) -> str:
+    def digest(name: str) -> bytes:
+        with open(folder / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+
+    return joint_digest({name: digest(name) for name in files})
+
+
+def joint_digest(files: Mapping[str, bytes]) -> str:
+    """The digest of a folder out of the SHA-256 of each of its files, for who has those from writing them."""
     whole = hashlib.sha256()
     for name in sorted(files):
-        with open(folder / name, "rb") as file:
-            whole.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
+        whole.update(name.encode() + files[name])
     return "sha256:" + whole.hexdigest()
 
 

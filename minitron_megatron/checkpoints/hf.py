@@ -27,11 +27,11 @@ from minitron_megatron.checkpoints.folder import (
     open_model_folder,
     output_folder,
 )
+from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.checkpoints.safetensors_stream import write_safetensors
 from minitron_megatron.checkpoints.weights import (
     BLOCK_BYTES,
     Chunk,
-    WeightReader,
     check_weights,
     verify_digest,
     write_weights,

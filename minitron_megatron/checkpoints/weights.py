@@ -6,19 +6,18 @@ Layers are stacked under one key with shape [layers, …]; a file chunk is a blo
     key decoder.layers.mlp.linear_fc1.weight  [L, 2*ffn, hidden]      rank 0: every other chunk   (__0_0.distcp)
                                                                       rank 1: the others          (__1_0.distcp)
 
-`write_weights` takes a function that makes each chunk when it is written, `WeightReader` reads any region of a key, and
-`load_model` fills a live sharded model. The folder is plain `torch_dist`: megatron.core.dist_checkpointing loads it.
+`write_weights` takes a function that makes each chunk when it is written, `load_model` fills a live sharded model, and
+checkpoints/reading.py reads any region of a key. The folder is plain `torch_dist`: megatron.core.dist_checkpointing loads it.
 """
 
 import hashlib
 import io
-import pickle
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -33,25 +32,23 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
     SavePlan,
     SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from minitron_megatron.checkpoints.folder import ModelFolder
+from minitron_megatron.checkpoints.reading import WeightReader, read_metadata, safe_reading, short
 from minitron_megatron.console import progress
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import Slot, distinct_slots, slots
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 
-# Largest chunk. Writing one takes about three times as much: the chunk, its source, and torch's copy on the way to the file.
+# Largest chunk. Writing one takes about twice as much: the chunk, and torch's copy on the way to the file.
 BLOCK_BYTES = 64 * 2**20
 _COMMON_STATE = "common_state/shard_0_1"
 
@@ -131,7 +128,8 @@ def write_weights(folder: Path, shape: ModelShape, produce: Producer, descriptio
         # Nothing ahead of what is being written: one chunk at a time, also where there is a GPU.
         writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
         try:
-            dcp.save({}, storage_writer=writer, planner=planner, no_dist=alone)
+            with _no_crc32():
+                dcp.save({}, storage_writer=writer, planner=planner, no_dist=alone)
         except CheckpointException as error:
             # torch wraps what went wrong on each rank: a user's mistake and a full disk have to be told as what they are.
             cause = next(failure for failure, _ in error.failures.values())
@@ -141,6 +139,17 @@ def write_weights(folder: Path, shape: ModelShape, produce: Producer, descriptio
     if collectives.is_rank_zero():
         _write_backend_file(folder)
     return _content_digest(shape, planner.digests)
+
+
+@contextmanager
+def _no_crc32() -> Iterator[None]:
+    """torch.save without the checksum that torch.load never looks at: the digest stands for it, and it takes half as long."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 def _write_backend_file(folder: Path) -> None:
@@ -212,144 +221,6 @@ class _StreamPlanner(SavePlanner):
         return tensor.view(chunk.sizes)
 
 
-class WeightReader:
-    """Reads any region of any key of a distributed checkpoint, without a process group and without executing code."""
-
-    def __init__(self, folder: Path) -> None:
-        self.reader = dcp.FileSystemReader(folder)
-        self.metadata = read_metadata(folder)
-        self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
-
-    def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """The region of `key` at `offsets` with extent `sizes`, in the dtype on disk."""
-        stored = self.metadata.state_dict_metadata.get(key)
-        if not isinstance(stored, TensorStorageMetadata):
-            raise UserError(f"{self.reader.path} has no tensor {key}: make the folder again")
-        out = torch.empty(tuple(sizes), dtype=stored.properties.dtype)
-        region = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        items = create_read_items_for_chunk_list(key, stored, [region])
-        if sum(item.lengths.numel() for item in items) != out.numel():
-            raise UserError(f"{self.reader.path}: {key} is incomplete; make the folder again")
-        try:
-            self.reader.read_data(LoadPlan(items), _RegionPlanner(out)).wait()
-        except Exception as error:  # damaged bytes can fail in any way in torch's reader
-            raise UserError(f"{self.reader.path}: {key} is damaged ({_short(error)}): make the folder again") from error
-        return out
-
-    def read_slot(self, slot: Slot, shape: ModelShape, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """One layer's tensor, or rows `start` to `stop` of it."""
-        whole, lead = slot.shape(shape), slot.lead(shape)
-        stop = whole[0] if stop is None else stop
-        offsets = (*lead, start, *(0 for _ in whole[1:]))
-        region = self.read(slot.key(shape), offsets, (*(1 for _ in lead), stop - start, *whole[1:]))
-        return region.view(stop - start, *whole[1:])
-
-
-class _RegionPlanner(LoadPlanner):
-    """Puts what the reader reads into one tensor."""
-
-    def __init__(self, out: torch.Tensor) -> None:
-        self.out = out
-
-    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
-        pass
-
-    def create_local_plan(self) -> LoadPlan:
-        return LoadPlan([])
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise ValueError(f"{read_item.storage_index} is not a tensor")
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        target = self.out
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            target = target.narrow(dim, start, length)
-        return target
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        pass
-
-
-_SAFE_GLOBALS = {
-    ("torch", "Size"),
-    ("collections", "OrderedDict"),
-    ("builtins", "dict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "Path"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-} | {
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in (
-        "Metadata",
-        "MetadataIndex",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    )
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """torch writes `.metadata` as a pickle and reads it with bare pickle.load: allow its own data classes alone."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _SAFE_GLOBALS or (
-            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        ):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint's metadata")
-
-
-def _unpickle_metadata(file: IO[bytes]) -> Metadata:
-    metadata = _MetadataUnpickler(file).load()
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
-        raise pickle.UnpicklingError("not a checkpoint's metadata")
-    if not isinstance(metadata.storage_data, dict):
-        raise pickle.UnpicklingError("no places of tensors in it")
-    return metadata
-
-
-def read_metadata(folder: Path) -> Metadata:
-    """The index of a distributed checkpoint, by an unpickler that builds nothing but its data classes."""
-    try:
-        with open(folder / ".metadata", "rb") as file:
-            return _unpickle_metadata(file)
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no .metadata: it is not a whole distributed checkpoint") from None
-    except Exception as error:  # arbitrary bytes can fail in any way in the unpickler
-        raise UserError(f"{folder}/.metadata is damaged or unsafe ({_short(error)}): make the folder again") from None
-
-
-def _short(error: BaseException) -> str:
-    """The first line of an error, at most 160 characters."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
-
-
-@contextmanager
-def safe_reading() -> Iterator[None]:
-    """Within it, megatron.core.dist_checkpointing reads checkpoint indices with the allow-list unpickler."""
-
-    def read(self: dcp.FileSystemReader, *args: Any, **kwargs: Any) -> Metadata:
-        return read_metadata(Path(self.path))
-
-    original = dcp.FileSystemReader.read_metadata
-    dcp.FileSystemReader.read_metadata = read
-    try:
-        yield
-    finally:
-        dcp.FileSystemReader.read_metadata = original
-
-
 def load_model(chunks_of_model: Sequence[torch.nn.Module], folder: ModelFolder) -> None:
     """Fill this rank's live model (its pipeline chunks) from a model folder written in any layout."""
     load_weights(chunks_of_model, folder.weights)
@@ -375,7 +246,7 @@ def load_weights(chunks_of_model: Sequence[torch.nn.Module], weights: Path) -> N
             loaded = dist_checkpointing.load(wanted, str(weights))
     except CheckpointException as error:
         cause = next(failure for failure, _ in error.failures.values())
-        raise UserError(f"{weights} is damaged ({_short(cause)}): make the folder again") from error
+        raise UserError(f"{weights} is damaged ({short(cause)}): make the folder again") from error
     for i, chunk in enumerate(chunks_of_model):
         result = chunk.load_state_dict(loaded[f"chunk{i}"], strict=False)
         missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]

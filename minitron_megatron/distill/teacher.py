@@ -34,8 +34,8 @@ class Teacher:
         self.states.clear()
         self.states.extend(self._forward(batches))
 
-    def logits(self, batch: Batch) -> torch.Tensor:
-        """Logits [s, b, V / tp] of the next micro-batch in order; `batch` is that micro-batch."""
+    def targets(self, batch: Batch, split: str) -> torch.Tensor:
+        """Logits [s, b, V / tp] of the next micro-batch in order; `batch` is that micro-batch, whatever `split` it is of."""
         if not self.pipelined:
             self.states.extend(self._forward([batch]))
         layer, weight = self.head

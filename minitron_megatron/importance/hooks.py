@@ -12,8 +12,12 @@ and everything by each context-parallel rank for its own. Transformer Engine fus
 gives the normalised input beside its own output while a recorder watches it:
 
     local:  norm ─▶ hook ─▶ linear          te:  (norm, linear) ─▶ (output, normalised) ─▶ hook ─▶ output
+
+On a GPU the sums run on a stream of their own, beside the matrix products that follow: they are bound by memory, those by
+arithmetic.
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -56,6 +60,7 @@ class Recorder:
         self.valid = torch.ones(1)
         self.tokens = 1
         self.micro_batches = 0
+        self.side = torch.cuda.Stream() if torch.cuda.is_available() else None
         self.chunks = [_Chunk(self, chunk) for chunk in chunks]
 
     def begin(self, batch: dict[str, torch.Tensor]) -> None:
@@ -66,6 +71,26 @@ class Recorder:
         self.micro_batches += 1
         self.tokens = batch["tokens"].shape[1] * self.context_size
         self.valid = batch["valid"]
+
+    @contextlib.contextmanager
+    def aside(self, *read: torch.Tensor) -> Iterator[None]:
+        """What is launched within runs beside the stream that has just made the tensors `read`, and keeps them until then.
+
+        Memory that the side stream gives back is not touched before the next time, which waits for the main stream.
+        """
+        if self.side is None:
+            yield
+            return
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            yield
+        for tensor in read:
+            tensor.record_stream(self.side)
+
+    def join(self) -> None:
+        """What comes next sees what ran aside."""
+        if self.side is not None:
+            torch.cuda.current_stream().wait_stream(self.side)
 
     @property
     def statistics(self) -> dict[tuple[str, int], BatchStatistic]:
@@ -139,15 +164,17 @@ class _Chunk:
     @without_adapter
     def _see(self, probe: Probe, layer: int, activations: torch.Tensor) -> None:
         a = activations[0] if isinstance(activations, tuple) else activations
-        if probe.heads and self.recorder.heads_per_token:
-            sums = partial_head_sums(a, self.recorder.head_dim, self.recorder.how)
-        else:
-            sums = partial_sums(a, self.recorder.how)
+        with self.recorder.aside(a):
+            if probe.heads and self.recorder.heads_per_token:
+                sums = partial_head_sums(a, self.recorder.head_dim, self.recorder.how)
+            else:
+                sums = partial_sums(a, self.recorder.how)
         self.pending[(probe.score, layer)] = sums
 
     @without_adapter
     def _layer(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        self.pending[(LAYERS, layer)] = cosine_sums(before, after)
+        with self.recorder.aside(before, after):
+            self.pending[(LAYERS, layer)] = cosine_sums(before, after)
 
     def _keys(self) -> Iterator[tuple[str, int]]:
         """Every score of every layer, in the order of the row."""
@@ -156,6 +183,7 @@ class _Chunk:
     @without_adapter
     def _finish_samples(self) -> None:
         """The chunk is done: its sums become x of each sample, and those join the statistics."""
+        self.recorder.join()
         sums = [self.pending[key] for key in self._keys() if key[0] != LAYERS]
         cosines = torch.stack([self.pending[LAYERS, number] for number in self.numbers], dim=-1)
         self.pending.clear()

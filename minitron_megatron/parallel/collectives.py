@@ -93,7 +93,8 @@ def broadcast_object(value: Any) -> Any:
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
-        dist.barrier()
+        # NCCL would guess the device by the rank's number.
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def _groups() -> Any:

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class Layout:
             raise UserError(
                 f"parallel.tensor × pipeline × context = {self.tensor} × {self.pipeline} × {self.context} = {part} does "
                 f"not divide the number of processes, {self.world_size}: start a multiple of {part} "
-                f"(torchrun --nproc-per-node), or use {' or '.join(self._neighbours())}"
+                f"(torchrun --nproc-per-node; parallel.world_size= in a dry run), or use {' or '.join(self._neighbours())}"
             )
         if self.virtual_pipeline is not None and (self.pipeline < 2 or self.virtual_pipeline < 2):
             raise UserError(
@@ -94,7 +95,7 @@ class Layout:
 
     @classmethod
     def from_config(cls, config: Any, world_size: int | None = None) -> "Layout":
-        """From the `parallel` part of a config; `world_size` defaults to torchrun's."""
+        """From the `parallel` part of a config; `world_size` defaults to the config's, and that to torchrun's."""
         return cls(
             tensor=config.tensor,
             pipeline=config.pipeline,
@@ -104,7 +105,7 @@ class Layout:
             account_for_embedding=config.account_for_embedding,
             account_for_loss=config.account_for_loss,
             pipeline_layout=config.pipeline_layout,
-            world_size=world_size_from_env() if world_size is None else world_size,
+            world_size=world_size or config.world_size or world_size_from_env(),
         )
 
 
@@ -176,8 +177,10 @@ def process_group(device: torch.device, timeout: datetime.timedelta = TIMEOUT) -
     if dist.is_initialized():
         yield
         return
-    # NCCL would otherwise guess each rank's device by its number.
-    own = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+    # Without `device_id` a group's communicator is made when it is first used: Megatron makes two dozen groups, most jobs use
+    # a few, and ending all of them took 10 s. Barriers then use the current device, which is set before, and say so.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
+    own = {"backend": "nccl" if device.type == "cuda" else "gloo"}
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(**own, timeout=timeout)
     else:
@@ -189,9 +192,12 @@ def process_group(device: torch.device, timeout: datetime.timedelta = TIMEOUT) -
 
 
 @contextlib.contextmanager
-def model_parallel(layout: Layout, seed: int, timeout: datetime.timedelta = TIMEOUT) -> Iterator[None]:
+def model_parallel(
+    layout: Layout, seed: int, timeout: datetime.timedelta = TIMEOUT, *, gloo_groups: bool = True
+) -> Iterator[None]:
     """Megatron's groups and seeds for a layout, on a process group that is there already.
 
+    `gloo_groups` makes one for the CPU beside each data-parallel group, which checkpoints use.
     Layouts can follow one another in a process: the groups made here are ended, not only forgotten as Megatron does.
     """
     from megatron.core import parallel_state
@@ -205,7 +211,7 @@ def model_parallel(layout: Layout, seed: int, timeout: datetime.timedelta = TIME
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
-        create_gloo_process_groups=True,
+        create_gloo_process_groups=gloo_groups,
         distributed_timeout_minutes=timeout / datetime.timedelta(minutes=1),
     )
     try:

@@ -2,7 +2,7 @@
 
     source tensor  [rows, columns] ──selection of rows, copied or merged──▶ ──selection of columns──▶  target chunk
 
-Rows are read a span at a time, so that no step holds more than two blocks of the source beside the chunk that is made.
+Rows are read and cut a few MiB at a time, so that beside the chunk that is made there is next to nothing of the source.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from minitron_megatron.checkpoints.weights import BLOCK_BYTES, Chunk, WeightReader
+from minitron_megatron.checkpoints.reading import WeightReader, as_bits
+from minitron_megatron.checkpoints.weights import Chunk
 from minitron_megatron.models.axes import Selection, Slot
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.prune.select import Kept
@@ -43,7 +44,7 @@ def cut_chunk(reader: WeightReader, source: ModelShape, kept: Kept, chunk: Chunk
     layer = None if slot.layer is None else int(kept.layers[slot.layer])
     origin = Slot(slot.row, layer)
     rows, *columns = slot.row.select(source, kept.of_layer(source, layer), layer)
-    chosen = [None if c is None else torch.from_numpy(c.sources[0]) for c in columns]
+    chosen = [None if c is None else c.sources[0] for c in columns]
 
     def read(sources: np.ndarray) -> torch.Tensor:
         return _read_rows(reader, origin, source, sources, chosen)
@@ -55,29 +56,18 @@ def cut_chunk(reader: WeightReader, source: ModelShape, kept: Kept, chunk: Chunk
 
 
 def _read_rows(
-    reader: WeightReader, slot: Slot, shape: ModelShape, rows: np.ndarray, columns: list[torch.Tensor | None]
+    reader: WeightReader, slot: Slot, shape: ModelShape, rows: np.ndarray, columns: list[np.ndarray | None]
 ) -> torch.Tensor:
-    """Any rows of a slot's tensor, in any order, with columns already cut.
-
-    Read in spans that do not cross the source's own chunks: torch reads a stored chunk whole, however little of it is asked for.
-    """
-    whole = slot.shape(shape)
-    row_bytes = torch.Size(whole[1:]).numel() * getattr(torch, shape.dtype).itemsize
-    span = max(1, BLOCK_BYTES // row_bytes)
+    """Any rows of a slot's tensor, in any order, with columns already cut, a span in a core's cache at a time."""
     ordered, back = np.unique(rows, return_inverse=True)
-    parts, start = [], 0
-    while start < len(ordered):
-        first = int(ordered[start])
-        stop = int(np.searchsorted(ordered, (first // span + 1) * span))
-        block = reader.read_slot(slot, shape, first, int(ordered[stop - 1]) + 1)
-        wanted = ordered[start:stop] - first
-        if len(wanted) < len(block):
-            block = block[torch.from_numpy(wanted)]
+    sizes = [n if c is None else len(c) for n, c in zip(slot.shape(shape)[1:], columns, strict=True)]
+    out = torch.empty((len(ordered), *sizes), dtype=getattr(torch, shape.dtype))
+    bits = as_bits(out)
+    for first, stop, block in reader.spans(slot, shape, ordered):
         for dim, chosen in enumerate(columns, start=1):
             if chosen is not None:
-                block = block.index_select(dim, chosen)
-        parts.append(block)
-        start = stop
-    whole_part = parts[0] if len(parts) == 1 else torch.cat(parts)
+                # Clipping skips NumPy's check of every index, and with it a copy: the plan's are in range.
+                block = np.take(block, chosen, axis=dim, mode="clip")
+        bits[first:stop] = block
     in_order = len(back) == len(ordered) and bool((np.diff(back) == 1).all())
-    return whole_part if in_order else whole_part[torch.from_numpy(back)]
+    return out if in_order else out[torch.from_numpy(back)]

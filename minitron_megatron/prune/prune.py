@@ -24,7 +24,8 @@ from minitron_megatron.checkpoints.folder import (
     output_folder,
 )
 from minitron_megatron.checkpoints.hf import HF_FILES, copy_companions, write_shape
-from minitron_megatron.checkpoints.weights import WeightReader, check_weights, verify_digest, write_weights
+from minitron_megatron.checkpoints.reading import WeightReader
+from minitron_megatron.checkpoints.weights import check_weights, verify_digest, write_weights
 from minitron_megatron.config import DataConfig, ImportanceConfig, PruneConfig
 from minitron_megatron.console import print_table
 from minitron_megatron.data.datasets import Data, open_data
@@ -109,6 +110,7 @@ def _goal(cfg: PruneConfig) -> Goal:
     _check_measuring(cfg, goal)
     if cfg.scores and goal.scored:
         check_scores(load_scores(cfg.scores), source, folder.digest, str(cfg.scores))
+    _warn_of_idle_options(cfg, goal)
     _warn_of_exports(target)
     return goal
 
@@ -161,6 +163,17 @@ def _check_measuring(cfg: PruneConfig, goal: Goal) -> None:
         pick_device(cfg.device)
     if measures and goal.data:
         check_calibration(_importance(cfg), goal.data)
+
+
+def _warn_of_idle_options(cfg: PruneConfig, goal: Goal) -> None:
+    """Merging and averaging say how heads go, not that they do."""
+    if goal.kept is not None:
+        return
+    source, target = goal.folder.shape, goal.target
+    if cfg.prune.heads == "merge" and target.num_attention_heads == source.num_attention_heads:
+        log.warning("prune.heads=merge does nothing: the target keeps all %d heads", source.num_attention_heads)
+    if cfg.prune.groups == "mean" and target.num_query_groups == source.num_query_groups:
+        log.warning("prune.groups=mean does nothing: the target keeps all %d groups", source.num_query_groups)
 
 
 def _warn_of_exports(target: ModelShape) -> None:

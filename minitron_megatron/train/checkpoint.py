@@ -20,7 +20,8 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.weights import safe_reading, sharded_weights
+from minitron_megatron.checkpoints.reading import safe_reading
+from minitron_megatron.checkpoints.weights import sharded_weights
 from minitron_megatron.config import TrainerConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel import collectives

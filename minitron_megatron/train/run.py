@@ -9,11 +9,13 @@ output/model/                                               what was trained as 
 The commands (train/distill.py, train/correct_teacher.py) say in a `Recipe` which models there are and what is minimised.
 """
 
+import contextlib
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ import yaml
 
 from minitron_megatron.checkpoints.folder import WEIGHTS, ModelFolder, load_yaml, open_model_folder, output_folder
 from minitron_megatron.checkpoints.hf import copy_companions, write_shape
-from minitron_megatron.checkpoints.weights import WeightReader, check_weights, load_model, verify_digest, write_weights
+from minitron_megatron.checkpoints.reading import WeightReader
+from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest, write_weights
 from minitron_megatron.config import ModelConfig, TrainingConfig, flat
 from minitron_megatron.console import print_table
 from minitron_megatron.data.datasets import Data, DocumentMasks, Windows, open_data, training_samples, verify_data
@@ -36,6 +39,7 @@ from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Job, Layout, parallel_job, pick_device
 from minitron_megatron.parallel.torchrun import REQUEUE
 from minitron_megatron.train import checkpoint
+from minitron_megatron.train.foresee import TENSOR_SIZES, Models, foresee, listing_layouts
 from minitron_megatron.train.loop import StepResult, Trainer, stop_on_signal
 from minitron_megatron.train.metrics import Metrics, StepMetrics
 from minitron_megatron.train.optimizer import (
@@ -87,7 +91,9 @@ def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
     layout = Layout.from_config(cfg.parallel)
     steps = number_of_steps(cfg)
     shapes = {name: _shape(model, name, cfg.dry_run) for name, model in recipe.models.items()}
-    recipe.check(shapes, layout)
+    models, check = _models(recipe, shapes), partial(recipe.check, shapes)
+    with listing_layouts(cfg, layout, models, check):
+        check(layout)
     run = Path(cfg.output)
     # A rehearsal of presets has no folders to look into.
     if not (cfg.dry_run and any(model.path is None for model in recipe.models.values())):
@@ -96,7 +102,7 @@ def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
         check_checkpoints(run / "checkpoints", cfg, layout, folders[recipe.trained].shape)
     device = pick_device(cfg.device)
     if cfg.dry_run:
-        _dry_run(cfg, recipe, layout, steps, shapes)
+        foresee(cfg, layout, steps, models, check)
         return
     for name, model in recipe.models.items():
         engine = pick_engine(model.engine, layout, model_dtype(shapes[name], cfg.precision), device, name)
@@ -131,6 +137,17 @@ def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
                 write_shape(out.path, source.shape)
                 copy_companions(source, out.path)
         print_table(f"{run / 'model'}: {recipe.verb}ed", ["", "value"], list(results.items()))
+
+
+def _models(recipe: Recipe, shapes: Shapes) -> Models:
+    """What is trained, and what is read beside it."""
+    teacher = next((name for name in shapes if name != recipe.trained), None)
+    return Models(
+        shapes[recipe.trained],
+        recipe.models[recipe.trained].engine,
+        shapes[teacher] if teacher else None,
+        recipe.models[teacher].engine if teacher else "auto",
+    )
 
 
 def number_of_steps(cfg: TrainingConfig) -> int:
@@ -186,10 +203,11 @@ def check_training(shapes: Shapes, cfg: TrainingConfig, layout: Layout) -> None:
     at_once = micro * layout.data * (layout.pipeline if layout.virtual_pipeline else 1)
     if batch % at_once:
         stages = " × pipeline stages" if layout.virtual_pipeline else ""
-        fits = [n for n in (batch // at_once * at_once, (batch // at_once + 1) * at_once) if n]
+        fits = [str(n) for n in (batch // at_once * at_once, (batch // at_once + 1) * at_once) if n]
+        fits += [f"parallel.tensor={n}" for n in _tensor_sizes_that_divide(shapes, batch // micro, layout)]
         raise UserError(
             f"trainer.global_batch_size={batch} is not a multiple of {at_once} (trainer.micro_batch_size={micro} × "
-            f"{layout.data} data-parallel ranks{stages}): use {' or '.join(map(str, fits))}"
+            f"{layout.data} data-parallel ranks{stages}): use {' or '.join(fits)}"
         )
     schedule_of(cfg)
     recomputation(cfg.trainer)
@@ -199,6 +217,19 @@ def check_training(shapes: Shapes, cfg: TrainingConfig, layout: Layout) -> None:
         raise UserError("trainer.keep_best=true needs validations: set trainer.validation_samples= above 0")
     if trainer.publish == "best" and not trainer.keep_best:
         raise UserError("trainer.publish=best needs trainer.keep_best=true")
+
+
+def _tensor_sizes_that_divide(shapes: Shapes, samples: int, layout: Layout) -> list[int]:
+    """Other tensor-parallel sizes, up to 8, with which so many micro-batches divide over the data-parallel ranks."""
+    found = []
+    for tensor in TENSOR_SIZES:
+        with contextlib.suppress(UserError):
+            other = replace(layout, tensor=tensor)
+            for shape in shapes.values():
+                check_layout(shape, other)
+            if samples % (other.data * (other.pipeline if other.virtual_pipeline else 1)) == 0:
+                found.append(tensor)
+    return found
 
 
 def check_run_folder(run: Path, cfg: TrainingConfig) -> None:
@@ -373,31 +404,3 @@ def publish(weights: Path, shape: ModelShape, saved: Path) -> str:
         return reader.read_slot(chunk.slot, shape, chunk.start, chunk.stop)
 
     return write_weights(weights, shape, produce, "publish")
-
-
-def _dry_run(cfg: TrainingConfig, recipe: Recipe, layout: Layout, steps: int, shapes: Shapes) -> None:
-    """What the run would be, by counting: nothing is built or written."""
-    share = layout.tensor * layout.pipeline
-    bf16 = model_dtype(shapes[recipe.trained], cfg.precision) is torch.bfloat16
-    size = 2 if bf16 else 4
-    gib: dict[str, float] = {}
-    for name, shape in shapes.items():
-        mine = count_parameters(shape) / share
-        gib[f"{name} weights"] = mine * size
-        if name == recipe.trained:
-            # Gradients are float32. Master weights (bf16 only) and Adam's moments are spread over data- and context-parallel
-            # ranks.
-            gib[f"{name} gradients"] = mine * 4
-            gib["optimizer"] = mine * (12 if bf16 else 8) / (layout.data * layout.context)
-    rows = [
-        ["layout", f"tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}"],
-        *([f"{name} parameters", count_parameters(shape)] for name, shape in shapes.items()),
-        ["steps", steps],
-        ["tokens", steps * tokens_per_step(cfg)],
-        [
-            "micro-batches of a rank and step",
-            cfg.trainer.global_batch_size // (cfg.trainer.micro_batch_size * layout.data),
-        ],
-        *([f"{name}, GiB a rank", value / 2**30] for name, value in gib.items()),
-    ]
-    print_table(f"would be {recipe.verb}ed (activations not counted)", ["", "value"], rows)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from minitron_megatron.checkpoints.folder import open_model_folder
-from minitron_megatron.checkpoints.weights import WeightReader, load_weights
+from minitron_megatron.checkpoints.reading import WeightReader
+from minitron_megatron.checkpoints.weights import load_weights
 from minitron_megatron.config import ImportanceConfig, ImportanceOptions, PruneConfig, TargetConfig
 from minitron_megatron.data.datasets import open_data, training_samples
 from minitron_megatron.importance.measure import measure_importance

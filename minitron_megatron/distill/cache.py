@@ -1,0 +1,329 @@
+"""A cache of teacher answers on disk: of every token of every sample the K most probable next tokens, read by sample number.
+
+    output/train-000000000.safetensors        samples 0 … 63 of the training order (data/datasets.py)
+           train-000000064.safetensors        samples 64 … 127
+           validation-000000000.safetensors   the first windows of the validation split
+           manifest.yaml                      results: what it is a cache of (`Contents`)
+
+    a file of n samples of s tokens:
+        ids        uint8    [n, s, K, B]   token ids, little-endian, in the fewest bytes that hold the vocabulary
+        log_probs  float16  [n, s, K]      of the full softmax, best first
+        rest       float32  [n, s]         probability of all other tokens together
+        crc32      uint32   [n]            of each sample's bytes, and of what and which it is
+
+Nothing in it depends on the layout that wrote it or on the one that reads it. The checksum is compared whenever a sample is
+read, so a flipped bit, and a file in another one's place or of another cache, end the run rather than teach nonsense.
+
+float16 keeps log p to 2⁻¹¹ of itself, bfloat16 to 2⁻⁸. `rest` has its own float32: 1 − Σ p of rounded values has nothing right
+where the mass outside K is small. A reader scales the K so that all is 1 again (`Cache.of_samples`).
+"""
+
+import hashlib
+import json
+import math
+import os
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.numpy import save
+
+from minitron_megatron.checkpoints.folder import read_manifest, verify_files
+from minitron_megatron.data.datasets import Data
+from minitron_megatron.distill.losses import Divergence, TopK
+from minitron_megatron.errors import UserError
+from minitron_megatron.models.forward import Batch
+from minitron_megatron.parallel import collectives
+
+SPLITS = ("train", "validation")
+_ENDING = ".safetensors"
+# Bytes that safetensors' header takes, at most.
+_HEADER = 512
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a cache is of, and how it is laid out; the fields of `results` in its manifest.
+
+    Attributes:
+        model, data: digests of the teacher and of the data (or blend).
+        seed, sequence_length, reset_attention_mask: what else the samples follow from.
+        vocab_size: of the teacher, without padding.
+        temperature, top_k: of the softmax, and how many tokens of it.
+        train, validation: how many samples of each split.
+        chunk_samples: samples of a file.
+    """
+
+    model: str
+    data: str
+    seed: int
+    sequence_length: int
+    reset_attention_mask: bool
+    vocab_size: int
+    temperature: float
+    top_k: int
+    train: int
+    validation: int
+    chunk_samples: int
+
+    @property
+    def id_bytes(self) -> int:
+        """Bytes of a token id."""
+        return max(1, ((self.vocab_size - 1).bit_length() + 7) // 8)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files, give or take their headers."""
+        of_token = self.top_k * (self.id_bytes + 2) + 4
+        return (self.train + self.validation) * (self.sequence_length * of_token + 4) + self.files * _HEADER
+
+    @property
+    def files(self) -> int:
+        """How many."""
+        return sum(math.ceil(getattr(self, split) / self.chunk_samples) for split in SPLITS)
+
+    def chunks(self) -> Iterator["Chunk"]:
+        """Every file, in order."""
+        for split in SPLITS:
+            for first in range(0, getattr(self, split), self.chunk_samples):
+                yield self.chunk_of(split, first)
+
+    def chunk_of(self, split: str, sample: int) -> "Chunk":
+        """The file that a sample is in."""
+        first = sample // self.chunk_samples * self.chunk_samples
+        return Chunk(split, first, min(first + self.chunk_samples, getattr(self, split)))
+
+    def checksum(self, split: str, sample: int, *parts: np.ndarray) -> int:
+        """CRC-32 of a sample's bytes, begun with what it is a sample of."""
+        value = zlib.crc32(f"{json.dumps(asdict(self), sort_keys=True)} {split} {sample}".encode())
+        for part in parts:
+            value = zlib.crc32(np.ascontiguousarray(part), value)
+        return value
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A file with the samples first … last - 1 of a split."""
+
+    split: str
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        """Its file."""
+        return f"{self.split}-{self.first:09d}{_ENDING}"
+
+    @property
+    def samples(self) -> range:
+        """Numbers of its samples."""
+        return range(self.first, self.last)
+
+
+def write_chunk(folder: Path, contents: Contents, chunk: Chunk, answers: TopK) -> bytes:
+    """Write a chunk whole or not at all; gives the SHA-256 of its file.
+
+    Args:
+        folder: of the cache that is being written.
+        contents: what it is a cache of.
+        chunk: which of its files.
+        answers: of the chunk's samples on the CPU: ids and log_probs [n, s, K], rest [n, s].
+    """
+    wide = answers.ids.numpy().astype("<u4")[..., None].view(np.uint8)
+    ids = np.ascontiguousarray(wide[..., : contents.id_bytes])
+    log_probs, rest = answers.log_probs.half().numpy(), answers.rest.float().numpy()
+    sums = [contents.checksum(chunk.split, n, *of) for n, *of in zip(chunk.samples, ids, log_probs, rest, strict=True)]
+    data = save({"ids": ids, "log_probs": log_probs, "rest": rest, "crc32": np.array(sums, np.uint32)})
+    partial = folder / f".{chunk.name}.partial"
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(folder / chunk.name)
+    return hashlib.sha256(data).digest()
+
+
+def check_chunk(folder: Path, contents: Contents, chunk: Chunk) -> bytes | None:
+    """SHA-256 of a chunk that a killed run has written; None where there is none, or a damaged one."""
+    if not (folder / chunk.name).is_file():
+        return None
+    try:
+        _read(folder, contents, chunk, chunk.samples)
+    except UserError:
+        return None
+    with open(folder / chunk.name, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+class Cache:
+    """A whole cache, read by sample number."""
+
+    def __init__(self, path: Path, contents: Contents, digest: str) -> None:
+        self.path, self.contents, self.digest = path, contents, digest
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Cache":
+        """Check that a folder is a cache and that its files are there in their sizes. Raises UserError."""
+        manifest = read_manifest(path)
+        results, names = manifest.get("results"), [f.name for f in fields(Contents)]
+        if not isinstance(results, dict) or not set(names) <= results.keys():
+            made = manifest.get("command", "another command")
+            raise UserError(f"{path} is not a teacher cache (it was made by {made}): give the output of cache_teacher")
+        contents = Contents(**{name: results[name] for name in names})
+        missing = next((c.name for c in contents.chunks() if c.name not in manifest["files"]), None)
+        if missing:
+            raise UserError(f"{path}/{missing} is missing: the cache is damaged; make it again")
+        return cls(Path(path), contents, manifest["digest"])
+
+    def of_samples(self, numbers: Sequence[int], split: str = "train") -> TopK:
+        """What the teacher answers to some samples, at the cache's temperature.
+
+        Of what is stored log_probs are rounded. They are scaled so that Σ_K p + rest = 1 again: a loss to them is 0 for some
+        student, and never below.
+
+        Args:
+            numbers: of the samples, of the training order or of the validation windows, in any order.
+            split: train or validation.
+
+        Returns:
+            ids int64 and log_probs float32 [b, s, K], rest float32 [b, s], on the CPU.
+
+        Raises:
+            UserError: a file is missing or damaged, or there is no such sample.
+        """
+        outside = next((n for n in numbers if not 0 <= n < getattr(self.contents, split)), None)
+        if outside is not None:
+            raise UserError(
+                f"{self.path} has {getattr(self.contents, split)} {split} samples, none of number {outside}"
+            )
+        runs = groupby(numbers, key=lambda number: self.contents.chunk_of(split, number))
+        parts = [_read(self.path, self.contents, chunk, list(run)) for chunk, run in runs]
+        ids, log_probs, rest = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
+        scale = torch.log1p(-rest) - log_probs.logsumexp(-1)
+        return TopK(ids, log_probs + scale[..., None], rest)
+
+    def verify(self) -> None:
+        """Read every file on rank 0 and compare with the digest. Raises UserError on every rank."""
+        problem = None
+        if collectives.is_rank_zero():
+            try:
+                verify_files(self.path, self.digest)
+            except UserError as error:
+                problem = str(error)
+        problem = collectives.broadcast_object(problem)
+        if problem is not None:
+            raise UserError(problem)
+
+    def check(
+        self,
+        *,
+        data: Data,
+        seed: int,
+        sequence_length: int,
+        vocab_size: int,
+        how: Divergence,
+        train: int,
+        validation: int,
+        teacher: str | None = None,
+    ) -> None:
+        """Raise UserError unless this is a cache for a distillation, before anything heavy starts.
+
+        Args:
+            data, seed, sequence_length: of the distillation; what its samples follow from.
+            vocab_size: of the student.
+            how: its loss.
+            train, validation: how many samples of each split it takes.
+            teacher: digest of the teacher, where one is given.
+        """
+        name, has = f"distill.cache={self.path}", self.contents
+        if how.kind != "topk_kl":
+            raise UserError(f"{name} holds the top {has.top_k} log probabilities: give distill.loss=topk_kl")
+        if has.data != data.digest:
+            raise UserError(f"{name} was made of other data than data.path=: make the cache of the same")
+        if teacher is not None and has.model != teacher:
+            raise UserError(
+                f"{name} was made with another teacher than teacher=: leave it out, or make the cache again"
+            )
+        options = {
+            "seed": (has.seed, seed),
+            "data.sequence_length": (has.sequence_length, sequence_length),
+            "data.reset_attention_mask": (has.reset_attention_mask, data.masks.reset_attention),
+            "a vocabulary": (has.vocab_size, vocab_size),
+            "distill.temperature": (has.temperature, how.temperature),
+            "distill.top_k": (has.top_k, how.top_k),
+        }
+        for option, (theirs, ours) in options.items():
+            if theirs != ours:
+                raise UserError(f"{name} was made with {option}={theirs}, this run has {ours}: they must be the same")
+        for split, needed in (("train", train), ("validation", validation)):
+            if needed > getattr(has, split):
+                raise UserError(
+                    f"{name} has {getattr(has, split)} {split} samples, this run takes {needed}: make a longer cache"
+                )
+
+
+class CachedTeacher:
+    """A teacher that has answered before: in a `Teacher`'s place, with the top K for logits and nothing to run.
+
+    The next micro-batch is read and checked while the model is busy with this one.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self._thread = ThreadPoolExecutor(1)
+        self._coming: deque[list[int]] = deque()
+        self._next: Future[TopK] | None = None
+
+    def run_ahead(self, batches: Sequence[Batch]) -> None:
+        """Note which samples come, in order; samples that only fill a round up are read as sample 0."""
+        self._coming, self._next = deque(batch["number"].clamp_min(0).tolist() for batch in batches), None
+
+    def targets(self, batch: Batch, split: str) -> TopK:
+        """The top K of the next micro-batch in order, [s, b, K] on its device; `batch` is that micro-batch.
+
+        With context parallelism of this rank's share of each sequence, which its position ids name.
+        """
+        numbers = self._coming.popleft()
+        answers = self.cache.of_samples(numbers, split) if self._next is None else self._next.result()
+        self._next = self._thread.submit(self.cache.of_samples, self._coming[0], split) if self._coming else None
+        places = batch["position_ids"][0].cpu()
+        device = batch["tokens"].device
+        return TopK(*(part[:, places].transpose(0, 1).to(device) for part in answers))
+
+
+def _read(folder: Path, contents: Contents, chunk: Chunk, numbers: Sequence[int]) -> tuple[np.ndarray, ...]:
+    """Ids int64, log_probs float32 and rest of some samples of a chunk. Raises UserError where it is damaged."""
+    file = folder / chunk.name
+    size, length, k = len(chunk.samples), contents.sequence_length, contents.top_k
+    shapes = {
+        "ids": [size, length, k, contents.id_bytes],
+        "log_probs": [size, length, k],
+        "rest": [size, length],
+        "crc32": [size],
+    }
+    try:
+        with safetensors.safe_open(file, "numpy") as opened:
+            slices: dict[str, Any] = {name: opened.get_slice(name) for name in shapes}
+            odd = next((name for name, shape in shapes.items() if slices[name].get_shape() != shape), None)
+            if odd:
+                raise UserError(f"{file} is damaged: its {odd} are {slices[odd].get_shape()}, not {shapes[odd]}")
+            rows = [[slices[name][n - chunk.first : n - chunk.first + 1] for name in shapes] for n in numbers]
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{file} is damaged ({' '.join(str(error).split())}): make the cache again") from None
+    for number, (*of_sample, wanted) in zip(numbers, rows, strict=True):
+        if contents.checksum(chunk.split, number, *of_sample) != wanted[0]:
+            raise UserError(
+                f"{file} is damaged: {chunk.split} sample {number} is not what its checksum says; make the cache again"
+            )
+    ids, log_probs, rest, _ = (np.concatenate(arrays) for arrays in zip(*rows, strict=True))
+    wide = np.zeros((*ids.shape[:-1], 4), np.uint8)
+    wide[..., : contents.id_bytes] = ids
+    return wide.view("<u4")[..., 0].astype(np.int64), log_probs.astype(np.float32), rest

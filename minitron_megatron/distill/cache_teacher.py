@@ -1,0 +1,266 @@
+"""`launch/cache_teacher.py`: the teacher runs once over the samples of a distillation, and its answers go to disk.
+
+    chunk  0     1     2     3     4          a data-parallel replica takes every n-th chunk that is not there yet, runs its
+           r0    r1    r0    r1    r0         samples through its stages, and its last stage writes the file
+
+A killed run is continued by the same command, in any layout: whole chunks stay, after their checksums are compared.
+"""
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitron_megatron.checkpoints.folder import (
+    ModelFolder,
+    Output,
+    check_output,
+    joint_digest,
+    open_model_folder,
+    output_folder,
+    partial_folder,
+)
+from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest
+from minitron_megatron.config import CacheTeacherConfig
+from minitron_megatron.console import print_table, progress
+from minitron_megatron.data.datasets import (
+    Data,
+    DocumentMasks,
+    MicroBatches,
+    Samples,
+    Windows,
+    open_data,
+    training_samples,
+    verify_data,
+)
+from minitron_megatron.distill.cache import Chunk, Contents, check_chunk, write_chunk
+from minitron_megatron.distill.losses import TopK, top_k
+from minitron_megatron.errors import UserError
+from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.models.axes import count_parameters
+from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype, pick_engine
+from minitron_megatron.models.forward import Batch, forward_only
+from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
+
+log = logging.getLogger(__name__)
+# What a dry run counts on: an H100 in bf16 at 40 % of its peak.
+_FLOPS = 4e14
+
+
+def cache_teacher(cfg: CacheTeacherConfig) -> None:
+    """Check everything, say how large it gets, run the teacher, write."""
+    layout = Layout.from_config(cfg.parallel)
+    folder = open_model_folder(cfg.teacher.folder("teacher"))
+    check_teacher(cfg, folder, layout)
+    masks = DocumentMasks(reset_attention=cfg.data.reset_attention_mask)
+    data = open_data(cfg.data.path, "train", folder.shape, cfg.data.sequence_length, masks)
+    windows = _windows(cfg, folder, data)
+    contents = contents_of(cfg, folder, data, windows)
+    inputs = {"model": folder.digest, "data": data.digest}
+    device = pick_device(cfg.device)
+    check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
+    check_space(Path(cfg.output), contents.total_bytes)
+    if cfg.dry_run:
+        _dry_run(folder, contents, layout)
+        return
+    engine = pick_engine(cfg.teacher.engine, layout, model_dtype(folder.shape, cfg.precision), device, "teacher")
+    if engine == "te" and cfg.data.reset_attention_mask:
+        raise UserError("data.reset_attention_mask needs Megatron's local layers: use teacher.engine=local")
+    with parallel_job(layout, seed=cfg.seed, device=cfg.device):
+        if cfg.verify:
+            verify_digest(folder)
+            verify_data(data)
+        with output_folder(
+            cfg.output,
+            command=command_line(),
+            config=resolved_config(cfg),
+            inputs=inputs,
+            resume=cfg.resume,
+            continues=True,
+        ) as out:
+            if out.done:
+                return
+            began = time.monotonic()
+            done = _done(out.path, contents, layout)
+            written = sum(len(chunk.samples) for chunk in done) * contents.sequence_length
+            done |= _write(cfg, folder, data, windows, layout, contents, out, done)
+            tokens, seconds = (
+                (contents.train + contents.validation) * contents.sequence_length,
+                time.monotonic() - began,
+            )
+            out.digest = joint_digest({chunk.name: digest for chunk, digest in done.items()})
+            out.results = {
+                **asdict(contents),
+                "tokens": tokens,
+                "seconds": round(seconds, 2),
+                "tokens_per_second": round((tokens - written) / seconds),
+            }
+        shown = ("train", "validation", "top_k", "tokens", "seconds", "tokens_per_second")
+        rows = [[name, out.results[name]] for name in shown] + [["GiB", contents.total_bytes / 2**30]]
+        print_table(f"{cfg.output}: a teacher's cache", ["", "value"], rows)
+
+
+def check_teacher(cfg: CacheTeacherConfig, folder: ModelFolder, layout: Layout) -> None:
+    """Raise UserError when teacher, layout and options do not go together."""
+    check_layout(folder.shape, layout, "the teacher")
+    check_sequence(cfg.data.sequence_length, layout)
+    check_weights(folder)
+    if layout.context > 1:
+        raise UserError(
+            f"parallel.context={layout.context}: a forward pass needs no context parallelism; use parallel.tensor with "
+            "parallel.sequence=true for long sequences"
+        )
+    if cfg.distill.top_k > folder.shape.vocab_size:
+        raise UserError(f"distill.top_k={cfg.distill.top_k} is above the vocabulary of {folder.shape.vocab_size}")
+
+
+def contents_of(cfg: CacheTeacherConfig, folder: ModelFolder, data: Data, windows: Windows | None) -> Contents:
+    """What the cache is going to hold. Raises UserError unless just one of steps and tokens is given."""
+    trainer, length = cfg.trainer, cfg.data.sequence_length
+    if (trainer.steps is None) == (trainer.tokens is None):
+        raise UserError("give either trainer.steps= or trainer.tokens=, as to the distillation")
+    steps = trainer.steps or math.ceil(trainer.tokens / (trainer.global_batch_size * length))
+    return Contents(
+        model=folder.digest,
+        data=data.digest,
+        seed=cfg.seed,
+        sequence_length=length,
+        reset_attention_mask=cfg.data.reset_attention_mask,
+        vocab_size=folder.shape.vocab_size,
+        temperature=cfg.distill.temperature,
+        top_k=cfg.distill.top_k,
+        train=steps * trainer.global_batch_size,
+        validation=min(len(windows), trainer.validation_samples) if windows is not None else 0,
+        chunk_samples=cfg.chunk_samples,
+    )
+
+
+def _windows(cfg: CacheTeacherConfig, folder: ModelFolder, data: Data) -> Windows | None:
+    if not cfg.trainer.validation_samples:
+        return None
+    open_data(cfg.data.path, "validation", folder.shape, cfg.data.sequence_length)
+    return Windows(data, "validation", cfg.data.sequence_length)
+
+
+def check_space(output: Path, need: int) -> None:
+    """Raise UserError where the disk has less than what is not written yet."""
+    there = next(p for p in (output, *output.absolute().parents) if p.exists())
+    written = sum(f.stat().st_size for folder in (output, partial_folder(output)) for f in folder.glob("*"))
+    need, free = need - written, shutil.disk_usage(there).free
+    if free < need:
+        raise UserError(
+            f"no space left for {output}: {need / 2**30:,.1f} GiB are needed, {free / 2**30:,.1f} GiB are free; "
+            "lower distill.top_k= or the tokens"
+        )
+
+
+def _dry_run(folder: ModelFolder, contents: Contents, layout: Layout) -> None:
+    """Size, and hours by the forward pass's matrix products alone."""
+    tokens = (contents.train + contents.validation) * contents.sequence_length
+    rows = [
+        ["training samples", contents.train],
+        ["validation samples", contents.validation],
+        ["tokens", tokens],
+        ["files", contents.files],
+        ["bytes a token", contents.total_bytes / tokens],
+        ["GiB", contents.total_bytes / 2**30],
+        [
+            f"hours on {layout.world_size} H100 (at {_FLOPS / 1e12:.0f} TFLOP/s)",
+            2 * count_parameters(folder.shape) * tokens / (_FLOPS * layout.world_size) / 3600,
+        ],
+    ]
+    print_table("would be cached", ["", "value"], rows)
+
+
+def _done(path: Path, contents: Contents, layout: Layout) -> dict[Chunk, bytes]:
+    """Chunks that an earlier run has left, with their SHA-256, known to every rank; each rank reads its share."""
+    collectives.barrier()
+    chunks = list(contents.chunks())[collectives.rank() :: layout.world_size]
+    mine = {chunk: digest for chunk in chunks if (digest := check_chunk(path, contents, chunk)) is not None}
+    done = {chunk: digest for part in collectives.all_gather_objects(mine) for chunk, digest in part.items()}
+    if done:
+        log.info("continuing after %d files of an earlier run", len(done))
+    return done
+
+
+def _write(
+    cfg: CacheTeacherConfig,
+    folder: ModelFolder,
+    data: Data,
+    windows: Windows | None,
+    layout: Layout,
+    contents: Contents,
+    out: Output,
+    done: Mapping[Chunk, bytes],
+) -> dict[Chunk, bytes]:
+    """Run the teacher over every chunk that is not there and write it; their SHA-256, on rank 0 all of them."""
+    from megatron.core import parallel_state as ps
+
+    models = build_model_chunks(folder.shape, layout, model_dtype(folder.shape, cfg.precision), cfg.teacher.engine)
+    load_model(models, folder)
+    length = contents.sequence_length
+    samples = training_samples(data, "train", sequence_length=length, seed=cfg.seed, count=contents.train)
+    of_split = {"train": samples, "validation": windows}
+    missing = [chunk for chunk in contents.chunks() if chunk not in done]
+    mine = missing[ps.get_data_parallel_rank() :: layout.data]
+    out.keep = True
+    written: dict[Chunk, bytes] = {}
+    total = sum(len(chunk.samples) for chunk in missing) * len(models)
+    with progress("cache", total, unit="samples", made="tokens") as advance:
+
+        def before(batch: Batch) -> None:
+            # What this replica does, the others do meanwhile.
+            advance(int(batch["valid"].sum()) * layout.data, batch["tokens"].numel() * layout.data // len(models))
+
+        for chunk in mine:
+            answers = answer(models, of_split[chunk.split], chunk.samples, cfg, contents, layout, before)
+            if answers is None:
+                continue
+            if not all(part.isfinite().all() for part in answers):
+                raise UserError(f"teacher={folder.path}: logits are not finite; the weights or precision= are at fault")
+            written[chunk] = write_chunk(out.path, contents, chunk, answers)
+    gathered = collectives.gather_objects(written) or []
+    return {chunk: digest for part in gathered for chunk, digest in part.items()}
+
+
+def answer(
+    models: list[Any],
+    samples: Samples,
+    numbers: range,
+    cfg: CacheTeacherConfig,
+    contents: Contents,
+    layout: Layout,
+    before: Any = lambda batch: None,
+) -> TopK | None:
+    """The teacher's top K of some samples, [n, s, K] on the CPU, on one rank of the last stage; None on the others."""
+    from megatron.core import parallel_state as ps
+
+    group = ps.get_tensor_model_parallel_group()
+    whole_rounds = layout.pipeline if layout.virtual_pipeline else 1
+    batches = MicroBatches(samples, numbers, cfg.trainer.micro_batch_size, 0, 1, multiple_of=whole_rounds)
+
+    def collect(batch: Batch, *, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any) -> list[Any]:
+        logits, _ = output_layer(hidden_states, weight=output_weight)
+        k, temperature = contents.top_k, contents.temperature
+        found = top_k(logits, k, vocab_size=contents.vocab_size, temperature=temperature, group=group)
+        return [part.transpose(0, 1)[batch["valid"] > 0].cpu() for part in found]
+
+    collected = forward_only(
+        models,
+        batches,
+        num_micro_batches=len(batches),
+        micro_batch_size=cfg.trainer.micro_batch_size,
+        sequence_length=contents.sequence_length,
+        collect=collect,
+        before=before,
+    )
+    if not collected or ps.get_tensor_model_parallel_rank() != 0:
+        return None
+    return TopK(*(torch.cat(parts) for parts in zip(*collected, strict=True)))

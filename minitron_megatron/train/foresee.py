@@ -1,0 +1,283 @@
+"""The dry run of a training job: what each rank would hold, how long it would take, and which layouts there are instead.
+
+It runs anywhere, for any number of GPUs: models are built for real, on the meta device (census.py), and the rest is
+arithmetic (memory.py, speed.py) whose assumptions are printed beside the figures.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from minitron_megatron.config import HardwareConfig, TrainerConfig, TrainingConfig
+from minitron_megatron.console import print_table
+from minitron_megatron.errors import UserError
+from minitron_megatron.models.axes import count_parameters, flops_per_token
+from minitron_megatron.models.build import model_dtype, sequence_parts
+from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.parallel.hardware import hardware, peak_flops
+from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.train.census import Stage, take_census
+from minitron_megatron.train.memory import (
+    CHECKPOINT_BYTES,
+    RECOMPUTE,
+    Arithmetic,
+    MicroBatch,
+    Plan,
+    memory_of_stage,
+)
+from minitron_megatron.train.speed import LINK_EFFICIENCY, Step, time_of_step
+
+# CUDA's context, NCCL's buffers, workspaces of cuBLAS and what the allocator cannot use.
+RESERVED_GIB = 6
+TENSOR_SIZES, PIPELINE_SIZES = (1, 2, 4, 8), (1, 2, 4, 8, 16)
+# Layouts that are shown, the fastest that fit first.
+SHOWN = 12
+# Whether a layout can run the job: raises UserError where it cannot.
+Check = Callable[[Layout], None]
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is trained, and the teacher that runs beside it, if any; engines as `model.engine` says them."""
+
+    student: ModelShape
+    student_engine: str
+    teacher: ModelShape | None
+    teacher_engine: str
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A layout with what it would take."""
+
+    plan: Plan
+    stages: list[Stage]
+    step: Step
+    gpu: HardwareConfig
+
+    @property
+    def memory(self) -> list[dict[str, int]]:
+        """Bytes by kind on a rank of each distinct stage."""
+        return [memory_of_stage(stage, self.plan) for stage in self.stages]
+
+    @property
+    def gib(self) -> float:
+        """GiB of the fullest rank."""
+        return max(sum(kinds.values()) for kinds in self.memory) / 2**30
+
+    @property
+    def fits(self) -> bool:
+        """Whether the fullest rank fits on its GPU."""
+        return self.gib + RESERVED_GIB <= self.gpu.memory_gib
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole job."""
+        return self.step.tokens / self.step.total
+
+
+def forecast(cfg: TrainingConfig, layout: Layout, models: Models) -> Forecast:
+    """Build a rank of each stage of a layout and work out what it takes."""
+    trainer, (student, teacher) = cfg.trainer, (models.student, models.teacher)
+    dtype = model_dtype(student, cfg.precision)
+    theirs = model_dtype(teacher, cfg.precision) if teacher else dtype
+    plan = Plan(
+        student=student,
+        teacher=teacher,
+        layout=layout,
+        batch=MicroBatch.of(trainer.micro_batch_size, cfg.data.sequence_length, layout),
+        micro_batches=trainer.global_batch_size // (trainer.micro_batch_size * layout.data),
+        how=Arithmetic(dtype, _engine(models.student_engine, dtype), _recomputed(trainer)),
+        teacher_how=Arithmetic(theirs, _engine(models.teacher_engine, theirs)),
+    )
+    stages, gpu = take_census(student, teacher, layout, dtype, theirs), hardware(cfg.cluster)
+    return Forecast(plan, stages, time_of_step(stages, plan, gpu), gpu)
+
+
+def _recomputed(trainer: TrainerConfig) -> str:
+    """What is counted as recomputed: an MLP that is, is not, and full recomputation is one of every layer."""
+    if trainer.recompute == "selective" and "core_attn" not in trainer.recompute_modules:
+        return "none"
+    return trainer.recompute
+
+
+def _engine(asked: str, dtype: torch.dtype) -> str:
+    """The engine that a GPU job would take (models/build.py, pick_engine), whatever this machine has."""
+    return asked if asked != "auto" else "te" if dtype is torch.bfloat16 else "local"
+
+
+def foresee(cfg: TrainingConfig, layout: Layout, steps: int, models: Models, check: Check) -> None:
+    """Print what the job would be; nothing is written."""
+    layout = _without_idle_options(layout)
+    found = forecast(cfg, layout, models)
+    _show_job(found, steps, cfg)
+    _show_memory(found)
+    _show_time(found, steps)
+    _show_assumptions(found)
+    show_layouts(cfg, layout, models, check)
+
+
+@contextlib.contextmanager
+def listing_layouts(cfg: TrainingConfig, layout: Layout, models: Models, check: Check) -> Iterator[None]:
+    """Where a dry run's layout is refused within, print those that are not before the refusal goes on."""
+    try:
+        yield
+    except UserError:
+        if cfg.dry_run:
+            show_layouts(cfg, layout, models, check)
+        raise
+
+
+def layouts_that_run(layout: Layout, sequence_length: int, check: Check) -> list[Layout]:
+    """Layouts of as many processes that `check` accepts: the given one, and tensor × pipeline sizes up to 8 × 16.
+
+    Sequence parallelism, which costs nothing and saves memory, is on wherever it can be.
+    """
+    found = []
+    for tensor in TENSOR_SIZES:
+        for pipeline in PIPELINE_SIZES:
+            if layout.world_size % (tensor * pipeline * layout.context) == 0:
+                sizes = replace(
+                    layout,
+                    tensor=tensor,
+                    pipeline=pipeline,
+                    virtual_pipeline=None,
+                    pipeline_layout=None,
+                    sequence=tensor > 1,
+                )
+                divides = sequence_length % sequence_parts(sizes) == 0
+                found.append(sizes if divides else replace(sizes, sequence=False))
+    return [one for one in dict.fromkeys([_without_idle_options(layout), *found]) if _accepts(check, one)]
+
+
+def _without_idle_options(layout: Layout) -> Layout:
+    """Sequence parallelism is nothing on one tensor-parallel rank."""
+    return replace(layout, sequence=layout.sequence and layout.tensor > 1)
+
+
+def _accepts(check: Check, layout: Layout) -> bool:
+    try:
+        check(layout)
+    except UserError:
+        return False
+    return True
+
+
+def show_layouts(cfg: TrainingConfig, layout: Layout, models: Models, check: Check) -> None:
+    """Print the layouts of as many processes that can run the job, the fastest of those that fit first."""
+    found = [forecast(cfg, one, models) for one in layouts_that_run(layout, cfg.data.sequence_length, check)]
+    found.sort(key=lambda one: (one.fits, one.tokens_per_second), reverse=True)
+    if not found:
+        return
+    columns = ["layout", "data", "micro-batches", "bubble", "GiB", "fits", "tokens/s"]
+    rows = [
+        [
+            f"{one.plan.layout}{'  ◀ this one' if one.plan.layout == layout else ''}",
+            one.plan.layout.data,
+            one.plan.micro_batches,
+            f"{one.step.bubble:.1%}",
+            round(one.gib, 1),
+            "yes" if one.fits else "no",
+            round(one.tokens_per_second),
+        ]
+        for one in found[:SHOWN]
+    ]
+    print_table(f"layouts of {layout.world_size} processes that divide", columns, rows)
+
+
+def _show_job(found: Forecast, steps: int, cfg: TrainingConfig) -> None:
+    plan, layout = found.plan, found.plan.layout
+    stored = {key: size for stage in found.stages for chunk in stage.student for key, size in chunk.stored.items()}
+    weights = sum(stored.values())
+    states = weights // plan.how.dtype.itemsize * CHECKPOINT_BYTES
+    rows = [
+        ["layout", f"{layout}: {layout.world_size} processes, {layout.data} data-parallel ranks"],
+        *([["teacher parameters", count_parameters(plan.teacher)]] if plan.teacher else []),
+        ["student parameters", count_parameters(plan.student)],
+        ["steps", steps],
+        ["tokens", steps * found.step.tokens],
+        ["micro-batches of a rank and step", plan.micro_batches],
+        ["idle in the pipeline (bubble)", f"{found.step.bubble:.1%}"],
+        ["weights on disk, GiB", _gib(weights)],
+        ["checkpoint of the run, GiB", _gib(weights + states)],
+    ]
+    print_table("would be distilled" if plan.teacher else "would be trained", ["", "value"], rows)
+
+
+def _show_memory(found: Forecast) -> None:
+    """A column a stage, a row a kind of bytes; the sum also as it would be with other recomputation."""
+    gpu, plan = found.gpu, found.plan
+    names = [f"stage {stage.number}" for stage in found.stages] if plan.layout.pipeline > 1 else ["every rank"]
+    memory = found.memory
+    rows = [[kind, *(_gib(kinds[kind]) for kinds in memory)] for kind in memory[0]]
+    rows.append(["all", *(_gib(sum(kinds.values())) for kinds in memory)])
+    for recompute in (kind for kind in RECOMPUTE if kind != plan.how.recompute):
+        other = replace(plan, how=replace(plan.how, recompute=recompute))
+        totals = [_gib(sum(memory_of_stage(stage, other).values())) for stage in found.stages]
+        kind = "without" if recompute == "none" else f"with {recompute}"
+        rows.append([f"all, {kind} recomputation", *totals])
+    left = gpu.memory_gib - RESERVED_GIB - found.gib
+    verdict = f"{left:.1f} GiB left" if found.fits else f"does NOT fit: {-left:.1f} GiB too much"
+    print_table(f"GiB of a rank on {gpu.gpu} ({verdict})", ["", *names], rows)
+
+
+def _show_time(found: Forecast, steps: int) -> None:
+    step, plan, gpu = found.step, found.plan, found.gpu
+    gpus, length = plan.layout.world_size, plan.batch.sequence_length
+    flops = {"student, forward and backward": 3 * flops_per_token(plan.student, length)}
+    if plan.teacher:
+        flops["teacher, forward"] = flops_per_token(plan.teacher, length)
+    rows = [
+        [kind, f"{seconds:.3f}", f"{seconds / step.total:.1%}", _or_nothing(step.sent.get(kind, 0) / 1e9)]
+        for kind, seconds in step.seconds.items()
+        if seconds
+    ]
+    rows.append(["step", f"{step.total:.3f}", "100.0%", ""])
+    print_table("a step", ["", "seconds", "share", "GB a rank sends"], rows)
+    rate, hours = found.tokens_per_second, steps * step.total / 3600
+    utilisation = sum(flops.values()) * rate / (gpus * peak_flops(gpu, plan.how.dtype))
+    summary = [
+        *([f"GFLOP a token: {name}", value / 1e9] for name, value in flops.items()),
+        ["tokens/s", round(rate)],
+        ["tokens/s of a GPU", round(rate / gpus)],
+        ["share of the peak (MFU)", f"{utilisation:.1%}"],
+        [f"hours to {steps * step.tokens:.3g} tokens", round(hours, 1)],
+        ["GPU hours", round(hours * gpus)],
+    ]
+    print_table("the run", ["", "value"], summary)
+
+
+def _show_assumptions(found: Forecast) -> None:
+    gpu, plan = found.gpu, found.plan
+    fp8 = f"; FP8 {gpu.fp8_tflops:,.0f}, not used" if gpu.fp8_tflops else ""
+    engines = {"te": "Transformer Engine's, with fused attention", "local": "Megatron's local ones, attention unfused"}
+    nodes = f" in nodes of {gpu.gpus_per_node}" if gpu.gpus_per_node else ""
+    rows = [
+        ["GPU", f"{gpu.gpu}{nodes}: {gpu.memory_gib:g} GiB at {gpu.memory_gb_s:,.0f} GB/s"],
+        ["peak, TFLOP/s", f"{peak_flops(gpu, plan.how.dtype) / 1e12:,.0f} in {_name(plan.how.dtype)}{fp8}"],
+        ["of it, on one GPU", f"{gpu.efficiency:.0%} (cluster.efficiency; measured: docs/cluster.md)"],
+        [
+            "links",
+            f"NVLink {gpu.nvlink_gb_s:g} GB/s among {gpu.nvlink_gpus} GPUs, network {gpu.network_gb_s:g} GB/s a GPU; "
+            f"{LINK_EFFICIENCY:.0%} of it is reached",
+        ],
+        ["overlap", "none: communication and optimizer come after arithmetic"],
+        ["layers", engines[plan.how.engine]],
+        ["reserved", f"{RESERVED_GIB} GiB a GPU for CUDA, NCCL and fragmentation"],
+        ["not counted", "validation, checkpoints, reading data, exchange between context-parallel ranks"],
+    ]
+    print_table("assumptions", ["", "value"], rows)
+
+
+def _gib(size: float) -> float:
+    return round(size / 2**30, 2)
+
+
+def _or_nothing(value: float) -> str:
+    return f"{value:.2f}" if value else ""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

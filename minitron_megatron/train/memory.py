@@ -1,0 +1,245 @@
+"""Bytes that a rank of a training job needs, by the kinds of things they hold.
+
+    weights, gradients, optimizer, teacher      counted from the built models (census.py): exact
+    activations                                 what backward keeps of a micro-batch, by layer, as in Korthikanti et al.
+                                                (arXiv 2205.05198, section 4), for these layers: grouped queries, gated
+                                                feed-forward, no dropout, norms in place of LayerNorm where they are
+    × in flight                                 micro-batches between their forward and backward pass on this stage
+    work                                        what is alive only while one layer, or the loss, runs
+
+Per layer the paper has s·b·h·(34 + 5·a·s/h) bytes in 16-bit; here every saved tensor is listed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from minitron_megatron.models.axes import TRAITS
+from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.models.vocab_parallel import BLOCK_ELEMENTS
+from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.train.census import Chunk, Stage
+
+RECOMPUTE = ("none", "selective", "full")
+# Gradients are accumulated in float32; Adam has two float32 moments, and bfloat16 models float32 master weights (optimizer.py).
+GRADIENT_BYTES = 4
+OPTIMIZER_BYTES = {torch.bfloat16: 12, torch.float32: 8}
+
+# Of the optimizer, a parameter in a checkpoint: the float32 weight, of float32 models too, and both moments.
+CHECKPOINT_BYTES = 12
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a model computes, as far as it decides which tensors backward keeps."""
+
+    dtype: torch.dtype
+    engine: str  # te or local
+    recompute: str = "none"  # none; selective: attention's inside; full: all of a layer but its input
+    fused_norms: bool = True  # torch has a fused RMSNorm on GPUs, on CPUs it keeps float32 copies
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch as a rank sees it: samples, tokens of each on it, and the whole sequence that they attend to."""
+
+    samples: int
+    tokens_of_sample: int
+    sequence_length: int
+
+    @classmethod
+    def of(cls, samples: int, sequence_length: int, layout: Layout) -> "MicroBatch":
+        """A layout's share of samples."""
+        return cls(samples, sequence_length // layout.context, sequence_length)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens on the rank, where a sequence is not split over tensor-parallel ranks."""
+        return self.samples * self.tokens_of_sample
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Numbers of a layer's tensors on a rank."""
+
+    tokens: int
+    residual: int  # the residual stream: split over tensor-parallel ranks under sequence parallelism
+    queries: int
+    keys: int
+    ffn: int
+    scores: int  # attention's s × s
+
+    @classmethod
+    def of(cls, shape: ModelShape, layer: int, layout: Layout, batch: MicroBatch) -> "_Sizes":
+        share, n = layout.tensor, batch.tokens
+        return cls(
+            tokens=n // share if layout.sequence else n,
+            residual=(n // share if layout.sequence else n) * shape.hidden_size,
+            queries=n * shape.num_attention_heads * shape.head_dim // share,
+            keys=n * shape.num_query_groups * shape.head_dim // share,
+            ffn=n * shape.ffn_of_layers[layer] // share,
+            scores=n * batch.sequence_length * shape.num_attention_heads // share,
+        )
+
+
+def layer_bytes(shape: ModelShape, layer: int, layout: Layout, batch: MicroBatch, how: Arithmetic) -> int:
+    """Bytes that a layer (from 0) keeps of a micro-batch for its backward pass, on each of its ranks."""
+    sizes, item = _Sizes.of(shape, layer, layout, batch), how.dtype.itemsize
+    if how.recompute == "full":
+        return sizes.residual * item
+    norms = 2 * (_norm_bytes(shape, sizes, how) + sizes.residual * item)  # each norm, and its output: a linear's input
+    return norms + _attention_bytes(shape, batch, sizes, how) + _mlp_bytes(shape, sizes, how)
+
+
+def _norm_bytes(shape: ModelShape, sizes: _Sizes, how: Arithmetic) -> int:
+    """What a norm keeps: its input and a statistic or two a token."""
+    traits = TRAITS[shape.family]
+    if traits.normalization == "RMSNorm":
+        # Unfused: the input and its normalised form in float32, and 1/rms.
+        return sizes.residual * (how.dtype.itemsize if how.fused_norms else 8) + 4 * sizes.tokens
+    statistics = 2 * sizes.tokens * (4 if how.fused_norms else how.dtype.itemsize)
+    gain = shape.hidden_size * how.dtype.itemsize if traits.zero_centered_gain and how.engine == "local" else 0
+    return sizes.residual * how.dtype.itemsize + statistics + gain
+
+
+def _attention_bytes(shape: ModelShape, batch: MicroBatch, sizes: _Sizes, how: Arithmetic) -> int:
+    """What attention keeps between the qkv linear and the output linear, whose input it is."""
+    item, q, kv = how.dtype.itemsize, sizes.queries, sizes.keys
+    mixed, rotated, output = (
+        (q + 2 * kv) * item,
+        (q + kv) * item,
+        q * item,
+    )  # v is a view of the qkv linear's mixed output
+    if how.engine == "te":
+        # Fused attention keeps its inputs, its output and a log-sum-exp a token and head.
+        sums = 0 if how.recompute == "selective" else 4 * q // shape.head_dim
+        # Its values are a copy; of the mixed output only norms of heads keep their inputs.
+        values = mixed if TRAITS[shape.family].qk_norm else kv * item
+        return values + rotated + output + sums + _head_norms_bytes(shape, sizes, how, mixed_is_kept=True)
+    rotary = 4 * batch.tokens_of_sample * int(shape.head_dim * shape.rotary_percent) * item  # cos and sin, for q and k
+    if how.recompute == "selective":
+        return mixed + rotated + output + rotary + _head_norms_bytes(shape, sizes, how, mixed_is_kept=True)
+    # Key-value heads are repeated for every query head; the softmax is in float32 and is cast for its product with v.
+    repeats = shape.heads_per_group > 1
+    inputs = 3 * q * item if repeats else mixed + rotated
+    softmax = sizes.scores * (4 + (item if item < 4 else 0)) + batch.sequence_length**2  # and the mask
+    return inputs + output + rotary + softmax + _head_norms_bytes(shape, sizes, how, mixed_is_kept=not repeats)
+
+
+def _head_norms_bytes(shape: ModelShape, sizes: _Sizes, how: Arithmetic, *, mixed_is_kept: bool) -> int:
+    """What Qwen3's norms of query and key heads keep."""
+    if not TRAITS[shape.family].qk_norm:
+        return 0
+    numbers, item = sizes.queries + sizes.keys, how.dtype.itemsize
+    statistics = 4 * numbers // shape.head_dim
+    if not how.fused_norms and item < 4:
+        return 8 * numbers + statistics
+    # The queries of a group are copied out of the mixed output, where there are several; the keys are a view of it.
+    inputs = sizes.queries * item if shape.heads_per_group > 1 else 0
+    inputs += 0 if mixed_is_kept else (sizes.queries + 2 * sizes.keys) * item
+    return inputs + statistics + (0 if how.fused_norms else item * numbers)
+
+
+def _mlp_bytes(shape: ModelShape, sizes: _Sizes, how: Arithmetic) -> int:
+    """What the feed-forward block keeps between its linears: the first one's output, and the second one's input."""
+    if not TRAITS[shape.family].gated:
+        return 2 * sizes.ffn * how.dtype.itemsize
+    # Unfused: silu(gate), and Megatron's up + offset besides.
+    return (3 if how.engine == "te" else 5) * sizes.ffn * how.dtype.itemsize
+
+
+def in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
+    """Chunk passes that a stage keeps at most: 1F1B's warm-up and one more, and the interleaved schedule's.
+
+    Narayanan et al., arXiv 2104.04473, sections 2.2.1 and 2.2.2; as megatron.core.pipeline_parallel.schedules counts.
+    """
+    behind = layout.pipeline - stage - 1
+    if layout.virtual_pipeline is None:
+        return min(behind + 1, micro_batches)
+    warm_up = 2 * behind + (layout.virtual_pipeline - 1) * layout.pipeline
+    return min(warm_up + 1, micro_batches * layout.virtual_pipeline)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained, and how: all that memory and time follow from."""
+
+    student: ModelShape
+    teacher: ModelShape | None
+    layout: Layout
+    batch: MicroBatch
+    micro_batches: int  # of a rank and step
+    how: Arithmetic
+    teacher_how: Arithmetic
+
+
+def chunk_activations(shape: ModelShape, chunk: Chunk, layout: Layout, batch: MicroBatch, how: Arithmetic) -> int:
+    """Bytes that a chunk keeps of a micro-batch: its layers, and on the last stage the final norm with its output."""
+    layers = sum(layer_bytes(shape, layer, layout, batch, how) for layer in chunk.layers)
+    sizes = _Sizes.of(shape, 0, layout, batch)
+    head = _norm_bytes(shape, sizes, how) + sizes.residual * how.dtype.itemsize if chunk.head else 0
+    return layers + head + (8 * batch.tokens if chunk.embedding else 0)
+
+
+def memory_of_stage(stage: Stage, plan: Plan) -> dict[str, int]:
+    """Bytes of a rank of a stage, by kind, at the fullest moment of a step."""
+    layout, how = plan.layout, plan.how
+    trained = sum(chunk.parameters for chunk in stage.student)
+    flying = in_flight(layout, stage.number, plan.micro_batches)
+    kept = sum(chunk_activations(plan.student, chunk, layout, plan.batch, how) for chunk in stage.student)
+    found = {
+        "weights": trained * how.dtype.itemsize,
+        "gradients": trained * GRADIENT_BYTES,
+        "optimizer": trained * OPTIMIZER_BYTES[how.dtype] // (layout.data * layout.context),
+        "activations": kept * flying // len(stage.student),
+        "loss, or work of a layer": _work(stage, plan),
+    }
+    if plan.teacher:
+        theirs = sum(chunk.parameters for chunk in stage.teacher)
+        found["teacher weights"] = theirs * plan.teacher_how.dtype.itemsize
+        found["teacher hidden states"] = _kept_states(stage, plan)
+    return found
+
+
+def _kept_states(stage: Stage, plan: Plan) -> int:
+    """Final hidden states: a pipeline's last stage keeps those of a step (distill/teacher.py), without one a micro-batch's."""
+    if not stage.teacher[-1].head:
+        return 0
+    count = plan.micro_batches if plan.layout.pipeline > 1 else 1
+    states = _Sizes.of(plan.teacher, 0, plan.layout, plan.batch).residual
+    return count * states * plan.teacher_how.dtype.itemsize
+
+
+def _work(stage: Stage, plan: Plan) -> int:
+    """The largest of what is alive for a moment: the loss, a layer's backward pass, a layer of the teacher."""
+    passes = [_layer_work(plan.student, stage.student, plan, plan.how, backward=True)]
+    if plan.teacher:
+        passes.append(_layer_work(plan.teacher, stage.teacher, plan, plan.teacher_how, backward=False))
+    # A matrix's gradient is made in the model's dtype before it is added to the float32 one.
+    matrix = max(chunk.largest for chunk in stage.student) * plan.how.dtype.itemsize
+    if stage.student[-1].head:
+        passes.append(_loss_bytes(plan))
+    return max(passes) + matrix
+
+
+def _loss_bytes(plan: Plan) -> int:
+    """Logits of student and teacher, the loss's gradient, and its float32 blocks (distill/losses.py)."""
+    logits = plan.batch.tokens * plan.student.padded_vocab_size // plan.layout.tensor
+    tensors = 3 if plan.teacher else 2
+    return tensors * logits * plan.how.dtype.itemsize + 3 * 4 * min(BLOCK_ELEMENTS, logits)
+
+
+def _layer_work(shape: ModelShape, chunks: Sequence[Chunk], plan: Plan, how: Arithmetic, *, backward: bool) -> int:
+    """Bytes of the tensors of one layer that are alive at once: in a backward pass gradients, beside a recomputed layer."""
+    widest = max((layer for chunk in chunks for layer in chunk.layers), key=lambda layer: shape.ffn_of_layers[layer])
+    sizes, item = _Sizes.of(shape, widest, plan.layout, plan.batch), how.dtype.itemsize
+    inner = (3 if TRAITS[shape.family].gated else 2) * sizes.ffn * item
+    # Unfused attention makes scores, their masked and float32 forms one after another.
+    scores = sizes.scores * (4 + 2 * item) if how.engine == "local" else 0
+    gathered = 2 * plan.batch.tokens * shape.hidden_size * item
+    plain = Arithmetic(how.dtype, how.engine, "none", how.fused_norms)
+    again = layer_bytes(shape, widest, plan.layout, plan.batch, plain) if backward and how.recompute != "none" else 0
+    if how.recompute == "selective":
+        again -= layer_bytes(shape, widest, plan.layout, plan.batch, how)
+    return max(inner, scores) + gathered + again

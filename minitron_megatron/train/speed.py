@@ -1,0 +1,170 @@
+"""How long a step of a planned job takes, by arithmetic: operations, bytes over links and the pipeline's bubble.
+
+    step = (micro-batches + (stages - 1) / chunks) × slowest stage's pass over a micro-batch        bubble: Narayanan et al.,
+         + teacher's, likewise, + data-parallel collectives + optimizer                             arXiv 2104.04473, section 2.2
+
+Nothing is taken to overlap. What one GPU makes of its peak is measured (`efficiency`); links give LINK_EFFICIENCY of their
+data sheet's bandwidth, and collectives are rings: an all-reduce sends 2·(n-1)/n of its bytes, a reduce-scatter or all-gather
+half of that.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minitron_megatron.config import HardwareConfig
+from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.parallel.hardware import peak_flops
+from minitron_megatron.train.census import Chunk, Stage
+from minitron_megatron.train.memory import GRADIENT_BYTES, OPTIMIZER_BYTES, Arithmetic, Plan
+
+LINK_EFFICIENCY = 0.8
+# Tensor-parallel all-reduces of a layer's forward pass; its backward pass has as many. With sequence parallelism each is a
+# reduce-scatter and an all-gather, and backward gathers the linears' inputs once more (arXiv 2205.05198, section 4.2.2).
+REDUCES_OF_A_LAYER = 2
+
+
+@dataclass(frozen=True)
+class Links:
+    """Bytes a second that a rank gets in the groups of a layout."""
+
+    tensor: float
+    data: float
+    pipeline: float
+
+    @classmethod
+    def of(cls, plan: Plan, gpu: HardwareConfig) -> "Links":
+        """Ranks of a tensor group are neighbours, then come context and data ranks, then pipeline stages (parallel/layout.py)."""
+        layout, domain = plan.layout, gpu.nvlink_gpus
+        nvlink, network = (LINK_EFFICIENCY * 1e9 * speed for speed in (gpu.nvlink_gb_s, gpu.network_gb_s))
+        replicas = layout.tensor * layout.context * layout.data
+        # A ring through several nodes crosses between two of them once, by as many adapters as it has members on one.
+        members = max(1, domain // layout.tensor)
+        return cls(
+            tensor=nvlink if layout.tensor <= domain else network,
+            data=nvlink if replicas <= domain else min(nvlink, members * network),
+            pipeline=nvlink if layout.world_size <= domain else network,
+        )
+
+
+def forward_flops(shape: ModelShape, chunks: Sequence[Chunk], plan: Plan) -> float:
+    """Operations of a rank's forward pass over a micro-batch: 2 a matrix weight, and causal attention's two products."""
+    matrices = sum(chunk.layer_matrices for chunk in chunks)
+    layers = sum(len(chunk.layers) for chunk in chunks)
+    head = 2 * shape.padded_vocab_size * shape.hidden_size if chunks[-1].head else 0
+    return plan.batch.tokens * (2 * matrices + (layers * _attention_flops(shape, plan) + head) / plan.layout.tensor)
+
+
+def _attention_flops(shape: ModelShape, plan: Plan) -> int:
+    """Operations of a layer's attention for a token, over all its ranks: half of both products, which are causal."""
+    return 2 * shape.num_attention_heads * shape.head_dim * plan.batch.sequence_length
+
+
+def tensor_bytes(shape: ModelShape, chunks: Sequence[Chunk], plan: Plan, how: Arithmetic, *, backward: bool) -> float:
+    """Bytes that a rank sends within its tensor-parallel group for a micro-batch."""
+    layout = plan.layout
+    layers = sum(len(chunk.layers) for chunk in chunks)
+    gather = (layout.tensor - 1) / layout.tensor * plan.batch.tokens * shape.hidden_size * how.dtype.itemsize
+    passes = 2 + (how.recompute == "full") if backward else 1
+    reduces = passes * REDUCES_OF_A_LAYER * layers
+    # The embedding's reduction forward, and the head's backward.
+    reduces += chunks[0].embedding + (chunks[-1].head and backward)
+    again = REDUCES_OF_A_LAYER * layers if backward and layout.sequence else 0
+    return gather * (2 * reduces + again)
+
+
+def stage_bytes(shape: ModelShape, plan: Plan, how: Arithmetic) -> float:
+    """Bytes of a micro-batch's residual stream that a rank sends to the next stage (and back, as gradients)."""
+    if plan.layout.pipeline == 1:
+        return 0.0
+    share = plan.layout.tensor if plan.layout.sequence else 1
+    return plan.batch.tokens * shape.hidden_size * how.dtype.itemsize / share * (plan.layout.virtual_pipeline or 1)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A model's passes over a micro-batch on one stage: seconds of arithmetic and bytes sent."""
+
+    compute: float = 0.0
+    tensor_bytes: float = 0.0
+    pipeline_bytes: float = 0.0
+
+    def seconds(self, links: Links) -> float:
+        """All of it, one after another."""
+        return self.compute + self.tensor_bytes / links.tensor + self.pipeline_bytes / links.pipeline
+
+
+def pass_of_stage(
+    shape: ModelShape, chunks: Sequence[Chunk], plan: Plan, how: Arithmetic, gpu: HardwareConfig, *, backward: bool
+) -> Pass:
+    """Forward alone, or forward and backward (twice the operations) with what is recomputed for it."""
+    times = 3 + (how.recompute == "full") if backward else 1
+    flops = times * forward_flops(shape, chunks, plan)
+    if backward and how.recompute == "selective":
+        layers = sum(len(chunk.layers) for chunk in chunks)
+        flops += plan.batch.tokens * layers * _attention_flops(shape, plan) / plan.layout.tensor
+    return Pass(
+        compute=flops / (gpu.efficiency * peak_flops(gpu, how.dtype)),
+        tensor_bytes=tensor_bytes(shape, chunks, plan, how, backward=backward),
+        pipeline_bytes=stage_bytes(shape, plan, how) * (2 if backward else 1),
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the job: seconds by kind, bytes that a rank sends by kind, and the tokens of all ranks."""
+
+    seconds: dict[str, float]
+    sent: dict[str, float]
+    bubble: float  # idle time in the pipeline over working time
+    tokens: int
+
+    @property
+    def total(self) -> float:
+        """Seconds."""
+        return sum(self.seconds.values())
+
+
+def time_of_step(stages: Sequence[Stage], plan: Plan, gpu: HardwareConfig) -> Step:
+    """A step on a cluster; `stages` are the distinct ones of the pipeline, of which the slowest sets the pace."""
+    layout, links, count = plan.layout, Links.of(plan, gpu), plan.micro_batches
+
+    def slowest(passes: list[Pass]) -> Pass:
+        return max(passes, key=lambda one: one.seconds(links))
+
+    student = slowest([pass_of_stage(plan.student, s.student, plan, plan.how, gpu, backward=True) for s in stages])
+    teacher = Pass()
+    if plan.teacher:
+        teacher = slowest(
+            [pass_of_stage(plan.teacher, s.teacher, plan, plan.teacher_how, gpu, backward=False) for s in stages]
+        )
+    bubble = (layout.pipeline - 1) / (count * (layout.virtual_pipeline or 1))
+    trained = max(sum(chunk.parameters for chunk in stage.student) for stage in stages)
+    sent = {
+        "tensor parallel": count * (student.tensor_bytes + teacher.tensor_bytes),
+        "pipeline parallel": count * (student.pipeline_bytes + teacher.pipeline_bytes),
+        "data parallel": _data_bytes(trained, plan),
+    }
+    seconds = {
+        "student, forward and backward": count * student.compute,
+        "teacher, forward": count * teacher.compute,
+        "tensor parallel": sent["tensor parallel"] / links.tensor,
+        "pipeline parallel": sent["pipeline parallel"] / links.pipeline,
+        "idle in the pipeline": count * bubble * (student.seconds(links) + teacher.seconds(links)),
+        "data parallel": sent["data parallel"] / links.data,
+        "gradients and optimizer": _bytes_through_memory(trained, plan) / (1e9 * gpu.memory_gb_s),
+    }
+    tokens = count * plan.batch.samples * plan.batch.sequence_length * layout.data
+    return Step(seconds, sent, bubble, tokens)
+
+
+def _data_bytes(parameters: int, plan: Plan) -> float:
+    """Gradients reduced and scattered in float32, then new weights gathered, over data- and context-parallel ranks."""
+    ranks = plan.layout.data * plan.layout.context
+    return (ranks - 1) / ranks * parameters * (GRADIENT_BYTES + plan.how.dtype.itemsize)
+
+
+def _bytes_through_memory(parameters: int, plan: Plan) -> float:
+    """What is read and written beside the passes: gradients cleared and summed in float32, the optimizer's states updated."""
+    item, ranks = plan.how.dtype.itemsize, plan.layout.data * plan.layout.context
+    gradients = GRADIENT_BYTES + plan.micro_batches * (item + 2 * GRADIENT_BYTES)
+    return parameters * (gradients + (GRADIENT_BYTES + 2 * OPTIMIZER_BYTES[plan.how.dtype] + item) / ranks)
