@@ -10,11 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-<<<<<<< HEAD
-from minitron_megatron.config import DistillConfig, HardwareConfig, TrainingConfig
-=======
-from minitron_megatron.config import HardwareConfig, TrainerConfig, TrainingConfig
->>>>>>> w-train
+from minitron_megatron.config import DistillConfig, HardwareConfig, TrainerConfig, TrainingConfig
 from minitron_megatron.console import print_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters, flops_per_token
@@ -98,11 +94,7 @@ def forecast(cfg: TrainingConfig, layout: Layout, models: Models) -> Forecast:
         layout=layout,
         batch=MicroBatch.of(trainer.micro_batch_size, cfg.data.sequence_length, layout),
         micro_batches=trainer.global_batch_size // (trainer.micro_batch_size * layout.data),
-<<<<<<< HEAD
-        how=Arithmetic(dtype, _engine(models.student_engine, dtype), trainer.recompute),
-=======
         how=Arithmetic(dtype, _engine(models.student_engine, dtype), _recomputed(trainer)),
->>>>>>> w-train
         teacher_how=Arithmetic(theirs, _engine(models.teacher_engine, theirs)),
         teacher_layout=None if own == layout else own,
         ahead=cfg.distill.teacher_ahead if isinstance(cfg, DistillConfig) else None,
@@ -230,11 +222,7 @@ def _show_memory(found: Forecast) -> None:
     memory = found.memory
     rows = [[kind, *(_gib(kinds[kind]) for kinds in memory)] for kind in memory[0]]
     rows.append(["all", *(_gib(sum(kinds.values())) for kinds in memory)])
-<<<<<<< HEAD
-    for recompute in (r for r in RECOMPUTE[1:] if r != plan.how.recompute):
-=======
     for recompute in (kind for kind in RECOMPUTE if kind != plan.how.recompute):
->>>>>>> w-train
         other = replace(plan, how=replace(plan.how, recompute=recompute))
         totals = [_gib(sum(memory_of_stage(stage, other).values())) for stage in found.stages]
         kind = "without" if recompute == "none" else f"with {recompute}"
