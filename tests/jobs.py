@@ -1,7 +1,6 @@
 """What the tests run inside gloo workers: each function is one rank's part and returns plain tensors or numbers."""
 
 import weakref
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -128,16 +127,15 @@ def trainer(
     optimizer: bool = False,
     **how,
 ):
-    """A Trainer that distills (by options of `distill`), or predicts the next token where there is no teacher.
+    """A Trainer that distills, or predicts the next token where there is no teacher; without an optimizer gradients are whole.
 
-    Without an optimizer gradients are reduced in full.
+    `how` has options of the trainer, and those of `ddp` and `distill`.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
     from minitron_megatron.train.optimizer import recomputation, wrap_and_optimize
 
-    ddp = DdpConfig(**how.pop("ddp", {}))
-    of_distill = {f.name: how.pop(f.name) for f in fields(DistillOptions) if f.name in how}
+    ddp, of_distill = DdpConfig(**how.pop("ddp", {})), DistillOptions(**how.pop("distill", {}))
     cfg = DistillConfig(
         output="",
         precision="fp32",
@@ -145,7 +143,7 @@ def trainer(
         trainer=TrainerConfig(steps=4, global_batch_size=8, micro_batch_size=micro_batch_size, **how),
         optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
         ddp=ddp,
-        distill=DistillOptions(**of_distill),
+        distill=of_distill,
     )
     folder, full = open_model_folder(student), full_layout(layout)
     chunks = build_model_chunks(folder.shape, full, torch.float32, engine, recomputation(cfg.trainer))

@@ -44,10 +44,8 @@ class Masked(jobs.Tokens):
 
 def states_and_gradients(teacher, student, tokens, layout, micro_batch_size, asked, how):
     """(terms of a step, gradients by name with their indices, the projection's weights and gradients on this rank)."""
-    folder, trained = jobs.trainer(teacher, student, layout, micro_batch_size, **asked)
+    folder, trained = jobs.trainer(teacher, student, layout, micro_batch_size, distill=asked, **how)
     for chunk in trained.chunks:
-        for name, value in how.items():
-            setattr(chunk.module.config, name, value)
         chunk.train()
     batches = [dict(batch) for batch in trained.micro_batches(Masked(tokens), range(len(tokens)))]
     for _ in range(2):
@@ -113,7 +111,7 @@ def test_losses_and_gradients_are_those_of_float64(gloo, pair, ranks, layout):
 @pytest.mark.parametrize(("ranks", "layout"), [(1, {}), (2, {"pipeline": 2})], ids=names)
 def test_layers_that_are_recomputed_have_the_same_gradients(gloo, pair, ranks, layout):
     teacher, student, tokens, *_ = pair
-    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    full = {"recompute": "full"}
     plain, again = (
         gloo(ranks, states_and_gradients, teacher, student, tokens, layout, 2, ASKED, how, layout=layout)
         for how in ({}, full)
@@ -126,22 +124,32 @@ def test_layers_that_are_recomputed_have_the_same_gradients(gloo, pair, ranks, l
             torch.testing.assert_close(gradient_again, gradient, rtol=1e-5, atol=1e-7)
 
 
-def training_terms(teacher, student, tokens, layout, micro_batch_size, steps):
+def training_terms(teacher, student, tokens, layout, micro_batch_size, steps, how):
     """(terms and gradient norm of each of some optimizer steps, this rank's copies of the projection after them)."""
-    _, trained = jobs.trainer(teacher, student, layout, micro_batch_size, optimizer=True, **ASKED)
+    _, trained = jobs.trainer(teacher, student, layout, micro_batch_size, optimizer=True, distill=ASKED, **how)
     schedule = Schedule.of_run(trained.cfg.optim, steps, 8 * 32)
     results = [trained.train_step(step, schedule, Masked(tokens)) for step in range(steps)]
     weights = [projection.weight.detach() for projection in trained.objective.intermediate.projections]
     return [{**r.terms, "norm": r.grad_norm} for r in results], weights
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [*LAYOUTS[1:], (4, {"pipeline": 2})], ids=names)
-def test_optimizer_steps_are_the_same_in_every_layout(gloo, pair, ranks, layout):
+OVERLAPPED = {
+    "recompute": "full",
+    "ddp": {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 2000},
+}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "how"),
+    [*((*layout, {}) for layout in LAYOUTS[1:]), (2, {}, OVERLAPPED), (4, {"pipeline": 2}, OVERLAPPED)],
+    ids=names,
+)
+def test_optimizer_steps_are_the_same_in_every_layout(gloo, pair, ranks, layout, how):
     """With the distributed optimizer and clipping, over four steps; copies of the projection stay one."""
     teacher, student, tokens, *_ = pair
     samples = tokens.repeat(4, 1).roll(1, dims=1)
-    ((wanted, (weight,)),) = gloo(1, training_terms, teacher, student, samples, {}, 4, 4, layout={})
-    for found, weights in gloo(ranks, training_terms, teacher, student, samples, layout, 2, 4, layout=layout):
+    ((wanted, (weight,)),) = gloo(1, training_terms, teacher, student, samples, {}, 4, 4, {}, layout={})
+    for found, weights in gloo(ranks, training_terms, teacher, student, samples, layout, 2, 4, how, layout=layout):
         for there, here in zip(found, wanted, strict=True):
             assert there == {name: pytest.approx(value, rel=1e-3) for name, value in here.items()}
             assert there["loss"] == pytest.approx(here["loss"], rel=1e-4)

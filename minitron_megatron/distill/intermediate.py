@@ -139,6 +139,10 @@ class Projection(torch.nn.Module):
             self.weight.shared_embedding = True
             self.weight.shared = copy > 0
 
+    def forward(self) -> torch.Tensor:
+        """W. Where weights are gathered during the forward pass, Megatron waits for them when a module is called."""
+        return self.weight
+
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
@@ -206,8 +210,8 @@ class IntermediateLoss:
             if there:
                 there[1].register_forward_hook(lambda module, args, out, i=i: self._see(i, out))
             if here:
-                weight = projections[here[0]].weight
-                here[1].register_forward_hook(lambda module, args, out, i=i, w=weight: self._compare(i, out, w))
+                projection = projections[here[0]]
+                here[1].register_forward_hook(lambda module, args, out, i=i, p=projection: self._compare(i, out, p))
 
     def _see(self, pair: int, out: Any) -> None:
         """A state of the teacher is there."""
@@ -241,7 +245,7 @@ class IntermediateLoss:
             return mask
         return mask.chunk(ps.get_tensor_model_parallel_world_size())[ps.get_tensor_model_parallel_rank()]
 
-    def _compare(self, pair: int, out: Any, weight: torch.Tensor) -> Any:
+    def _compare(self, pair: int, out: Any, projection: Projection) -> Any:
         """A state of the student is there: it gets its loss, where it will have a gradient.
 
         Without gradients there is nothing to do: in a validation, and in the first of two passes of a layer that is recomputed.
@@ -252,7 +256,7 @@ class IntermediateLoss:
         from megatron.core.utils import make_viewless_tensor
 
         state, *rest = out if isinstance(out, tuple) else (out,)
-        teacher, mask = self.due[pair].popleft()
+        (teacher, mask), weight = self.due[pair].popleft(), projection()
         with torch.no_grad():
             self.total += (distances(state, teacher, weight) * mask).sum(dtype=torch.float64)
         # Megatron's factor of the main loss is 1 without float16, and sums are divided by the step's tokens with all gradients.

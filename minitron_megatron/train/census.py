@@ -42,7 +42,7 @@ class Stage:
 
 
 def distinct_stages(pipeline: int, *, uniform: bool) -> list[int]:
-    """The first, second and last stage: the others are as the second, or have a layer less. All, where layers differ."""
+    """The first, second and last stage: the others are as the second, or have a layer less. All where any differ."""
     return sorted({0, min(1, pipeline - 1), pipeline - 1}) if uniform else list(range(pipeline))
 
 
@@ -58,7 +58,7 @@ def take_census(
 
     With a layout of the teacher's own, a rank of every pair of the student's and the teacher's stages that meet on one.
     """
-    uniform = student.uniform and (teacher is None or teacher.uniform)
+    uniform = student.uniform and (teacher is None or teacher.uniform) and layout.pipeline_layout is None
     numbers = distinct_stages(layout.pipeline, uniform=uniform)
     mine = {number: _chunks(student, layout, number, dtype) for number in numbers}
     if teacher is None:

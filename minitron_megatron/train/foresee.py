@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minitron_megatron.config import DistillConfig, HardwareConfig, TrainingConfig
+from minitron_megatron.config import DistillConfig, HardwareConfig, TrainerConfig, TrainingConfig
 from minitron_megatron.console import print_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters, flops_per_token
@@ -94,7 +94,7 @@ def forecast(cfg: TrainingConfig, layout: Layout, models: Models) -> Forecast:
         layout=layout,
         batch=MicroBatch.of(trainer.micro_batch_size, cfg.data.sequence_length, layout),
         micro_batches=trainer.global_batch_size // (trainer.micro_batch_size * layout.data),
-        how=Arithmetic(dtype, _engine(models.student_engine, dtype), trainer.recompute),
+        how=Arithmetic(dtype, _engine(models.student_engine, dtype), _recomputed(trainer)),
         teacher_how=Arithmetic(theirs, _engine(models.teacher_engine, theirs)),
         teacher_layout=None if own == layout else own,
         ahead=cfg.distill.teacher_ahead if isinstance(cfg, DistillConfig) else None,
@@ -102,6 +102,13 @@ def forecast(cfg: TrainingConfig, layout: Layout, models: Models) -> Forecast:
     stages = take_census(student, teacher, layout, dtype, theirs, plan.teacher_layout)
     gpu = hardware(cfg.cluster)
     return Forecast(plan, stages, time_of_step(stages, plan, gpu), gpu)
+
+
+def _recomputed(trainer: TrainerConfig) -> str:
+    """What is counted as recomputed: an MLP that is, is not, and full recomputation is one of every layer."""
+    if trainer.recompute == "selective" and "core_attn" not in trainer.recompute_modules:
+        return "none"
+    return trainer.recompute
 
 
 def _engine(asked: str, dtype: torch.dtype) -> str:
@@ -140,7 +147,14 @@ def layouts_that_run(layout: Layout, sequence_length: int, check: Check) -> list
     for tensor in TENSOR_SIZES:
         for pipeline in PIPELINE_SIZES:
             if layout.world_size % (tensor * pipeline * layout.context) == 0:
-                sizes = replace(layout, tensor=tensor, pipeline=pipeline, virtual_pipeline=None, sequence=tensor > 1)
+                sizes = replace(
+                    layout,
+                    tensor=tensor,
+                    pipeline=pipeline,
+                    virtual_pipeline=None,
+                    pipeline_layout=None,
+                    sequence=tensor > 1,
+                )
                 divides = sequence_length % sequence_parts(sizes) == 0
                 found.append(sizes if divides else replace(sizes, sequence=False))
     return [one for one in dict.fromkeys([_without_idle_options(layout), *found]) if _accepts(check, one)]
@@ -202,16 +216,17 @@ def _show_job(found: Forecast, steps: int, cfg: TrainingConfig) -> None:
 
 
 def _show_memory(found: Forecast) -> None:
-    """A column a stage, a row a kind of bytes; activations also as they would be with recomputation."""
+    """A column a stage, a row a kind of bytes; the sum also as it would be with other recomputation."""
     gpu, plan = found.gpu, found.plan
     names = [_name_of(stage) for stage in found.stages] if len(found.stages) > 1 else ["every rank"]
     memory = found.memory
     rows = [[kind, *(_gib(kinds[kind]) for kinds in memory)] for kind in memory[0]]
     rows.append(["all", *(_gib(sum(kinds.values())) for kinds in memory)])
-    for recompute in (r for r in RECOMPUTE[1:] if r != plan.how.recompute):
+    for recompute in (kind for kind in RECOMPUTE if kind != plan.how.recompute):
         other = replace(plan, how=replace(plan.how, recompute=recompute))
         totals = [_gib(sum(memory_of_stage(stage, other).values())) for stage in found.stages]
-        rows.append([f"all, with {recompute} recomputation", *totals])
+        kind = "without" if recompute == "none" else f"with {recompute}"
+        rows.append([f"all, {kind} recomputation", *totals])
     left = gpu.memory_gib - RESERVED_GIB - found.gib
     verdict = f"{left:.1f} GiB left" if found.fits else f"does NOT fit: {-left:.1f} GiB too much"
     print_table(f"GiB of a rank on {gpu.gpu} ({verdict})", ["", *names], rows)
