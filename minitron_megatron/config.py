@@ -269,6 +269,16 @@ class CalibrationConfig:
 
 
 @dataclass
+class TeacherParallelConfig:
+    """How the teacher is spread over the student's processes, where it is spread otherwise."""
+
+    tensor: int | None = option(None, "tensor-parallel size of the teacher; the student's if not given")
+    pipeline: int | None = option(None, "its pipeline stages; the student's if not given")
+    sequence: bool | None = option(None, "its sequence parallelism; the student's if not given")
+    context: int | None = option(None, "its context-parallel size; the student's if not given")
+
+
+@dataclass
 class DistillOptions:
     """The distillation loss: forward KL of the full softmax unless told otherwise (docs/distillation.md)."""
 
@@ -298,6 +308,12 @@ class DistillOptions:
     cache: str | None = option(
         None, "answers of the teacher on disk (the output of cache_teacher), which then need not run; needs topk_kl"
     )
+    teacher_ahead: int | None = option(
+        None,
+        "with a pipeline or teacher_parallel: micro-batches that the teacher runs ahead of the student at most; all of a "
+        "step if not given, which is fastest",
+    )
+    teacher_parallel: TeacherParallelConfig = group(TeacherParallelConfig)
 
 
 @dataclass
@@ -697,7 +713,7 @@ _POSITIVE = frozenset(
     max_shard_gb save_interval interval repeats rows limit num_layers hidden_size ffn_hidden_size num_attention_heads
     num_query_groups vocab_size adam_eps top_k chunk_samples processes nodes processes_per_node decay_steps decay_tokens
     decay_share window stop_after recompute_num_layers bucket_size keep_last time_limit_minutes world_size nvlink_gpus
-    memory_gib bf16_tflops fp8_tflops fp32_tflops memory_gb_s nvlink_gb_s network_gb_s efficiency""".split()
+    memory_gib bf16_tflops fp8_tflops fp32_tflops memory_gb_s nvlink_gb_s network_gb_s efficiency teacher_ahead""".split()
 )
 _NOT_NEGATIVE = frozenset(
     """min_lr warmup_steps warmup_tokens loss_factor grad_norm_factor weight_decay clip_grad validation_interval

@@ -28,7 +28,6 @@ from minitron_megatron.config import (
 )
 from minitron_megatron.data.datasets import Windows, open_data
 from minitron_megatron.distill.objective import Distillation
-from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.importance.layers import LayerMeasurement
 from minitron_megatron.importance.measure import aggregation, measure_statistics
 from minitron_megatron.importance.scores import finish_scores
@@ -40,7 +39,7 @@ from minitron_megatron.models.objective import NextToken
 from minitron_megatron.parallel.layout import Layout, model_parallel
 from minitron_megatron.prune.live import Side, cut_live, local_tensors
 from minitron_megatron.prune.plan import read_plan
-from minitron_megatron.train.distill import intermediate_loss
+from minitron_megatron.train.distill import intermediate_loss, load_teacher
 from minitron_megatron.train.loop import Trainer
 from minitron_megatron.train.run import publish
 from minitron_megatron.train.schedule import Schedule
@@ -136,25 +135,27 @@ def trainer(
 
     from minitron_megatron.train.optimizer import recomputation, wrap_and_optimize
 
-    ddp, distill = DdpConfig(**how.pop("ddp", {})), DistillOptions(**how.pop("distill", {}))
+    ddp, of_distill = DdpConfig(**how.pop("ddp", {})), DistillOptions(**how.pop("distill", {}))
     cfg = DistillConfig(
         output="",
+        precision="fp32",
         data=data_option(Path(), 32),
         trainer=TrainerConfig(steps=4, global_batch_size=8, micro_batch_size=micro_batch_size, **how),
         optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
         ddp=ddp,
-        distill=distill,
+        distill=of_distill,
     )
-    folder = open_model_folder(student)
-    chunks = build_model_chunks(folder.shape, full_layout(layout), torch.float32, engine, recomputation(cfg.trainer))
+    folder, full = open_model_folder(student), full_layout(layout)
+    chunks = build_model_chunks(folder.shape, full, torch.float32, engine, recomputation(cfg.trainer))
     load_model(chunks, folder)
-    full = full_layout(layout)
     vocabulary, objective = folder.shape.vocab_size, NextToken(folder.shape.vocab_size)
     if teacher is not None:
-        theirs, frozen = build(teacher, layout, engine)
-        beside = Teacher(frozen, pipelined=full.pipeline > 1)
-        intermediate = intermediate_loss(cfg, theirs.shape, folder.shape, beside)
-        objective = Distillation(beside, cfg.distill, vocabulary, intermediate)
+        cfg.teacher.engine = engine
+        theirs = open_model_folder(teacher)
+        beside = load_teacher(cfg, theirs, full)
+        objective = Distillation(
+            beside, cfg.distill, vocabulary, intermediate_loss(cfg, theirs.shape, folder.shape, beside)
+        )
     objective.attach(chunks)
     if optimizer:
         wrapped, made = wrap_and_optimize(chunks, cfg.optim, cfg.ddp)

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import datetime
 import faulthandler
+import gc
 import io
 import os
 import signal
@@ -183,6 +184,8 @@ def _work(rank: int, pipe: Connection, stack_file: str) -> None:
         from minitron_megatron.parallel.cpu import adapter
 
         with adapter():
+            # What is imported stays: collecting garbage after every layout need not look at it.
+            gc.freeze()
             pipe.send_bytes(b"ready")
             while True:
                 try:
@@ -223,3 +226,20 @@ def _run(
             return function(*args)
     finally:
         dist.destroy_process_group()
+        _let_go()
+
+
+def _let_go() -> None:
+    """End what still holds groups of the layout that is over: each has a loop that wakes a hundred times a second.
+
+    Megatron keeps the rotary embeddings that it was last asked for; and its optimizer's shards are views of the parameters, by
+    whose nodes of autograd, and the hooks on these, it is a cycle that Python cannot collect.
+    """
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.optimizer import DistributedOptimizer
+
+    RotaryEmbedding.forward.cache_clear()
+    for held in gc.get_objects():
+        if type(held) is DistributedOptimizer:
+            vars(held).clear()
+    gc.collect()

@@ -8,7 +8,7 @@ import torch
 import yaml
 from hydra import initialize_config_dir
 
-from minitron_megatron.config import DistillConfig, HardwareConfig, ModelConfig, OptimConfig, ParallelConfig
+from minitron_megatron.config import DdpConfig, DistillConfig, HardwareConfig, ModelConfig, OptimConfig, ParallelConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF, check_processes, compose
 from minitron_megatron.models.axes import count_parameters, flops_per_token
@@ -69,7 +69,7 @@ def allocated(shape: ModelShape, layout: Layout, dtype: torch.dtype) -> dict[str
     """Bytes that a rank really holds after an optimizer step, by distinct storages."""
     from minitron_megatron.train.optimizer import wrap_and_optimize
 
-    wrapped, optimizer = wrap_and_optimize(random_chunks(shape, layout, dtype), OptimConfig())
+    wrapped, optimizer = wrap_and_optimize(random_chunks(shape, layout, dtype), OptimConfig(), DdpConfig())
     optimizer.step()
     buffers = [buffer for chunk in wrapped for buffer in chunk.buffers]
     one = optimizer.chained_optimizers if hasattr(optimizer, "chained_optimizers") else [optimizer]

@@ -221,9 +221,9 @@ class _StreamPlanner(SavePlanner):
         return tensor.view(chunk.sizes)
 
 
-def load_model(chunks_of_model: Sequence[torch.nn.Module], folder: ModelFolder) -> None:
+def load_model(chunks_of_model: Sequence[torch.nn.Module], folder: ModelFolder, groups: Any = None) -> None:
     """Fill this rank's live model (its pipeline chunks) from a model folder written in any layout."""
-    load_weights(chunks_of_model, folder.weights)
+    load_weights(chunks_of_model, folder.weights, groups)
 
 
 def sharded_weights(chunk: torch.nn.Module, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -235,12 +235,16 @@ def sharded_weights(chunk: torch.nn.Module, metadata: dict[str, Any] | None = No
     return {name: tensor for name, tensor in state.items() if not name.endswith("_extra_state")}
 
 
-def load_weights(chunks_of_model: Sequence[torch.nn.Module], weights: Path) -> None:
-    """Fill this rank's live model from a distributed checkpoint folder, casting to the model's dtype."""
+def load_weights(chunks_of_model: Sequence[torch.nn.Module], weights: Path, groups: Any = None) -> None:
+    """Fill this rank's live model from a distributed checkpoint folder, casting to the model's dtype.
+
+    `groups` are those that the model was built with, if they are not Megatron's own.
+    """
     from megatron.core import dist_checkpointing
 
     # All chunks at once: Megatron checks that together the ranks read every tensor just once.
-    wanted = {f"chunk{i}": sharded_weights(chunk) for i, chunk in enumerate(chunks_of_model)}
+    metadata = {"dp_cp_group": groups.dp_cp} if groups else None
+    wanted = {f"chunk{i}": sharded_weights(chunk, metadata) for i, chunk in enumerate(chunks_of_model)}
     try:
         with safe_reading():
             loaded = dist_checkpointing.load(wanted, str(weights))

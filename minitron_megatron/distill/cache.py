@@ -276,6 +276,9 @@ class CachedTeacher:
     The next micro-batch is read and checked while the model is busy with this one.
     """
 
+    # Answers are on disk: nothing bounds how many micro-batches are announced.
+    ahead: int | None = None
+
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
         self._thread = ThreadPoolExecutor(1)

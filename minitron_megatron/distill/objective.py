@@ -1,7 +1,8 @@
 """Distillation as an objective: the student's logits against what the teacher says, micro-batch by micro-batch.
 
-The teacher runs beside the student (distill/teacher.py) and gives logits, or has run before (distill/cache.py) and gives the
-top K of them; `divergence` takes either. Losses on intermediate states (distill/intermediate.py) come to it on every stage.
+The teacher runs beside the student, in its layout (distill/teacher.py) or another (distill/routed.py), and gives logits, or has
+run before (distill/cache.py) and gives the top K of them; `divergence` takes either. Losses on intermediate states
+(distill/intermediate.py) come to it on every stage.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from minitron_megatron.config import DistillOptions
 from minitron_megatron.distill.cache import CachedTeacher
 from minitron_megatron.distill.intermediate import IntermediateLoss
 from minitron_megatron.distill.losses import Divergence, TopK, cross_entropy, divergence
+from minitron_megatron.distill.routed import RoutedTeacher
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.models.forward import Batch
 from minitron_megatron.models.objective import Objective, Terms
@@ -27,7 +29,7 @@ class Distillation(Objective):
 
     def __init__(
         self,
-        teacher: Teacher | CachedTeacher,
+        teacher: Teacher | RoutedTeacher | CachedTeacher,
         options: DistillOptions,
         vocab_size: int,
         intermediate: IntermediateLoss | None = None,
@@ -46,13 +48,18 @@ class Distillation(Objective):
         entropy = () if isinstance(self.teacher, CachedTeacher) else ("teacher_entropy",)
         return ("loss", *parts, *((*entropy, "agreement") if measure else ()))
 
+    @property
+    def at_once(self) -> int | None:
+        """How far the teacher may run ahead."""
+        return self.teacher.ahead
+
     def attach(self, chunks: Sequence[Any]) -> None:
         """Intermediate states are taken by hooks, and mapped by a parameter of the student's chunks."""
         if self.intermediate:
             self.intermediate.attach(chunks)
 
     def prepare(self, batches: Sequence[Batch], *, training: bool = True) -> None:
-        """With a pipeline, the teacher runs these micro-batches first."""
+        """With a pipeline, or in a layout of its own, the teacher runs these micro-batches first."""
         if self.intermediate:
             self.intermediate.watching = training
         self.teacher.run_ahead(batches)

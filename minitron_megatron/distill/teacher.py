@@ -1,10 +1,11 @@
 """The teacher beside the student: frozen, in the same process and layout, giving final hidden states a micro-batch.
 
     pipeline = 1:  student's micro-batch m asks ──▶ teacher runs m now
-    pipeline > 1:  teacher runs all micro-batches of the step through its stages, the last stage keeps their final hidden
-                   states [s, b, teacher hidden]; the student's pass takes and frees them one by one
+    pipeline > 1:  teacher runs micro-batches of the step through its stages (all, or at most `ahead`), the last stage keeps
+                   their final hidden states [s, b, teacher hidden]; the student's pass takes and frees them one by one
 
-Logits are made only when the loss asks for them, one micro-batch at a time.
+Logits are made only when the loss asks for them, one micro-batch at a time. A teacher in a layout of its own is in
+distill/routed.py.
 """
 
 from collections import deque
@@ -17,10 +18,14 @@ from minitron_megatron.models.forward import Batch, attention_mask, forward_only
 
 
 class Teacher:
-    """Frozen model chunks that answer with logits in the order of the micro-batches."""
+    """Frozen model chunks that answer with logits in the order of the micro-batches.
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], *, pipelined: bool) -> None:
+    With a pipeline `ahead` is how many micro-batches it runs before the student's pass over them; None for any number.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], *, pipelined: bool, ahead: int | None = None) -> None:
         self.chunks, self.pipelined = list(chunks), pipelined
+        self.ahead = ahead if pipelined else None
         self.states: deque[torch.Tensor] = deque()
         self.head: tuple[Any, Any] | None = None
         for chunk in self.chunks:
@@ -28,7 +33,7 @@ class Teacher:
             chunk.eval()
 
     def run_ahead(self, batches: Sequence[Batch]) -> None:
-        """With a pipeline, run the step's micro-batches and keep their final hidden states on the last stage."""
+        """With a pipeline, run these micro-batches and keep their final hidden states on the last stage."""
         if not self.pipelined:
             return
         self.states.clear()

@@ -406,6 +406,11 @@ def slots(shape: ModelShape) -> Iterator[Slot]:
     yield from (Slot(row, None) for row in rows if row.place is Place.LAST)
 
 
+def output_slot(shape: ModelShape) -> Slot:
+    """The matrix that makes logits of final hidden states: the embedding's, where they are tied."""
+    return Slot([row for row in axis_table(shape) if "vocab" in row.axes][-1], None)
+
+
 def distinct_slots(shape: ModelShape) -> Iterator[tuple[Slot, int]]:
     """One tensor for all that have its size, and how many they are: counting does not walk every layer of a large model."""
     if not shape.uniform:

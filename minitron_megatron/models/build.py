@@ -46,11 +46,13 @@ def check_layout(shape: ModelShape, layout: Layout, what: str = "the model") -> 
         if size % layout.tensor:
             fits = [n for n in range(1, min(common, 64) + 1) if common % n == 0]
             raise UserError(
-                f"parallel.tensor={layout.tensor} does not divide {name}={size} of {what}: "
+                f"{layout.option}.tensor={layout.tensor} does not divide {name}={size} of {what}: "
                 f"use {'1' if fits == [1] else 'one of ' + ', '.join(map(str, fits))}"
             )
     if shape.num_layers < layout.stages:
-        names = "parallel.pipeline" + (" × parallel.virtual_pipeline" if layout.virtual_pipeline else "")
+        names = f"{layout.option}.pipeline" + (
+            f" × {layout.option}.virtual_pipeline" if layout.virtual_pipeline else ""
+        )
         raise UserError(
             f"{names}={layout.stages} is more than num_layers={shape.num_layers} of {what}: every stage needs a layer"
         )
@@ -123,7 +125,7 @@ def check_sequence(sequence_length: int, layout: Layout) -> None:
     if sequence_length % shares:
         raise UserError(
             f"data.sequence_length={sequence_length} is not a multiple of the {shares} parts that sequence and context "
-            "parallelism split it into"
+            f"parallelism ({layout.option}.sequence, {layout.option}.context) split it into"
         )
 
 
@@ -143,15 +145,15 @@ def pick_engine(engine: str, layout: Layout, dtype: torch.dtype, device: torch.d
         )
     if layout.context > 1 and exists and engine != "local" and dtype is not torch.bfloat16:
         raise UserError(
-            f"parallel.context={layout.context} needs precision=bf16: attention over context-parallel ranks is fused, "
+            f"{layout.option}.context={layout.context} needs precision=bf16: attention over context-parallel ranks is fused, "
             "and fused attention takes no float32"
         )
     if engine == "auto":
         engine = "te" if exists and dtype is torch.bfloat16 else "local"
     if layout.context > 1 and engine == "local":
         raise UserError(
-            f"parallel.context={layout.context} needs Transformer Engine's attention, and the {name} is of Megatron's local "
-            "layers: use parallel.tensor with parallel.sequence=true for long sequences"
+            f"{layout.option}.context={layout.context} needs Transformer Engine's attention, and the {name} is of Megatron's "
+            f"local layers: use {layout.option}.tensor with {layout.option}.sequence=true for long sequences"
         )
     return engine
 
@@ -253,12 +255,12 @@ def _per_layer_config() -> type:
     return PerLayerConfig
 
 
-def layer_spec(config: Any, vp_stage: int | None) -> Any:
-    """What the layers of this rank's pipeline stage, and the norm after them, are made of."""
+def layer_spec(config: Any, vp_stage: int | None, stage: int | None = None) -> Any:
+    """What the layers of a pipeline stage (this rank's, if not given), and the norm after them, are made of."""
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
     spec, norm = _te_spec(config) if config.transformer_impl == "transformer_engine" else _local_spec(config)
-    layers = get_num_layers_to_build(config, vp_stage)
+    layers = get_num_layers_to_build(config, vp_stage, stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
 
 
@@ -308,6 +310,7 @@ def build_gpt(
     post_process: bool = True,
     vp_stage: int | None = None,
     training: Mapping[str, Any] | None = None,
+    groups: Any = None,
 ) -> torch.nn.Module:
     """One pipeline chunk of the model on this rank, of an engine (te or local), uninitialised.
 
@@ -318,7 +321,7 @@ def build_gpt(
     config = transformer_config(shape, layout, dtype, engine, training)
     model = GPTModel(
         config=config,
-        transformer_layer_spec=layer_spec(config, vp_stage),
+        transformer_layer_spec=layer_spec(config, vp_stage, groups.pp.rank() if groups else None),
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=shape.max_position_embeddings,
         pre_process=pre_process,
@@ -327,6 +330,7 @@ def build_gpt(
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
         rotary_percent=shape.rotary_percent,
+        pg_collection=groups,
         vp_stage=vp_stage,
     )
     if shape.rope_scaling:
@@ -341,15 +345,22 @@ def build_model_chunks(
     dtype: torch.dtype,
     engine: str = "auto",
     training: Mapping[str, Any] | None = None,
+    groups: Any = None,
 ) -> list[torch.nn.Module]:
     """This rank's pipeline chunks: one, or `virtual_pipeline` of them in an interleaved schedule.
 
-    `engine` is auto, te or local (pick_engine), `training` is as of transformer_config. Raises UserError where it cannot run.
+    `engine` is auto, te or local (pick_engine), `training` is as of transformer_config. `groups` are the layout's
+    (parallel/layout.py, `process_groups`), if it is not the one that Megatron's own state is set up for. Raises UserError
+    where it cannot run.
     """
     from megatron.core import parallel_state as ps
+    from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 
     device = torch.device("cpu" if _on_cpu() else "cuda")
     picked = pick_engine(engine, layout, dtype, device)
+    if groups is not None:
+        first, last = is_pp_first_stage(groups.pp), is_pp_last_stage(groups.pp)
+        return [build_gpt(shape, layout, dtype, picked, pre_process=first, post_process=last, groups=groups)]
 
     def stage(vp: int | None) -> torch.nn.Module:
         return build_gpt(

@@ -6,6 +6,7 @@ stage turns final hidden states into whatever the caller collects, before any lo
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ def forward_only(
     sequence_length: int,
     collect: Collect,
     before: Callable[[Batch], None] = lambda batch: None,
+    groups: Any = None,
 ) -> list[Any]:
     """Run every micro-batch through all pipeline stages without gradients.
 
@@ -49,12 +51,11 @@ def forward_only(
         collect: called on the last stage as `collect(batch, hidden_states=…, output_layer=…, output_weight=…)`, where
             hidden_states is [sequence / tp if sequence parallel, batch, hidden].
         before: called on every stage and model chunk before it runs a micro-batch.
+        groups: of the model's layout, where it is not the one that Megatron's own state is set up for.
 
     Returns:
         What `collect` returned for each micro-batch, in order, on the last stage; an empty list elsewhere.
     """
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     collected: list[Any] = []
 
     def processor(
@@ -80,7 +81,7 @@ def forward_only(
     with torch.no_grad():
         for chunk in chunks:
             chunk.eval()
-        get_forward_backward_func()(
+        _schedule(chunks, groups)(
             forward_step_func=step,
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=list(chunks),
@@ -91,3 +92,14 @@ def forward_only(
             collect_non_loss_data=True,
         )
     return collected
+
+
+def _schedule(chunks: Sequence[torch.nn.Module], groups: Any) -> Callable[..., Any]:
+    """Megatron's schedule for a model, in Megatron's own groups or in others."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    if groups is None:
+        return get_forward_backward_func()
+    links = P2PCommunicator(groups.pp, chunks[0].config)
+    return partial(get_forward_backward_func(pp_size=groups.pp.size()), p2p_communicator=links, pg_collection=groups)

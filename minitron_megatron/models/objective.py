@@ -1,6 +1,6 @@
 """What training minimises: an objective turns a micro-batch's final hidden states into named terms, one value a token.
 
-    step:  prepare(micro-batches) ─▶ each of them: model ─▶ hidden states ─▶ objective ─▶ {"loss": [s, b], …}
+    step:  prepare(micro-batches, at most `at_once`) ─▶ each of them: model ─▶ hidden states ─▶ objective ─▶ {"loss": [s, b], …}
 
 The loop (train/loop.py) knows no objective: it sums every term over the tokens that count, takes the gradient of `loss`, and
 reports the mean of each. Next-token prediction is here; distillation is in distill/objective.py.
@@ -24,6 +24,11 @@ class Objective(Protocol):
 
     def names(self, measure: bool) -> tuple[str, ...]:
         """Names of the terms of a step, `loss` first: every pipeline stage knows them, the last one alone has values."""
+        ...
+
+    @property
+    def at_once(self) -> int | None:
+        """Most micro-batches that are prepared at once: a step is run in rounds of so many. None for all of a step."""
         ...
 
     def prepare(self, batches: Sequence[Batch], *, training: bool = True) -> None:
@@ -81,6 +86,8 @@ class Objective(Protocol):
 
 class NextToken(Objective):
     """Cross entropy of the next token: ordinary training, which teacher correction is (arXiv 2408.11796, section 3)."""
+
+    at_once: int | None = None
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size

@@ -3,18 +3,21 @@
     world = data × pipeline × context × tensor          ranks of one tensor-parallel group are neighbours:
     8 ranks, tensor 2, pipeline 2:   stage 0: [0 1] [2 3]     stage 1: [4 5] [6 7]      ([..] is a tensor group)
 
-`parallel_job` is for commands that run a model; `tool_job` for those that only share out work on files.
+`parallel_job` is for commands that run a model; `tool_job` for those that only share out work on files. A second model may be
+laid out otherwise in the same processes, with groups of its own (`process_groups`).
 """
 
 import contextlib
 import datetime
+import gc
 import math
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -27,7 +30,10 @@ TIMEOUT = datetime.timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is spread over `world_size` processes; Megatron's names without "model_parallel_size"."""
+    """How a model is spread over `world_size` processes; Megatron's names without "model_parallel_size".
+
+    `option` is what users set it with: the beginning of names in messages.
+    """
 
     tensor: int = 1
     pipeline: int = 1
@@ -38,22 +44,24 @@ class Layout:
     account_for_embedding: bool = False
     account_for_loss: bool = False
     pipeline_layout: str | None = None
+    option: str = field(default="parallel", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be laid out. Raises UserError."""
         for name in ("tensor", "pipeline", "context"):
             if getattr(self, name) < 1:
-                raise UserError(f"parallel.{name}={getattr(self, name)} must be at least 1")
+                raise UserError(f"{self.option}.{name}={getattr(self, name)} must be at least 1")
         part = self.tensor * self.pipeline * self.context
         if self.world_size % part:
             raise UserError(
-                f"parallel.tensor × pipeline × context = {self.tensor} × {self.pipeline} × {self.context} = {part} does "
+                f"{self.option}.tensor × pipeline × context = {self.tensor} × {self.pipeline} × {self.context} = {part} does "
                 f"not divide the number of processes, {self.world_size}: start a multiple of {part} "
                 f"(torchrun --nproc-per-node; parallel.world_size= in a dry run), or use {' or '.join(self._neighbours())}"
             )
         if self.virtual_pipeline is not None and (self.pipeline < 2 or self.virtual_pipeline < 2):
             raise UserError(
-                f"parallel.virtual_pipeline={self.virtual_pipeline} must be at least 2 and needs parallel.pipeline of at least 2"
+                f"{self.option}.virtual_pipeline={self.virtual_pipeline} must be at least 2 and needs "
+                f"{self.option}.pipeline of at least 2"
             )
 
     def _neighbours(self) -> list[str]:
@@ -80,7 +88,15 @@ class Layout:
 
     def place(self, rank: int) -> tuple[int, int]:
         """(tensor, pipeline) place of a rank."""
-        return rank % self.tensor, rank // (self.tensor * self.context * self.data)
+        tensor, _, _, pipeline = self.coordinates(rank)
+        return tensor, pipeline
+
+    def coordinates(self, rank: int) -> tuple[int, int, int, int]:
+        """(tensor, context, data, pipeline) place of a rank."""
+        rest, tensor = divmod(rank, self.tensor)
+        rest, context = divmod(rest, self.context)
+        pipeline, data = divmod(rest, self.data)
+        return tensor, context, data, pipeline
 
     def __str__(self) -> str:
         sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "context": self.context, "data": self.data}
@@ -220,7 +236,38 @@ def model_parallel(
         yield
     finally:
         parallel_state.destroy_model_parallel()
+        # Models are cycles that hold groups, and with them their threads, until they are collected.
+        gc.collect()
         # A gloo group of four ranks holds two threads and several open files: dozens of them a layout.
         for group in reversed(list(dist.distributed_c10d._world.pg_map)):
             if group not in before:
                 dist.destroy_process_group(group)
+
+
+def process_groups(layout: Layout, timeout: datetime.timedelta = TIMEOUT) -> Any:
+    """Groups of a layout beside those of `model_parallel`, as Megatron's ProcessGroupCollection; every rank must call this.
+
+    `model_parallel` ends them with its own. Those for experts, and the embedding's, which only gradients need, are not there.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    axes = ("pipeline", "data", "context", "tensor")
+    ranks = np.arange(layout.world_size).reshape([getattr(layout, axis) for axis in axes])
+
+    def along(*names: str) -> Any:
+        """This rank's group over some axes."""
+        last = range(-len(names), 0)
+        groups = np.moveaxis(ranks, [axes.index(name) for name in names], last)
+        size = math.prod(getattr(layout, name) for name in names)
+        return dist.new_subgroups_by_enumeration(groups.reshape(-1, size).tolist(), timeout=timeout)[0]
+
+    return ProcessGroupCollection(
+        tp=along("tensor"),
+        cp=along("context"),
+        pp=along("pipeline"),
+        dp=along("data"),
+        dp_cp=along("data", "context"),
+        tp_cp=along("context", "tensor"),
+        tp_dp_cp=along("data", "context", "tensor"),
+        mp=along("pipeline", "tensor"),
+    )

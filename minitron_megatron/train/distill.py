@@ -1,6 +1,7 @@
-"""`launch/distill.py`: a student learns from its teacher, which is beside it in the same processes and layout, or cached."""
+"""`launch/distill.py`: a student learns from its teacher, which is beside it in the same processes, or cached."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
 from minitron_megatron.checkpoints.weights import load_model
@@ -10,12 +11,13 @@ from minitron_megatron.distill.cache import Cache, CachedTeacher
 from minitron_megatron.distill.intermediate import IntermediateLoss, chosen_pairs
 from minitron_megatron.distill.losses import Divergence
 from minitron_megatron.distill.objective import Distillation
+from minitron_megatron.distill.routed import RoutedTeacher
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.build import build_model_chunks, model_dtype
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.train.run import Recipe, check_training, number_of_steps, run_training
+from minitron_megatron.train.run import Recipe, check_model, check_training, number_of_steps, run_training
 
 
 def distill(cfg: DistillConfig) -> None:
@@ -29,7 +31,7 @@ def distill(cfg: DistillConfig) -> None:
         student = folders["student"].shape
         if cache:
             return Distillation(CachedTeacher(cache), cfg.distill, student.vocab_size)
-        teacher = _beside(cfg, folders["teacher"], layout)
+        teacher = load_teacher(cfg, folders["teacher"], layout)
         intermediate = intermediate_loss(cfg, folders["teacher"].shape, student, teacher)
         return Distillation(teacher, cfg.distill, student.vocab_size, intermediate)
 
@@ -39,19 +41,40 @@ def distill(cfg: DistillConfig) -> None:
         trained="student",
         check=lambda shapes, layout: check_pair(shapes.get("teacher"), shapes["student"], cfg, layout),
         objective=objective,
+        layout_of=lambda name, layout: teacher_layout(cfg, layout) if name == "teacher" else layout,
     )
     run_training(cfg, recipe)
 
 
-def _beside(cfg: DistillConfig, teacher: ModelFolder, layout: Layout) -> Teacher:
-    """The teacher, loaded, in the student's processes and layout."""
-    frozen = build_model_chunks(teacher.shape, layout, model_dtype(teacher.shape, cfg.precision), cfg.teacher.engine)
+def load_teacher(cfg: DistillConfig, teacher: ModelFolder, layout: Layout) -> Teacher | RoutedTeacher:
+    """The teacher, loaded, in the student's processes, and in its layout or one of its own."""
+    own, ahead = teacher_layout(cfg, layout), cfg.distill.teacher_ahead
+    dtype = model_dtype(teacher.shape, cfg.precision)
+    if own != layout:
+        return RoutedTeacher(teacher, own, layout, dtype, cfg.teacher.engine, ahead)
+    frozen = build_model_chunks(teacher.shape, layout, dtype, cfg.teacher.engine)
     load_model(frozen, teacher)
-    return Teacher(frozen, pipelined=layout.pipeline > 1)
+    return Teacher(frozen, pipelined=layout.pipeline > 1, ahead=ahead)
+
+
+def teacher_layout(cfg: DistillConfig, layout: Layout) -> Layout:
+    """The teacher's layout beside a student in `layout`: the same, but for what distill.teacher_parallel says.
+
+    A forward pass alone has nothing of an interleaved pipeline but its transfers, and how the student's layers are shared out
+    is the student's affair: a layout of its own has neither. Raises UserError where it does not divide the processes.
+    """
+    given = {name: value for name, value in asdict(cfg.distill.teacher_parallel).items() if value is not None}
+    if all(getattr(layout, name) == value for name, value in given.items()):
+        return layout
+    return Layout(
+        **{name: given.get(name, getattr(layout, name)) for name in asdict(cfg.distill.teacher_parallel)},
+        world_size=layout.world_size,
+        option="distill.teacher_parallel",
+    )
 
 
 def intermediate_loss(
-    cfg: DistillConfig, teacher: ModelShape, student: ModelShape, beside: Teacher
+    cfg: DistillConfig, teacher: ModelShape, student: ModelShape, beside: Teacher | RoutedTeacher
 ) -> IntermediateLoss | None:
     """The losses on intermediate states, where they are asked for; `beside` is the running teacher."""
     pairs = chosen_pairs(cfg.distill, student.num_layers, teacher.num_layers)
@@ -94,10 +117,40 @@ def check_pair(teacher: ModelShape | None, student: ModelShape, cfg: DistillConf
             "logits can only be compared over the same one"
         )
     Divergence.from_options(cfg.distill, student.vocab_size)
-    if cfg.distill.intermediate and cfg.distill.cache:
+    if teacher:
+        chosen_pairs(cfg.distill, student.num_layers, teacher.num_layers)
+    check_teacher(teacher, cfg, layout)
+    check_training({"student": student}, cfg, layout)
+
+
+def check_teacher(teacher: ModelShape | None, cfg: DistillConfig, layout: Layout) -> None:
+    """Raise UserError when the teacher cannot run as asked beside a student in `layout`."""
+    ahead, options = cfg.distill.teacher_ahead, cfg.distill
+    if options.intermediate and options.cache:
         raise UserError(
             "distill.intermediate compares states of the teacher, which distill.cache does not have: leave one of them out"
         )
-    if teacher:
-        chosen_pairs(cfg.distill, student.num_layers, teacher.num_layers)
-    check_training({"teacher": teacher, "student": student} if teacher else {"student": student}, cfg, layout)
+    if options.cache and (ahead is not None or any(v is not None for v in asdict(options.teacher_parallel).values())):
+        raise UserError(
+            "distill.teacher_ahead and distill.teacher_parallel are for a teacher that runs, and distill.cache has one that "
+            "need not: leave them out"
+        )
+    if ahead is not None and layout.virtual_pipeline and ahead % layout.pipeline:
+        raise UserError(
+            f"distill.teacher_ahead={ahead} is not a multiple of the {layout.pipeline} stages of the interleaved pipeline"
+        )
+    if teacher is None:
+        return
+    own = teacher_layout(cfg, layout)
+    if own != layout and options.intermediate:
+        raise UserError(
+            "distill.intermediate needs the teacher in the student's layout, where their states meet: leave out "
+            "distill.teacher_parallel"
+        )
+    check_model("teacher", teacher, cfg.data.sequence_length, own)
+    if own != layout and teacher.num_layers % own.pipeline:
+        fits = [str(n) for n in range(1, own.pipeline) if teacher.num_layers % n == 0]
+        raise UserError(
+            f"{own.option}.pipeline={own.pipeline} does not divide num_layers={teacher.num_layers} of the teacher, as a layout "
+            f"of its own must: use {' or '.join(fits[-2:])}"
+        )

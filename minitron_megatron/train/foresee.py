@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minitron_megatron.config import HardwareConfig, TrainingConfig
+from minitron_megatron.config import DistillConfig, HardwareConfig, TrainerConfig, TrainingConfig
 from minitron_megatron.console import print_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters, flops_per_token
@@ -40,12 +40,16 @@ Check = Callable[[Layout], None]
 
 @dataclass(frozen=True)
 class Models:
-    """What is trained, and the teacher that runs beside it, if any; engines as `model.engine` says them."""
+    """What is trained, and the teacher that runs beside it, if any; engines as `model.engine` says them.
+
+    `teacher_layout` gives the teacher's layout beside a student in one.
+    """
 
     student: ModelShape
     student_engine: str
     teacher: ModelShape | None
     teacher_engine: str
+    teacher_layout: Callable[[Layout], Layout]
 
 
 @dataclass(frozen=True)
@@ -83,17 +87,28 @@ def forecast(cfg: TrainingConfig, layout: Layout, models: Models) -> Forecast:
     trainer, (student, teacher) = cfg.trainer, (models.student, models.teacher)
     dtype = model_dtype(student, cfg.precision)
     theirs = model_dtype(teacher, cfg.precision) if teacher else dtype
+    own = models.teacher_layout(layout) if teacher else layout
     plan = Plan(
         student=student,
         teacher=teacher,
         layout=layout,
         batch=MicroBatch.of(trainer.micro_batch_size, cfg.data.sequence_length, layout),
         micro_batches=trainer.global_batch_size // (trainer.micro_batch_size * layout.data),
-        how=Arithmetic(dtype, _engine(models.student_engine, dtype), trainer.recompute),
+        how=Arithmetic(dtype, _engine(models.student_engine, dtype), _recomputed(trainer)),
         teacher_how=Arithmetic(theirs, _engine(models.teacher_engine, theirs)),
+        teacher_layout=None if own == layout else own,
+        ahead=cfg.distill.teacher_ahead if isinstance(cfg, DistillConfig) else None,
     )
-    stages, gpu = take_census(student, teacher, layout, dtype, theirs), hardware(cfg.cluster)
+    stages = take_census(student, teacher, layout, dtype, theirs, plan.teacher_layout)
+    gpu = hardware(cfg.cluster)
     return Forecast(plan, stages, time_of_step(stages, plan, gpu), gpu)
+
+
+def _recomputed(trainer: TrainerConfig) -> str:
+    """What is counted as recomputed: an MLP that is, is not, and full recomputation is one of every layer."""
+    if trainer.recompute == "selective" and "core_attn" not in trainer.recompute_modules:
+        return "none"
+    return trainer.recompute
 
 
 def _engine(asked: str, dtype: torch.dtype) -> str:
@@ -132,7 +147,14 @@ def layouts_that_run(layout: Layout, sequence_length: int, check: Check) -> list
     for tensor in TENSOR_SIZES:
         for pipeline in PIPELINE_SIZES:
             if layout.world_size % (tensor * pipeline * layout.context) == 0:
-                sizes = replace(layout, tensor=tensor, pipeline=pipeline, virtual_pipeline=None, sequence=tensor > 1)
+                sizes = replace(
+                    layout,
+                    tensor=tensor,
+                    pipeline=pipeline,
+                    virtual_pipeline=None,
+                    pipeline_layout=None,
+                    sequence=tensor > 1,
+                )
                 divides = sequence_length % sequence_parts(sizes) == 0
                 found.append(sizes if divides else replace(sizes, sequence=False))
     return [one for one in dict.fromkeys([_without_idle_options(layout), *found]) if _accepts(check, one)]
@@ -180,6 +202,7 @@ def _show_job(found: Forecast, steps: int, cfg: TrainingConfig) -> None:
     states = weights // plan.how.dtype.itemsize * CHECKPOINT_BYTES
     rows = [
         ["layout", f"{layout}: {layout.world_size} processes, {layout.data} data-parallel ranks"],
+        *([["teacher's layout", plan.teacher_layout]] if plan.teacher_layout else []),
         *([["teacher parameters", count_parameters(plan.teacher)]] if plan.teacher else []),
         ["student parameters", count_parameters(plan.student)],
         ["steps", steps],
@@ -193,16 +216,17 @@ def _show_job(found: Forecast, steps: int, cfg: TrainingConfig) -> None:
 
 
 def _show_memory(found: Forecast) -> None:
-    """A column a stage, a row a kind of bytes; activations also as they would be with recomputation."""
+    """A column a stage, a row a kind of bytes; the sum also as it would be with other recomputation."""
     gpu, plan = found.gpu, found.plan
-    names = [f"stage {stage.number}" for stage in found.stages] if plan.layout.pipeline > 1 else ["every rank"]
+    names = [_name_of(stage) for stage in found.stages] if len(found.stages) > 1 else ["every rank"]
     memory = found.memory
     rows = [[kind, *(_gib(kinds[kind]) for kinds in memory)] for kind in memory[0]]
     rows.append(["all", *(_gib(sum(kinds.values())) for kinds in memory)])
-    for recompute in (r for r in RECOMPUTE[1:] if r != plan.how.recompute):
+    for recompute in (kind for kind in RECOMPUTE if kind != plan.how.recompute):
         other = replace(plan, how=replace(plan.how, recompute=recompute))
         totals = [_gib(sum(memory_of_stage(stage, other).values())) for stage in found.stages]
-        rows.append([f"all, with {recompute} recomputation", *totals])
+        kind = "without" if recompute == "none" else f"with {recompute}"
+        rows.append([f"all, {kind} recomputation", *totals])
     left = gpu.memory_gib - RESERVED_GIB - found.gib
     verdict = f"{left:.1f} GiB left" if found.fits else f"does NOT fit: {-left:.1f} GiB too much"
     print_table(f"GiB of a rank on {gpu.gpu} ({verdict})", ["", *names], rows)
@@ -263,6 +287,11 @@ def _show_assumptions(found: Forecast) -> None:
         ],
     ]
     print_table("assumptions", ["", "value"], rows)
+
+
+def _name_of(stage: Stage) -> str:
+    theirs = "" if stage.teacher_number is None else f", teacher's {stage.teacher_number}"
+    return f"stage {stage.number}{theirs}"
 
 
 def _gib(size: float) -> float:

@@ -3,6 +3,7 @@
     step:  micro-batches ─▶ objective prepares ─▶ forward and backward ─▶ sums over ranks ─▶ spike guard ─▶ AdamW
                             (a teacher ahead)     (objective: terms)
 
+Where an objective prepares only so many micro-batches at once, forward and backward go in rounds of them (rounds.py).
 What is minimised is an objective's affair (models/objective.py). Every term is a sum over tokens, divided once by the step's
 global token count, so it does not depend on how the batch was split over ranks and micro-batches.
 """
@@ -25,6 +26,7 @@ from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.guard import SpikeGuard
 from minitron_megatron.train.optimizer import gather_weights, gradient_norm, set_learning_rate
+from minitron_megatron.train.rounds import Rounds
 from minitron_megatron.train.schedule import Schedule
 
 # Micro-batches of a validation that run through the pipeline together, at least.
@@ -104,17 +106,31 @@ class Trainer:
             The mean of every term over all ranks' tokens, the number of those, and whether some rank was asked to stop;
             the same on every rank.
         """
+        names, at_once = self.objective.names(measure), self.objective.at_once or len(batches)
+        rounds, results = Rounds(self.chunks), []
+        for start in range(0, len(batches), at_once):
+            part = batches[start : start + at_once]
+            self.objective.prepare(part)
+            with rounds.running(last=start + at_once >= len(batches)):
+                results += self._run_schedule(part, names, measure)
+        sums = torch.stack(results).sum(0).tolist() if results else [0.0] * (len(names) + 1)
+        of_stages = self.objective.sums_of_stages()
+        totals = collectives.sum_from_last_stage(sums, [float(self.stop_asked), *of_stages])
+        (*sums, tokens), (stop, *of_stages) = totals[: len(sums)], totals[len(sums) :]
+        means = {name: total / tokens for name, total in zip(names, sums, strict=True)}
+        return self.objective.finish(means, [total / tokens for total in of_stages]), int(tokens), stop > 0
+
+    def _run_schedule(self, batches: list[Batch], names: tuple[str, ...], measure: bool) -> list[torch.Tensor]:
+        """Forward and backward of some micro-batches; what the last stage's terms add up to in each of them."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        self.objective.prepare(batches)
-        names = self.objective.names(measure)
         size, length = batches[0]["tokens"].shape
         iterators = [iter(batches) for _ in self.chunks]
 
         def step(data: Iterator[Batch], model: Any) -> tuple[Terms, Callable[..., Any]]:
             return self._forward_step(next(data), model, names, measure)
 
-        results = get_forward_backward_func()(
+        return get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks,
@@ -123,12 +139,6 @@ class Trainer:
             micro_batch_size=size,
             forward_only=False,
         )
-        sums = torch.stack(results).sum(0).tolist() if results else [0.0] * (len(names) + 1)
-        of_stages = self.objective.sums_of_stages()
-        totals = collectives.sum_from_last_stage(sums, [float(self.stop_asked), *of_stages])
-        (*sums, tokens), (stop, *of_stages) = totals[: len(sums)], totals[len(sums) :]
-        means = {name: total / tokens for name, total in zip(names, sums, strict=True)}
-        return self.objective.finish(means, [total / tokens for total in of_stages]), int(tokens), stop > 0
 
     def _forward_step(
         self, batch: Batch, model: Any, names: tuple[str, ...], measure: bool
@@ -161,7 +171,7 @@ class Trainer:
         sums = torch.zeros(len(VALIDATION_TERMS) + 1, dtype=torch.float64)
         # The interleaved schedule takes whole multiples of its stages only.
         stages = self.layout.pipeline if self.layout.virtual_pipeline else 1
-        at_once = math.ceil(VALIDATION_ROUND / stages) * stages
+        at_once = min(math.ceil(VALIDATION_ROUND / stages) * stages, self.objective.at_once or len(batches))
         for start in range(0, len(batches), at_once):
             part = batches[start : start + at_once]
             self.objective.prepare(part, training=False)

@@ -10,8 +10,9 @@
 Per layer the paper has s·b·h·(34 + 5·a·s/h) bytes in 16-bit; here every saved tensor is listed.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -163,7 +164,10 @@ def in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, and how: all that memory and time follow from."""
+    """What is trained, and how: all that memory and time follow from.
+
+    `teacher_layout` is its own, where it has one; `ahead` how many micro-batches a teacher runs ahead, None for all of a step.
+    """
 
     student: ModelShape
     teacher: ModelShape | None
@@ -172,6 +176,36 @@ class Plan:
     micro_batches: int  # of a rank and step
     how: Arithmetic
     teacher_how: Arithmetic
+    teacher_layout: Layout | None = None
+    ahead: int | None = None
+
+    @property
+    def of_teacher(self) -> "Plan":
+        """The same as the teacher's ranks see it: its layout, and its share of the micro-batches."""
+        if self.teacher_layout is None:
+            return self
+        own, batch = self.teacher_layout, self.batch
+        micro_batch = MicroBatch.of(batch.samples, batch.sequence_length, own)
+        return replace(self, layout=own, batch=micro_batch, micro_batches=self._of_teacher(self.micro_batches))
+
+    @property
+    def rounds(self) -> int:
+        """Rounds that a step is run in (train/rounds.py)."""
+        return math.ceil(self.micro_batches / self.at_once)
+
+    @property
+    def at_once(self) -> int:
+        """Micro-batches of a round."""
+        bound = self.ahead if self.teacher and (self.layout.pipeline > 1 or self.teacher_layout) else None
+        return min(bound or self.micro_batches, self.micro_batches)
+
+    @property
+    def teacher_at_once(self) -> int:
+        """Those that a rank of the teacher's layout runs in a round."""
+        return self._of_teacher(self.at_once)
+
+    def _of_teacher(self, count: int) -> int:
+        return math.ceil(count * self.layout.data / self.teacher_layout.data) if self.teacher_layout else count
 
 
 def chunk_activations(shape: ModelShape, chunk: Chunk, layout: Layout, batch: MicroBatch, how: Arithmetic) -> int:
@@ -186,7 +220,7 @@ def memory_of_stage(stage: Stage, plan: Plan) -> dict[str, int]:
     """Bytes of a rank of a stage, by kind, at the fullest moment of a step."""
     layout, how = plan.layout, plan.how
     trained = sum(chunk.parameters for chunk in stage.student)
-    flying = in_flight(layout, stage.number, plan.micro_batches)
+    flying = in_flight(layout, stage.number, plan.at_once)
     kept = sum(chunk_activations(plan.student, chunk, layout, plan.batch, how) for chunk in stage.student)
     found = {
         "weights": trained * how.dtype.itemsize,
@@ -196,26 +230,42 @@ def memory_of_stage(stage: Stage, plan: Plan) -> dict[str, int]:
         "loss, or work of a layer": _work(stage, plan),
     }
     if plan.teacher:
-        theirs = sum(chunk.parameters for chunk in stage.teacher)
-        found["teacher weights"] = theirs * plan.teacher_how.dtype.itemsize
+        found["teacher weights"] = _teacher_weights(stage, plan)
         found["teacher hidden states"] = _kept_states(stage, plan)
     return found
 
 
+def _teacher_weights(stage: Stage, plan: Plan) -> int:
+    """Its parameters; in a layout of its own its output matrix is where the student's is, in the student's shards."""
+    parameters = sum(chunk.parameters for chunk in stage.teacher)
+    if plan.teacher_layout:
+        matrix = plan.teacher.padded_vocab_size * plan.teacher.hidden_size
+        if stage.teacher[-1].head and not (plan.teacher.tied_embeddings and stage.teacher[-1].embedding):
+            parameters -= matrix // plan.teacher_layout.tensor
+        if stage.student[-1].head:
+            parameters += matrix // plan.layout.tensor
+    return parameters * plan.teacher_how.dtype.itemsize
+
+
 def _kept_states(stage: Stage, plan: Plan) -> int:
-    """Final hidden states: a pipeline's last stage keeps those of a step (distill/teacher.py), without one a micro-batch's."""
-    if not stage.teacher[-1].head:
-        return 0
-    count = plan.micro_batches if plan.layout.pipeline > 1 else 1
-    states = _Sizes.of(plan.teacher, 0, plan.layout, plan.batch).residual
-    return count * states * plan.teacher_how.dtype.itemsize
+    """Final hidden states: a pipeline's last stage keeps those of a round (distill/teacher.py), without one a micro-batch's.
+
+    In a layout of its own the teacher's last stage has its share of a round when the student's gets theirs.
+    """
+    numbers = 0
+    if stage.teacher[-1].head:
+        count = plan.teacher_at_once if plan.layout.pipeline > 1 or plan.teacher_layout else 1
+        numbers += count * _Sizes.of(plan.teacher, 0, plan.of_teacher.layout, plan.of_teacher.batch).residual
+    if plan.teacher_layout and stage.student[-1].head:
+        numbers += plan.at_once * _Sizes.of(plan.teacher, 0, plan.layout, plan.batch).residual
+    return numbers * plan.teacher_how.dtype.itemsize
 
 
 def _work(stage: Stage, plan: Plan) -> int:
     """The largest of what is alive for a moment: the loss, a layer's backward pass, a layer of the teacher."""
     passes = [_layer_work(plan.student, stage.student, plan, plan.how, backward=True)]
     if plan.teacher:
-        passes.append(_layer_work(plan.teacher, stage.teacher, plan, plan.teacher_how, backward=False))
+        passes.append(_layer_work(plan.teacher, stage.teacher, plan.of_teacher, plan.teacher_how, backward=False))
     # A matrix's gradient is made in the model's dtype before it is added to the float32 one.
     matrix = max(chunk.largest for chunk in stage.student) * plan.how.dtype.itemsize
     if stage.student[-1].head:

@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from minitron_megatron.checkpoints.folder import WEIGHTS, ModelFolder, load_yaml
 from minitron_megatron.checkpoints.hf import copy_companions, write_shape
 from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest, write_weights
-from minitron_megatron.config import ModelConfig, TrainingConfig, flat
+from minitron_megatron.config import ModelConfig, TeacherParallelConfig, TrainingConfig, flat
 from minitron_megatron.console import print_table
 from minitron_megatron.data.datasets import Data, DocumentMasks, Windows, open_data, training_samples, verify_data
 from minitron_megatron.errors import UserError
@@ -58,7 +58,7 @@ _MAY_CHANGE_TOO = frozenset(
     f"trainer.{name}"
     for name in """save_interval keep_last keep_best publish checkpoint_format time_limit_minutes recompute recompute_modules
     recompute_method recompute_num_layers""".split()
-)
+) | frozenset({"distill.teacher_ahead"} | {f"distill.teacher_parallel.{f.name}" for f in fields(TeacherParallelConfig)})
 _MAY_GROW = frozenset({"trainer.steps", "trainer.tokens"})
 Shapes = Mapping[str, ModelShape]
 
@@ -73,6 +73,7 @@ class Recipe:
         trained: which of them is trained and published; the others are only read.
         check: raises UserError when these models do not go together in a layout.
         objective: what is minimised, made of the opened folders in a live layout.
+        layout_of: layout of a model, by its name and the layout of the one that is trained; that one, if not given.
     """
 
     verb: str
@@ -80,6 +81,7 @@ class Recipe:
     trained: str
     check: Callable[[Shapes, Layout], None]
     objective: Callable[[Mapping[str, ModelFolder], Layout], Objective]
+    layout_of: Callable[[str, Layout], Layout] = lambda name, layout: layout
 
 
 def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
@@ -105,7 +107,8 @@ def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
         foresee(cfg, layout, steps, models, check)
         return
     for name, model in recipe.models.items():
-        engine = pick_engine(model.engine, layout, model_dtype(shapes[name], cfg.precision), device, name)
+        own = recipe.layout_of(name, layout)
+        engine = pick_engine(model.engine, own, model_dtype(shapes[name], cfg.precision), device, name)
         if engine == "te" and cfg.data.reset_attention_mask:
             raise UserError(f"data.reset_attention_mask needs Megatron's local layers: use {name}.engine=local")
     with parallel_job(layout, seed=cfg.seed, device=cfg.device) as job:
@@ -147,6 +150,7 @@ def _models(recipe: Recipe, shapes: Shapes) -> Models:
         recipe.models[recipe.trained].engine,
         shapes[teacher] if teacher else None,
         recipe.models[teacher].engine if teacher else "auto",
+        partial(recipe.layout_of, teacher),
     )
 
 
@@ -192,13 +196,7 @@ def _inputs(cfg: TrainingConfig, recipe: Recipe) -> tuple[dict[str, ModelFolder]
 def check_training(shapes: Shapes, cfg: TrainingConfig, layout: Layout) -> None:
     """Raise UserError when models, batch and layout do not go together."""
     for name, shape in shapes.items():
-        check_layout(shape, layout, f"the {name}")
-    check_sequence(cfg.data.sequence_length, layout)
-    for name, shape in shapes.items():
-        if cfg.data.sequence_length > shape.max_position_embeddings:
-            raise UserError(
-                f"data.sequence_length={cfg.data.sequence_length} is above the {name}'s {shape.max_position_embeddings} positions"
-            )
+        check_model(name, shape, cfg.data.sequence_length, layout)
     batch, micro = cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size
     at_once = micro * layout.data * (layout.pipeline if layout.virtual_pipeline else 1)
     if batch % at_once:
@@ -217,6 +215,16 @@ def check_training(shapes: Shapes, cfg: TrainingConfig, layout: Layout) -> None:
         raise UserError("trainer.keep_best=true needs validations: set trainer.validation_samples= above 0")
     if trainer.publish == "best" and not trainer.keep_best:
         raise UserError("trainer.publish=best needs trainer.keep_best=true")
+
+
+def check_model(name: str, shape: ModelShape, sequence_length: int, layout: Layout) -> None:
+    """Raise UserError when a model and its sequences do not go into a layout."""
+    check_layout(shape, layout, f"the {name}")
+    check_sequence(sequence_length, layout)
+    if sequence_length > shape.max_position_embeddings:
+        raise UserError(
+            f"data.sequence_length={sequence_length} is above the {name}'s {shape.max_position_embeddings} positions"
+        )
 
 
 def _tensor_sizes_that_divide(shapes: Shapes, samples: int, layout: Layout) -> list[int]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from minitron_megatron.config import HardwareConfig
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.hardware import peak_flops
+from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.census import Chunk, Stage
 from minitron_megatron.train.memory import GRADIENT_BYTES, OPTIMIZER_BYTES, Arithmetic, Plan
 
@@ -127,34 +128,55 @@ class Step:
 def time_of_step(stages: Sequence[Stage], plan: Plan, gpu: HardwareConfig) -> Step:
     """A step on a cluster; `stages` are the distinct ones of the pipeline, of which the slowest sets the pace."""
     layout, links, count = plan.layout, Links.of(plan, gpu), plan.micro_batches
-
-    def slowest(passes: list[Pass]) -> Pass:
-        return max(passes, key=lambda one: one.seconds(links))
-
-    student = slowest([pass_of_stage(plan.student, s.student, plan, plan.how, gpu, backward=True) for s in stages])
+    own, count_of_teacher = plan.of_teacher, plan.of_teacher.micro_batches
+    links_of_teacher = Links.of(own, gpu)
+    student = max(
+        (pass_of_stage(plan.student, s.student, plan, plan.how, gpu, backward=True) for s in stages),
+        key=lambda one: one.seconds(links),
+    )
     teacher = Pass()
     if plan.teacher:
-        teacher = slowest(
-            [pass_of_stage(plan.teacher, s.teacher, plan, plan.teacher_how, gpu, backward=False) for s in stages]
+        teacher = max(
+            (pass_of_stage(plan.teacher, s.teacher, own, plan.teacher_how, gpu, backward=False) for s in stages),
+            key=lambda one: one.seconds(links_of_teacher),
         )
-    bubble = (layout.pipeline - 1) / (count * (layout.virtual_pipeline or 1))
+    bubble = plan.rounds * _idle_passes(layout) / count
+    idle = _idle_passes(layout) * student.seconds(links) + _idle_passes(own.layout) * teacher.seconds(links_of_teacher)
     trained = max(sum(chunk.parameters for chunk in stage.student) for stage in stages)
+    ours = Pass(0, count * student.tensor_bytes, count * student.pipeline_bytes)
+    theirs = Pass(0, count_of_teacher * teacher.tensor_bytes, count_of_teacher * teacher.pipeline_bytes)
     sent = {
-        "tensor parallel": count * (student.tensor_bytes + teacher.tensor_bytes),
-        "pipeline parallel": count * (student.pipeline_bytes + teacher.pipeline_bytes),
+        "tensor parallel": ours.tensor_bytes + theirs.tensor_bytes,
+        "pipeline parallel": ours.pipeline_bytes + theirs.pipeline_bytes,
+        "teacher's states to the student": _routed_bytes(plan),
         "data parallel": _data_bytes(trained, plan),
     }
     seconds = {
         "student, forward and backward": count * student.compute,
-        "teacher, forward": count * teacher.compute,
-        "tensor parallel": sent["tensor parallel"] / links.tensor,
-        "pipeline parallel": sent["pipeline parallel"] / links.pipeline,
-        "idle in the pipeline": count * bubble * (student.seconds(links) + teacher.seconds(links)),
+        "teacher, forward": count_of_teacher * teacher.compute,
+        "tensor parallel": ours.tensor_bytes / links.tensor + theirs.tensor_bytes / links_of_teacher.tensor,
+        "pipeline parallel": ours.pipeline_bytes / links.pipeline + theirs.pipeline_bytes / links_of_teacher.pipeline,
+        "teacher's states to the student": _routed_bytes(plan) / links.pipeline,
+        "idle in the pipeline": plan.rounds * idle,
         "data parallel": sent["data parallel"] / links.data,
         "gradients and optimizer": _bytes_through_memory(trained, plan) / (1e9 * gpu.memory_gb_s),
     }
     tokens = count * plan.batch.samples * plan.batch.sequence_length * layout.data
     return Step(seconds, sent, bubble, tokens)
+
+
+def _idle_passes(layout: Layout) -> float:
+    """Passes over a micro-batch that a stage waits in each call of the schedule, while the pipeline fills and drains."""
+    return (layout.pipeline - 1) / (layout.virtual_pipeline or 1)
+
+
+def _routed_bytes(plan: Plan) -> float:
+    """Final hidden states that a rank of the student's last stage gets, where the teacher has a layout of its own."""
+    if not plan.teacher_layout:
+        return 0.0
+    share = plan.layout.tensor if plan.layout.sequence else 1
+    numbers = plan.micro_batches * plan.batch.tokens * plan.teacher.hidden_size / share
+    return numbers * plan.teacher_how.dtype.itemsize
 
 
 def _data_bytes(parameters: int, plan: Plan) -> float:
