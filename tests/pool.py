@@ -133,8 +133,10 @@ class Pool:
     def _stack(self, rank: int) -> str:
         """Where a worker is now, from faulthandler."""
         os.kill(self._workers[rank][0].pid, signal.SIGUSR1)
-        time.sleep(0.5)
-        return Path(self._stack_file(rank)).read_text()
+        file, deadline = Path(self._stack_file(rank)), time.monotonic() + 10
+        while not (text := file.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return text
 
     def _end(self, ranks: list[int], patience: float = 0.0) -> None:
         """End workers with their children (Megatron's checkpoint writers); an idle one goes by itself, given time."""
