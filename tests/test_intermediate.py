@@ -143,7 +143,12 @@ OVERLAPPED = {
 
 @pytest.mark.parametrize(
     ("ranks", "layout", "how"),
-    [*((*layout, {}) for layout in LAYOUTS[1:]), (2, {}, OVERLAPPED), (4, {"pipeline": 2}, OVERLAPPED)],
+    [
+        *((*layout, {}) for layout in LAYOUTS[1:4]),
+        *(pytest.param(*layout, {}, marks=pytest.mark.slow) for layout in LAYOUTS[4:]),
+        pytest.param(2, {}, OVERLAPPED, marks=pytest.mark.slow),
+        (4, {"pipeline": 2}, OVERLAPPED),
+    ],
     ids=names,
 )
 def test_optimizer_steps_are_the_same_in_every_layout(gloo, pair, ranks, layout, how):
