@@ -253,9 +253,8 @@ def cut_between(path: str, cut: str, source: dict, target: dict) -> list[str]:
         torch.Size(slot.shape(folder.shape)).numel() * getattr(torch, folder.shape.dtype).itemsize
         for slot in slots(folder.shape)
     )
-    # Pieces of one tensor: what is sent, what arrives, and its float32 sum where heads are merged; and where its rows go.
-    indices = 16 * folder.shape.padded_vocab_size
-    assert counter.peak <= 4 * largest + indices, (counter.peak, largest)
+    # Pieces of one tensor: what is sent, what arrives, and its float32 sum where heads are merged.
+    assert counter.peak <= 4 * largest, (counter.peak, largest)
     assert len(tensors) == sum(1 for chunk in made for _ in chunk.named_parameters())
     reference = local_tensors(wanted, smaller.shape)
     return [str(key) for key, tensor in tensors.items() if not torch.equal(tensor, reference[key])]

@@ -100,6 +100,11 @@ def test_every_axis_from_one_layout_to_another(gloo, cuts, name):
     check(gloo, cuts, "llama", name, {"tensor": 4}, {"tensor": 2, "pipeline": 2})
 
 
+def test_a_piece_that_several_replicas_need_is_made_once(gloo, cuts):
+    """One rank has the embedding and sends it to three: the bound on what is alive at once does not know how many."""
+    check(gloo, cuts, "llama", "vocab", {"pipeline": 4}, {})
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from(FAMILY_NAMES),

@@ -128,23 +128,24 @@ class _Move:
         me = collectives.rank()
         pieces = [self._pieces(i) for i in range(self.target.layout.tensor)]
         mine = wanted.get((self.slot.row.name, self.slot.layer))
-        operations, kept_alive, parts = [], [], {}
+        operations, parts = [], {}
+        # By (target's, source's tensor rank): replicas that need the same get the same, made once however many there are.
+        taken: dict[tuple[int, int], torch.Tensor] = {}
         for to, i, j, sender in self._messages(pieces):
             if me not in (to, sender):
                 continue
             if me == sender:
-                part = self._take(given[self.origin.row.name, self.origin.layer], pieces[i].of[j][1])
+                if (i, j) not in taken:
+                    taken[i, j] = self._take(given[self.origin.row.name, self.origin.layer], pieces[i].of[j][1])
+                part = taken[i, j]
             else:
                 part = self._buffer(mine, len(pieces[i].of[j][0]))
-            if to == sender:
-                parts[j] = part
-                continue
             if me == to:
                 parts[j] = part
-            kept_alive.append(part)
-            operations.append(
-                dist.P2POp(dist.isend, part, to) if me == sender else dist.P2POp(dist.irecv, part, sender)
-            )
+            if to != sender:
+                operations.append(
+                    dist.P2POp(dist.isend, part, to) if me == sender else dist.P2POp(dist.irecv, part, sender)
+                )
         for work in dist.batch_isend_irecv(operations) if operations else []:
             work.wait()
         if mine is not None:
