@@ -9,7 +9,6 @@ laid out otherwise in the same processes, with groups of its own (`process_group
 
 import contextlib
 import datetime
-import gc
 import math
 import os
 import warnings
@@ -236,8 +235,6 @@ def model_parallel(
         yield
     finally:
         parallel_state.destroy_model_parallel()
-        # Models are cycles that hold groups, and with them their threads, until they are collected.
-        gc.collect()
         # A gloo group of four ranks holds two threads and several open files: dozens of them a layout.
         for group in reversed(list(dist.distributed_c10d._world.pg_map)):
             if group not in before:
