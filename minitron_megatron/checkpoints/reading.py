@@ -60,12 +60,10 @@ class WeightReader:
 
     def read_slot(self, slot: Slot, shape: ModelShape, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """One layer's tensor, or rows `start` to `stop` of it."""
-        rows, *rest = slot.shape(shape)
-        out = torch.empty(
-            ((rows if stop is None else stop) - start, *rest), dtype=self._stored(slot.key(shape)).properties.dtype
-        )
-        self._fill_rows(slot, shape, start, as_bits(out))
-        return out
+        (rows, *rest), lead = slot.shape(shape), slot.lead(shape)
+        sizes = ((rows if stop is None else stop) - start, *rest)
+        offsets = (*lead, start, *(0 for _ in rest))
+        return self.read(slot.key(shape), offsets, (*(1 for _ in lead), *sizes)).view(sizes)
 
     def spans(self, slot: Slot, shape: ModelShape, rows: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
         """Chosen rows of a slot's tensor, a few MiB at a time.
@@ -78,14 +76,16 @@ class WeightReader:
             (first, stop, bits): entries `first` to `stop` of `rows`, as integers [stop - first, …] of the dtype's width, in
             memory that the next span uses again.
         """
-        dtype, rest = self._stored(slot.key(shape)).properties.dtype, slot.shape(shape)[1:]
+        key, lead, rest = slot.key(shape), slot.lead(shape), slot.shape(shape)[1:]
+        dtype = self._stored(key).properties.dtype
         span = max(1, SPAN_BYTES // (dtype.itemsize * torch.Size(rest).numel()))
         buffer, first = as_bits(torch.empty((span, *rest), dtype=dtype)), 0
         while first < len(rows):
             begin = int(rows[first])
             stop = int(np.searchsorted(rows, begin + span))
             block = buffer[: int(rows[stop - 1]) + 1 - begin]
-            self._fill_rows(slot, shape, begin, block)
+            offsets = (*lead, begin, *(0 for _ in rest))
+            self._fill(key, offsets, block.reshape(*(1 for _ in lead), *block.shape))
             yield first, stop, block if len(block) == stop - first else block[rows[first:stop] - begin]
             first = stop
 
@@ -94,11 +94,6 @@ class WeightReader:
         if not isinstance(stored, TensorStorageMetadata):
             raise UserError(f"{self.folder} has no tensor {key}: make the folder again")
         return stored
-
-    def _fill_rows(self, slot: Slot, shape: ModelShape, start: int, out: np.ndarray) -> None:
-        lead = slot.lead(shape)
-        offsets = (*lead, start, *(0 for _ in out.shape[1:]))
-        self._fill(slot.key(shape), offsets, out.reshape(*(1 for _ in lead), *out.shape))
 
     def _fill(self, key: str, offsets: Sequence[int], out: np.ndarray) -> None:
         """Fill `out` with the region of `key` at `offsets`, from every chunk that has a part of it. Raises UserError."""
