@@ -184,6 +184,20 @@ def output_folder(
     output.path = path
 
 
+def check_space(folder: Path, need: float, what: str, *, why: str = "", advice: str = "") -> None:
+    """Raise UserError where the disk of a folder, or of the first of its parents that is there, has fewer bytes free than `need`.
+
+    `what` needs them; `why` (in brackets) and `advice` are said where there is something to say.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < need:
+        raise UserError(
+            f"no space left for {what}: {need / 2**30:,.1f} GiB are needed{f' ({why})' if why else ''}, "
+            f"{free / 2**30:,.1f} GiB are free{f'; {advice}' if advice else ''}"
+        )
+
+
 def partial_folder(path: Path) -> Path:
     """Where an output is written until it is whole."""
     return path.parent / f".{path.name}.partial"

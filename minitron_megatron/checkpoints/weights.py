@@ -12,7 +12,6 @@ checkpoints/reading.py reads any region of a key. The folder is plain `torch_dis
 
 import hashlib
 import io
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from minitron_megatron.checkpoints.folder import ModelFolder
+from minitron_megatron.checkpoints.folder import ModelFolder, check_space
 from minitron_megatron.checkpoints.reading import WeightReader, read_metadata, safe_reading, short
 from minitron_megatron.console import progress
 from minitron_megatron.errors import UserError
@@ -117,11 +116,7 @@ def write_weights(folder: Path, shape: ModelShape, produce: Producer, descriptio
     """
     need = total_bytes(shape)
     folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise UserError(
-            f"no space left for {folder}: {need / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free"
-        )
+    check_space(folder, need, str(folder))
     alone = collectives.world_size() == 1
     with progress(description, need // collectives.world_size(), unit="B") as advance:
         planner = _StreamPlanner(shape, produce, advance)

@@ -8,7 +8,6 @@ A killed run is continued by the same command, in any layout: whole chunks stay,
 
 import logging
 import math
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from minitron_megatron.checkpoints.folder import (
     ModelFolder,
     Output,
     check_output,
+    check_space,
     joint_digest,
     open_model_folder,
     output_folder,
@@ -66,7 +66,7 @@ def cache_teacher(cfg: CacheTeacherConfig) -> None:
     inputs = {"model": folder.digest, "data": data.digest}
     device = pick_device(cfg.device)
     check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
-    check_space(Path(cfg.output), contents.total_bytes)
+    check_room(Path(cfg.output), contents.total_bytes)
     if cfg.dry_run:
         _dry_run(folder, contents, layout)
         return
@@ -149,16 +149,10 @@ def _windows(cfg: CacheTeacherConfig, folder: ModelFolder, data: Data) -> Window
     return Windows(data, "validation", cfg.data.sequence_length)
 
 
-def check_space(output: Path, need: int) -> None:
+def check_room(output: Path, need: int) -> None:
     """Raise UserError where the disk has less than what is not written yet."""
-    there = next(p for p in (output, *output.absolute().parents) if p.exists())
     written = sum(f.stat().st_size for folder in (output, partial_folder(output)) for f in folder.glob("*"))
-    need, free = need - written, shutil.disk_usage(there).free
-    if free < need:
-        raise UserError(
-            f"no space left for {output}: {need / 2**30:,.1f} GiB are needed, {free / 2**30:,.1f} GiB are free; "
-            "lower distill.top_k= or the tokens"
-        )
+    check_space(output, need - written, str(output), advice="lower distill.top_k= or the tokens")
 
 
 def _dry_run(folder: ModelFolder, contents: Contents, layout: Layout) -> None:

@@ -20,6 +20,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+from minitron_megatron.checkpoints.folder import check_space
 from minitron_megatron.checkpoints.reading import safe_reading
 from minitron_megatron.checkpoints.weights import sharded_weights
 from minitron_megatron.config import TrainerConfig
@@ -204,17 +205,12 @@ def load(path: Path, chunks: Sequence[Any], optimizer: Any) -> tuple[int, dict[s
     return int(state["step"]), state["guard"], state["objective"]
 
 
-def check_space(folder: Path, parameters: int, bytes_per_weight: int, options: TrainerConfig) -> None:
+def check_room(folder: Path, parameters: int, bytes_per_weight: int, options: TrainerConfig) -> None:
     """Raise UserError when the checkpoints that the run will hold at once, and one being written, have no room.
 
     A parameter takes its own bytes and 12 of the optimizer (float32 master weights and both moments of Adam).
     """
     wanted = options.keep_last + 1 + options.keep_best - len(find_checkpoints(folder))
     need = max(1, wanted) * parameters * (bytes_per_weight + 12)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < need:
-        raise UserError(
-            f"no space left for the checkpoints of {folder.parent}: {need / 2**30:.1f} GiB are needed "
-            f"(trainer.keep_last={options.keep_last} and one being written), {free / 2**30:.1f} GiB are free"
-        )
+    why = f"trainer.keep_last={options.keep_last} and one being written"
+    check_space(folder, need, f"the checkpoints of {folder.parent}", why=why)

@@ -276,7 +276,7 @@ def check_checkpoints(folder: Path, cfg: TrainingConfig, layout: Layout, shape: 
     if there:
         checkpoint.check_readable(there[-1][1], layout)
     itemsize = model_dtype(shape, cfg.precision).itemsize
-    checkpoint.check_space(folder, count_parameters(shape), itemsize, cfg.trainer)
+    checkpoint.check_room(folder, count_parameters(shape), itemsize, cfg.trainer)
 
 
 class _Run:
