@@ -21,7 +21,16 @@ from typing import Any
 
 from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open_model_folder, read_manifest
 from minitron_megatron.checkpoints.weights import check_weights
-from minitron_megatron.config import COMMANDS, CompressConfig, RoundConfig, check, flat, options
+from minitron_megatron.config import (
+    COMMANDS,
+    CompressConfig,
+    RoundConfig,
+    check,
+    flat,
+    number_of_steps,
+    options,
+    tokens_per_step,
+)
 from minitron_megatron.console import console, print_table
 from minitron_megatron.data.datasets import data_digest, open_data
 from minitron_megatron.errors import UserError
@@ -34,7 +43,6 @@ from minitron_megatron.parallel.layout import Layout, pick_device, world_size_fr
 from minitron_megatron.prune.select import target_shape
 from minitron_megatron.stages import Stages, program_of, start_words, write_json
 from minitron_megatron.train.distill import check_pair
-from minitron_megatron.train.run import number_of_steps
 
 # Each stage's command and its folder, in order.
 FOLDERS = {"importance": "scores", "prune": "pruned", "distill": "distilled", "evaluate": "evaluation"}
@@ -77,7 +85,7 @@ class Round:
     def tokens(self) -> int:
         """Tokens of its distillation."""
         cfg = self.stages["distill"].config
-        return number_of_steps(cfg) * cfg.trainer.global_batch_size * cfg.data.sequence_length
+        return number_of_steps(cfg) * tokens_per_step(cfg)
 
     @property
     def share(self) -> float:

@@ -5,6 +5,7 @@ The one source for options: `--help`, checks and defaults come from here, preset
 
 import copy
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
@@ -531,6 +532,21 @@ class CacheTeacherConfig(CommandConfig):
     trainer: CacheRunConfig = group(CacheRunConfig)
     distill: CacheOptions = group(CacheOptions)
     chunk_samples: int = option(64, "samples of a file: what a killed run does again at most, and what a process holds")
+
+
+def number_of_steps(cfg: TrainingConfig | CacheTeacherConfig) -> int:
+    """Optimizer steps of a run, or of the one that a cache is for. Raises UserError unless one of steps and tokens is given."""
+    trainer = cfg.trainer
+    if (trainer.steps is None) == (trainer.tokens is None):
+        raise UserError("give either trainer.steps= or trainer.tokens=")
+    if trainer.steps is not None:
+        return trainer.steps
+    return math.ceil(trainer.tokens / tokens_per_step(cfg))
+
+
+def tokens_per_step(cfg: TrainingConfig | CacheTeacherConfig) -> int:
+    """Tokens of an optimizer step."""
+    return cfg.trainer.global_batch_size * cfg.data.sequence_length
 
 
 @dataclass

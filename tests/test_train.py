@@ -28,6 +28,7 @@ from minitron_megatron.config import (
     OptimConfig,
     ParallelConfig,
     TrainerConfig,
+    number_of_steps,
 )
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.perplexity import evaluate
@@ -37,7 +38,7 @@ from minitron_megatron.train import checkpoint
 from minitron_megatron.train.distill import check_pair, distill
 from minitron_megatron.train.loop import Trainer
 from minitron_megatron.train.metrics import OF_THE_MACHINE, Metrics
-from minitron_megatron.train.run import check_run_folder, number_of_steps
+from minitron_megatron.train.run import check_run_folder
 from tests.pool import WorkerError
 from tests.test_models import names
 from tests.tiny import data_folder, data_option, hf_model, imported, model_option

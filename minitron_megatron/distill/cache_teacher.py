@@ -7,7 +7,6 @@ A killed run is continued by the same command, in any layout: whole chunks stay,
 """
 
 import logging
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -27,7 +26,7 @@ from minitron_megatron.checkpoints.folder import (
     partial_folder,
 )
 from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest
-from minitron_megatron.config import CacheTeacherConfig
+from minitron_megatron.config import CacheTeacherConfig, number_of_steps
 from minitron_megatron.console import print_table, progress
 from minitron_megatron.data.datasets import (
     Data,
@@ -124,9 +123,6 @@ def check_teacher(cfg: CacheTeacherConfig, folder: ModelFolder, layout: Layout) 
 def contents_of(cfg: CacheTeacherConfig, folder: ModelFolder, data: Data, windows: Windows | None) -> Contents:
     """What the cache is going to hold. Raises UserError unless just one of steps and tokens is given."""
     trainer, length = cfg.trainer, cfg.data.sequence_length
-    if (trainer.steps is None) == (trainer.tokens is None):
-        raise UserError("give either trainer.steps= or trainer.tokens=, as to the distillation")
-    steps = trainer.steps or math.ceil(trainer.tokens / (trainer.global_batch_size * length))
     return Contents(
         model=folder.digest,
         data=data.digest,
@@ -136,7 +132,7 @@ def contents_of(cfg: CacheTeacherConfig, folder: ModelFolder, data: Data, window
         vocab_size=folder.shape.vocab_size,
         temperature=cfg.distill.temperature,
         top_k=cfg.distill.top_k,
-        train=steps * trainer.global_batch_size,
+        train=number_of_steps(cfg) * trainer.global_batch_size,
         validation=min(len(windows), trainer.validation_samples) if windows is not None else 0,
         chunk_samples=cfg.chunk_samples,
     )

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
 from minitron_megatron.checkpoints.weights import load_model
-from minitron_megatron.config import DistillConfig
+from minitron_megatron.config import DistillConfig, number_of_steps
 from minitron_megatron.data.datasets import DocumentMasks, Windows, open_data
 from minitron_megatron.distill.cache import Cache, CachedTeacher
 from minitron_megatron.distill.intermediate import IntermediateLoss, chosen_pairs
@@ -17,7 +17,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.models.build import build_model_chunks, model_dtype
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.train.run import Recipe, check_model, check_training, number_of_steps, run_training
+from minitron_megatron.train.run import Recipe, check_model, check_training, run_training
 
 
 def distill(cfg: DistillConfig) -> None:

@@ -11,7 +11,6 @@ The commands (train/distill.py, train/correct_teacher.py) say in a `Recipe` whic
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -26,7 +25,14 @@ from minitron_megatron.checkpoints.folder import WEIGHTS, ModelFolder, load_yaml
 from minitron_megatron.checkpoints.hf import copy_companions, write_shape
 from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest, write_weights
-from minitron_megatron.config import ModelConfig, TeacherParallelConfig, TrainingConfig, flat
+from minitron_megatron.config import (
+    ModelConfig,
+    TeacherParallelConfig,
+    TrainingConfig,
+    flat,
+    number_of_steps,
+    tokens_per_step,
+)
 from minitron_megatron.console import print_table
 from minitron_megatron.data.datasets import Data, DocumentMasks, Windows, open_data, training_samples, verify_data
 from minitron_megatron.errors import UserError
@@ -152,21 +158,6 @@ def _models(recipe: Recipe, shapes: Shapes) -> Models:
         recipe.models[teacher].engine if teacher else "auto",
         partial(recipe.layout_of, teacher),
     )
-
-
-def number_of_steps(cfg: TrainingConfig) -> int:
-    """Optimizer steps of the run. Raises UserError unless just one of steps and tokens is given."""
-    trainer = cfg.trainer
-    if (trainer.steps is None) == (trainer.tokens is None):
-        raise UserError("give either trainer.steps= or trainer.tokens=")
-    if trainer.steps is not None:
-        return trainer.steps
-    return math.ceil(trainer.tokens / tokens_per_step(cfg))
-
-
-def tokens_per_step(cfg: TrainingConfig) -> int:
-    """Tokens of an optimizer step."""
-    return cfg.trainer.global_batch_size * cfg.data.sequence_length
 
 
 def schedule_of(cfg: TrainingConfig) -> Schedule:
