@@ -16,9 +16,10 @@ from minitron_megatron.distill.intermediate import IntermediateLoss
 from minitron_megatron.distill.losses import Divergence, TopK, cross_entropy, divergence
 from minitron_megatron.distill.routed import RoutedTeacher
 from minitron_megatron.distill.teacher import Teacher
-from minitron_megatron.models.forward import Batch
+from minitron_megatron.models.forward import Batch, labels_of
 from minitron_megatron.models.objective import Objective, Terms
 from minitron_megatron.models.vocab_parallel import vocab_parallel_argmax, vocab_parallel_entropy, vocab_parallel_nll
+from minitron_megatron.parallel import collectives
 
 
 class Distillation(Objective):
@@ -81,14 +82,16 @@ class Distillation(Objective):
         terms = {"loss": self._divergence(student, targets, self.how)}
         terms["divergence"] = terms["loss"].detach()
         if self.options.cross_entropy:
-            of_labels = cross_entropy(student, _labels(batch), vocab_size=self.vocab_size, group=_tensor_group())
+            of_labels = cross_entropy(
+                student, labels_of(batch), vocab_size=self.vocab_size, group=collectives.tensor_parallel_group()
+            )
             terms["cross_entropy"] = of_labels.detach()
             terms["loss"] = terms["loss"] + self.options.cross_entropy * of_labels
         return {**terms, **self._measured(student, targets)} if measure else terms
 
     def _measured(self, student: torch.Tensor, targets: torch.Tensor | TopK) -> Terms:
         """The teacher's entropy in nats, and whether both would say the same token; of the distributions at temperature 1."""
-        over = {"vocab_size": self.vocab_size, "group": _tensor_group()}
+        over = {"vocab_size": self.vocab_size, "group": collectives.tensor_parallel_group()}
         said = vocab_parallel_argmax(student, **over)
         if isinstance(targets, TopK):
             return {"agreement": (targets.ids[..., 0] == said).float()}
@@ -101,7 +104,9 @@ class Distillation(Objective):
         """Forward KL at temperature 1, whatever is trained with; of a cache its own loss. And the labels' NLL."""
         student, _ = output_layer(hidden_states, weight=output_weight)
         loss = self._divergence(student, self.teacher.targets(batch, "validation"), self.validated)
-        nll = vocab_parallel_nll(student, _labels(batch), vocab_size=self.vocab_size, group=_tensor_group())
+        nll = vocab_parallel_nll(
+            student, labels_of(batch), vocab_size=self.vocab_size, group=collectives.tensor_parallel_group()
+        )
         return {"loss": loss, "nll": nll}
 
     @property
@@ -133,15 +138,4 @@ class Distillation(Objective):
             self.intermediate.alpha = state["alpha"]
 
     def _divergence(self, student: torch.Tensor, targets: Any, how: Divergence) -> torch.Tensor:
-        return divergence(student, targets, how, vocab_size=self.vocab_size, group=_tensor_group())
-
-
-def _labels(batch: Batch) -> torch.Tensor:
-    """Of the micro-batch, [s, b]."""
-    return batch["labels"].t().contiguous()
-
-
-def _tensor_group() -> Any:
-    from megatron.core import parallel_state as ps
-
-    return ps.get_tensor_model_parallel_group()
+        return divergence(student, targets, how, vocab_size=self.vocab_size, group=collectives.tensor_parallel_group())

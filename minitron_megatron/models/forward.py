@@ -15,6 +15,11 @@ Batch = dict[str, torch.Tensor]
 Collect = Callable[..., Any]
 
 
+def labels_of(batch: Batch) -> torch.Tensor:
+    """A micro-batch's labels as logits are laid out: [s, b]."""
+    return batch["labels"].t().contiguous()
+
+
 def attention_mask(batch: Batch) -> torch.Tensor | None:
     """Where a token must not look, [b, 1, s, s]: at later ones and at other `documents` [b, s]; None where a batch has none.
 

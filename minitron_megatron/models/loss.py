@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from minitron_megatron.models.forward import Batch, forward_only
+from minitron_megatron.models.forward import Batch, forward_only, labels_of
 from minitron_megatron.models.vocab_parallel import vocab_parallel_nll
 from minitron_megatron.parallel import collectives
 
@@ -19,15 +19,13 @@ def summed_loss(
     before: Callable[[Batch], None] = lambda batch: None,
 ) -> tuple[float, float]:
     """(sum of the negative log likelihood in nats, tokens) over all ranks' micro-batches, the same on every rank."""
-    from megatron.core import parallel_state as ps
-
-    group = ps.get_tensor_model_parallel_group()
+    group = collectives.tensor_parallel_group()
 
     def collect(
         batch: Batch, *, hidden_states: torch.Tensor, output_layer: object, output_weight: object
     ) -> torch.Tensor:
         logits, _ = output_layer(hidden_states, weight=output_weight)
-        nll = vocab_parallel_nll(logits, batch["labels"].t().contiguous(), vocab_size=vocab_size, group=group)
+        nll = vocab_parallel_nll(logits, labels_of(batch), vocab_size=vocab_size, group=group)
         mask = batch["loss_mask"].t()
         return torch.stack(((nll * mask).sum(dtype=torch.float64), mask.sum(dtype=torch.float64)))
 

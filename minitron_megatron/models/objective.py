@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
-from minitron_megatron.models.forward import Batch
+from minitron_megatron.models.forward import Batch, labels_of
 from minitron_megatron.models.vocab_parallel import valid_columns, vocab_parallel_nll
+from minitron_megatron.parallel import collectives
 
 Terms = dict[str, torch.Tensor]
 # What every objective gives in a validation: its loss, and the negative log likelihood of the labels.
@@ -104,14 +105,18 @@ class NextToken(Objective):
     ) -> Terms:
         """Cross entropy in nats."""
         logits, _ = output_layer(hidden_states, weight=output_weight)
-        labels = batch["labels"].t().contiguous()
-        return {"loss": cross_entropy(logits, labels, vocab_size=self.vocab_size, group=_tensor_group())}
+        return {
+            "loss": cross_entropy(
+                logits, labels_of(batch), vocab_size=self.vocab_size, group=collectives.tensor_parallel_group()
+            )
+        }
 
     def validation(self, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, batch: Batch) -> Terms:
         """The loss is the negative log likelihood."""
         logits, _ = output_layer(hidden_states, weight=output_weight)
-        labels = batch["labels"].t().contiguous()
-        nll = vocab_parallel_nll(logits, labels, vocab_size=self.vocab_size, group=_tensor_group())
+        nll = vocab_parallel_nll(
+            logits, labels_of(batch), vocab_size=self.vocab_size, group=collectives.tensor_parallel_group()
+        )
         return {"loss": nll, "nll": nll}
 
 
@@ -134,9 +139,3 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, *, vocab_size: int
         padding = torch.arange(logits.shape[-1], device=logits.device) >= columns
         logits = logits.masked_fill(padding, -torch.inf)
     return vocab_parallel_cross_entropy(logits, labels, tp_group=group)
-
-
-def _tensor_group() -> Any:
-    from megatron.core import parallel_state as ps
-
-    return ps.get_tensor_model_parallel_group()

@@ -38,10 +38,15 @@ def on_last_stage() -> bool:
     return ps.get_pipeline_model_parallel_rank() == ps.get_pipeline_model_parallel_world_size() - 1
 
 
+def tensor_parallel_group() -> Any:
+    """The ranks that share each matrix, and the vocabulary."""
+    return _groups().get_tensor_model_parallel_group()
+
+
 def sum_over_tensor_parallel(tensor: torch.Tensor) -> torch.Tensor:
     """Sum in place over the ranks that share each matrix."""
     if dist.is_initialized():
-        dist.all_reduce(tensor, group=_groups().get_tensor_model_parallel_group())
+        dist.all_reduce(tensor, group=tensor_parallel_group())
     return tensor
 
 
