@@ -39,11 +39,18 @@ from minitron_megatron.data.datasets import (
     verify_data,
 )
 from minitron_megatron.distill.cache import Chunk, Contents, check_chunk, write_chunk
-from minitron_megatron.distill.losses import TopK, top_k
+from minitron_megatron.distill.losses import TopK, check_top_k, top_k
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import count_parameters
-from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype, pick_engine
+from minitron_megatron.models.build import (
+    build_model_chunks,
+    check_document_masks,
+    check_layout,
+    check_sequence,
+    model_dtype,
+    pick_engine,
+)
 from minitron_megatron.models.forward import Batch, forward_only
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
@@ -70,8 +77,7 @@ def cache_teacher(cfg: CacheTeacherConfig) -> None:
         _dry_run(folder, contents, layout)
         return
     engine = pick_engine(cfg.teacher.engine, layout, model_dtype(folder.shape, cfg.precision), device, "teacher")
-    if engine == "te" and cfg.data.reset_attention_mask:
-        raise UserError("data.reset_attention_mask needs Megatron's local layers: use teacher.engine=local")
+    check_document_masks(cfg.data.reset_attention_mask, engine, "teacher")
     with parallel_job(layout, seed=cfg.seed, device=cfg.device):
         if cfg.verify:
             verify_digest(folder)
@@ -116,8 +122,7 @@ def check_teacher(cfg: CacheTeacherConfig, folder: ModelFolder, layout: Layout) 
             f"parallel.context={layout.context}: a forward pass needs no context parallelism; use parallel.tensor with "
             "parallel.sequence=true for long sequences"
         )
-    if cfg.distill.top_k > folder.shape.vocab_size:
-        raise UserError(f"distill.top_k={cfg.distill.top_k} is above the vocabulary of {folder.shape.vocab_size}")
+    check_top_k(cfg.distill.top_k, folder.shape.vocab_size)
 
 
 def contents_of(cfg: CacheTeacherConfig, folder: ModelFolder, data: Data, windows: Windows | None) -> Contents:

@@ -29,6 +29,12 @@ Total = Callable[[torch.Tensor], torch.Tensor]
 LossAndGradient = tuple[torch.Tensor, torch.Tensor]
 
 
+def check_top_k(k: int, vocab_size: int) -> None:
+    """Raise UserError where a vocabulary has fewer tokens than are asked for."""
+    if k > vocab_size:
+        raise UserError(f"distill.top_k={k} is above the vocabulary of {vocab_size}")
+
+
 @dataclass(frozen=True)
 class Divergence:
     """Which distance between teacher and student, with its settings; the words are those of `DistillOptions`."""
@@ -42,8 +48,8 @@ class Divergence:
     @classmethod
     def from_options(cls, options: DistillOptions, vocab_size: int) -> "Divergence":
         """What the command line asks for, of models of this vocabulary. Raises UserError."""
-        if options.loss == "topk_kl" and options.top_k > vocab_size:
-            raise UserError(f"distill.top_k={options.top_k} is above the vocabulary of {vocab_size}")
+        if options.loss == "topk_kl":
+            check_top_k(options.top_k, vocab_size)
         return cls(options.loss, options.temperature, options.jsd_beta, options.top_k, options.top_k_rest)
 
 

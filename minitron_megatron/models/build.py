@@ -177,6 +177,12 @@ def _fusions(te: bool, traits: Traits) -> dict[str, bool]:
     }
 
 
+def check_document_masks(reset_attention_mask: bool, engine: str, name: str) -> None:
+    """Raise UserError where a model's engine (te or local) cannot keep the documents of a sample apart."""
+    if reset_attention_mask and engine == "te":
+        raise UserError(f"data.reset_attention_mask needs Megatron's local layers: use {name}.engine=local")
+
+
 def transformer_config(
     shape: ModelShape, layout: Layout, dtype: torch.dtype, engine: str, training: Mapping[str, Any] | None = None
 ) -> Any:

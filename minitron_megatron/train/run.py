@@ -38,7 +38,14 @@ from minitron_megatron.data.datasets import Data, DocumentMasks, Windows, open_d
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import count_parameters, flops_per_token
-from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype, pick_engine
+from minitron_megatron.models.build import (
+    build_model_chunks,
+    check_document_masks,
+    check_layout,
+    check_sequence,
+    model_dtype,
+    pick_engine,
+)
 from minitron_megatron.models.objective import Objective
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
@@ -115,8 +122,7 @@ def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
     for name, model in recipe.models.items():
         own = recipe.layout_of(name, layout)
         engine = pick_engine(model.engine, own, model_dtype(shapes[name], cfg.precision), device, name)
-        if engine == "te" and cfg.data.reset_attention_mask:
-            raise UserError(f"data.reset_attention_mask needs Megatron's local layers: use {name}.engine=local")
+        check_document_masks(cfg.data.reset_attention_mask, engine, name)
     with parallel_job(layout, seed=cfg.seed, device=cfg.device) as job:
         check_optimizer(job.device)
         if cfg.verify:
