@@ -133,10 +133,8 @@ class Pool:
     def _stack(self, rank: int) -> str:
         """Where a worker is now, from faulthandler."""
         os.kill(self._workers[rank][0].pid, signal.SIGUSR1)
-        file, deadline = Path(self._stack_file(rank)), time.monotonic() + 10
-        while not (text := file.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        return text
+        time.sleep(0.5)
+        return Path(self._stack_file(rank)).read_text()
 
     def _end(self, ranks: list[int], patience: float = 0.0) -> None:
         """End workers with their children (Megatron's checkpoint writers); an idle one goes by itself, given time."""
@@ -180,7 +178,6 @@ def _work(rank: int, pipe: Connection, stack_file: str) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     with open(stack_file, "w") as stacks:
-        faulthandler.register(signal.SIGUSR1, file=stacks)
         import megatron.core.optimizer  # noqa: F401
 
         from minitron_megatron.parallel.cpu import adapter
@@ -194,6 +191,9 @@ def _work(rank: int, pipe: Connection, stack_file: str) -> None:
                     task = pipe.recv_bytes()
                 except EOFError:
                     return
+                # Anew for each: commands that train take the signal for themselves, and put back what Python knows of.
+                faulthandler.unregister(signal.SIGUSR1)
+                faulthandler.register(signal.SIGUSR1, file=stacks)
                 pipe.send_bytes(_answer(rank, task))
 
 
