@@ -182,7 +182,7 @@ def test_a_cache_holds_what_the_teacher_says(sources, made):
 LAYOUTS = [
     (2, {"tensor": 2, "sequence": True}),
     (2, {"pipeline": 2, "virtual_pipeline": 2}),
-    (4, {"pipeline": 2}),
+    pytest.param(4, {"pipeline": 2}, marks=pytest.mark.slow),
 ]
 
 
@@ -274,7 +274,9 @@ TOP_20 = {"loss": "topk_kl", "top_k": 20, "temperature": 1.5}
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout"), [(2, {"tensor": 2, "sequence": True}), (4, {"pipeline": 2})], ids=lambda value: str(value)
+    ("ranks", "layout"),
+    [(2, {"tensor": 2, "sequence": True}), pytest.param(4, {"pipeline": 2}, marks=pytest.mark.slow)],
+    ids=lambda value: str(value),
 )
 def test_a_cached_teacher_is_as_good_as_the_same_top_k_online(gloo, sources, made, tmp_path, ranks, layout):
     """To what float16 keeps, over five steps and in a validation, in layouts that the cache knows nothing of."""

@@ -151,6 +151,7 @@ def test_targets_lead_from_one_published_shape_to_the_next():
         assert before | yaml.safe_load((CONF / "target" / f"{target}.yaml").read_text()) == after
 
 
+@pytest.mark.slow
 def test_a_job_of_published_size_can_be_rehearsed_without_weights(tmp_path):
     words = ("experiment=llama3_1_minitron_4b_width", "dry_run=true", "parallel.world_size=256")
     done = run("distill", *words, cwd=tmp_path)
@@ -202,6 +203,7 @@ def losses(run_folder: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+@pytest.mark.slow
 def test_the_whole_road_under_torchrun(folders, tmp_path):
     """Every stage in two processes, each in another layout; the last one is read by transformers."""
     teacher, data = folders
@@ -229,9 +231,8 @@ def test_the_whole_road_under_torchrun(folders, tmp_path):
     assert again.returncode == 0 and "complete already" in again.stdout
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL], ids=["SIGTERM", "SIGKILL"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
 def test_a_stopped_run_continues_to_the_same_losses(folders, tmp_path, number):
     """A signal after the first checkpoint; the same command then ends with the losses of an undisturbed run, bit for bit."""
     teacher, data = folders

@@ -69,6 +69,7 @@ def whole(folders, tmp_path_factory):
     return root, done.stdout
 
 
+@pytest.mark.slow
 def test_a_stage_runs_once_and_what_its_command_refuses_is_passed_on(folders, tmp_path, capfd):
     def cut(drop_layers):
         stages = Stages(tmp_path / "stages.json")

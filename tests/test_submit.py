@@ -92,6 +92,7 @@ def test_a_container_sees_every_folder_where_it_is(started, tmp_path):
     assert "bash" not in before
 
 
+@pytest.mark.slow
 def test_a_rendered_script_gives_the_command_the_words_that_were_typed(started, tmp_path):
     typed = [
         *SIZES,
