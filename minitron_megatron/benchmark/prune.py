@@ -6,6 +6,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def pruning_over_copying(cfg: BenchmarkConfig, layout: Layout) -> dict[str, floa
 
     def cut() -> None:
         reader = WeightReader(folder.weights)
-        write_weights(scratch, target, lambda chunk: cut_chunk(reader, folder.shape, kept, chunk), "prune")
+        write_weights(scratch, target, partial(cut_chunk, reader, folder.shape, kept), "prune")
 
     from megatron.core import dist_checkpointing  # noqa: F401 (one of the libraries: writing imports it)
 

@@ -10,6 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +139,15 @@ def part_positions(slot: Slot, shape: ModelShape, part: str) -> np.ndarray:
     return positions[: shape.vocab_size] if "vocab" in slot.row.axes else positions
 
 
-def chunk_from_hf(source: HfFolder, chunk: Chunk) -> torch.Tensor:
-    """A checkpoint chunk out of Hugging Face tensors: parts interleaved, vocabulary padded with zeros."""
-    out = torch.zeros(chunk.shape, dtype=getattr(torch, source.shape.dtype))
+def fill_from_hf(source: HfFolder, chunk: Chunk, out: torch.Tensor) -> None:
+    """Fill a checkpoint chunk from Hugging Face tensors: parts interleaved, vocabulary padded with zeros."""
+    if "vocab" in chunk.slot.row.axes:
+        out[max(0, source.shape.vocab_size - chunk.start) :] = 0
     for part, name in chunk.slot.hf_names().items():
         positions = part_positions(chunk.slot, source.shape, part)
         first, last = np.searchsorted(positions, (chunk.start, chunk.stop))
         if first < last:
             out[torch.from_numpy(positions[first:last] - chunk.start)] = source.read(name, int(first), int(last))
-    return out
 
 
 def import_hf(cfg: ImportHfConfig) -> None:
@@ -164,7 +165,7 @@ def import_hf(cfg: ImportHfConfig) -> None:
             if out.done:
                 return
             began = time.monotonic()
-            out.digest = write_weights(out.path / WEIGHTS, shape, lambda chunk: chunk_from_hf(source, chunk), "import")
+            out.digest = write_weights(out.path / WEIGHTS, shape, partial(fill_from_hf, source), "import")
             if collectives.is_rank_zero():
                 write_shape(out.path, shape)
                 _copy(source.path, out.path / HF_FILES, _CONFIG_FILES)

@@ -5,6 +5,7 @@ Each chunk has a generator of its own, seeded by its name and place: the same bi
 
 import hashlib
 import time
+from functools import partial
 
 import torch
 
@@ -22,15 +23,13 @@ from minitron_megatron.parallel.layout import tool_job
 STANDARD_DEVIATION = 0.02
 
 
-def random_chunk(shape: ModelShape, chunk: Chunk, seed: int) -> torch.Tensor:
+def fill_at_random(shape: ModelShape, seed: int, chunk: Chunk, out: torch.Tensor) -> None:
     """Normal values with σ = 0.02 around the row's mean (gains near 1, the rest near 0); padded vocabulary rows zero."""
     name = f"{seed}:{chunk.slot.row.name}:{chunk.offsets}"
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1)
-    out = torch.empty(chunk.shape, dtype=getattr(torch, shape.dtype))
     out.normal_(chunk.slot.row.mean, STANDARD_DEVIATION, generator=generator)
     if "vocab" in chunk.slot.row.axes and chunk.stop > shape.vocab_size:
         out[max(0, shape.vocab_size - chunk.start) :] = 0
-    return out
 
 
 def make_random_model(cfg: RandomModelConfig) -> None:
@@ -47,9 +46,8 @@ def make_random_model(cfg: RandomModelConfig) -> None:
             if out.done:
                 return
             began = time.monotonic()
-            out.digest = write_weights(
-                out.path / WEIGHTS, shape, lambda chunk: random_chunk(shape, chunk, cfg.seed), "random weights"
-            )
+            fill = partial(fill_at_random, shape, cfg.seed)
+            out.digest = write_weights(out.path / WEIGHTS, shape, fill, "random weights")
             if collectives.is_rank_zero():
                 write_shape(out.path, shape)
             out.results = {"parameters": count_parameters(shape), "seconds": round(time.monotonic() - began, 2)}

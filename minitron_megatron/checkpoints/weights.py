@@ -6,11 +6,10 @@ Layers are stacked under one key with shape [layers, …]; a file chunk is a blo
     key decoder.layers.mlp.linear_fc1.weight  [L, 2*ffn, hidden]      rank 0: every other chunk   (__0_0.distcp)
                                                                       rank 1: the others          (__1_0.distcp)
 
-`write_weights` takes a function that makes each chunk when it is written, `load_model` fills a live sharded model, and
+`write_weights` takes a function that fills each chunk when it is written, `load_model` fills a live sharded model, and
 checkpoints/reading.py reads any region of a key. The folder is plain `torch_dist`: megatron.core.dist_checkpointing loads it.
 """
 
-import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from blake3 import blake3
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
@@ -47,7 +48,7 @@ from minitron_megatron.models.axes import Slot, distinct_slots, slots
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 
-# Largest chunk. Writing one takes about twice as much: the chunk, and torch's copy on the way to the file.
+# Largest chunk, and all the memory that writing takes.
 BLOCK_BYTES = 64 * 2**20
 _COMMON_STATE = "common_state/shard_0_1"
 
@@ -77,7 +78,7 @@ class Chunk:
         return (*(1 for _ in self.lead), *self.shape)
 
 
-Producer = Callable[[Chunk], torch.Tensor]
+Filler = Callable[[Chunk, torch.Tensor], None]
 
 
 def chunks(shape: ModelShape) -> Iterator[Chunk]:
@@ -102,13 +103,14 @@ def total_bytes(shape: ModelShape) -> int:
     return numbers * getattr(torch, shape.dtype).itemsize
 
 
-def write_weights(folder: Path, shape: ModelShape, produce: Producer, description: str) -> str:
-    """Write a model's weights, every rank its share of the chunks; `produce` is called for one chunk at a time.
+def write_weights(folder: Path, shape: ModelShape, fill: Filler, description: str) -> str:
+    """Write a model's weights, every rank its share of the chunks; `fill` is called for one chunk at a time.
 
     Args:
         folder: the (empty) weights folder.
         shape: the model; its dtype is the dtype on disk.
-        produce: gives a chunk's tensor, of the chunk's shape; padded vocabulary rows must be zero.
+        fill: writes a chunk's values into the tensor that it is given, of the chunk's shape and the dtype on disk, in memory
+            that held another chunk before; padded vocabulary rows must become zero.
         description: what the progress bar is called.
 
     Returns:
@@ -119,7 +121,7 @@ def write_weights(folder: Path, shape: ModelShape, produce: Producer, descriptio
     check_space(folder, need, str(folder))
     alone = collectives.world_size() == 1
     with progress(description, need // collectives.world_size(), unit="B") as advance:
-        planner = _StreamPlanner(shape, produce, advance)
+        planner = _StreamPlanner(shape, fill, advance)
         # Nothing ahead of what is being written: one chunk at a time, also where there is a GPU.
         writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
         try:
@@ -156,22 +158,27 @@ def _write_backend_file(folder: Path) -> None:
 def _content_digest(shape: ModelShape, digests: dict[tuple[str, tuple[int, ...]], str]) -> str:
     gathered = collectives.all_gather_objects(digests)
     everything = {key: digest for part in gathered for key, digest in part.items()}
-    whole = hashlib.sha256(repr(sorted(shape.to_dict().items())).encode())
+    whole = blake3(repr(sorted(shape.to_dict().items())).encode())
     for key in sorted(everything):
         whole.update(repr((key, everything[key])).encode())
-    return "sha256:" + whole.hexdigest()
+    return "blake3:" + whole.hexdigest()
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of a CPU tensor's bytes."""
-    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+    """BLAKE3 of a CPU tensor's bytes: as strong as SHA-256 at four times its speed."""
+    return blake3(tensor.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
 
 
 class _StreamPlanner(SavePlanner):
-    """Plans this rank's share of the chunks and makes each when the writer asks for it."""
+    """Plans this rank's share of the chunks and fills each when the writer asks for it, all in the same memory.
 
-    def __init__(self, shape: ModelShape, produce: Producer, on_chunk: Callable[[int], None]) -> None:
-        self.shape, self.produce, self.on_chunk = shape, produce, on_chunk
+    New memory for each chunk would cost a third of a cut: the kernel clears every page of it before its first use. torch's
+    writer asks for one chunk at a time, but keeps the last one of every key until its file ends.
+    """
+
+    def __init__(self, shape: ModelShape, fill: Filler, on_chunk: Callable[[int], None]) -> None:
+        self.shape, self.fill, self.on_chunk = shape, fill, on_chunk
+        self.memory = np.empty(0, np.uint8)
         self.dtype = getattr(torch, shape.dtype)
         self.chunks: dict[MetadataIndex, Chunk] = {}
         self.digests: dict[tuple[str, tuple[int, ...]], str] = {}
@@ -181,6 +188,8 @@ class _StreamPlanner(SavePlanner):
 
     def create_local_plan(self) -> SavePlan:
         mine = [c for i, c in enumerate(chunks(self.shape)) if i % collectives.world_size() == collectives.rank()]
+        largest = max((torch.Size(chunk.shape).numel() for chunk in mine), default=0)
+        self.memory = np.empty(largest * self.dtype.itemsize, np.uint8)
         items = []
         for chunk in mine:
             index = MetadataIndex(chunk.key, torch.Size(chunk.offsets))
@@ -208,9 +217,10 @@ class _StreamPlanner(SavePlanner):
             torch.save([{}], state)
             return state
         chunk = self.chunks[MetadataIndex(write_item.index.fqn, write_item.index.offset)]
-        tensor = self.produce(chunk).to(self.dtype).contiguous()
-        if tuple(tensor.shape) != chunk.shape:
-            raise ValueError(f"{write_item.index}: made {tuple(tensor.shape)}, expected {chunk.shape}")
+        tensor = torch.frombuffer(self.memory, dtype=self.dtype, count=torch.Size(chunk.shape).numel()).view(
+            chunk.shape
+        )
+        self.fill(chunk, tensor)
         self.digests[(chunk.key, chunk.offsets)] = tensor_digest(tensor)
         self.on_chunk(tensor.numel() * tensor.itemsize)
         return tensor.view(chunk.sizes)

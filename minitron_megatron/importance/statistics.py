@@ -8,7 +8,7 @@ sequence and one for the batch; best was mean, then L2. Memory is O(channels), w
 Both kinds of sums are additive: over ranks that share a sequence, over data-parallel ranks, and over runs on parts of the data.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +57,10 @@ def _buffer(like: torch.Tensor, how: str, width: int) -> torch.Tensor:
 def _power_sum(a: torch.Tensor, power: int) -> torch.Tensor:
     """Σ a, Σ |a| or Σ a² (power 0, 1, 2) over the sequence: float32 [b, c]; one read of the activations, no copy of all."""
     total = torch.zeros(a.shape[1:], dtype=torch.float32)
-    for (block,) in _blocks(a):
-        total += (block if power == 0 else block.abs() if power == 1 else block.square()).sum(0)
+    for block, memory in _blocks(a):
+        if power:
+            block = (torch.abs if power == 1 else torch.square)(block, out=memory)
+        total += block.sum(0)
     return total
 
 
@@ -67,17 +69,19 @@ def cosine_sums(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     if before.is_cuda:
         return _kernels().cosines(before, after).sum(0)
     total = torch.zeros(before.shape[1], dtype=torch.float32)
-    for x, y in _blocks(before, after):
+    for (x, _), (y, _) in zip(_blocks(before), _blocks(after), strict=True):
         lengths = x.norm(dim=-1).clamp_min(1e-8) * y.norm(dim=-1).clamp_min(1e-8)
         total += (torch.linalg.vecdot(x, y) / lengths).sum(0)
     return total
 
 
-def _blocks(*tensors: torch.Tensor) -> Iterator[Sequence[torch.Tensor]]:
-    """Runs of tokens of [s, …] tensors, in float32, small enough for a cache."""
-    rows = max(1, _BLOCK // max(1, tensors[0][0].numel()))
-    for parts in zip(*(t.split(rows) for t in tensors), strict=True):
-        yield [part.float() for part in parts]
+def _blocks(a: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Runs of tokens of a [s, …], in float32, with memory of their size for what is made of them: small enough for a cache."""
+    rows = max(1, _BLOCK // max(1, a[0].numel()))
+    memory = torch.empty(min(rows, len(a)), *a.shape[1:], dtype=torch.float32)
+    for part in a.split(rows):
+        space = memory[: len(part)]
+        yield part if part.dtype is torch.float32 else space.copy_(part), space
 
 
 def finish_sequence(sums: torch.Tensor, tokens: int, how: str) -> torch.Tensor:

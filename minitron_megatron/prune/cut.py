@@ -38,8 +38,8 @@ def combine(read: Rows, selection: Selection, like: torch.Tensor) -> torch.Tenso
     return out.to(like.dtype)
 
 
-def cut_chunk(reader: WeightReader, source: ModelShape, kept: Kept, chunk: Chunk) -> torch.Tensor:
-    """One chunk of the pruned model, cut out of the source's tensor of the same name."""
+def cut_chunk(reader: WeightReader, source: ModelShape, kept: Kept, chunk: Chunk, out: torch.Tensor) -> None:
+    """Fill one chunk of the pruned model, cut out of the source's tensor of the same name."""
     slot = chunk.slot
     layer = None if slot.layer is None else int(kept.layers[slot.layer])
     origin = Slot(slot.row, layer)
@@ -47,27 +47,35 @@ def cut_chunk(reader: WeightReader, source: ModelShape, kept: Kept, chunk: Chunk
     chosen = [None if c is None else c.sources[0] for c in columns]
 
     def read(sources: np.ndarray) -> torch.Tensor:
-        return _read_rows(reader, origin, source, sources, chosen)
+        ordered, back = np.unique(sources, return_inverse=True)
+        values = torch.empty((len(ordered), *chunk.shape[1:]), dtype=out.dtype)
+        _fill_rows(reader, origin, source, ordered, chosen, as_bits(values))
+        return values[torch.from_numpy(back)]
 
-    if rows is None:
-        return read(np.arange(chunk.start, chunk.stop))
-    like = torch.empty((0, *chunk.shape[1:]), dtype=getattr(torch, source.dtype))
-    return combine(read, rows.part(np.arange(chunk.start, chunk.stop)), like)
+    wanted = np.arange(chunk.start, chunk.stop)
+    selection = None if rows is None else rows.part(wanted)
+    if selection is None or (selection.plain and (np.diff(selection.sources[0]) > 0).all()):
+        _fill_rows(reader, origin, source, wanted if selection is None else selection.sources[0], chosen, as_bits(out))
+    else:
+        out.copy_(combine(read, selection, out[:0]))
 
 
-def _read_rows(
-    reader: WeightReader, slot: Slot, shape: ModelShape, rows: np.ndarray, columns: list[np.ndarray | None]
-) -> torch.Tensor:
-    """Any rows of a slot's tensor, in any order, with columns already cut, a span in a core's cache at a time."""
-    ordered, back = np.unique(rows, return_inverse=True)
-    sizes = [n if c is None else len(c) for n, c in zip(slot.shape(shape)[1:], columns, strict=True)]
-    out = torch.empty((len(ordered), *sizes), dtype=getattr(torch, shape.dtype))
-    bits = as_bits(out)
-    for first, stop, block in reader.spans(slot, shape, ordered):
-        for dim, chosen in enumerate(columns, start=1):
-            if chosen is not None:
-                # Clipping skips NumPy's check of every index, and with it a copy: the plan's are in range.
-                block = np.take(block, chosen, axis=dim, mode="clip")
-        bits[first:stop] = block
-    in_order = len(back) == len(ordered) and bool((np.diff(back) == 1).all())
-    return out if in_order else out[torch.from_numpy(back)]
+def _fill_rows(
+    reader: WeightReader,
+    slot: Slot,
+    shape: ModelShape,
+    rows: np.ndarray,
+    columns: list[np.ndarray | None],
+    out: np.ndarray,
+) -> None:
+    """Fill `out` with ascending rows of a slot's tensor, columns cut on the way, a span in a core's cache at a time."""
+    cut = [(dim, chosen) for dim, chosen in enumerate(columns, start=1) if chosen is not None]
+    for first, stop, block in reader.spans(slot, shape, rows):
+        for dim, chosen in cut[:-1]:
+            block = np.take(block, chosen, axis=dim, mode="clip")
+        if cut:
+            # Clipping skips NumPy's check of every index, and with it a copy: the plan's are in range.
+            dim, chosen = cut[-1]
+            np.take(block, chosen, axis=dim, out=out[first:stop], mode="clip")
+        else:
+            out[first:stop] = block

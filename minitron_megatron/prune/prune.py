@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +281,7 @@ def _write(cfg: PruneConfig, goal: Goal, kept: Kept, losses: dict[str, float]) -
 def write_model(weights: Path, folder: ModelFolder, target: ModelShape, kept: Kept) -> str:
     """Write the pruned weights, every rank its share of the chunks; gives their digest."""
     reader = WeightReader(folder.weights)
-    return write_weights(weights, target, lambda chunk: cut_chunk(reader, folder.shape, kept, chunk), "prune")
+    return write_weights(weights, target, partial(cut_chunk, reader, folder.shape, kept), "prune")
 
 
 def _write_companions(folder: ModelFolder, target: Path, kept: Kept) -> None:

@@ -24,7 +24,7 @@ import yaml
 from minitron_megatron.checkpoints.folder import WEIGHTS, ModelFolder, load_yaml, open_model_folder, output_folder
 from minitron_megatron.checkpoints.hf import copy_companions, write_shape
 from minitron_megatron.checkpoints.reading import WeightReader
-from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest, write_weights
+from minitron_megatron.checkpoints.weights import Chunk, check_weights, load_model, verify_digest, write_weights
 from minitron_megatron.config import (
     ModelConfig,
     TeacherParallelConfig,
@@ -408,7 +408,7 @@ def publish(weights: Path, shape: ModelShape, saved: Path) -> str:
     """Stream the model's weights out of a training checkpoint into a model folder's; gives their digest."""
     reader = WeightReader(saved)
 
-    def produce(chunk: Any) -> torch.Tensor:
-        return reader.read_slot(chunk.slot, shape, chunk.start, chunk.stop)
+    def fill(chunk: Chunk, out: torch.Tensor) -> None:
+        out.copy_(reader.read_slot(chunk.slot, shape, chunk.start, chunk.stop))
 
-    return write_weights(weights, shape, produce, "publish")
+    return write_weights(weights, shape, fill, "publish")
