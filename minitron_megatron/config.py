@@ -42,7 +42,9 @@ class ParallelConfig:
     )
     account_for_loss: bool = option(False, "the output head and loss count as a layer, likewise")
     pipeline_layout: str | None = option(
-        None, "layers of each stage, in Megatron's notation, as 'Et*3|t*5L': E embedding, t layer, L loss"
+        None,
+        "layers of each stage, in Megatron's notation, as 'Et*3|t*5L': E embedding, t layer, L loss; for a teacher of another "
+        "depth one more, separated by ;",
     )
     sequence: bool = option(False, "sequence parallelism: tokens of norms are split over the tensor-parallel group")
     context: int = option(1, "context-parallel size: parts of each sequence; above 1 needs model.engine=te and bf16")
@@ -148,6 +150,13 @@ class TrainerConfig:
         "optimizer state: fully_reshardable continues in any layout; dp_reshardable copies nothing to the CPU, for frequent "
         "saves, and continues in the same tensor and pipeline sizes only",
         ("fully_reshardable", "dp_reshardable"),
+    )
+    async_save: bool = option(
+        False, "train on while a checkpoint is written, from a copy of this rank's state in CPU memory"
+    )
+    parallel_save: bool = option(True, "data-parallel ranks share out the writing of what all of them have")
+    parallel_load: bool = option(
+        False, "data-parallel ranks read a share each and exchange it, rather than each of them everything"
     )
     time_limit_minutes: float | None = option(
         None, "save and end with exit status 75 once so many minutes have passed since the start of the command"

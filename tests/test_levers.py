@@ -85,7 +85,9 @@ def test_layers_are_shared_out_as_asked():
     assert stages(6, 4, **embedding, **loss) == [1, 2, 2, 1]
     assert stages(7, 4, **loss) == [2, 2, 2, 1] and stages(7, 4, **embedding) == [1, 2, 2, 2]
     assert stages(8, 2, pipeline_layout="Et*3|t*5L") == [3, 5]
-    for wrong in ("Et*3|t*4L", "Et*8L", "t*3|t*5L", "EtL|t*7", "nonsense"):
+    both = "Et*3|t*5L; Et|t*3L"
+    assert stages(8, 2, pipeline_layout=both) == [3, 5] and stages(4, 2, pipeline_layout=both) == [1, 3]
+    for wrong in ("Et*3|t*4L", "Et*3|t*4L;Et|t*3L", "Et*8L", "t*3|t*5L", "EtL|t*7", "nonsense"):
         with pytest.raises(UserError, match="does not lay out 8 layers over 2 stages"):
             stages(8, 2, pipeline_layout=wrong)
 

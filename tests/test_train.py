@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,6 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
 from minitron_megatron.checkpoints.reading import WeightReader
@@ -109,22 +113,75 @@ def signalled(cfg: DistillConfig, number: int, step: int) -> int | None:
 
 def killed_while_saving(cfg: DistillConfig, step: int) -> str:
     """The same, but the checkpoint of a step is left half-written."""
-    save = checkpoint.save
+    save = checkpoint.Saver.save
 
-    def saving(folder, chunks, optimizer, at, **rest):
+    def saving(self, chunks, optimizer, at, **rest):
         if at == step:
-            (folder / f".step_{at:08d}.partial").mkdir(exist_ok=True)
+            (self.folder / f".step_{at:08d}.partial").mkdir(exist_ok=True)
             raise RuntimeError("killed")
-        save(folder, chunks, optimizer, at, **rest)
+        save(self, chunks, optimizer, at, **rest)
 
-    checkpoint.save = saving
+    checkpoint.Saver.save = saving
     try:
         distill(cfg)
     except RuntimeError as error:
         return str(error)
     finally:
-        checkpoint.save = save
+        checkpoint.Saver.save = save
     return "not killed"
+
+
+def written_slowly(cfg: DistillConfig) -> dict[int, int]:
+    """Run the command, with writers that take two seconds longer; by step of a checkpoint: steps done when it was whole."""
+    write, complete = FileSystemWriterAsync.write_preloaded_data_multithread, checkpoint.Saver._complete
+    train_step, done, whole = Trainer.train_step, [0], {}
+
+    def writing(*rest):
+        time.sleep(2)
+        return write(*rest)
+
+    def completing(self, partial, name, step, best):
+        complete(self, partial, name, step, best)
+        whole[step] = done[0]
+
+    def stepping(self, at, *rest):
+        done[0] = at + 1
+        return train_step(self, at, *rest)
+
+    FileSystemWriterAsync.write_preloaded_data_multithread = staticmethod(writing)
+    checkpoint.Saver._complete, Trainer.train_step = completing, stepping
+    try:
+        distill(cfg)
+    finally:
+        FileSystemWriterAsync.write_preloaded_data_multithread = staticmethod(write)
+        checkpoint.Saver._complete, Trainer.train_step = complete, train_step
+    return whole
+
+
+def with_small_files(cfg: DistillConfig) -> str:
+    """The command on this rank, where no file may grow to its checkpoints' size; what it says."""
+    begin, before = checkpoint.Saver._begin, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def beginning(self, name):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+        return begin(self, name)
+
+    checkpoint.Saver._begin = beginning
+    try:
+        distill(cfg)
+    except UserError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        checkpoint.Saver._begin = begin
+    return "nothing"
+
+
+def contents(checkpoint_folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint."""
+    reader = WeightReader(checkpoint_folder)
+    stored = {k: v for k, v in reader.metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+    return {key: reader.read(key, [0] * len(value.size), value.size) for key, value in stored.items()}
 
 
 def lines(run: Path) -> list[dict]:
@@ -188,6 +245,73 @@ def test_a_run_goes_on_from_each_of_its_steps(gloo, sources, tmp_path, ranks, la
     whole, *continued = gloo(ranks, saved_at_every_step, cfg, timeout=240)[0]
     assert [line["step"] for line in whole] == list(range(1, 9)) and 0 < whole[-1]["skipped"] < 6
     assert continued == [whole[k:] for k in range(1, 8)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "how"),
+    [
+        (1, {}, "fully_reshardable"),
+        pytest.param(2, {}, "dp_reshardable", marks=pytest.mark.slow),
+        pytest.param(2, {"pipeline": 2}, "fully_reshardable", marks=pytest.mark.slow),
+    ],
+    ids=names,
+)
+def test_a_checkpoint_written_beside_later_steps_has_none_of_them(gloo, sources, tmp_path, ranks, layout, how):
+    """The same figures and, bit for bit, the same checkpoints as where training waits for each of them."""
+    trainer = {"keep_last": 3, "checkpoint_format": how, "validation_samples": 0}
+    waiting, beside = (options(sources, tmp_path / str(on), layout, **trainer, async_save=on) for on in (False, True))
+    assert gloo(ranks, written_slowly, waiting)[0] == {2: 2, 4: 4, 6: 6}
+    whole = gloo(ranks, written_slowly, beside)[0]
+    assert whole[2] > 2 and whole[4] > 4 and whole[6] == 6
+    assert untimed(tmp_path / "True") == untimed(tmp_path / "False")
+    names_there = checkpoints(tmp_path / "False")
+    assert checkpoints(tmp_path / "True") == names_there == [f"step_0000000{step}" for step in (2, 4, 6)]
+    for name in names_there:
+        one, other = (contents(tmp_path / on / "checkpoints" / name) for on in ("False", "True"))
+        assert one.keys() == other.keys() and any("optimizer" in key for key in one)
+        # Megatron's buffers have gaps between parameters, with whatever was in that memory.
+        assert all(torch.equal(one[key], other[key]) for key in one if "gbuf_idx" not in key)
+    shutil.rmtree(tmp_path / "True" / "model")
+    for name in names_there[1:]:
+        shutil.rmtree(tmp_path / "True" / "checkpoints" / name)
+    assert gloo(ranks, exit_code, beside) == [None] * ranks
+    assert untimed(tmp_path / "True") == untimed(tmp_path / "False")
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_checkpoint_that_cannot_be_written_is_one_line(gloo, sources, tmp_path, asynchronous):
+    cfg = options(sources, tmp_path / "run", steps=2, save_interval=1, validation_samples=0, async_save=asynchronous)
+    (said,) = gloo(1, with_small_files, cfg)
+    assert "a checkpoint could not be written (its writer's error is above" in said and "\n" not in said
+    assert all(name.endswith(".partial") for name in checkpoints(tmp_path / "run"))
+    assert gloo(1, exit_code, cfg) == [None]
+    assert checkpoints(tmp_path / "run") == ["step_00000001", "step_00000002"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [(2, {}), pytest.param(4, {"tensor": 2}, marks=pytest.mark.slow)], ids=names
+)
+def test_data_parallel_ranks_share_out_a_checkpoint(gloo, sources, tmp_path, ranks, layout):
+    """What it holds is the same; the files of the ranks are less uneven; each reads a share and goes on alike."""
+    for on in (False, True):
+        cfg = options(sources, tmp_path / str(on), layout, parallel_save=on, parallel_load=on, validation_samples=0)
+        assert gloo(ranks, signalled, cfg, signal.SIGTERM, 1) == [75] * ranks
+    one, other = (tmp_path / on / "checkpoints" / "step_00000002" for on in ("False", "True"))
+    before, after = contents(one), contents(other)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert max(sizes_by_rank(other)) < 0.8 * max(sizes_by_rank(one))
+    for on in ("False", "True"):
+        cfg = options(sources, tmp_path / on, layout, parallel_load=on == "True", validation_samples=0)
+        assert gloo(ranks, exit_code, cfg) == [None] * ranks
+    assert untimed(tmp_path / "True") == untimed(tmp_path / "False")
+
+
+def sizes_by_rank(folder: Path) -> list[int]:
+    """Bytes that each rank has written of a checkpoint."""
+    sizes = Counter()
+    for path in folder.glob("__*_*.distcp"):
+        sizes[path.name.split("_")[2]] += path.stat().st_size
+    return list(sizes.values())
 
 
 def test_metrics_go_back_to_the_checkpoint_of_a_killed_run(gloo, sources, tmp_path):

@@ -81,21 +81,24 @@ def layers_of_stages(num_layers: int, layout: Layout) -> list[int]:
 
 
 def _explicit_stages(num_layers: int, layout: Layout) -> list[int]:
+    """Layers of each stage by the one of the given layouts that is for a model of that depth."""
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-    given = layout.pipeline_layout
-    try:
-        stages = [[layer.name for layer in stage] for stage in PipelineParallelLayerLayout.parse_str_to_list(given)]
-    except AssertionError:
-        stages = [[]]
-    layers = [stage.count("decoder") for stage in stages]
-    in_order = stages == _with_ends([["decoder"] * count for count in layers])
-    if not in_order or sum(layers) != num_layers or len(layers) != layout.stages:
-        raise UserError(
-            f"parallel.pipeline_layout={given} does not lay out {num_layers} layers over {layout.stages} stages: "
-            "write E and L once, at both ends, and a t for each layer, as in 'Et*3|t*5L'"
-        )
-    return layers
+    for given in layout.pipeline_layout.split(";"):
+        try:
+            parsed = PipelineParallelLayerLayout.parse_str_to_list(given.strip())
+        except AssertionError:
+            continue
+        stages = [[layer.name for layer in stage] for stage in parsed]
+        layers = [stage.count("decoder") for stage in stages]
+        in_order = stages == _with_ends([["decoder"] * count for count in layers])
+        if in_order and sum(layers) == num_layers and len(layers) == layout.stages:
+            return layers
+    raise UserError(
+        f"parallel.pipeline_layout={layout.pipeline_layout} does not lay out {num_layers} layers over {layout.stages} stages: "
+        "write E and L once, at both ends, and a t for each layer, as in 'Et*3|t*5L', and one such for each model's depth, "
+        "separated by ;"
+    )
 
 
 def pipeline_layout(num_layers: int, layout: Layout) -> list[list[str]] | None:

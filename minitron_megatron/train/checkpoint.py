@@ -1,6 +1,6 @@
 """Training checkpoints in a run folder: model, optimizer, guard, objective and step, by Megatron's distributed checkpointing.
 
-    output/checkpoints/step_00000100/     whole, or not there: written as .step_00000100.partial and renamed
+    output/checkpoints/step_00000100/     whole, or not there: written as .step_00000100.….partial and renamed
     output/checkpoints/best.json          which of them had the lowest validation loss; that one is not dropped
 
 Of two formats of the optimizer's state (`trainer.checkpoint_format`), `fully_reshardable` can be read in any layout, and gathers
@@ -12,6 +12,7 @@ order follows from the seed and the step.
 import json
 import logging
 import re
+import secrets
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
@@ -95,52 +96,136 @@ def _undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def save(
-    folder: Path,
-    chunks: Sequence[Any],
-    optimizer: Any,
-    step: int,
-    *,
-    guard: dict[str, Any],
-    objective: dict[str, Any],
-    layout: Layout,
-    options: TrainerConfig,
-    best: float | None = None,
-) -> None:
-    """Write a checkpoint, then drop all but the newest ones and the best. Every rank calls it.
+class Saver:
+    """Writes a run's checkpoints, one at a time: at once, or beside the steps that follow (trainer.async_save).
 
-    Args:
-        folder: of the run's checkpoints.
-        chunks, optimizer: this rank's part.
-        step: optimizer steps done.
-        guard, objective: their states, plain values.
-        layout: that the run has now.
-        options: how many to keep, and the format.
-        best: the step's validation loss, if it is the lowest so far: the checkpoint is marked as the best one.
+        step ─▶ save: state copied to the CPU, ─▶ next steps ─▶ poll: all ranks have written? then the index, a rename
+                a child process writes files                          and old ones are dropped; until then it is not there
+
+    A child has this process's memory as it was when it started, so that on CPUs too no later step shows in what it writes.
     """
-    from megatron.core import dist_checkpointing
 
-    name = f"step_{step:08d}"
-    partial = folder / f".{name}.partial"
-    if collectives.is_rank_zero():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    collectives.barrier()
-    plain = {"step": step, "guard": guard, "objective": objective}
-    with _undisturbed():
-        state = _state(chunks, optimizer, options.checkpoint_format, plain, loading=False)
-        dist_checkpointing.save(state, str(partial), content_metadata=None)
-    collectives.barrier()
-    if collectives.is_rank_zero():
-        written = {"optimizer": options.checkpoint_format, **_places(layout)}
-        (partial / FORMAT).write_text(json.dumps(written) + "\n", encoding="utf-8")
-        shutil.rmtree(folder / name, ignore_errors=True)
-        partial.rename(folder / name)
-        if best is not None:
-            _mark_best(folder, step, best)
-        _drop_old(folder, options.keep_last)
-    collectives.barrier()
-    log.info("step %d: saved %s", step, folder / name)
+    def __init__(self, folder: Path, layout: Layout, options: TrainerConfig) -> None:
+        """Checkpoints of a run go into `folder`; `options` say how many stay, in which format, and how they are written."""
+        from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+        self.folder, self.layout, self.options = folder, layout, options
+        self.calls = AsyncCallsQueue()
+
+    def save(
+        self,
+        chunks: Sequence[Any],
+        optimizer: Any,
+        step: int,
+        *,
+        guard: dict[str, Any],
+        objective: dict[str, Any],
+        best: float | None = None,
+    ) -> None:
+        """Write a checkpoint, then drop all but the newest ones and the best. Every rank calls it.
+
+        Args:
+            chunks, optimizer: this rank's part.
+            step: optimizer steps done.
+            guard, objective: their states, plain values.
+            best: the step's validation loss, if it is the lowest so far: the checkpoint is marked as the best one.
+
+        Raises:
+            UserError: it, or the one before it, could not be written. Those that were whole still are.
+        """
+        from megatron.core import dist_checkpointing
+
+        self.finish()
+        name = f"step_{step:08d}"
+        partial = self._begin(name)
+        plain = {"step": step, "guard": guard, "objective": objective}
+        with _undisturbed(), _telling(self.folder):
+            state = _state(chunks, optimizer, self.options.checkpoint_format, plain, loading=False)
+            request = dist_checkpointing.save(
+                state, str(partial), _save_strategy(self.options), async_sharded_save=True, async_strategy="mcore"
+            )
+            request.add_finalize_fn(lambda: self._complete(partial, name, step, best))
+            if self.options.async_save:
+                self.calls.schedule_async_request(request)
+                log.info("step %d: saving %s meanwhile", step, self.folder / name)
+            else:
+                request.execute_sync()
+
+    def poll(self) -> None:
+        """Complete the checkpoint that is being written if all ranks are done with it. Every rank calls it after a step."""
+        if self.calls.get_num_unfinalized_calls():
+            with _telling(self.folder):
+                self.calls.maybe_finalize_async_calls()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written. Every rank calls it. Raises UserError as `save`."""
+        if self.calls.get_num_unfinalized_calls():
+            with _telling(self.folder):
+                self.calls.maybe_finalize_async_calls(blocking=True)
+
+    def _begin(self, name: str) -> Path:
+        """A folder to write to, of a name of its own: a killed run may have left a process that still writes to the last one."""
+        if collectives.is_rank_zero():
+            for left in self.folder.glob(".step_*.partial"):
+                shutil.rmtree(left, ignore_errors=True)
+        token = collectives.broadcast_object(secrets.token_hex(4))
+        partial = self.folder / f".{name}.{token}.partial"
+        if collectives.is_rank_zero():
+            partial.mkdir(parents=True)
+        collectives.barrier()
+        return partial
+
+    def _complete(self, partial: Path, name: str, step: int, best: float | None) -> None:
+        """All ranks have written: the folder gets its name. Every rank calls it."""
+        if collectives.is_rank_zero():
+            written = {"optimizer": self.options.checkpoint_format, **_places(self.layout)}
+            (partial / FORMAT).write_text(json.dumps(written) + "\n", encoding="utf-8")
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            partial.rename(self.folder / name)
+            if best is not None:
+                _mark_best(self.folder, step, best)
+            _drop_old(self.folder, self.options.keep_last)
+        collectives.barrier()
+        log.info("step %d: saved %s", step, self.folder / name)
+
+
+@contextmanager
+def _telling(folder: Path) -> Iterator[None]:
+    """One line for what goes wrong in a writer, on any rank. Megatron's writers log the reason, and pass on that there is one."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        free = shutil.disk_usage(folder).free / 1e9
+        raise UserError(
+            f"{folder}: a checkpoint could not be written (its writer's error is above; {free:.2f} GB are free there): "
+            "mend it and run the same command again, which continues from the last whole one"
+        ) from error
+
+
+def _save_strategy(options: TrainerConfig) -> Any:
+    """Who writes what: the data-parallel ranks share out what all of them have, or the first of them writes it."""
+    from megatron.core import parallel_state as ps
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    strategy = TorchDistSaveShardedStrategy()
+    if not options.parallel_save:
+        return strategy
+    return FullyParallelSaveStrategyWrapper(strategy, ps.get_data_parallel_group(with_context_parallel=True))
+
+
+def _load_strategy(options: TrainerConfig) -> Any:
+    """Who reads what: every rank all it needs, or the data-parallel ranks a share each, which they exchange."""
+    from megatron.core import parallel_state as ps
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+
+    strategy = TorchDistLoadShardedStrategy()
+    if not options.parallel_load:
+        return strategy
+    return FullyParallelLoadStrategyWrapper(strategy, ps.get_data_parallel_group(with_context_parallel=True))
 
 
 def _drop_old(folder: Path, keep_last: int) -> None:
@@ -188,7 +273,9 @@ def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} is damaged ({reason}): remove it, the run continues from the one before")
 
 
-def load(path: Path, chunks: Sequence[Any], optimizer: Any) -> tuple[int, dict[str, Any], dict[str, Any]]:
+def load(
+    path: Path, chunks: Sequence[Any], optimizer: Any, options: TrainerConfig
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
     """Fill model and optimizer from a checkpoint; gives its step and the states of guard and objective. Raises UserError."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -196,7 +283,7 @@ def load(path: Path, chunks: Sequence[Any], optimizer: Any) -> tuple[int, dict[s
     try:
         with safe_reading():
             wanted = _state(chunks, optimizer, _read_format(path)["optimizer"], {}, loading=True)
-            state = dist_checkpointing.load(wanted, str(path))
+            state = dist_checkpointing.load(wanted, str(path), _load_strategy(options))
     except (CheckpointingException, OSError, RuntimeError) as error:
         raise _damaged(path, error) from error
     for i, chunk in enumerate(chunks):

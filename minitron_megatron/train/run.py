@@ -69,8 +69,8 @@ log = logging.getLogger(__name__)
 _MAY_CHANGE = frozenset({"parallel", "device", "resume", "verify", "dry_run", "output", "logger", "cluster", "ddp"})
 _MAY_CHANGE_TOO = frozenset(
     f"trainer.{name}"
-    for name in """save_interval keep_last keep_best publish checkpoint_format time_limit_minutes recompute recompute_modules
-    recompute_method recompute_num_layers""".split()
+    for name in """save_interval keep_last keep_best publish checkpoint_format async_save parallel_save parallel_load
+    time_limit_minutes recompute recompute_modules recompute_method recompute_num_layers""".split()
 ) | frozenset({"distill.teacher_ahead"} | {f"distill.teacher_parallel.{f.name}" for f in fields(TeacherParallelConfig)})
 _MAY_GROW = frozenset({"trainer.steps", "trainer.tokens"})
 Shapes = Mapping[str, ModelShape]
@@ -286,6 +286,7 @@ class _Run:
         self.schedule = schedule_of(cfg)
         self.folder = Path(cfg.output) / "checkpoints"
         self.shapes = {name: folder.shape for name, folder in folders.items()}
+        self.saver = checkpoint.Saver(self.folder, job.layout, cfg.trainer)
         self.loop, self.start = self._prepare(folders)
         dtype = model_dtype(self.shapes[recipe.trained], cfg.precision)
         length = cfg.data.sequence_length
@@ -307,7 +308,7 @@ class _Run:
         loop, start = Trainer(wrapped, optimizer, objective, layout, cfg), 0
         there = checkpoint.find_checkpoints(self.folder)
         if there:
-            start, guard, of_objective = checkpoint.load(there[-1][1], wrapped, optimizer)
+            start, guard, of_objective = checkpoint.load(there[-1][1], wrapped, optimizer, cfg.trainer)
             loop.guard.load_state_dict(guard)
             objective.load_state_dict(of_objective)
             log.info("continuing from step %d (%s)", start, there[-1][1])
@@ -332,6 +333,7 @@ class _Run:
                     validation = measured or validation
                     if measured:
                         metrics.add({"step": step + 1, **measured})
+                    self.saver.poll()
                     self._save_if_due(step + 1, last.stop, measured)
                     if last.stop and step + 1 < steps:
                         stopped = True
@@ -367,22 +369,22 @@ class _Run:
         trainer = self.cfg.trainer
         best = None
         if trainer.keep_best and measured:
+            self.saver.finish()  # it may be the best one so far
             before = checkpoint.find_best(self.folder)
             best = measured["validation_loss"] if before is None or measured["validation_loss"] < before[1] else None
         if best is None and not stop and done % trainer.save_interval and done < self.schedule.steps:
             return
         gather_weights(self.loop.chunks)
-        checkpoint.save(
-            self.folder,
+        self.saver.save(
             self.loop.chunks,
             self.loop.optimizer,
             done,
             guard=self.loop.guard.state_dict(),
             objective=self.loop.objective.state_dict(),
-            layout=self.layout,
-            options=trainer,
             best=best,
         )
+        if stop or done == self.schedule.steps:
+            self.saver.finish()
 
     def _results(self, last: StepResult | None, validation: Mapping[str, float]) -> dict[str, Any]:
         return {
