@@ -32,7 +32,7 @@ from minitron_megatron.config import (
     tokens_per_step,
 )
 from minitron_megatron.console import console, print_table
-from minitron_megatron.data.datasets import data_digest, open_data
+from minitron_megatron.data.datasets import check_enough, data_digest, open_data
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.perplexity import RESULTS
 from minitron_megatron.launcher import compose
@@ -241,6 +241,9 @@ def check_round(one: Round, *, with_data: bool) -> None:
                 _check_data(
                     cfg, splits, one.target, cfg.first_sample + cfg.samples if stage.command == "importance" else 1
                 )
+                if stage.command == "distill":
+                    data = open_data(cfg.data.path, "train", one.target, cfg.data.sequence_length)
+                    check_enough(data, one.tokens, cfg.data.max_epochs)
 
 
 def _check_data(cfg: Any, splits: list[str], shape: ModelShape, samples: int) -> None:

@@ -110,6 +110,7 @@ class TrainingDataConfig(DataConfig):
         False, "tokens see their own document only, of the several in a sample; needs engine=local"
     )
     eod_mask_loss: bool = option(False, "no loss on what follows an end of document: the next one's first token")
+    max_epochs: float = option(1.0, "how often the data may be read: a run that takes more tokens is refused")
 
 
 @dataclass
@@ -511,6 +512,7 @@ class CacheDataConfig(DataConfig):
     """Tokenised text that a student is going to learn from."""
 
     reset_attention_mask: bool = option(False, "as in the distillation: tokens see their own document only")
+    max_epochs: float = option(1.0, "as in the distillation: how often the data may be read")
 
 
 @dataclass

@@ -523,6 +523,10 @@ def test_impossible_runs_are_refused(sources, tmp_path):
     refused(replace(cfg, trainer=replace(trainer, tokens=1e6)), "either trainer.steps= or trainer.tokens=")
     refused(replace(cfg, trainer=replace(trainer, micro_batch_size=3)), "not a multiple of 3")
     refused(replace(cfg, data=data_option(sources / "data", 256)), "above the teacher's 128 positions")
+    short = replace(cfg.data, max_epochs=2)
+    refused(
+        replace(cfg, data=short, trainer=replace(trainer, steps=1000)), r"takes 256,000 tokens, .* by data\.max_epochs="
+    )
     refused(replace(cfg, optim=OptimConfig(lr=1e-5, min_lr=1e-4)), "min_lr=0.0001 is above optim.lr=1e-05")
     refused(replace(cfg, trainer=replace(trainer, publish="best")), "publish=best needs trainer.keep_best=true")
     refused(replace(cfg, trainer=replace(trainer, keep_best=True, validation_samples=0)), "needs validations")

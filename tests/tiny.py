@@ -108,5 +108,5 @@ def model_option(path: Path) -> ModelConfig:
 
 
 def data_option(path: Path, sequence_length: int = 32) -> TrainingDataConfig:
-    """`data.path=path`."""
-    return TrainingDataConfig(path=str(path), sequence_length=sequence_length)
+    """`data.path=path`, to be read as often as a test likes."""
+    return TrainingDataConfig(path=str(path), sequence_length=sequence_length, max_epochs=100)

@@ -283,6 +283,18 @@ def document_numbers(tokens: torch.Tensor, end_of_document: int) -> torch.Tensor
     return ends.cumsum(0) - ends
 
 
+def check_enough(data: Data, tokens: int, max_epochs: float) -> None:
+    """Raise UserError when training on so many tokens would read the data, or a folder of a blend, more often than allowed."""
+    there = data.tokens("train")
+    epochs = tokens / max(1, there)
+    if epochs > max_epochs:
+        paths = ", ".join(str(folder.path) for folder in data.folders)
+        raise UserError(
+            f"the run takes {tokens:,} tokens, and {paths} has {there:,} to train on ({epochs:.2f} epochs): prepare "
+            f"more text, train less, or allow it by data.max_epochs={math.ceil(epochs)}"
+        )
+
+
 def training_samples(data: Data, split: str, *, sequence_length: int, seed: int, count: int) -> Samples:
     """`count` samples in an order shuffled by the seed, over as many epochs as that takes; n depends on seed and n alone.
 

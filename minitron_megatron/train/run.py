@@ -34,7 +34,15 @@ from minitron_megatron.config import (
     tokens_per_step,
 )
 from minitron_megatron.console import print_table
-from minitron_megatron.data.datasets import Data, DocumentMasks, Windows, open_data, training_samples, verify_data
+from minitron_megatron.data.datasets import (
+    Data,
+    DocumentMasks,
+    Windows,
+    check_enough,
+    open_data,
+    training_samples,
+    verify_data,
+)
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import count_parameters, flops_per_token
@@ -71,7 +79,10 @@ _MAY_CHANGE_TOO = frozenset(
     f"trainer.{name}"
     for name in """save_interval keep_last keep_best publish checkpoint_format async_save parallel_save parallel_load
     time_limit_minutes recompute recompute_modules recompute_method recompute_num_layers""".split()
-) | frozenset({"distill.teacher_ahead"} | {f"distill.teacher_parallel.{f.name}" for f in fields(TeacherParallelConfig)})
+) | frozenset(
+    {"data.max_epochs", "distill.teacher_ahead"}
+    | {f"distill.teacher_parallel.{f.name}" for f in fields(TeacherParallelConfig)}
+)
 _MAY_GROW = frozenset({"trainer.steps", "trainer.tokens"})
 Shapes = Mapping[str, ModelShape]
 
@@ -185,6 +196,7 @@ def _inputs(cfg: TrainingConfig, recipe: Recipe) -> tuple[dict[str, ModelFolder]
     shape = folders[recipe.trained].shape
     masks = DocumentMasks(cfg.data.reset_attention_mask, cfg.data.eod_mask_loss)
     data = open_data(cfg.data.path, "train", shape, cfg.data.sequence_length, masks)
+    check_enough(data, number_of_steps(cfg) * tokens_per_step(cfg), cfg.data.max_epochs)
     if cfg.trainer.validation_samples:
         open_data(cfg.data.path, "validation", shape, cfg.data.sequence_length)
     return folders, data
