@@ -343,12 +343,14 @@ def test_a_cache_of_something_else_is_refused(sources, made, tmp_path):
 
 def test_impossible_caches_are_refused(sources, tmp_path, capsys):
     cfg = options(sources, tmp_path / "cache")
+    endless = replace(cfg.data, max_epochs=1e12)
     for changed, says in (
         (replace(cfg, distill=CacheOptions(top_k=301)), "distill.top_k=301 is above the vocabulary of 300"),
         (replace(cfg, trainer=CacheRunConfig()), "give either trainer.steps= or trainer.tokens="),
         (replace(cfg, teacher=model_option(tmp_path / "none")), "none does not exist"),
         (replace(cfg, parallel=ParallelConfig(tensor=3)), "does not divide"),
-        (replace(cfg, trainer=CacheRunConfig(tokens=1e15)), "no space left for .*GiB are needed"),
+        (replace(cfg, trainer=CacheRunConfig(tokens=1e5)), "takes 100,096 tokens, and .* has 9,174 to train on"),
+        (replace(cfg, data=endless, trainer=CacheRunConfig(tokens=1e15)), "no space left for .*GiB are needed"),
     ):
         with pytest.raises(UserError, match=says):
             command.cache_teacher(changed)

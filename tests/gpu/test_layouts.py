@@ -140,6 +140,17 @@ def test_a_run_goes_on_in_another_layout(sources, wanted, tmp_path):
     check_figures(distilled(sources, tmp_path / "run", 2, *PIPELINE), wanted)
 
 
+def test_a_checkpoint_written_beside_later_steps(sources, wanted, tmp_path):
+    """Forked off beside CUDA; what it holds of the fifth step is what goes on to the same figures, bit for bit."""
+    words = ("trainer.async_save=true", "trainer.parallel_load=true", "logger.interval=1")
+    found = distilled(sources, tmp_path / "run", 2, *words)
+    check_figures(found, wanted)
+    shutil.rmtree(tmp_path / "run" / "model")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000010")
+    again = distilled(sources, tmp_path / "run", 2, *words)
+    assert [line["loss"] for line in again if "loss" in line] == [line["loss"] for line in found if "loss" in line]
+
+
 def test_a_cached_teacher(sources, tmp_path):
     """Written on two GPUs and read on two, it gives the losses of the one that runs."""
     topk = ("distill.loss=topk_kl", "distill.top_k=40")
