@@ -660,8 +660,8 @@ class BenchmarkConfig(CommandConfig):
     measure: str = option(
         "importance",
         "hooks over a forward pass; cutting files over copying them; cutting in memory; a layer analysis over passes; "
-        "activations as a dry run counts them over those kept",
-        ("importance", "prune", "cut", "layers", "memory"),
+        "activations as a dry run counts them over those kept; the distillation loss with both heads",
+        ("importance", "prune", "cut", "layers", "memory", "loss"),
     )
     model: ModelConfig = group(ModelConfig)
     target: TargetConfig = group(TargetConfig)

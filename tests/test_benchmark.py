@@ -56,6 +56,15 @@ def test_cutting_in_memory(model, tmp_path):
     assert found["target_bytes_of_a_rank"] == total_bytes(shape) and found["cut_seconds"] > 0
 
 
+def test_the_loss_with_its_heads(model, tmp_path):
+    given = ModelConfig(**open_model_folder(model).shape.to_dict())
+    found = results(tmp_path, measure="loss", model=given, target=TargetConfig(hidden_size=16), sequence_length=32)
+    assert found["tokens"] == 32
+    assert all(
+        found[name] > 0 for name in ("loss_alone_seconds", "loss_with_heads_seconds", "products_of_heads_seconds")
+    )
+
+
 def test_activations_are_as_many_as_a_dry_run_counts(model, tmp_path):
     found = results(tmp_path, measure="memory", model=model_option(model), sequence_length=32, micro_batch_size=2)
     assert found["planned_over_kept"] == 1 and found["kept_gib"] > 0 and "allocated_gib" not in found

@@ -9,6 +9,7 @@ import torch
 from minitron_megatron.benchmark.cut import cutting_in_memory
 from minitron_megatron.benchmark.importance import hooks_over_forward
 from minitron_megatron.benchmark.layers import blocks_over_passes
+from minitron_megatron.benchmark.loss import loss_with_heads
 from minitron_megatron.benchmark.memory import planned_over_kept
 from minitron_megatron.benchmark.prune import pruning_over_copying
 from minitron_megatron.checkpoints.folder import check_output, output_folder
@@ -25,6 +26,7 @@ MEASURES: dict[str, Callable[[BenchmarkConfig, Layout], dict[str, float]]] = {
     "layers": blocks_over_passes,
     "cut": cutting_in_memory,
     "memory": planned_over_kept,
+    "loss": loss_with_heads,
 }
 
 

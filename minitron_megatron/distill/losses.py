@@ -97,11 +97,14 @@ def divergence(
     dense, total = kinds[how.kind], _total(group)
     targets, columns = _rows(teacher.detach()), valid_columns(student, vocab_size, group)
 
+    if how.kind == "forward_kl" and student.is_cuda and student.dtype is not torch.float64:
+        return _GradientInForward.apply(student, partial(_fused_forward_kl, targets, columns, how.temperature, group))
+
     def loss(log_q: torch.Tensor, block: slice) -> LossAndGradient:
         log_p = log_softmax_(targets[block, :columns].to(log_q.dtype, copy=True).div_(how.temperature), group)
         return dense(log_q, log_p, total)
 
-    return _Blockwise.apply(student, loss, columns, how.temperature, group)
+    return _GradientInForward.apply(student, partial(_blockwise, loss, columns, how.temperature, group))
 
 
 def cross_entropy(student: torch.Tensor, labels: torch.Tensor, *, vocab_size: int, group: Any) -> torch.Tensor:
@@ -149,34 +152,60 @@ def top_k(logits: torch.Tensor, k: int, *, vocab_size: int, temperature: float =
     return TopK(ids.view(*shape, k), log_probs.view(*shape, k), rest.view(shape))
 
 
-class _Blockwise(torch.autograd.Function):
-    """A loss of the student's logits, block by block, with the gradient made in forward."""
+class _GradientInForward(torch.autograd.Function):
+    """A loss of the student's logits that comes with its gradient: `made` gives both, [n] and [n, V / tp], of rows of logits."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        student: torch.Tensor,
-        loss: Callable[[torch.Tensor, slice], LossAndGradient],
-        columns: int,
-        temperature: float,
-        group: Any,
-    ) -> torch.Tensor:
-        compute = torch.promote_types(student.dtype, torch.float32)
-        rows = _rows(student)
-        gradient = torch.zeros_like(rows)
-        losses = rows.new_empty(len(rows), dtype=compute)
-        for block in _blocks(rows):
-            log_q = log_softmax_(rows[block, :columns].to(compute, copy=True).div_(temperature), group)
-            losses[block], of_logits = loss(log_q, block)
-            gradient[block, :columns] = of_logits.mul_(temperature).to(gradient.dtype)
+    def forward(ctx: Any, student: torch.Tensor, made: Callable[[torch.Tensor], LossAndGradient]) -> torch.Tensor:
+        losses, gradient = made(_rows(student))
         ctx.save_for_backward(gradient.view_as(student))
-        return losses.mul_(temperature**2).view(student.shape[:-1])
+        return losses.view(student.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, weight: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         # In place, or there would be two tensors of the logits' size; torch refuses a second backward through it.
-        return gradient.mul_(weight[..., None]), None, None, None, None
+        return gradient.mul_(weight[..., None]), None
+
+
+def _blockwise(
+    loss: Callable[[torch.Tensor, slice], LossAndGradient],
+    columns: int,
+    temperature: float,
+    group: Any,
+    rows: torch.Tensor,
+) -> LossAndGradient:
+    """Any loss of rows of logits and its gradient, a block of rows in float32 (float64) at a time."""
+    compute = torch.promote_types(rows.dtype, torch.float32)
+    gradient = torch.zeros_like(rows)
+    losses = rows.new_empty(len(rows), dtype=compute)
+    for block in _blocks(rows):
+        log_q = log_softmax_(rows[block, :columns].to(compute, copy=True).div_(temperature), group)
+        losses[block], of_logits = loss(log_q, block)
+        gradient[block, :columns] = of_logits.mul_(temperature).to(gradient.dtype)
+    return losses.mul_(temperature**2), gradient
+
+
+def _fused_forward_kl(
+    teacher: torch.Tensor, columns: int, temperature: float, group: Any, student: torch.Tensor
+) -> LossAndGradient:
+    """The same for forward KL on a GPU, by kernels of its own."""
+    from minitron_megatron.distill import kernels
+
+    student, teacher = student.contiguous(), teacher.contiguous()
+    log_z = [_log_z(logits, columns, temperature, group) for logits in (student, teacher)]
+    loss, gradient = kernels.forward_kl(student, teacher, *log_z, columns, temperature)
+    return reduce_over(loss, dist.ReduceOp.SUM, group).mul_(temperature**2), gradient
+
+
+def _log_z(logits: torch.Tensor, columns: int, temperature: float, group: Any) -> torch.Tensor:
+    """log Σ exp(logits / T) of each row over the group: float32 [n]."""
+    from minitron_megatron.distill import kernels
+
+    mine, total = kernels.log_sum_exp_parts(logits, columns, temperature)
+    highest = reduce_over(mine.clone(), dist.ReduceOp.MAX, group)
+    total.mul_((mine - highest).exp())
+    return highest + reduce_over(total, dist.ReduceOp.SUM, group).log()
 
 
 # Losses of one block: log q and log p [n, this rank's columns] to the loss [n] and the gradient, without T; both are used up.
@@ -228,7 +257,7 @@ def _sparse(student: torch.Tensor, teacher: TopK, how: Divergence, vocab_size: i
             q.scatter_add_(-1, places.clamp_max(columns - 1), torch.where(mine, -p, 0))
         return loss, q
 
-    return _Blockwise.apply(student, loss, columns, how.temperature, group)
+    return _GradientInForward.apply(student, partial(_blockwise, loss, columns, how.temperature, group))
 
 
 _ONE_HOT = Divergence(kind="topk_kl", rest="renormalize")
