@@ -601,6 +601,7 @@ class ChainDataConfig:
         REQUIRED, "data folder (the output of prepare_data), or a blend: [weight,folder,weight,folder,…]"
     )
     sequence_length: int | None = option(None, "tokens of a sample in every stage; each command's own if not given")
+    max_epochs: float = option(1.0, "how often a round's distillation may read the data")
 
 
 @dataclass

@@ -178,7 +178,8 @@ def test_a_killed_chain_continues_to_the_same_student(folders, whole, tmp_path):
 @pytest.mark.slow
 def test_a_signal_lets_the_running_stage_save_first(folders, tmp_path):
     root = tmp_path / "chain"
-    command = words(folders, root, "distill.trainer.steps=400", "distill.trainer.save_interval=300", "perplexity=false")
+    more = ("distill.trainer.steps=400", "distill.trainer.save_interval=300", "data.max_epochs=9")
+    command = words(folders, root, *more, "perplexity=false")
     with start(command) as running:
         wait_for(running, lambda: (root / "first" / "distilled" / "metrics.jsonl").is_file())
         running.terminate()
@@ -356,6 +357,7 @@ def one_round(**options) -> str:
             "round first, evaluate: processes=4, but start= always starts processes=2",
         ),
         (["data.path=nowhere"], "nowhere does not exist"),
+        (["distill.trainer.steps=400"], "round first, distill: the run takes 51,200 tokens, and "),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(hydra, folders, tmp_path, extra, says):
