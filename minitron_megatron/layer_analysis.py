@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open_model_folder, output_folder
-from minitron_megatron.checkpoints.weights import check_weights, verify_digest
+from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open_model_folder
+from minitron_megatron.checkpoints.weights import check_weights
 from minitron_megatron.config import LayersConfig
 from minitron_megatron.console import format_value, print_table, speaks
-from minitron_megatron.data.datasets import Windows, open_data, verify_data
+from minitron_megatron.data.datasets import Windows, open_data
 from minitron_megatron.data.questions import QuestionFile, QuestionSource, Request, encode_all
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
@@ -30,9 +30,10 @@ from minitron_megatron.importance.layers import (
 )
 from minitron_megatron.importance.variants import Block, contiguous_blocks, layer_passes
 from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.measuring import measuring
 from minitron_megatron.models.build import check_layout, check_sequence, model_dtype, pick_engine
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
+from minitron_megatron.parallel.layout import Layout, pick_device
 from minitron_megatron.report.layers import JUDGE_NAMES, layer_report
 
 log = logging.getLogger(__name__)
@@ -64,26 +65,20 @@ def analyse_layers(cfg: LayersConfig) -> None:
             _print_plan(cfg, folder, blocks, count, _sources(cfg, folder, file)[1])
         return
     pick_engine(cfg.model.engine, layout, model_dtype(folder.shape, cfg.precision), device)
-    with parallel_job(layout, seed=cfg.seed, device=cfg.device):
-        if cfg.verify:
-            verify_digest(folder)
-            verify_data(data)
-        with output_folder(
-            cfg.output, command=command_line(), config=resolved_config(cfg), inputs=inputs, resume=cfg.resume
-        ) as out:
-            if out.done:
-                return
-            sources, requests = _on_rank_zero(lambda: _sources(cfg, folder, file))
-            flat = [request for of_source in requests for request in of_source]
-            measured = LayerMeasurement(folder, layout, cfg, blocks).measure(data, count, flat)
-            _check_finite(measured, folder)
-            if sources is not None:
-                analysis = _analysis(cfg, folder, blocks, measured, sources)
-                (out.path / FILE).write_text(json.dumps(analysis.to_json(), indent=1) + "\n", encoding="utf-8")
-                layer_report(out.path / REPORT, analysis, str(folder.path), command_line())
-                out.results = {**analysis.counts, "blocks": lengths, "loss": analysis.base.loss}
+    with measuring(cfg, layout, folder, data, inputs) as out:
+        if out.done:
+            return
+        sources, requests = _on_rank_zero(lambda: _sources(cfg, folder, file))
+        flat = [request for of_source in requests for request in of_source]
+        measured = LayerMeasurement(folder, layout, cfg, blocks).measure(data, count, flat)
+        _check_finite(measured, folder)
         if sources is not None:
-            _print(cfg.output, analysis)
+            analysis = _analysis(cfg, folder, blocks, measured, sources)
+            (out.path / FILE).write_text(json.dumps(analysis.to_json(), indent=1) + "\n", encoding="utf-8")
+            layer_report(out.path / REPORT, analysis, str(folder.path), command_line())
+            out.results = {**analysis.counts, "blocks": lengths, "loss": analysis.base.loss}
+    if sources is not None:
+        _print(cfg.output, analysis)
 
 
 def _sources(

@@ -22,10 +22,9 @@ from minitron_megatron.checkpoints.folder import (
     check_space,
     joint_digest,
     open_model_folder,
-    output_folder,
     partial_folder,
 )
-from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest
+from minitron_megatron.checkpoints.weights import check_weights, load_model
 from minitron_megatron.config import CacheTeacherConfig, number_of_steps, tokens_per_step
 from minitron_megatron.console import print_table, progress
 from minitron_megatron.data.datasets import (
@@ -37,12 +36,12 @@ from minitron_megatron.data.datasets import (
     check_enough,
     open_data,
     training_samples,
-    verify_data,
 )
 from minitron_megatron.distill.cache import Chunk, Contents, check_chunk, write_chunk
 from minitron_megatron.distill.losses import TopK, check_top_k, top_k
 from minitron_megatron.errors import UserError
-from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.launcher import resolved_config
+from minitron_megatron.measuring import measuring
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.build import (
     build_model_chunks,
@@ -54,7 +53,7 @@ from minitron_megatron.models.build import (
 )
 from minitron_megatron.models.forward import Batch, forward_only
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
+from minitron_megatron.parallel.layout import Layout, pick_device
 
 log = logging.getLogger(__name__)
 # What a dry run counts on: an H100 in bf16 at 40 % of its peak.
@@ -80,38 +79,27 @@ def cache_teacher(cfg: CacheTeacherConfig) -> None:
         return
     engine = pick_engine(cfg.teacher.engine, layout, model_dtype(folder.shape, cfg.precision), device, "teacher")
     check_document_masks(cfg.data.reset_attention_mask, engine, "teacher")
-    with parallel_job(layout, seed=cfg.seed, device=cfg.device):
-        if cfg.verify:
-            verify_digest(folder)
-            verify_data(data)
-        with output_folder(
-            cfg.output,
-            command=command_line(),
-            config=resolved_config(cfg),
-            inputs=inputs,
-            resume=cfg.resume,
-            continues=True,
-        ) as out:
-            if out.done:
-                return
-            began = time.monotonic()
-            done = _done(out.path, contents, layout)
-            written = sum(len(chunk.samples) for chunk in done) * contents.sequence_length
-            done |= _write(cfg, folder, data, windows, layout, contents, out, done)
-            tokens, seconds = (
-                (contents.train + contents.validation) * contents.sequence_length,
-                time.monotonic() - began,
-            )
-            out.digest = joint_digest({chunk.name: digest for chunk, digest in done.items()})
-            out.results = {
-                **asdict(contents),
-                "tokens": tokens,
-                "seconds": round(seconds, 2),
-                "tokens_per_second": round((tokens - written) / seconds),
-            }
-        shown = ("train", "validation", "top_k", "tokens", "seconds", "tokens_per_second")
-        rows = [[name, out.results[name]] for name in shown] + [["GiB", contents.total_bytes / 2**30]]
-        print_table(f"{cfg.output}: a teacher's cache", ["", "value"], rows)
+    with measuring(cfg, layout, folder, data, inputs, continues=True) as out:
+        if out.done:
+            return
+        began = time.monotonic()
+        done = _done(out.path, contents, layout)
+        written = sum(len(chunk.samples) for chunk in done) * contents.sequence_length
+        done |= _write(cfg, folder, data, windows, layout, contents, out, done)
+        tokens, seconds = (
+            (contents.train + contents.validation) * contents.sequence_length,
+            time.monotonic() - began,
+        )
+        out.digest = joint_digest({chunk.name: digest for chunk, digest in done.items()})
+        out.results = {
+            **asdict(contents),
+            "tokens": tokens,
+            "seconds": round(seconds, 2),
+            "tokens_per_second": round((tokens - written) / seconds),
+        }
+    shown = ("train", "validation", "top_k", "tokens", "seconds", "tokens_per_second")
+    rows = [[name, out.results[name]] for name in shown] + [["GiB", contents.total_bytes / 2**30]]
+    print_table(f"{cfg.output}: a teacher's cache", ["", "value"], rows)
 
 
 def check_teacher(cfg: CacheTeacherConfig, folder: ModelFolder, layout: Layout) -> None:

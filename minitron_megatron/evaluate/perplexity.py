@@ -4,17 +4,18 @@ import json
 import math
 import time
 
-from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open_model_folder, output_folder
-from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest
+from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open_model_folder
+from minitron_megatron.checkpoints.weights import check_weights, load_model
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.console import print_table, progress
-from minitron_megatron.data.datasets import Data, MicroBatches, Windows, open_data, verify_data
+from minitron_megatron.data.datasets import Data, MicroBatches, Windows, open_data
 from minitron_megatron.errors import UserError
-from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.launcher import resolved_config
+from minitron_megatron.measuring import measuring
 from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype, pick_engine
 from minitron_megatron.models.loss import summed_loss
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
+from minitron_megatron.parallel.layout import Layout, pick_device
 
 RESULTS = "results.json"
 
@@ -36,19 +37,13 @@ def evaluate(cfg: EvaluateConfig) -> None:
         print_table("would be evaluated", ["", "value"], [["model", str(folder.path)], ["windows", count]])
         return
     pick_engine(cfg.model.engine, layout, model_dtype(folder.shape, cfg.precision), device)
-    with parallel_job(layout, seed=cfg.seed, device=cfg.device):
-        if cfg.verify:
-            verify_digest(folder)
-            verify_data(data)
-        with output_folder(
-            cfg.output, command=command_line(), config=resolved_config(cfg), inputs=inputs, resume=cfg.resume
-        ) as out:
-            if out.done:
-                return
-            out.results = measure(folder, data, layout, cfg, count)
-            if collectives.is_rank_zero():
-                (out.path / RESULTS).write_text(json.dumps(out.results, indent=2) + "\n", encoding="utf-8")
-        print_table(f"{folder.path} on {cfg.data.path}, {cfg.split}", ["", "value"], list(out.results.items()))
+    with measuring(cfg, layout, folder, data, inputs) as out:
+        if out.done:
+            return
+        out.results = measure(folder, data, layout, cfg, count)
+        if collectives.is_rank_zero():
+            (out.path / RESULTS).write_text(json.dumps(out.results, indent=2) + "\n", encoding="utf-8")
+    print_table(f"{folder.path} on {cfg.data.path}, {cfg.split}", ["", "value"], list(out.results.items()))
 
 
 def measure(folder: ModelFolder, data: Data, layout: Layout, cfg: EvaluateConfig, count: int) -> dict[str, float]:

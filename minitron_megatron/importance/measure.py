@@ -11,21 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open_model_folder, output_folder
-from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest
+from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open_model_folder
+from minitron_megatron.checkpoints.weights import check_weights, load_model
 from minitron_megatron.config import ImportanceConfig
 from minitron_megatron.console import print_table, progress
-from minitron_megatron.data.datasets import Data, MicroBatches, Samples, open_data, training_samples, verify_data
+from minitron_megatron.data.datasets import Data, MicroBatches, Samples, open_data, training_samples
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.hooks import Recorder
 from minitron_megatron.importance.scores import Statistics, finish_scores, save_scores, save_statistics
 from minitron_megatron.importance.statistics import BatchStatistic
-from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.launcher import resolved_config
+from minitron_megatron.measuring import measuring
 from minitron_megatron.models.axes import PROBES, TENSOR_PARALLEL_AXES
 from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype, pick_engine
 from minitron_megatron.models.forward import forward_only
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
+from minitron_megatron.parallel.layout import Layout, pick_device
 
 log = logging.getLogger(__name__)
 
@@ -46,34 +47,28 @@ def measure_importance(cfg: ImportanceConfig) -> None:
         print_table("would be measured", ["", "value"], rows)
         return
     pick_engine(cfg.model.engine, layout, model_dtype(folder.shape, cfg.precision), device)
-    with parallel_job(layout, seed=cfg.seed, device=cfg.device):
-        if cfg.verify:
-            verify_digest(folder)
-            verify_data(data)
-        with output_folder(
-            cfg.output, command=command_line(), config=resolved_config(cfg), inputs=inputs, resume=cfg.resume
-        ) as out:
-            if out.done:
-                return
-            began = time.monotonic()
-            part = {"data": data.digest, "seed": cfg.seed, "first_sample": cfg.first_sample, "samples": cfg.samples}
-            statistics = measure_statistics(folder, data, layout, cfg)
-            seconds = time.monotonic() - began
-            out.results = {
-                **aggregation(cfg, folder.shape.head_dim),
-                "samples": cfg.samples,
-                "tokens": cfg.samples * cfg.data.sequence_length,
-                "parts": [part],
-                "seconds": round(seconds, 2),
-                "tokens_per_second": round(cfg.samples * cfg.data.sequence_length / seconds),
-            }
-            scores = None
-            if statistics is not None:
-                scores = finish_scores(statistics, out.results)
-                save_scores(out.path, scores)
-                save_statistics(out.path, statistics)
-        if scores is not None:
-            _print(cfg.output, scores, out.results)
+    with measuring(cfg, layout, folder, data, inputs) as out:
+        if out.done:
+            return
+        began = time.monotonic()
+        part = {"data": data.digest, "seed": cfg.seed, "first_sample": cfg.first_sample, "samples": cfg.samples}
+        statistics = measure_statistics(folder, data, layout, cfg)
+        seconds = time.monotonic() - began
+        out.results = {
+            **aggregation(cfg, folder.shape.head_dim),
+            "samples": cfg.samples,
+            "tokens": cfg.samples * cfg.data.sequence_length,
+            "parts": [part],
+            "seconds": round(seconds, 2),
+            "tokens_per_second": round(cfg.samples * cfg.data.sequence_length / seconds),
+        }
+        scores = None
+        if statistics is not None:
+            scores = finish_scores(statistics, out.results)
+            save_scores(out.path, scores)
+            save_statistics(out.path, statistics)
+    if scores is not None:
+        _print(cfg.output, scores, out.results)
 
 
 def check_calibration(cfg: ImportanceConfig, data: Data) -> None:

@@ -1,0 +1,51 @@
+"""The frame of a command that runs a model over data and writes what it finds: importance, layers, evaluate, cache_teacher.
+
+processes in their layout ─▶ verify=true: weights and data against their digests ─▶ output folder, whole or not there
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from minitron_megatron.checkpoints.folder import ModelFolder, Output, output_folder
+from minitron_megatron.checkpoints.weights import verify_digest
+from minitron_megatron.config import CommandConfig
+from minitron_megatron.data.datasets import Data, verify_data
+from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.parallel.layout import Layout, parallel_job
+
+
+@contextmanager
+def measuring(
+    cfg: CommandConfig,
+    layout: Layout,
+    folder: ModelFolder,
+    data: Data,
+    inputs: Mapping[str, str],
+    *,
+    continues: bool = False,
+) -> Iterator[Output]:
+    """This process as a rank of a layout, and the output folder of the command within it.
+
+    Args:
+        cfg: the command's options.
+        layout: of the model.
+        folder, data: what is read.
+        inputs: digests of it, for the manifest.
+        continues: whether a killed command's folder is continued (checkpoints/folder.py).
+
+    Raises:
+        UserError: the output cannot be written, or with verify=true, weights or data are not what they were.
+    """
+    with parallel_job(layout, seed=cfg.seed, device=cfg.device):
+        if cfg.verify:
+            verify_digest(folder)
+            verify_data(data)
+        with output_folder(
+            cfg.output,
+            command=command_line(),
+            config=resolved_config(cfg),
+            inputs=inputs,
+            resume=cfg.resume,
+            continues=continues,
+        ) as out:
+            yield out
