@@ -356,5 +356,5 @@ def test_impossible_caches_are_refused(sources, tmp_path, capsys):
             command.cache_teacher(changed)
     command.cache_teacher(replace(cfg, dry_run=True))
     shown = capsys.readouterr().out
-    assert "training samples" in shown and "hours on 1 H100" in shown and "GiB" in shown
+    assert "training samples" in shown and "hours on 1 h100 (at 54% of the peak in bf16)" in shown and "GiB" in shown
     assert list(tmp_path.iterdir()) == []

@@ -25,7 +25,7 @@ from minitron_megatron.checkpoints.folder import (
     partial_folder,
 )
 from minitron_megatron.checkpoints.weights import check_weights, load_model
-from minitron_megatron.config import CacheTeacherConfig, number_of_steps, tokens_per_step
+from minitron_megatron.config import CacheTeacherConfig, HardwareConfig, number_of_steps, tokens_per_step
 from minitron_megatron.console import print_table, progress
 from minitron_megatron.data.datasets import (
     Data,
@@ -42,7 +42,7 @@ from minitron_megatron.distill.losses import TopK, check_top_k, top_k
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import resolved_config
 from minitron_megatron.measuring import measuring
-from minitron_megatron.models.axes import count_parameters
+from minitron_megatron.models.axes import flops_per_token
 from minitron_megatron.models.build import (
     build_model_chunks,
     check_document_masks,
@@ -53,11 +53,10 @@ from minitron_megatron.models.build import (
 )
 from minitron_megatron.models.forward import Batch, forward_only
 from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.hardware import hardware, peak_flops
 from minitron_megatron.parallel.layout import Layout, pick_device
 
 log = logging.getLogger(__name__)
-# What a dry run counts on: an H100 in bf16 at 40 % of its peak.
-_FLOPS = 4e14
 
 
 def cache_teacher(cfg: CacheTeacherConfig) -> None:
@@ -147,8 +146,10 @@ def check_room(output: Path, need: int) -> None:
 
 
 def _dry_run(folder: ModelFolder, contents: Contents, layout: Layout) -> None:
-    """Size, and hours by the forward pass's matrix products alone."""
+    """Size, and hours by the forward pass's arithmetic on the GPUs that are here, or else on the default ones."""
     tokens = (contents.train + contents.validation) * contents.sequence_length
+    gpu = hardware(HardwareConfig())
+    rate = gpu.efficiency * peak_flops(gpu, torch.bfloat16) * layout.world_size
     rows = [
         ["training samples", contents.train],
         ["validation samples", contents.validation],
@@ -157,8 +158,8 @@ def _dry_run(folder: ModelFolder, contents: Contents, layout: Layout) -> None:
         ["bytes a token", contents.total_bytes / tokens],
         ["GiB", contents.total_bytes / 2**30],
         [
-            f"hours on {layout.world_size} H100 (at {_FLOPS / 1e12:.0f} TFLOP/s)",
-            2 * count_parameters(folder.shape) * tokens / (_FLOPS * layout.world_size) / 3600,
+            f"hours on {layout.world_size} {gpu.gpu} (at {gpu.efficiency:.0%} of the peak in bf16)",
+            flops_per_token(folder.shape, contents.sequence_length) * tokens / rate / 3600,
         ],
     ]
     print_table("would be cached", ["", "value"], rows)
