@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_commands import TORCHRUN, free_port
+
+ROOT = Path(__file__).parent.parent
 SUMS = """
 import torch
 from minitron_megatron.importance import kernels
@@ -68,13 +71,53 @@ print("same")
 """
 
 
+OVER_RANKS = """
+import torch
+import torch.distributed as dist
+from minitron_megatron.distill.losses import _fused_forward_kl
+
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+torch.manual_seed(0)
+# The last: one rank has nothing but padding.
+for vocab, width, temperature in ((150, 80, 1.0), (97, 50, 2.0), (64, 64, 0.5)):
+    student, teacher = (torch.randn(5, world * width).mul(spread) for spread in (3, 4))
+    mine, theirs = (z[:, rank * width : (rank + 1) * width] for z in (student, teacher))
+    columns = max(0, min(width, vocab - rank * width))
+    loss, gradient = _fused_forward_kl(theirs, columns, temperature, dist.group.WORLD, mine)
+    log_q, log_p = ((z[:, :vocab].double() / temperature).log_softmax(-1) for z in (student, teacher))
+    wanted = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-6)
+    whole = torch.zeros(5, world * width, dtype=torch.double)
+    whole[:, :vocab] = temperature * (log_q.exp() - log_p.exp())
+    torch.testing.assert_close(gradient.double(), whole[:, rank * width : (rank + 1) * width], rtol=1e-5, atol=1e-7)
+if rank == 0:
+    print("same")
+dist.destroy_process_group()
+"""
+
+
+def test_forward_kl_over_ranks_equals_float64(tmp_path):
+    """A vocabulary over two processes: its largest logit and its sums come from both."""
+    (tmp_path / "check.py").write_text(OVER_RANKS)
+    done = subprocess.run(
+        [TORCHRUN, "--nproc-per-node", "2", "--master-port", str(free_port()), tmp_path / "check.py"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "same", done.stderr
+
+
 @pytest.mark.parametrize("check", [SUMS, FORWARD_KL], ids=["sums", "forward_kl"])
 def test_kernels_equal_plain_float64(check):
     """In a process of its own: Triton reads whether to interpret when it is imported."""
     done = subprocess.run(
         [sys.executable, "-c", check],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

@@ -51,10 +51,7 @@ STEPS = 6
 LENGTH = 32
 RUNS = [
     (1, {}, "float32"),
-    pytest.param(2, {}, "bfloat16", marks=pytest.mark.slow),
     pytest.param(4, {"tensor": 2, "pipeline": 2, "sequence": True}, "float32", marks=pytest.mark.slow),
-    pytest.param(2, {"tensor": 2}, "bfloat16", marks=pytest.mark.slow),
-    pytest.param(4, {"pipeline": 2}, "float32", marks=pytest.mark.slow),
     pytest.param(2, {"pipeline": 2, "virtual_pipeline": 2}, "bfloat16", marks=pytest.mark.slow),
 ]
 
@@ -251,8 +248,7 @@ def test_a_run_goes_on_from_each_of_its_steps(gloo, sources, tmp_path, ranks, la
     ("ranks", "layout", "how"),
     [
         (1, {}, "fully_reshardable"),
-        pytest.param(2, {}, "dp_reshardable", marks=pytest.mark.slow),
-        pytest.param(2, {"pipeline": 2}, "fully_reshardable", marks=pytest.mark.slow),
+        pytest.param(2, {"pipeline": 2}, "dp_reshardable", marks=pytest.mark.slow),
     ],
     ids=names,
 )
@@ -288,9 +284,8 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(gloo, sources, tmp_path
     assert checkpoints(tmp_path / "run") == ["step_00000001", "step_00000002"]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "layout"), [(2, {}), pytest.param(4, {"tensor": 2}, marks=pytest.mark.slow)], ids=names
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "layout"), [(2, {}), (4, {"tensor": 2})], ids=names)
 def test_data_parallel_ranks_share_out_a_checkpoint(gloo, sources, tmp_path, ranks, layout):
     """What it holds is the same; the files of the ranks are less uneven; each reads a share and goes on alike."""
     for on in (False, True):

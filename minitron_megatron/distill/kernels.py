@@ -1,10 +1,10 @@
-"""Forward KL of logits on a GPU: two kernels that read the logits twice and write the gradient once, all sums in float32.
+"""Forward KL of logits on a GPU: the logits are read twice and the gradient is written once, all sums in float32.
 
     student, teacher [n, V / tp] ─▶ largest and Σ exp of each row ─▶ over the group: log Z of each row
                                  ─▶ Σ p (log p − log q) of this rank's columns [n], and T (q − p) [n, V / tp]
 
-A program has a row, which mostly is in the card's second-level cache still when it is read again. Plain torch takes some
-fifteen passes over float32 copies for the same. Padded columns take no part and get gradient 0.
+A program has a row. Plain torch takes some fifteen passes over float32 copies for the same. Padded columns take no part and get
+gradient 0.
 """
 
 import torch

@@ -4,8 +4,9 @@
     teacher logits [.., V/tp], or its top K ─────▶ log p ─┘   gradient of the block, in the student's dtype
 
 Every loss is a function of one block: (log q, log p) to (loss, gradient of the logits), written out by hand, so that the
-gradient is made in forward, which needs no second pass, and only a block is ever held in float32. With p and q the softmaxes
-of the teacher's and the student's logits z over the temperature T, and L a loss between them,
+gradient is made in forward, which needs no second pass, and only a block is ever held in float32. (Forward KL on a GPU has
+kernels of its own: kernels.py.) With p and q the softmaxes of the teacher's and the student's logits z over the temperature T,
+and L a loss between them,
 
     ∂(T² L) / ∂z_v = T · (a_v − q_v Σ_u a_u),    a_v = ∂L / ∂log q_v
 
