@@ -273,18 +273,25 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(gloo, pair):
 
 
 @pytest.fixture(scope="module")
-def twenty_steps(gloo, pair):
+def training(request, gloo, pair):
     """(losses and gradient norms on one process, teacher, student, samples)."""
     teacher, student, tokens, _, _ = pair
-    samples = tokens.repeat(20, 1).roll(1, dims=1)
-    return gloo(1, jobs.training_losses, teacher, student, samples, {}, 2, 20, layout={})[0], teacher, student, samples
+    samples = tokens.repeat(request.param, 1).roll(1, dims=1)
+    found = gloo(1, jobs.training_losses, teacher, student, samples, {}, 2, request.param, layout={})
+    return found[0], teacher, student, samples
 
 
+@pytest.mark.parametrize(
+    ("pair", "training"),
+    [(False, 4), (True, 4), pytest.param(False, 20, marks=pytest.mark.slow)],
+    ids=["untied", "tied", "twenty"],
+    indirect=True,
+)
 @pytest.mark.parametrize(("ranks", "layout"), [*LAYOUTS[1:], (4, {"pipeline": 2})], ids=names)
-def test_optimizer_steps_are_the_same_in_every_layout(gloo, twenty_steps, ranks, layout):
-    """The distributed optimizer with clipping, over twenty steps: losses to 1e-4, gradient norms to 1e-3."""
-    wanted, *run = twenty_steps
-    for found in gloo(ranks, jobs.training_losses, *run, layout, 2, 20, layout=layout):
+def test_optimizer_steps_are_the_same_in_every_layout(gloo, training, ranks, layout):
+    """The distributed optimizer with clipping, over four and twenty steps: losses to 1e-4, gradient norms to 1e-3."""
+    wanted, *run = training
+    for found in gloo(ranks, jobs.training_losses, *run, layout, 2, len(wanted), layout=layout):
         for (loss, norm), (loss_wanted, norm_wanted) in zip(found, wanted, strict=True):
             assert loss == pytest.approx(loss_wanted, rel=1e-4)
             assert norm == pytest.approx(norm_wanted, rel=1e-3)

@@ -129,12 +129,12 @@ def killed_while_saving(cfg: DistillConfig, step: int) -> str:
 
 
 def written_slowly(cfg: DistillConfig) -> dict[int, int]:
-    """Run the command, with writers that take two seconds longer; by step of a checkpoint: steps done when it was whole."""
+    """Run the command, with writers that take a second longer; by step of a checkpoint: steps done when it was whole."""
     write, complete = FileSystemWriterAsync.write_preloaded_data_multithread, checkpoint.Saver._complete
     train_step, done, whole = Trainer.train_step, [0], {}
 
     def writing(*rest):
-        time.sleep(2)
+        time.sleep(1)
         return write(*rest)
 
     def completing(self, partial, name, step, best):
