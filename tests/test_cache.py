@@ -180,7 +180,7 @@ def test_a_cache_holds_what_the_teacher_says(sources, made):
 
 
 LAYOUTS = [
-    (2, {"tensor": 2, "sequence": True}),
+    pytest.param(2, {"tensor": 2, "sequence": True}, marks=pytest.mark.slow),
     (2, {"pipeline": 2, "virtual_pipeline": 2}),
     pytest.param(4, {"pipeline": 2}, marks=pytest.mark.slow),
 ]

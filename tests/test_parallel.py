@@ -343,6 +343,7 @@ def test_a_failing_rank_is_reported_and_the_pool_goes_on(gloo):
     assert gloo(2, _jobs) == before
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_or_dies_is_replaced(gloo):
     with pytest.raises(WorkerError, match=r"(?s)no answer within 5 s.*_one_hangs"):
         gloo(2, _one_hangs, timeout=5)
@@ -351,6 +352,7 @@ def test_a_rank_that_hangs_or_dies_is_replaced(gloo):
     assert [rank for rank, _ in gloo(2, _jobs)] == [0, 1]
 
 
+@pytest.mark.slow
 def test_closing_a_pool_leaves_no_process_behind():
     with Pool() as pool:
         (child,) = pool(1, _has_a_child)
