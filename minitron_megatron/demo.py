@@ -36,6 +36,7 @@ class Effort:
         return [
             f"trainer.steps={self.steps}",
             f"data.sequence_length={self.sequence_length}",
+            "data.max_epochs=2",  # one has 98 thousand tokens
             "trainer.global_batch_size=8",
             "trainer.micro_batch_size=4",
             f"trainer.save_interval={max(10, self.steps // 4)}",
