@@ -29,10 +29,10 @@ from minitron_megatron.config import (
     flat,
     number_of_steps,
     options,
-    tokens_per_step,
+    tokens_of_run,
 )
 from minitron_megatron.console import console, print_table
-from minitron_megatron.data.datasets import check_enough, data_digest, open_data
+from minitron_megatron.data.datasets import Data, check_enough, data_digest, open_data
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.perplexity import RESULTS
 from minitron_megatron.launcher import compose
@@ -84,8 +84,7 @@ class Round:
     @property
     def tokens(self) -> int:
         """Tokens of its distillation."""
-        cfg = self.stages["distill"].config
-        return number_of_steps(cfg) * tokens_per_step(cfg)
+        return tokens_of_run(self.stages["distill"].config)
 
     @property
     def share(self) -> float:
@@ -238,23 +237,24 @@ def check_round(one: Round, *, with_data: bool) -> None:
                 check_sequence(cfg.data.sequence_length, layout)
                 splits = [cfg.split] if stage.command == "evaluate" else splits
             if with_data:
-                _check_data(
+                data = _check_data(
                     cfg, splits, one.target, cfg.first_sample + cfg.samples if stage.command == "importance" else 1
                 )
                 if stage.command == "distill":
-                    data = open_data(cfg.data.path, "train", one.target, cfg.data.sequence_length)
                     check_enough(data, one.tokens, cfg.data.max_epochs)
 
 
-def _check_data(cfg: Any, splits: list[str], shape: ModelShape, samples: int) -> None:
-    """Raise UserError unless the data have these splits, and the first of them so many whole samples."""
+def _check_data(cfg: Any, splits: list[str], shape: ModelShape, samples: int) -> Data:
+    """The data. Raises UserError unless they have these splits, and the first of them so many whole samples."""
     length = cfg.data.sequence_length
-    tokens, *_ = [open_data(cfg.data.path, split, shape, length).tokens(split) for split in splits]
+    data, *_ = [open_data(cfg.data.path, split, shape, length) for split in splits]
+    tokens = data.tokens(splits[0])
     if tokens < samples * length:
         raise UserError(
             f"{samples} samples of {length} tokens are asked for, the {splits[0]} split has {tokens} tokens: "
             "lower samples= or data.sequence_length="
         )
+    return data
 
 
 def _check_root(root: Path, resume: bool) -> None:

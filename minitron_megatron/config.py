@@ -560,6 +560,11 @@ def tokens_per_step(cfg: TrainingConfig | CacheTeacherConfig) -> int:
     return cfg.trainer.global_batch_size * cfg.data.sequence_length
 
 
+def tokens_of_run(cfg: TrainingConfig | CacheTeacherConfig) -> int:
+    """Tokens that all steps take together. Raises UserError as number_of_steps."""
+    return number_of_steps(cfg) * tokens_per_step(cfg)
+
+
 @dataclass
 class EvaluateConfig(CommandConfig):
     """Perplexity of a model on a data folder."""

@@ -286,17 +286,16 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(gloo, sources, tmp_path
 @pytest.mark.slow
 def test_data_parallel_ranks_share_out_a_checkpoint(gloo, sources, tmp_path):
     """What it holds is the same; the files of the ranks are less uneven; each reads a share and goes on alike."""
-    ranks, layout = 2, {}
     for on in (False, True):
-        cfg = options(sources, tmp_path / str(on), layout, parallel_save=on, parallel_load=on, validation_samples=0)
-        assert gloo(ranks, signalled, cfg, signal.SIGTERM, 1) == [75] * ranks
+        cfg = options(sources, tmp_path / str(on), parallel_save=on, parallel_load=on, validation_samples=0)
+        assert gloo(2, signalled, cfg, signal.SIGTERM, 1) == [75] * 2
     one, other = (tmp_path / on / "checkpoints" / "step_00000002" for on in ("False", "True"))
     before, after = contents(one), contents(other)
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert max(sizes_by_rank(other)) < 0.8 * max(sizes_by_rank(one))
     for on in ("False", "True"):
-        cfg = options(sources, tmp_path / on, layout, parallel_load=on == "True", validation_samples=0)
-        assert gloo(ranks, exit_code, cfg) == [None] * ranks
+        cfg = options(sources, tmp_path / on, parallel_load=on == "True", validation_samples=0)
+        assert gloo(2, exit_code, cfg) == [None] * 2
     assert untimed(tmp_path / "True") == untimed(tmp_path / "False")
 
 

@@ -25,7 +25,7 @@ from minitron_megatron.checkpoints.folder import (
     partial_folder,
 )
 from minitron_megatron.checkpoints.weights import check_weights, load_model
-from minitron_megatron.config import CacheTeacherConfig, HardwareConfig, number_of_steps, tokens_per_step
+from minitron_megatron.config import CacheTeacherConfig, HardwareConfig, number_of_steps, tokens_of_run
 from minitron_megatron.console import print_table, progress
 from minitron_megatron.data.datasets import (
     Data,
@@ -66,7 +66,7 @@ def cache_teacher(cfg: CacheTeacherConfig) -> None:
     check_teacher(cfg, folder, layout)
     masks = DocumentMasks(reset_attention=cfg.data.reset_attention_mask)
     data = open_data(cfg.data.path, "train", folder.shape, cfg.data.sequence_length, masks)
-    check_enough(data, number_of_steps(cfg) * tokens_per_step(cfg), cfg.data.max_epochs)
+    check_enough(data, tokens_of_run(cfg), cfg.data.max_epochs)
     windows = _windows(cfg, folder, data)
     contents = contents_of(cfg, folder, data, windows)
     inputs = {"model": folder.digest, "data": data.digest}

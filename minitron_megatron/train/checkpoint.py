@@ -99,7 +99,7 @@ def _undisturbed() -> Iterator[None]:
 class Saver:
     """Writes a run's checkpoints, one at a time: at once, or beside the steps that follow (trainer.async_save).
 
-        step ─▶ save: state copied to the CPU, ─▶ next steps ─▶ poll: all ranks have written? then the index, a rename
+        step ─▶ save: state copied to the CPU, ─▶ next steps ─▶ finish: all ranks have written? then the index, a rename
                 a child process writes files                          and old ones are dropped; until then it is not there
 
     A child has this process's memory as it was when it started, so that on CPUs too no later step shows in what it writes.
@@ -142,7 +142,11 @@ class Saver:
         with _undisturbed(), _telling(self.folder):
             state = _state(chunks, optimizer, self.options.checkpoint_format, plain, loading=False)
             request = dist_checkpointing.save(
-                state, str(partial), _save_strategy(self.options), async_sharded_save=True, async_strategy="mcore"
+                state,
+                str(partial),
+                _strategy("save", self.options.parallel_save),
+                async_sharded_save=True,
+                async_strategy="mcore",
             )
             request.add_finalize_fn(lambda: self._complete(partial, name, step, best))
             if self.options.async_save:
@@ -151,17 +155,14 @@ class Saver:
             else:
                 request.execute_sync()
 
-    def poll(self) -> None:
-        """Complete the checkpoint that is being written if all ranks are done with it. Every rank calls it after a step."""
-        if self.calls.get_num_unfinalized_calls():
-            with _telling(self.folder):
-                self.calls.maybe_finalize_async_calls()
+    def finish(self, *, wait: bool = True) -> None:
+        """Complete the checkpoint that is being written, once all ranks are done with it: now, or if they are, without a wait.
 
-    def finish(self) -> None:
-        """Wait for the checkpoint that is being written. Every rank calls it. Raises UserError as `save`."""
+        Every rank calls it, after each step without a wait. Raises UserError as `save`.
+        """
         if self.calls.get_num_unfinalized_calls():
             with _telling(self.folder):
-                self.calls.maybe_finalize_async_calls(blocking=True)
+                self.calls.maybe_finalize_async_calls(blocking=wait)
 
     def _begin(self, name: str) -> Path:
         """A folder to write to, of a name of its own: a killed run may have left a process that still writes to the last one."""
@@ -204,28 +205,16 @@ def _telling(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _save_strategy(options: TrainerConfig) -> Any:
-    """Who writes what: the data-parallel ranks share out what all of them have, or the first of them writes it."""
+def _strategy(kind: str, shared: bool) -> Any:
+    """How Megatron saves or loads ("save", "load"): what all data-parallel ranks have is shared out over them, or it is not."""
     from megatron.core import parallel_state as ps
-    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+    from megatron.core.dist_checkpointing.strategies import fully_parallel, torch
 
-    strategy = TorchDistSaveShardedStrategy()
-    if not options.parallel_save:
-        return strategy
-    return FullyParallelSaveStrategyWrapper(strategy, ps.get_data_parallel_group(with_context_parallel=True))
-
-
-def _load_strategy(options: TrainerConfig) -> Any:
-    """Who reads what: every rank all it needs, or the data-parallel ranks a share each, which they exchange."""
-    from megatron.core import parallel_state as ps
-    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
-
-    strategy = TorchDistLoadShardedStrategy()
-    if not options.parallel_load:
-        return strategy
-    return FullyParallelLoadStrategyWrapper(strategy, ps.get_data_parallel_group(with_context_parallel=True))
+    plain, wrapper = {
+        "save": (torch.TorchDistSaveShardedStrategy, fully_parallel.FullyParallelSaveStrategyWrapper),
+        "load": (torch.TorchDistLoadShardedStrategy, fully_parallel.FullyParallelLoadStrategyWrapper),
+    }[kind]
+    return wrapper(plain(), ps.get_data_parallel_group(with_context_parallel=True)) if shared else plain()
 
 
 def _drop_old(folder: Path, keep_last: int) -> None:
@@ -283,7 +272,7 @@ def load(
     try:
         with safe_reading():
             wanted = _state(chunks, optimizer, _read_format(path)["optimizer"], {}, loading=True)
-            state = dist_checkpointing.load(wanted, str(path), _load_strategy(options))
+            state = dist_checkpointing.load(wanted, str(path), _strategy("load", options.parallel_load))
     except (CheckpointingException, OSError, RuntimeError) as error:
         raise _damaged(path, error) from error
     for i, chunk in enumerate(chunks):

@@ -31,6 +31,7 @@ from minitron_megatron.config import (
     TrainingConfig,
     flat,
     number_of_steps,
+    tokens_of_run,
     tokens_per_step,
 )
 from minitron_megatron.console import print_table
@@ -196,7 +197,7 @@ def _inputs(cfg: TrainingConfig, recipe: Recipe) -> tuple[dict[str, ModelFolder]
     shape = folders[recipe.trained].shape
     masks = DocumentMasks(cfg.data.reset_attention_mask, cfg.data.eod_mask_loss)
     data = open_data(cfg.data.path, "train", shape, cfg.data.sequence_length, masks)
-    check_enough(data, number_of_steps(cfg) * tokens_per_step(cfg), cfg.data.max_epochs)
+    check_enough(data, tokens_of_run(cfg), cfg.data.max_epochs)
     if cfg.trainer.validation_samples:
         open_data(cfg.data.path, "validation", shape, cfg.data.sequence_length)
     return folders, data
@@ -345,7 +346,7 @@ class _Run:
                     validation = measured or validation
                     if measured:
                         metrics.add({"step": step + 1, **measured})
-                    self.saver.poll()
+                    self.saver.finish(wait=False)
                     self._save_if_due(step + 1, last.stop, measured)
                     if last.stop and step + 1 < steps:
                         stopped = True
@@ -404,7 +405,7 @@ class _Run:
             **validation,
             "steps": self.schedule.steps,
             "skipped": self.loop.guard.skipped,
-            "tokens": self.schedule.steps * tokens_per_step(self.cfg),
+            "tokens": tokens_of_run(self.cfg),
             "seconds_since_start": round(time.monotonic() - self.began, 1),
             "parameters": count_parameters(self.shapes[self.recipe.trained]),
         }
