@@ -309,6 +309,9 @@ class DistillOptions:
         ("bucket", "renormalize"),
     )
     cross_entropy: float = option(0.0, "weight of the labels' cross entropy, added to the distance")
+    logits_mib: int = option(
+        1024, "MiB of the student's logits that are held at once on a rank; a sixteenth of it of the teacher's"
+    )
     intermediate: float = option(
         0.0, "weight of the losses on intermediate states, at 1 as large as that on logits: for strong cuts of depth"
     )
@@ -746,7 +749,8 @@ _POSITIVE = frozenset(
     max_shard_gb save_interval interval repeats rows limit num_layers hidden_size ffn_hidden_size num_attention_heads
     num_query_groups vocab_size adam_eps top_k chunk_samples processes nodes processes_per_node decay_steps decay_tokens
     decay_share window stop_after recompute_num_layers bucket_size keep_last time_limit_minutes world_size nvlink_gpus
-    memory_gib bf16_tflops fp8_tflops fp32_tflops memory_gb_s nvlink_gb_s network_gb_s efficiency teacher_ahead""".split()
+    memory_gib bf16_tflops fp8_tflops fp32_tflops memory_gb_s nvlink_gb_s network_gb_s efficiency teacher_ahead
+    logits_mib""".split()
 )
 _NOT_NEGATIVE = frozenset(
     """min_lr warmup_steps warmup_tokens loss_factor grad_norm_factor weight_decay clip_grad validation_interval

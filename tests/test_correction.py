@@ -16,41 +16,9 @@ from minitron_megatron.config import (
 from minitron_megatron.errors import UserError
 from minitron_megatron.train.correct_teacher import correct_teacher
 from tests import jobs
-from tests.test_distill import VOCABULARY, merged, random_logits
+from tests.test_distill import VOCABULARY, merged
 from tests.test_models import names
 from tests.tiny import data_folder, data_option, hf_model, imported, model_option
-
-
-def cross_entropy_on_ranks(logits, labels, weights):
-    """This rank's columns of the logits through the vocabulary-parallel loss: (loss, its columns' gradient)."""
-    from megatron.core import parallel_state as ps
-
-    from minitron_megatron.models.objective import cross_entropy
-
-    rank, size = ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()
-    mine = logits.chunk(size, -1)[rank].clone().requires_grad_()
-    group = ps.get_tensor_model_parallel_group()
-    loss = cross_entropy(mine.clone(), labels, vocab_size=VOCABULARY, group=group)
-    (loss * weights).sum().backward()
-    return loss.detach(), mine.grad
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_cross_entropy_equals_torch_in_float64(gloo, ranks):
-    """Megatron's kernel computes in float32; padded columns have values, and must not matter or get a gradient."""
-    logits = random_logits(6)
-    labels = torch.randint(0, VOCABULARY, (5, 3), generator=torch.Generator().manual_seed(8))
-    weights = torch.rand(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    plain = logits.clone().requires_grad_()
-    real = plain[..., :VOCABULARY].flatten(0, 1)
-    wanted = torch.nn.functional.cross_entropy(real, labels.flatten(), reduction="none").view(5, 3)
-    (wanted * weights).sum().backward()
-    found = gloo(ranks, cross_entropy_on_ranks, logits, labels, weights, layout={"tensor": ranks})
-    for loss, _ in found:
-        torch.testing.assert_close(loss.double(), wanted.detach(), rtol=1e-5, atol=1e-6)
-    gradient = torch.cat([part for _, part in found], -1)
-    torch.testing.assert_close(gradient, plain.grad, rtol=1e-5, atol=1e-7)
-    assert (gradient[..., VOCABULARY:] == 0).all()
 
 
 @pytest.fixture(scope="module")

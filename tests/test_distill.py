@@ -16,32 +16,43 @@ from tests.tiny import hf_model, imported
 VOCABULARY = 300  # of 1024 rows: with four ranks, two hold nothing but padding
 
 
-def on_ranks(function, student, *rest, weights):
-    """(loss, this rank's columns' gradient) of a loss of this rank's columns of the student's logits."""
-    from megatron.core import parallel_state as ps
-
-    mine = columns_of_this_rank(student).clone().requires_grad_()
-    loss = function(mine, *rest, vocab_size=VOCABULARY, group=ps.get_tensor_model_parallel_group())
-    (loss * weights).sum().backward()
-    return loss.detach(), mine.grad
-
-
 def columns_of_this_rank(logits):
     from megatron.core import parallel_state as ps
 
     return logits.chunk(ps.get_tensor_model_parallel_world_size(), -1)[ps.get_tensor_model_parallel_rank()]
 
 
-def divergences_on_ranks(student, teacher, kinds, weights):
-    from minitron_megatron.distill.losses import divergence
+def divergences_on_ranks(student, teacher, kinds, weights, logits_bytes=2**14):
+    """(loss, this rank's columns' gradient) of each kind."""
+    from megatron.core import parallel_state as ps
 
-    return [on_ranks(divergence, student, columns_of_this_rank(teacher), how, weights=weights) for how in kinds]
+    from tests.through_head import distance
+
+    over = {"vocab_size": VOCABULARY, "group": ps.get_tensor_model_parallel_group(), "logits_bytes": logits_bytes}
+    found = [distance(student, teacher, how, weights, **over) for how in kinds]
+    return [(terms["loss"], gradient) for terms, gradient in found]
+
+
+def mixed_on_ranks(student, teacher, how, labels, cross_entropy, weights):
+    """(terms, this rank's columns' gradient), with the labels' cross entropy in the loss, and all that is measured."""
+    from megatron.core import parallel_state as ps
+
+    from tests.through_head import distance
+
+    more = {"labels": labels, "cross_entropy": cross_entropy, "measure": True}
+    return distance(
+        student, teacher, how, weights, vocab_size=VOCABULARY, group=ps.get_tensor_model_parallel_group(), **more
+    )
 
 
 def cross_entropy_on_ranks(student, labels, weights):
-    from minitron_megatron.distill.losses import cross_entropy
+    from megatron.core import parallel_state as ps
 
-    return on_ranks(cross_entropy, student, labels, weights=weights)
+    from tests.through_head import label_loss
+
+    group = ps.get_tensor_model_parallel_group()
+    terms, gradient = label_loss(student, labels, weights, vocab_size=VOCABULARY, group=group)
+    return terms["loss"], gradient
 
 
 def top_k_on_ranks(teacher, k):
@@ -92,6 +103,48 @@ def test_every_distance_equals_torch_in_float64(gloo, ranks, temperature):
         wanted = reference.divergence(plain, teacher, VOCABULARY, how)
         (wanted * weights).sum().backward()
         check_loss_and_gradient(found, wanted, plain.grad)
+
+
+@pytest.mark.parametrize(
+    "how", [*KINDS, Divergence(temperature=2.0)], ids=lambda how: f"{how.kind}-{how.rest}-{how.temperature}"
+)
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_labels_mix_in_and_terms_inform(gloo, ranks, how):
+    """The labels' cross entropy at temperature 1, whatever the distance's; entropy and agreement are of the plain softmaxes."""
+    student, teacher = random_logits(0), random_logits(1)
+    # A third of the tokens agree.
+    student[:2] = teacher[:2] + 0.01 * student[:2]
+    weights = torch.rand(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    labels = torch.randint(0, VOCABULARY, (5, 3), generator=torch.Generator().manual_seed(5))
+    plain = student.clone().requires_grad_()
+    log_q, log_p = (torch.log_softmax(z[..., :VOCABULARY], -1) for z in (plain, teacher))
+    of_labels = -log_q.gather(-1, labels[..., None])[..., 0]
+    wanted = {
+        "divergence": reference.divergence(plain, teacher, VOCABULARY, how),
+        "cross_entropy": of_labels,
+        "agreement": (log_q.argmax(-1) == log_p.argmax(-1)).float(),
+        "teacher_entropy": -(log_p.exp() * log_p).sum(-1),
+    }
+    wanted["loss"] = wanted["divergence"] + 0.25 * of_labels
+    (wanted["loss"] * weights).sum().backward()
+    found = gloo(ranks, mixed_on_ranks, student, teacher, how, labels, 0.25, weights, layout={"tensor": ranks})
+    for terms, _ in found:
+        assert terms.keys() == wanted.keys()
+        for name, values in terms.items():
+            torch.testing.assert_close(values, wanted[name].detach(), rtol=1e-9, atol=1e-12)
+    assert 0 < wanted["agreement"].mean() < 1
+    torch.testing.assert_close(torch.cat([part for _, part in found], -1), plain.grad, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("logits_bytes", [1, 2**13, 2**16, 2**30])
+def test_pieces_do_not_matter(gloo, logits_bytes):
+    """From a row at a time to all at once."""
+    given = random_logits(0), random_logits(1), KINDS, torch.rand(5, 3, generator=torch.Generator().manual_seed(3))
+    wanted = gloo(1, divergences_on_ranks, *given, layout={})[0]
+    found = gloo(1, divergences_on_ranks, *given, logits_bytes, layout={})[0]
+    for (loss, gradient), (loss_wanted, gradient_wanted) in zip(found, wanted, strict=True):
+        torch.testing.assert_close(loss, loss_wanted, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(gradient, gradient_wanted, rtol=1e-10, atol=1e-14)
 
 
 def check_loss_and_gradient(found, loss, gradient):

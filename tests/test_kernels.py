@@ -41,67 +41,67 @@ print("same")
 """
 
 
-FORWARD_KL = """
-import torch
-from minitron_megatron.distill import kernels
-
-torch.manual_seed(0)
-for dtype in (torch.float32, torch.bfloat16):
-    # Of a vocabulary over two ranks, with padding; the second may have nothing else.
-    for n, vocab, width, temperature in ((3, 5000, 2600, 1.0), (2, 150, 80, 2.5), (2, 64, 64, 0.5)):
-        student, teacher = (torch.randn(n, 2 * width).mul(spread).to(dtype) for spread in (3, 4))
-        parts, columns = [], [min(width, max(0, vocab - r * width)) for r in (0, 1)]
-        for logits in (student, teacher):
-            found = [kernels.log_sum_exp_parts(z.contiguous(), c, temperature) for z, c in zip(logits.split(width, 1), columns)]
-            parts.append(torch.stack([m + s.log() for m, s in found if (m > -torch.inf).all()]).logsumexp(0))
-        log_q, log_p = ((z[:, :vocab].double() / temperature).log_softmax(-1) for z in (student, teacher))
-        for z, log_z in zip((student, teacher), parts):
-            torch.testing.assert_close(log_z.double(), (z[:, :vocab].double() / temperature).logsumexp(-1), rtol=1e-6, atol=1e-6)
-        loss, gradients = 0, []
-        for mine, theirs, c in zip(student.split(width, 1), teacher.split(width, 1), columns):
-            one, gradient = kernels.forward_kl(mine.contiguous(), theirs.contiguous(), *parts, c, temperature)
-            assert gradient.dtype is dtype and (gradient[:, c:] == 0).all()
-            loss, gradients = loss + one.double(), [*gradients, gradient[:, :c]]
-        torch.testing.assert_close(loss, (log_p.exp() * (log_p - log_q)).sum(-1), rtol=1e-5, atol=1e-6)
-        wanted = temperature * (log_q.exp() - log_p.exp())
-        # The interpreter cuts bfloat16 off where a GPU rounds it.
-        close = {"rtol": 1e-5 if dtype is torch.float32 else 2**-7, "atol": 1e-7}
-        torch.testing.assert_close(torch.cat(gradients, 1).double(), wanted, **close)
-print("same")
-"""
-
-
-OVER_RANKS = """
+LOSSES = """
+import sys
 import torch
 import torch.distributed as dist
-from minitron_megatron.distill.losses import _fused_forward_kl
+from minitron_megatron.distill.losses import Divergence
+from tests import reference
+from tests.through_head import distance, label_loss
 
 dist.init_process_group("gloo")
-rank, world = dist.get_rank(), dist.get_world_size()
+rank, world, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
 torch.manual_seed(0)
-# The last: one rank has nothing but padding.
-for vocab, width, temperature in ((150, 80, 1.0), (97, 50, 2.0), (64, 64, 0.5)):
-    student, teacher = (torch.randn(5, world * width).mul(spread) for spread in (3, 4))
-    mine, theirs = (z[:, rank * width : (rank + 1) * width] for z in (student, teacher))
-    columns = max(0, min(width, vocab - rank * width))
-    loss, gradient = _fused_forward_kl(theirs, columns, temperature, dist.group.WORLD, mine)
-    log_q, log_p = ((z[:, :vocab].double() / temperature).log_softmax(-1) for z in (student, teacher))
-    wanted = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
-    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-6)
-    whole = torch.zeros(5, world * width, dtype=torch.double)
-    whole[:, :vocab] = temperature * (log_q.exp() - log_p.exp())
-    torch.testing.assert_close(gradient.double(), whole[:, rank * width : (rank + 1) * width], rtol=1e-5, atol=1e-7)
+
+
+def close(found, gradient, wanted, plain, dtype):
+    for name, values in found.items():
+        torch.testing.assert_close(values.double(), wanted[name].detach(), rtol=1e-5, atol=2e-6, msg=lambda m: name + m)
+    mine = plain.grad.chunk(world, -1)[rank]
+    # The interpreter cuts bfloat16 off where a GPU rounds it.
+    bound = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 2**-7, "atol": 1e-6}
+    torch.testing.assert_close(gradient.double(), mine, **bound)
+
+
+for dtype in (torch.float32, torch.bfloat16):
+    # Several tiles of columns; padding within a rank; of two ranks one with nothing but padding.
+    for n, width, vocab in ((3, 5200, 5000), (2, 160, 150), (4, 128, 60)):
+        student, teacher = (torch.randn(n, 1, width).mul(spread).to(dtype) for spread in (3, 4))
+        student[0] = teacher[0]
+        teacher[..., vocab:] += 20
+        weights, labels = torch.rand(n, 1), torch.randint(0, vocab, (n, 1))
+        for kind, temperature, share in (
+            ("forward_kl", 1.0, 0), ("forward_kl", 2.5, 0.5), ("reverse_kl", 0.5, 0), ("reverse_kl", 1.0, 2)
+        ):
+            how = Divergence(kind, temperature)
+            plain = student.double().requires_grad_()
+            log_q, log_p = (torch.log_softmax(z[..., :vocab], -1) for z in (plain, teacher.double()))
+            wanted = {
+                "divergence": reference.divergence(plain, teacher.double(), vocab, how),
+                "cross_entropy": -log_q.gather(-1, labels[..., None])[..., 0],
+                "agreement": (log_q.argmax(-1) == log_p.argmax(-1)).double(),
+                "teacher_entropy": -(log_p.exp() * log_p).sum(-1),
+            }
+            wanted["loss"] = wanted["divergence"] + share * wanted["cross_entropy"]
+            (wanted["loss"] * weights).sum().backward()
+            more = {"labels": labels, "cross_entropy": share, "measure": True} if share else {"measure": True}
+            found, gradient = distance(student, teacher, how, weights, vocab_size=vocab, group=group, logits_bytes=2**15, **more)
+            assert len(found) == (5 if share else 4) and 0 < found["agreement"].mean()
+            close(found, gradient, wanted, plain, dtype)
+        plain = student.double().requires_grad_()
+        nll = -torch.log_softmax(plain[..., :vocab], -1).gather(-1, labels[..., None])[..., 0]
+        (nll * weights).sum().backward()
+        close(*label_loss(student, labels, weights, vocab_size=vocab, group=group), {"loss": nll}, plain, dtype)
 if rank == 0:
     print("same")
 dist.destroy_process_group()
 """
 
 
-def test_forward_kl_over_ranks_equals_float64(tmp_path):
-    """A vocabulary over two processes: its largest logit and its sums come from both."""
-    (tmp_path / "check.py").write_text(OVER_RANKS)
+def interpreted(command):
+    """In a process of its own: Triton reads whether to interpret when it is imported."""
     done = subprocess.run(
-        [TORCHRUN, "--nproc-per-node", "2", "--master-port", str(free_port()), tmp_path / "check.py"],
+        command,
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         capture_output=True,
@@ -111,15 +111,13 @@ def test_forward_kl_over_ranks_equals_float64(tmp_path):
     assert done.returncode == 0 and done.stdout.strip() == "same", done.stderr
 
 
-@pytest.mark.parametrize("check", [SUMS, FORWARD_KL], ids=["sums", "forward_kl"])
-def test_kernels_equal_plain_float64(check):
-    """In a process of its own: Triton reads whether to interpret when it is imported."""
-    done = subprocess.run(
-        [sys.executable, "-c", check],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "same", done.stderr
+def test_sums_equal_plain_float64():
+    interpreted([sys.executable, "-c", SUMS])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_losses_equal_float64(tmp_path, ranks):
+    """Every loss that has kernels, its terms and gradients; over ranks the largest logit and the sums come from all."""
+    (tmp_path / "check.py").write_text(LOSSES)
+    start = [TORCHRUN, "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
+    interpreted([*start, tmp_path / "check.py"])

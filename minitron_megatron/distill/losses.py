@@ -1,19 +1,18 @@
 """Distillation losses over logits whose vocabulary is spread over the tensor-parallel group (models/vocab_parallel.py).
 
-    student logits [.., V/tp] ─ rows in blocks ─▶ log q ─┬─▶ loss of each row, summed over the group
-    teacher logits [.., V/tp], or its top K ─────▶ log p ─┘   gradient of the block, in the student's dtype
+    student logits [n, V/tp] of a block ─────▶ log q ─┬─▶ loss of each row, summed over the group
+    teacher logits [n, V/tp], or its top K ──▶ log p ─┘   gradient, in place of the student's logits
 
 Every loss is a function of one block: (log q, log p) to (loss, gradient of the logits), written out by hand, so that the
-gradient is made in forward, which needs no second pass, and only a block is ever held in float32. (Forward KL on a GPU has
-kernels of its own: kernels.py.) With p and q the softmaxes of the teacher's and the student's logits z over the temperature T,
-and L a loss between them,
+gradient is made in forward, which needs no second pass, and only a block is ever held in float32; models/head.py makes the
+logits, piece by piece, and takes the gradients on. (Forward and reverse KL have kernels on a GPU: models/kernels.py.) With p and
+q the softmaxes of the teacher's and the student's logits z over the temperature T, and L a loss between them,
 
     ∂(T² L) / ∂z_v = T · (a_v − q_v Σ_u a_u),    a_v = ∂L / ∂log q_v
 
 T² keeps the gradient's size independent of the temperature (Hinton et al., arXiv 1503.02531).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,10 +22,23 @@ import torch.distributed as dist
 
 from minitron_megatron.config import DistillOptions
 from minitron_megatron.errors import UserError
-from minitron_megatron.models.vocab_parallel import BLOCK_ELEMENTS, log_softmax_, reduce_over, valid_columns
+from minitron_megatron.models.head import Head, Terms
+from minitron_megatron.models.vocab_parallel import (
+    BLOCK_ELEMENTS,
+    Total,
+    have_kernels,
+    label_loss,
+    label_nll,
+    local_labels,
+    log2_normalisers,
+    log_softmax,
+    log_softmax_,
+    reduce_over,
+    valid_columns,
+    vocab_parallel_argmax,
+    vocab_parallel_entropy,
+)
 
-# Sums [n, this rank's columns] over the whole vocabulary, [n].
-Total = Callable[[torch.Tensor], torch.Tensor]
 LossAndGradient = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -62,10 +74,8 @@ class TopK(NamedTuple):
     rest: torch.Tensor  # [...] the probability of all other tokens together
 
 
-def divergence(
-    student: torch.Tensor, teacher: torch.Tensor | TopK, how: Divergence, *, vocab_size: int, group: Any
-) -> torch.Tensor:
-    """The distance of a student from its teacher, per token, times T².
+class DistillationLoss:
+    """The distance of a student from its teacher, per token, times T²; of a block of rows at a time (models/head.py).
 
         forward_kl   KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)                                arXiv 2407.14679, section 3, eq. 6
         reverse_kl   KL(q ‖ p)
@@ -78,50 +88,112 @@ def divergence(
                                        student learns to do without; not 0 at p = q
 
     Args:
-        student: logits [..., V / tp], any floating dtype; arithmetic is float32 (float64 for float64).
-        teacher: logits [..., V / tp]; or, for topk_kl, its top K at the same temperature (`top_k`, a cached teacher).
+        teacher: the head of a teacher beside the student; or, for topk_kl, its top K [s, b, K] at the same temperature
+            (`top_k`, a cached teacher).
         how: the kind of distance, and its settings.
         vocab_size: real ids; columns of ids from there on are padding: no probability, no gradient.
         group: the tensor-parallel process group.
+        labels: int64 [s, b], ids of the next tokens: gives their cross entropy as a term, at temperature 1.
+        cross_entropy: its weight in the loss.
+        measure: also how sure the teacher is, and whether both would say the same token; of the distributions at temperature 1.
 
-    Returns:
-        [...] float32 (or float64), the same on every rank of the group; its gradient goes to the student alone.
+    Terms, float32 (or float64) [n], the same on every rank of the group: `loss`, `divergence`, and where asked for
+    `cross_entropy`, `teacher_entropy` (nats; not of a top K), `agreement`.
     """
-    if how.kind == "topk_kl":
-        if not isinstance(teacher, TopK):
-            teacher = top_k(teacher, how.top_k, vocab_size=vocab_size, temperature=how.temperature, group=group)
-        if how.rest == "renormalize":
-            inside = teacher.log_probs.logsumexp(-1, keepdim=True)
-            teacher = TopK(teacher.ids, teacher.log_probs - inside, torch.zeros_like(teacher.rest))
-        return _sparse(student, teacher, how, vocab_size, group)
-    kinds = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": partial(_jsd, beta=how.beta)}
-    dense, total = kinds[how.kind], _total(group)
-    targets, columns = _rows(teacher.detach()), valid_columns(student, vocab_size, group)
 
-    if how.kind == "forward_kl" and student.is_cuda and student.dtype is not torch.float64:
-        return _GradientInForward.apply(student, partial(_fused_forward_kl, targets, columns, how.temperature, group))
+    def __init__(
+        self,
+        teacher: Head | TopK,
+        how: Divergence,
+        *,
+        vocab_size: int,
+        group: Any,
+        labels: torch.Tensor | None = None,
+        cross_entropy: float = 0.0,
+        measure: bool = False,
+    ) -> None:
+        self.how, self.vocab_size, self.group, self.measure = how, vocab_size, group, measure
+        self.teacher = TopK(*(part.flatten(0, 1) for part in teacher)) if isinstance(teacher, TopK) else teacher
+        self.labels = None if labels is None else labels.reshape(-1)
+        self.cross_entropy = cross_entropy
 
-    def loss(log_q: torch.Tensor, block: slice) -> LossAndGradient:
-        log_p = log_softmax_(targets[block, :columns].to(log_q.dtype, copy=True).div_(how.temperature), group)
-        return dense(log_q, log_p, total)
+    def __call__(self, logits: torch.Tensor, rows: slice, weight: torch.Tensor | None) -> Terms:
+        """Of the rows `rows`: BlockLoss of models/head.py."""
+        targets = (
+            TopK(*(part[rows] for part in self.teacher))
+            if isinstance(self.teacher, TopK)
+            else self.teacher.logits(rows)
+        )
+        measured = self._measured(logits, targets) if self.measure else {}
+        labels = None if self.labels is None else self.labels[rows]
+        by = self._by_kernels if self.how.kind in _WITH_KERNELS and have_kernels(logits) else self._by_torch
+        return {**by(logits, targets, labels, weight), **measured}
 
-    return _GradientInForward.apply(student, partial(_blockwise, loss, columns, how.temperature, group))
+    def _by_torch(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor | TopK,
+        labels: torch.Tensor | None,
+        weight: torch.Tensor | None,
+    ) -> Terms:
+        columns, total = valid_columns(logits, self.vocab_size, self.group), _total(self.group)
+        temperature, of_label, moved = self.how.temperature, None, 0
+        if labels is not None:
+            log_q = log_softmax(logits, columns, 1.0, self.group)
+            of_label, moved = label_loss(log_q, labels, logits.shape[-1], self.group)
+            moved = moved.mul_(self.cross_entropy) if self.cross_entropy else 0
+        log_q = log_softmax(logits, columns, temperature, self.group)
+        if isinstance(targets, torch.Tensor) and self.how.kind == "topk_kl":
+            k = self.how.top_k
+            targets = top_k(targets, k, vocab_size=self.vocab_size, temperature=temperature, group=self.group)
+        if isinstance(targets, TopK):
+            loss, gradient = _sparse(log_q, targets, self.how, logits.shape[-1], self.group)
+        else:
+            kinds = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": partial(_jsd, beta=self.how.beta)}
+            loss, gradient = kinds[self.how.kind](log_q, log_softmax(targets, columns, temperature, self.group), total)
+        if weight is not None:
+            logits[:, :columns] = gradient.mul_(temperature).add_(moved).mul_(weight[:, None])
+            logits[:, columns:] = 0
+        return self._terms(loss.mul_(temperature**2), of_label)
+
+    def _by_kernels(
+        self, logits: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor | None, weight: torch.Tensor | None
+    ) -> Terms:
+        columns, temperature, of_label = valid_columns(logits, self.vocab_size, self.group), self.how.temperature, None
+        mine = log_z_plain = log_z = None
+        if labels is not None:
+            mine = local_labels(labels, logits.shape[-1], columns, self.group)
+            (log_z_plain,) = log2_normalisers([logits], columns, 1.0, self.group)
+            of_label = label_nll(logits, mine, log_z_plain, self.group)
+        # One rank's kernel of forward KL makes them itself.
+        if self.how.kind == "reverse_kl" or dist.get_world_size(self.group) > 1:
+            log_z = log2_normalisers([logits, targets], columns, temperature, self.group)
+        from minitron_megatron.models import kernels
+
+        wanted = None if weight is None else kernels.Gradient(weight, self.cross_entropy, mine, log_z_plain)
+        sum_up = partial(reduce_over, op=dist.ReduceOp.SUM, group=self.group)
+        kernel = kernels.kl_ if self.how.kind == "forward_kl" else kernels.reverse_kl_
+        loss = kernel(logits, targets, log_z, columns, temperature, wanted, sum_up)
+        return self._terms(loss.mul_(temperature**2), of_label)
+
+    def _terms(self, loss: torch.Tensor, of_label: torch.Tensor | None) -> Terms:
+        if of_label is None:
+            return {"loss": loss, "divergence": loss}
+        return {"loss": loss + self.cross_entropy * of_label, "divergence": loss, "cross_entropy": of_label}
+
+    def _measured(self, logits: torch.Tensor, targets: torch.Tensor | TopK) -> Terms:
+        over = {"vocab_size": self.vocab_size, "group": self.group}
+        said = vocab_parallel_argmax(logits, **over)
+        if isinstance(targets, TopK):
+            return {"agreement": (targets.ids[:, 0] == said).float()}
+        return {
+            "teacher_entropy": vocab_parallel_entropy(targets, **over),
+            "agreement": (vocab_parallel_argmax(targets, **over) == said).float(),
+        }
 
 
-def cross_entropy(student: torch.Tensor, labels: torch.Tensor, *, vocab_size: int, group: Any) -> torch.Tensor:
-    """−log q of the labels, per token: a teacher that is certain.
-
-    Args:
-        student: logits [..., V / tp].
-        labels: int64 [...], ids below vocab_size.
-        vocab_size: real ids; the rest is padding.
-        group: the tensor-parallel process group.
-
-    Returns:
-        [...] float32 (float64 for float64), on every rank of the group, with a gradient.
-    """
-    certain = student.new_zeros(labels.shape, dtype=torch.promote_types(student.dtype, torch.float32))
-    return _sparse(student, TopK(labels[..., None], certain[..., None], certain), _ONE_HOT, vocab_size, group)
+# Kinds that models/kernels.py has.
+_WITH_KERNELS = ("forward_kl", "reverse_kl")
 
 
 def top_k(logits: torch.Tensor, k: int, *, vocab_size: int, temperature: float = 1.0, group: Any) -> TopK:
@@ -153,62 +225,6 @@ def top_k(logits: torch.Tensor, k: int, *, vocab_size: int, temperature: float =
     return TopK(ids.view(*shape, k), log_probs.view(*shape, k), rest.view(shape))
 
 
-class _GradientInForward(torch.autograd.Function):
-    """A loss of the student's logits that comes with its gradient: `made` gives both, [n] and [n, V / tp], of rows of logits."""
-
-    @staticmethod
-    def forward(ctx: Any, student: torch.Tensor, made: Callable[[torch.Tensor], LossAndGradient]) -> torch.Tensor:
-        losses, gradient = made(_rows(student))
-        ctx.save_for_backward(gradient.view_as(student))
-        return losses.view(student.shape[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, weight: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        # In place, or there would be two tensors of the logits' size; torch refuses a second backward through it.
-        return gradient.mul_(weight[..., None]), None
-
-
-def _blockwise(
-    loss: Callable[[torch.Tensor, slice], LossAndGradient],
-    columns: int,
-    temperature: float,
-    group: Any,
-    rows: torch.Tensor,
-) -> LossAndGradient:
-    """Any loss of rows of logits and its gradient, a block of rows in float32 (float64) at a time."""
-    compute = torch.promote_types(rows.dtype, torch.float32)
-    gradient = torch.zeros_like(rows)
-    losses = rows.new_empty(len(rows), dtype=compute)
-    for block in _blocks(rows):
-        log_q = log_softmax_(rows[block, :columns].to(compute, copy=True).div_(temperature), group)
-        losses[block], of_logits = loss(log_q, block)
-        gradient[block, :columns] = of_logits.mul_(temperature).to(gradient.dtype)
-    return losses.mul_(temperature**2), gradient
-
-
-def _fused_forward_kl(
-    teacher: torch.Tensor, columns: int, temperature: float, group: Any, student: torch.Tensor
-) -> LossAndGradient:
-    """The same for forward KL on a GPU, by kernels of its own."""
-    from minitron_megatron.distill import kernels
-
-    student, teacher = student.contiguous(), teacher.contiguous()
-    log_z = [_log_z(logits, columns, temperature, group) for logits in (student, teacher)]
-    loss, gradient = kernels.forward_kl(student, teacher, *log_z, columns, temperature)
-    return reduce_over(loss, dist.ReduceOp.SUM, group).mul_(temperature**2), gradient
-
-
-def _log_z(logits: torch.Tensor, columns: int, temperature: float, group: Any) -> torch.Tensor:
-    """log Σ exp(logits / T) of each row over the group: float32 [n]."""
-    from minitron_megatron.distill import kernels
-
-    mine, total = kernels.log_sum_exp_parts(logits, columns, temperature)
-    highest = reduce_over(mine.clone(), dist.ReduceOp.MAX, group)
-    total.mul_((mine - highest).exp())
-    return highest + reduce_over(total, dist.ReduceOp.SUM, group).log()
-
-
 # Losses of one block: log q and log p [n, this rank's columns] to the loss [n] and the gradient, without T; both are used up.
 
 
@@ -235,33 +251,26 @@ def _jsd(log_q: torch.Tensor, log_p: torch.Tensor, total: Total, *, beta: float)
     return loss, mixed.neg_().sub_(from_student[:, None]).mul_(q).mul_(1 - beta)
 
 
-def _sparse(student: torch.Tensor, teacher: TopK, how: Divergence, vocab_size: int, group: Any) -> torch.Tensor:
-    """Forward KL to a teacher of which K tokens and the mass of the rest are known (that mass may be 0)."""
-    columns, first = valid_columns(student, vocab_size, group), dist.get_rank(group) * student.shape[-1]
-    targets, total, bucket = TopK(*map(_flat(student), teacher)), _total(group), how.rest == "bucket"
-
-    def loss(log_q: torch.Tensor, block: slice) -> LossAndGradient:
-        ids, log_p, rest_p = (part[block] for part in targets)
-        log_p, rest_p = log_p.to(log_q.dtype), rest_p.to(log_q.dtype)
-        places = _places(ids, first, columns)
-        mine, p = places < columns, log_p.exp()
-        known = torch.where(mine, p * (log_p - _take(log_q, places)), 0)
-        q = log_q.exp_()
-        loss = reduce_over(known.sum(-1), dist.ReduceOp.SUM, group)
-        if bucket:
-            inside = _inside(places, columns)
-            # A student whose whole rest is below the smallest number would make this infinite.
-            rest_q = total(q.masked_fill(inside, 0)).clamp_min_(torch.finfo(q.dtype).tiny)
-            loss += torch.xlogy(rest_p, rest_p.clamp_min(torch.finfo(q.dtype).tiny) / rest_q)
-            q.mul_(torch.where(inside, 1, (1 - rest_p / rest_q)[:, None]))
-        if columns:
-            q.scatter_add_(-1, places.clamp_max(columns - 1), torch.where(mine, -p, 0))
-        return loss, q
-
-    return _GradientInForward.apply(student, partial(_blockwise, loss, columns, how.temperature, group))
-
-
-_ONE_HOT = Divergence(kind="topk_kl", rest="renormalize")
+def _sparse(log_q: torch.Tensor, teacher: TopK, how: Divergence, width: int, group: Any) -> LossAndGradient:
+    """Forward KL to a teacher's K tokens and the mass of the rest; of a rank's `width` columns log q has the real ones."""
+    columns, first, bucket = log_q.shape[-1], dist.get_rank(group) * width, how.rest == "bucket"
+    ids, log_p, rest_p = teacher.ids, teacher.log_probs.to(log_q.dtype), teacher.rest.to(log_q.dtype)
+    if not bucket:
+        log_p = log_p - log_p.logsumexp(-1, keepdim=True)
+    places = _places(ids, first, columns)
+    mine, p = places < columns, log_p.exp()
+    known = torch.where(mine, p * (log_p - _take(log_q, places)), 0)
+    q = log_q.exp_()
+    loss = reduce_over(known.sum(-1), dist.ReduceOp.SUM, group)
+    if bucket:
+        inside = _inside(places, columns)
+        # A student whose whole rest is below the smallest number would make this infinite.
+        rest_q = _total(group)(q.masked_fill(inside, 0)).clamp_min_(torch.finfo(q.dtype).tiny)
+        loss += torch.xlogy(rest_p, rest_p.clamp_min(torch.finfo(q.dtype).tiny) / rest_q)
+        q.mul_(torch.where(inside, 1, (1 - rest_p / rest_q)[:, None]))
+    if columns:
+        q.scatter_add_(-1, places.clamp_max(columns - 1), torch.where(mine, -p, 0))
+    return loss, q
 
 
 def _largest(logits: torch.Tensor, first: int, k: int, group: Any) -> torch.Tensor:
@@ -314,11 +323,6 @@ def _total(group: Any) -> Total:
 
 def _rows(logits: torch.Tensor) -> torch.Tensor:
     return logits.reshape(-1, logits.shape[-1])
-
-
-def _flat(student: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Turns what is known of each token, [...] or [..., K], into rows as those of the student's logits."""
-    return lambda values: values.detach().flatten(0, student.dim() - 2)
 
 
 def _blocks(rows: torch.Tensor) -> list[slice]:

@@ -1,8 +1,8 @@
-"""Distillation as an objective: the student's logits against what the teacher says, micro-batch by micro-batch.
+"""Distillation as an objective: what the student says against what the teacher says, micro-batch by micro-batch.
 
-The teacher runs beside the student, in its layout (distill/teacher.py) or another (distill/routed.py), and gives logits, or has
-run before (distill/cache.py) and gives the top K of them; `divergence` takes either. Losses on intermediate states
-(distill/intermediate.py) come to it on every stage.
+The teacher runs beside the student, in its layout (distill/teacher.py) or another (distill/routed.py), and gives its final
+states, or has run before (distill/cache.py) and gives its top K; the loss (distill/losses.py) takes either. Losses on
+intermediate states (distill/intermediate.py) come to it on every stage.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ import torch
 from minitron_megatron.config import DistillOptions
 from minitron_megatron.distill.cache import CachedTeacher
 from minitron_megatron.distill.intermediate import IntermediateLoss
-from minitron_megatron.distill.losses import Divergence, TopK, cross_entropy, divergence
+from minitron_megatron.distill.losses import DistillationLoss, Divergence
 from minitron_megatron.distill.routed import RoutedTeacher
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.models.forward import Batch, labels_of
-from minitron_megatron.models.objective import Objective, Terms
-from minitron_megatron.models.vocab_parallel import vocab_parallel_argmax, vocab_parallel_entropy, vocab_parallel_nll
+from minitron_megatron.models.head import Head, Summed, Terms, summed_loss, terms_of
+from minitron_megatron.models.objective import Objective
 from minitron_megatron.parallel import collectives
 
 
@@ -37,6 +37,7 @@ class Distillation(Objective):
     ) -> None:
         self.teacher, self.options, self.vocab_size = teacher, options, vocab_size
         self.intermediate = intermediate
+        self.logits_bytes = options.logits_mib * 2**20
         self.how = Divergence.from_options(options, vocab_size)
         # Runs with different losses are compared by forward KL; a cache can only say what it holds.
         self.validated = self.how if isinstance(teacher, CachedTeacher) else Divergence()
@@ -75,39 +76,30 @@ class Distillation(Objective):
 
     def __call__(
         self, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, batch: Batch, *, measure: bool
-    ) -> Terms:
+    ) -> Summed:
         """The divergence that the options ask for, and `cross_entropy` times that of the labels."""
-        targets = self.teacher.targets(batch, "train")
-        student, _ = output_layer(hidden_states, weight=output_weight)
-        terms = {"loss": self._divergence(student, targets, self.how)}
-        terms["divergence"] = terms["loss"].detach()
-        if self.options.cross_entropy:
-            of_labels = cross_entropy(
-                student, labels_of(batch), vocab_size=self.vocab_size, group=collectives.tensor_parallel_group()
-            )
-            terms["cross_entropy"] = of_labels.detach()
-            terms["loss"] = terms["loss"] + self.options.cross_entropy * of_labels
-        return {**terms, **self._measured(student, targets)} if measure else terms
-
-    def _measured(self, student: torch.Tensor, targets: torch.Tensor | TopK) -> Terms:
-        """The teacher's entropy in nats, and whether both would say the same token; of the distributions at temperature 1."""
-        over = {"vocab_size": self.vocab_size, "group": collectives.tensor_parallel_group()}
-        said = vocab_parallel_argmax(student, **over)
-        if isinstance(targets, TopK):
-            return {"agreement": (targets.ids[..., 0] == said).float()}
-        return {
-            "teacher_entropy": vocab_parallel_entropy(targets, **over),
-            "agreement": (vocab_parallel_argmax(targets, **over) == said).float(),
-        }
+        targets, group = self.teacher.targets(batch, "train"), collectives.tensor_parallel_group()
+        loss = DistillationLoss(
+            targets,
+            self.how,
+            vocab_size=self.vocab_size,
+            group=group,
+            labels=labels_of(batch) if self.options.cross_entropy else None,
+            cross_entropy=self.options.cross_entropy,
+            measure=measure,
+        )
+        head = Head.of(hidden_states, output_layer, output_weight, group)
+        return summed_loss(head, loss, batch["loss_mask"].t(), logits_bytes=self.logits_bytes)
 
     def validation(self, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, batch: Batch) -> Terms:
         """Forward KL at temperature 1, whatever is trained with; of a cache its own loss. And the labels' NLL."""
-        student, _ = output_layer(hidden_states, weight=output_weight)
-        loss = self._divergence(student, self.teacher.targets(batch, "validation"), self.validated)
-        nll = vocab_parallel_nll(
-            student, labels_of(batch), vocab_size=self.vocab_size, group=collectives.tensor_parallel_group()
+        targets, group = self.teacher.targets(batch, "validation"), collectives.tensor_parallel_group()
+        loss = DistillationLoss(
+            targets, self.validated, vocab_size=self.vocab_size, group=group, labels=labels_of(batch)
         )
-        return {"loss": loss, "nll": nll}
+        head = Head.of(hidden_states, output_layer, output_weight, group)
+        terms = terms_of(head, loss, logits_bytes=self.logits_bytes)
+        return {"loss": terms["divergence"], "nll": terms["cross_entropy"]}
 
     @property
     def needs_first_pass(self) -> bool:
@@ -136,6 +128,3 @@ class Distillation(Objective):
         """Go on with that α."""
         if self.intermediate:
             self.intermediate.alpha = state["alpha"]
-
-    def _divergence(self, student: torch.Tensor, targets: Any, how: Divergence) -> torch.Tensor:
-        return divergence(student, targets, how, vocab_size=self.vocab_size, group=collectives.tensor_parallel_group())

@@ -2,7 +2,7 @@
 
     student's micro-batches ──route tokens──▶ teacher's ranks ──teacher forward──▶ final hidden states on its last stage
                                                                                                 │
-    student's pass ◀──logits── teacher's output matrix, sharded as the student's ◀──route hidden states──┘
+    student's loss ◀─a block of logits── teacher's output matrix, sharded as the student's ◀──route hidden states──┘
 
 It runs ahead of the student, whatever the pipelines: all ranks run the teacher together, then the student. What crosses from
 one layout to the other are token ids and final hidden states (distill/routing.py); logits are made where the loss is, from the
@@ -22,6 +22,7 @@ from minitron_megatron.distill.routing import Side, route
 from minitron_megatron.models.axes import output_slot
 from minitron_megatron.models.build import build_model_chunks
 from minitron_megatron.models.forward import Batch, forward_only
+from minitron_megatron.models.head import Head
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout, process_groups
 
@@ -51,7 +52,7 @@ class RoutedTeacher:
         if self.chunks[-1].post_process:
             # Logits are made in the student's layout: the matrix would stand here unused.
             self.chunks[-1].output_layer.weight = None
-        self.head = Head(folder, student, dtype) if collectives.on_last_stage() else None
+        self.head = RoutedHead(folder, student, dtype) if collectives.on_last_stage() else None
         self.states: deque[torch.Tensor] = deque()
 
     def run_ahead(self, batches: Sequence[Batch]) -> None:
@@ -96,12 +97,12 @@ class RoutedTeacher:
         )
         return states[: len(mine)]
 
-    def targets(self, batch: Batch, split: str) -> torch.Tensor:
-        """Logits [s, b, V / tp] of the next micro-batch in order; `batch` is that micro-batch, whatever `split` it is of."""
+    def targets(self, batch: Batch, split: str) -> Head:
+        """What makes logits of the next micro-batch in order; `batch` is that micro-batch, whatever `split` it is of."""
         return self.head(self.states.popleft())
 
 
-class Head:
+class RoutedHead:
     """The teacher's output matrix [V / tp, hidden], sharded over the student's tensor-parallel ranks on its last stage."""
 
     def __init__(self, folder: ModelFolder, layout: Layout, dtype: torch.dtype) -> None:
@@ -114,9 +115,9 @@ class Head:
         self.split, self.group = Side.of_final_states(layout).split, ps.get_tensor_model_parallel_group()
 
     @torch.no_grad()
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits [s, b, V / tp] of [s / tp if sequence parallel, b, hidden]."""
+    def __call__(self, hidden_states: torch.Tensor) -> Head:
+        """With the states of a micro-batch, [s / tp if sequence parallel, b, hidden]."""
         from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
         whole = gather_from_sequence_parallel_region(hidden_states, group=self.group) if self.split else hidden_states
-        return torch.matmul(whole, self.weight.t())
+        return Head(whole, self.weight)

@@ -4,7 +4,7 @@
     pipeline > 1:  teacher runs micro-batches of the step through its stages (all, or at most `ahead`), the last stage keeps
                    their final hidden states [s, b, teacher hidden]; the student's pass takes and frees them one by one
 
-Logits are made only when the loss asks for them, one micro-batch at a time. A teacher in a layout of its own is in
+Logits are made only when the loss asks for them, a block of tokens at a time. A teacher in a layout of its own is in
 distill/routed.py.
 """
 
@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from minitron_megatron.models.forward import Batch, attention_mask, forward_only
+from minitron_megatron.models.head import Head
+from minitron_megatron.parallel import collectives
 
 
 class Teacher:
-    """Frozen model chunks that answer with logits in the order of the micro-batches.
+    """Frozen model chunks that answer with their head in the order of the micro-batches.
 
     With a pipeline `ahead` is how many micro-batches it runs before the student's pass over them; None for any number.
     """
@@ -43,13 +45,12 @@ class Teacher:
         """Without a pipeline, run the micro-batch whose targets are asked for next, if they are not asked for at once."""
         self.states.extend(self._forward([batch]))
 
-    def targets(self, batch: Batch, split: str) -> torch.Tensor:
-        """Logits [s, b, V / tp] of the next micro-batch in order; `batch` is that micro-batch, whatever `split` it is of."""
+    def targets(self, batch: Batch, split: str) -> Head:
+        """What makes logits of the next micro-batch in order; `batch` is that micro-batch, whatever `split` it is of."""
         if not self.states:
             self.run(batch)
-        layer, weight = self.head
         with torch.no_grad():
-            return layer(self.states.popleft(), weight=weight)[0]
+            return Head.of(self.states.popleft(), *self.head, collectives.tensor_parallel_group())
 
     def _forward(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         def keep(batch: Batch, *, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any) -> torch.Tensor:

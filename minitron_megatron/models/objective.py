@@ -1,8 +1,9 @@
-"""What training minimises: an objective turns a micro-batch's final hidden states into named terms, one value a token.
+"""What training minimises: an objective turns a micro-batch's final hidden states into a loss, and named terms a token.
 
-    step:  prepare(micro-batches, at most `at_once`) ─▶ each of them: model ─▶ hidden states ─▶ objective ─▶ {"loss": [s, b], …}
+    step:  prepare(micro-batches, at most `at_once`) ─▶ each of them: model ─▶ hidden states ─▶ objective ─▶ Σ loss,
+                                                                                                {"loss": [s, b], …}
 
-The loop (train/loop.py) knows no objective: it sums every term over the tokens that count, takes the gradient of `loss`, and
+The loop (train/loop.py) knows no objective: it takes the gradient of the total, sums every term over the tokens that count, and
 reports the mean of each. Next-token prediction is here; distillation is in distill/objective.py.
 """
 
@@ -12,10 +13,18 @@ from typing import Any, Protocol
 import torch
 
 from minitron_megatron.models.forward import Batch, labels_of
-from minitron_megatron.models.vocab_parallel import valid_columns, vocab_parallel_nll
+from minitron_megatron.models.head import Head, Summed, Terms, summed_loss, terms_of
+from minitron_megatron.models.vocab_parallel import (
+    have_kernels,
+    label_loss,
+    label_nll,
+    local_labels,
+    log2_normalisers,
+    log_softmax,
+    valid_columns,
+)
 from minitron_megatron.parallel import collectives
 
-Terms = dict[str, torch.Tensor]
 # What every objective gives in a validation: its loss, and the negative log likelihood of the labels.
 VALIDATION_TERMS = ("loss", "nll")
 
@@ -38,8 +47,8 @@ class Objective(Protocol):
 
     def __call__(
         self, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, batch: Batch, *, measure: bool
-    ) -> Terms:
-        """Terms of a micro-batch, on the last stage, by name.
+    ) -> Summed:
+        """The loss of a micro-batch, on the last stage, with its terms by name.
 
         Args:
             hidden_states: [s / tp if sequence parallel, b, hidden], of the model's last layer.
@@ -48,7 +57,7 @@ class Objective(Protocol):
             measure: also give the terms that only inform.
 
         Returns:
-            `loss`, which carries the gradient (itself, or the weighted sum of several terms), and terms without one.
+            The sum of `loss` over the tokens that count, which carries the gradient, and all terms without one.
         """
         ...
 
@@ -102,40 +111,52 @@ class NextToken(Objective):
 
     def __call__(
         self, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, batch: Batch, *, measure: bool
-    ) -> Terms:
+    ) -> Summed:
         """Cross entropy in nats."""
-        logits, _ = output_layer(hidden_states, weight=output_weight)
-        return {
-            "loss": cross_entropy(
-                logits, labels_of(batch), vocab_size=self.vocab_size, group=collectives.tensor_parallel_group()
-            )
-        }
+        head = Head.of(hidden_states, output_layer, output_weight, collectives.tensor_parallel_group())
+        return summed_loss(head, self._loss(batch), batch["loss_mask"].t())
 
     def validation(self, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, batch: Batch) -> Terms:
         """The loss is the negative log likelihood."""
-        logits, _ = output_layer(hidden_states, weight=output_weight)
-        nll = vocab_parallel_nll(
-            logits, labels_of(batch), vocab_size=self.vocab_size, group=collectives.tensor_parallel_group()
-        )
+        head = Head.of(hidden_states, output_layer, output_weight, collectives.tensor_parallel_group())
+        nll = terms_of(head, self._loss(batch))["loss"]
         return {"loss": nll, "nll": nll}
 
+    def _loss(self, batch: Batch) -> "CrossEntropy":
+        return CrossEntropy(labels_of(batch), vocab_size=self.vocab_size, group=collectives.tensor_parallel_group())
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, *, vocab_size: int, group: Any) -> torch.Tensor:
-    """−log softmax(logits)[label] per token, by Megatron's own kernel, which knows no padding.
+
+class CrossEntropy:
+    """−log softmax(logits)[label] per token, of a block of rows at a time (`BlockLoss` of models/head.py).
 
     Args:
-        logits: [s, b, V / tp], any floating dtype; arithmetic is float32. The kernel may overwrite them.
         labels: int64 [s, b], ids below vocab_size.
         vocab_size: real ids; columns of ids from there on are padding: no probability, no gradient.
         group: the tensor-parallel process group.
-
-    Returns:
-        [s, b] float32, on every rank of the group.
     """
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    columns = valid_columns(logits, vocab_size, group)
-    if columns < logits.shape[-1]:
-        padding = torch.arange(logits.shape[-1], device=logits.device) >= columns
-        logits = logits.masked_fill(padding, -torch.inf)
-    return vocab_parallel_cross_entropy(logits, labels, tp_group=group)
+    def __init__(self, labels: torch.Tensor, *, vocab_size: int, group: Any) -> None:
+        self.labels, self.vocab_size, self.group = labels.reshape(-1), vocab_size, group
+
+    def __call__(self, logits: torch.Tensor, rows: slice, weight: torch.Tensor | None) -> Terms:
+        """Float32 (float64) [n], on every rank of the group."""
+        columns, width, labels = valid_columns(logits, self.vocab_size, self.group), logits.shape[-1], self.labels[rows]
+        if have_kernels(logits):
+            return {"loss": self._by_kernels(logits, columns, labels, weight)}
+        loss, gradient = label_loss(log_softmax(logits, columns, 1.0, self.group), labels, width, self.group)
+        if weight is not None:
+            logits[:, :columns] = gradient.mul_(weight[:, None])
+            logits[:, columns:] = 0
+        return {"loss": loss}
+
+    def _by_kernels(
+        self, logits: torch.Tensor, columns: int, labels: torch.Tensor, weight: torch.Tensor | None
+    ) -> torch.Tensor:
+        from minitron_megatron.models import kernels
+
+        mine = local_labels(labels, logits.shape[-1], columns, self.group)
+        (log2_z,) = log2_normalisers([logits], columns, 1.0, self.group)
+        loss = label_nll(logits, mine, log2_z, self.group)
+        if weight is not None:
+            kernels.cross_entropy_(logits, log2_z, columns, kernels.Gradient(weight, 1.0, mine, log2_z))
+        return loss

@@ -21,7 +21,8 @@ import torch
 from minitron_megatron.config import TrainingConfig
 from minitron_megatron.data.datasets import MicroBatches, Samples
 from minitron_megatron.models.forward import Batch, attention_mask, forward_only
-from minitron_megatron.models.objective import VALIDATION_TERMS, Objective, Terms
+from minitron_megatron.models.head import Summed
+from minitron_megatron.models.objective import VALIDATION_TERMS, Objective
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.guard import SpikeGuard
@@ -127,7 +128,7 @@ class Trainer:
         size, length = batches[0]["tokens"].shape
         iterators = [iter(batches) for _ in self.chunks]
 
-        def step(data: Iterator[Batch], model: Any) -> tuple[Terms, Callable[..., Any]]:
+        def step(data: Iterator[Batch], model: Any) -> tuple[Any, Callable[..., Any]]:
             return self._forward_step(next(data), model, names, measure)
 
         return get_forward_backward_func()(
@@ -145,14 +146,14 @@ class Trainer:
     ) -> tuple[Any, Callable[..., Any]]:
         """A stage's pass over a micro-batch, and what the last stage makes of its terms."""
 
-        def processor(*, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, **_: Any) -> Terms:
+        def processor(*, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, **_: Any) -> Summed:
             return self.objective(hidden_states, output_layer, output_weight, batch, measure=measure)
 
-        def loss_func(terms: Terms) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        def loss_func(found: Summed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             mask = batch["loss_mask"].t()
-            sums = [(terms[name].detach() * mask).sum(dtype=torch.float64) for name in names]
+            sums = [(found.terms[name] * mask).sum(dtype=torch.float64) for name in names]
             counted = torch.stack([*sums, mask.sum(dtype=torch.float64)])
-            return (terms["loss"] * mask).sum(), mask.sum().int(), counted
+            return found.total, mask.sum().int(), counted
 
         self.objective.begin(batch)
         out = model(batch["tokens"], batch["position_ids"], attention_mask(batch), output_processor=processor)

@@ -81,7 +81,7 @@ _MAY_CHANGE_TOO = frozenset(
     for name in """save_interval keep_last keep_best publish checkpoint_format async_save parallel_save parallel_load
     time_limit_minutes recompute recompute_modules recompute_method recompute_num_layers""".split()
 ) | frozenset(
-    {"data.max_epochs", "distill.teacher_ahead"}
+    {"data.max_epochs", "distill.teacher_ahead", "distill.logits_mib"}
     | {f"distill.teacher_parallel.{f.name}" for f in fields(TeacherParallelConfig)}
 )
 _MAY_GROW = frozenset({"trainer.steps", "trainer.tokens"})

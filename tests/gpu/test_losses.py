@@ -1,13 +1,18 @@
-"""The distillation loss's own kernels on CUDA against float64, over odd shapes, dtypes and temperatures."""
+"""Losses from final hidden states on CUDA, by their kernels, against float64: odd shapes, dtypes, temperatures, pieces."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from minitron_megatron.distill.losses import Divergence, divergence
+from minitron_megatron.distill.losses import DistillationLoss, Divergence
+from minitron_megatron.models.head import Head, summed_loss
+from minitron_megatron.models.objective import CrossEntropy
 from minitron_megatron.parallel.layout import Layout, parallel_job
+from tests import reference
+from tests.through_head import distance
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+SHAPES = [(1, 64, 64), (37, 320, 300), (5, 49280, 49152), (300, 128256, 128256)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -16,34 +21,85 @@ def job():
         yield
 
 
+def drawn(*size, dtype, spread=1.0, seed=0):
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    return torch.randn(*size, device="cuda", generator=generator).mul(spread).to(dtype)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize(
-    ("rows", "width", "vocabulary"), [(1, 64, 64), (37, 320, 300), (5, 49280, 49152), (300, 128256, 128256)]
-)
+@pytest.mark.parametrize(("rows", "width", "vocabulary"), SHAPES[:3])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_forward_kl_equals_float64(dtype, rows, width, vocabulary, temperature):
-    """Loss to 1e-5; a gradient to 1e-5 of its row's largest in float32, and to bfloat16's own rounding of every entry."""
-    draw = torch.Generator(device="cuda").manual_seed(rows)
-    student, teacher = (torch.randn(rows, 1, width, device="cuda", generator=draw).mul(3).to(dtype) for _ in range(2))
-    student.requires_grad_()
-    weight = torch.rand(rows, 1, device="cuda", generator=draw)
-    how = Divergence(temperature=temperature)
-    loss = divergence(student, teacher, how, vocab_size=vocabulary, group=dist.group.WORLD)
-    (loss * weight).sum().backward()
-    log_q, log_p = ((z[..., :vocabulary].detach().double() / temperature).log_softmax(-1) for z in (student, teacher))
-    wanted = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
-    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-6)
-    gradient = temperature * (log_q.exp() - log_p.exp()) * weight[..., None]
-    found = student.grad.double()
-    assert (found[..., vocabulary:] == 0).all()
+def test_losses_of_logits_equal_float64(dtype, kind, rows, width, vocabulary, temperature):
+    """Terms to 1e-5; a gradient to 1e-5 of its row's largest in float32, and to bfloat16's own rounding of every entry."""
+    if width > 1000:
+        width, vocabulary = 4096, 4000  # the identity that logits go through is square
+    student, teacher = (drawn(rows, 1, width, dtype=dtype, spread=3, seed=seed) for seed in (rows, rows + 1))
+    student[0] = teacher[0]
+    weights = torch.rand(rows, 1, device="cuda")
+    labels = torch.randint(0, vocabulary, (rows, 1), device="cuda")
+    how, more = Divergence(kind, temperature), {"labels": labels, "cross_entropy": 0.5, "measure": True}
+    # Float32 products are TF32 ones where torch is told so; an identity takes no harm from bfloat16.
+    found, gradient = distance(student, teacher, how, weights, vocab_size=vocabulary, group=dist.group.WORLD, **more)
+    plain = student.double().requires_grad_()
+    log_q, log_p = (torch.log_softmax(z[..., :vocabulary], -1) for z in (plain, teacher.double()))
+    wanted = {
+        "divergence": reference.divergence(plain, teacher.double(), vocabulary, how),
+        "cross_entropy": -log_q.gather(-1, labels[..., None])[..., 0],
+        "agreement": (log_q.argmax(-1) == log_p.argmax(-1)).double(),
+        "teacher_entropy": -(log_p.exp() * log_p).sum(-1),
+    }
+    wanted["loss"] = wanted["divergence"] + 0.5 * wanted["cross_entropy"]
+    (wanted["loss"] * weights).sum().backward()
+    for name, values in found.items():
+        torch.testing.assert_close(values.double(), wanted[name].detach(), rtol=1e-5, atol=2e-6, msg=lambda m: name + m)
     bound = 1e-5 if dtype is torch.float32 else 2**-7
-    error = (found[..., :vocabulary] - gradient).abs()
-    assert (error <= bound * gradient.abs() + 1e-6 * gradient.abs().amax(-1, keepdim=True)).all()
-    assert found[..., :vocabulary].sum(-1).abs().max() <= (1e-4 if dtype is torch.float32 else 1e-1)
+    error = (gradient.double() - plain.grad).abs()
+    assert (error <= bound * plain.grad.abs() + 1e-6 * plain.grad.abs().amax(-1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("main_grad", [False, True])
+@pytest.mark.parametrize("logits_bytes", [2**22, 2**24, 2**30])
+@pytest.mark.parametrize(("rows", "width", "vocabulary"), SHAPES)
+@pytest.mark.parametrize("loss", ["forward_kl", "labels"])
+def test_gradients_of_states_and_matrix_equal_float64(loss, rows, width, vocabulary, logits_bytes, main_grad):
+    """In bfloat16 from states to both gradients: what rounding logits and their gradient to bfloat16 leaves, and no more."""
+    states, weight = (
+        drawn(rows, 1, 96, dtype=torch.bfloat16, seed=1),
+        drawn(width, 96, dtype=torch.bfloat16, spread=0.3, seed=2),
+    )
+    teacher = Head(
+        drawn(rows, 1, 128, dtype=torch.bfloat16, seed=3), drawn(width, 128, dtype=torch.bfloat16, spread=0.2, seed=4)
+    )
+    mask = (torch.rand(rows, 1, device="cuda") > 0.2).float()
+    mask[0] = 1
+    labels = torch.randint(0, vocabulary, (rows, 1), device="cuda")
+    over = {"vocab_size": vocabulary, "group": dist.group.WORLD}
+    block = CrossEntropy(labels, **over) if loss == "labels" else DistillationLoss(teacher, Divergence(), **over)
+    head = Head(states.requires_grad_(), weight.requires_grad_())
+    if main_grad:
+        weight.main_grad = torch.ones(width, 96, device="cuda")
+    total, _ = summed_loss(head, block, mask, logits_bytes=logits_bytes)
+    total.backward()
+    mine = weight.main_grad - 1 if main_grad else weight.grad
+    exact = [t.detach().double().requires_grad_() for t in (states, weight)]
+    logits = (exact[0] @ exact[1].t())[..., :vocabulary]
+    if loss == "labels":
+        wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    else:
+        wanted = reference.divergence(logits, (teacher.states @ teacher.weight.t()).double(), vocabulary, Divergence())
+    (wanted.flatten() * mask.flatten()).sum().backward()
+    for found, exactly in zip((states.grad, mine), exact, strict=True):
+        off = (found.double() - exactly.grad).norm() / exactly.grad.norm()
+        assert off < 1e-2, off
+    assert (mine[vocabulary:] == 0).all()
+    torch.testing.assert_close(total.double(), (wanted.flatten() * mask.flatten()).sum().detach(), rtol=3e-3, atol=1e-3)
 
 
 def test_equal_logits_have_no_loss_and_no_gradient():
-    student = torch.randn(3, 2, 1000, device="cuda", dtype=torch.bfloat16).requires_grad_()
-    loss = divergence(student, student.detach().clone(), Divergence(), vocab_size=999, group=dist.group.WORLD)
-    loss.sum().backward()
-    assert (loss == 0).all() and (student.grad == 0).all()
+    states, weight = drawn(50, 2, 64, dtype=torch.bfloat16), drawn(1000, 64, dtype=torch.bfloat16)
+    loss = DistillationLoss(Head(states, weight), Divergence(), vocab_size=999, group=dist.group.WORLD)
+    head = Head(states.clone().requires_grad_(), weight.clone().requires_grad_())
+    total, terms = summed_loss(head, loss, torch.ones(50, 2, device="cuda"))
+    total.backward()
+    assert (terms["loss"] == 0).all() and (head.states.grad == 0).all() and (head.weight.grad == 0).all()

@@ -1,0 +1,177 @@
+"""Losses of final hidden states, without ever holding the logits of all tokens: the output matrix and the loss, fused.
+
+    states [s, b, hidden] ─ pieces of tokens ─▶ logits [n, V / tp] ─ blocks ─▶ loss of each token; its gradient takes their place
+                                                     │
+                       gradient of the states [n, hidden] ◀── · W ──┤
+                       gradient of W, added up [V / tp, hidden] ◀── · states
+
+A piece is as many tokens as `LOGITS_BYTES` hold, a block a sixteenth of it: what is made beside the logits, such as a teacher's,
+is made of a block at a time. The gradient is made in forward, so a backward pass has nothing left to do. That of a matrix under
+Megatron's data parallelism goes straight into its `main_grad`, in float32, as its fused linears do.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+# Per-token values by name.
+Terms = dict[str, torch.Tensor]
+# (logits [n, V / tp] of some rows of tokens, those rows, weight [n] or None) to terms [n], "loss" among them; with a weight the
+# logits become the gradient of Σ weight · loss, without it they may be overwritten.
+BlockLoss = Callable[[torch.Tensor, slice, torch.Tensor | None], Terms]
+
+LOGITS_BYTES = 2**30
+BLOCKS_OF_A_PIECE = 16
+
+
+@dataclass(frozen=True)
+class Head:
+    """What logits are made of: states [s, b, hidden] of this rank's tokens and its output matrix [V / tp, hidden]."""
+
+    states: torch.Tensor
+    weight: torch.Tensor
+
+    @classmethod
+    def of(cls, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, group: Any) -> "Head":
+        """Of what Megatron's `output_processor` is given: [s / tp if sequence parallel, b, hidden] and the output layer.
+
+        In the backward pass the states' gradients of all ranks are summed, as Megatron's own output layer does.
+        """
+        from megatron.core.tensor_parallel import (
+            copy_to_tensor_model_parallel_region,
+            gather_from_sequence_parallel_region,
+        )
+
+        # The layer is not called: where its weight is gathered during the forward pass, its hooks wait for that.
+        for hook in output_layer._forward_pre_hooks.values():
+            hook(output_layer, (hidden_states,))
+        whole = (
+            gather_from_sequence_parallel_region
+            if output_layer.sequence_parallel
+            else copy_to_tensor_model_parallel_region
+        )
+        return cls(whole(hidden_states, group=group), output_layer.weight if output_weight is None else output_weight)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """[s · b, hidden]."""
+        return self.states.reshape(-1, self.states.shape[-1])
+
+    def logits(self, rows: slice | None = None) -> torch.Tensor:
+        """[n, V / tp] of some rows of tokens, or all of them."""
+        return torch.mm(self.rows[rows] if rows else self.rows, self.weight.t())
+
+
+class Summed(NamedTuple):
+    """Σ mask · loss, a scalar that carries the gradient, and every term of each token, [s, b], without one."""
+
+    total: torch.Tensor
+    terms: Terms
+
+
+def summed_loss(head: Head, loss: BlockLoss, mask: torch.Tensor, *, logits_bytes: int = LOGITS_BYTES) -> Summed:
+    """The loss of a model's tokens, summed over those that count.
+
+    Args:
+        head: of the model that is trained.
+        loss: makes terms of logits, a block of rows at a time.
+        mask: [s, b], 1 for tokens that count.
+        logits_bytes: most bytes of logits at once.
+
+    Where W has a `main_grad` (Megatron's data parallelism) the total's gradient must be 1: it is added up before any is known.
+    """
+    names: list[str] = []
+    total, *values = _SummedLoss.apply(head.states, head.weight, mask, loss, names, logits_bytes)
+    return Summed(total, dict(zip(names, values, strict=True)))
+
+
+@torch.no_grad()
+def terms_of(head: Head, loss: BlockLoss, *, logits_bytes: int = LOGITS_BYTES) -> Terms:
+    """The terms [s, b] alone."""
+    parts = []
+    for piece in _slices(len(head.rows), head.weight, logits_bytes):
+        logits = head.logits(piece)
+        for block in _slices(len(logits), head.weight, logits_bytes / BLOCKS_OF_A_PIECE):
+            parts.append(loss(logits[block], _shifted(block, piece.start), None))
+    return _joined(parts, head.states.shape[:-1])
+
+
+class _SummedLoss(torch.autograd.Function):
+    """Σ mask · loss and every term, with the gradients made in forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: torch.Tensor,
+        weight: torch.Tensor,
+        mask: torch.Tensor,
+        loss: BlockLoss,
+        names: list[str],
+        logits_bytes: int,
+    ) -> tuple[torch.Tensor, ...]:
+        head, counts = Head(states, weight), mask.reshape(-1).to(torch.promote_types(states.dtype, torch.float32))
+        of_states, of_weight = torch.empty_like(head.rows), _WeightGradient(weight)
+        parts = []
+        for piece in _slices(len(head.rows), weight, logits_bytes):
+            logits = head.logits(piece)
+            for block in _slices(len(logits), weight, logits_bytes / BLOCKS_OF_A_PIECE):
+                rows = _shifted(block, piece.start)
+                parts.append(loss(logits[block], rows, counts[rows]))
+            torch.mm(logits, weight, out=of_states[piece])
+            of_weight.add(logits, head.rows[piece])
+            # Before the next piece's are made.
+            del logits
+        ctx.save_for_backward(of_states.view_as(states), weight, *of_weight.kept)
+        terms = _joined(parts, states.shape[:-1])
+        names.extend(terms)
+        ctx.mark_non_differentiable(*terms.values())
+        ctx.set_materialize_grads(False)
+        return (terms["loss"].reshape(-1) * counts).sum(), *terms.values()
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        of_states, weight, *kept = ctx.saved_tensors
+        if kept:
+            return of_states * scale, kept[0] * scale, None, None, None, None
+        torch._assert_async(scale == 1)
+        weight.grad_added_to_main_grad = True
+        # Autograd wants a gradient to tell that this one is done; whoever adds it up all the same is to get nothing.
+        kind = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
+        return of_states, kind(weight), None, None, None, None
+
+
+class _WeightGradient:
+    """The gradient of W, piece by piece: in its `main_grad`, or `kept` in a tensor of its own."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        main = getattr(weight, "main_grad", None)
+        self.kept = [] if main is not None else [torch.zeros_like(weight)]
+        self.into = main if main is not None else self.kept[0]
+
+    def add(self, gradient: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add that of logits whose gradient is [n, V / tp]."""
+        if self.into.dtype == rows.dtype:
+            self.into.addmm_(gradient.t(), rows)
+        elif rows.is_cuda:
+            torch.addmm(self.into, gradient.t(), rows, out_dtype=self.into.dtype, out=self.into)
+        else:
+            self.into.add_(torch.mm(gradient.t(), rows))
+
+
+def _slices(rows: int, weight: torch.Tensor, most_bytes: float) -> Iterator[slice]:
+    """Rows in equal parts, as few as logits of so many bytes allow."""
+    count = math.ceil(rows * weight.shape[0] * weight.element_size() / most_bytes)
+    step = math.ceil(rows / min(count, rows))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _shifted(block: slice, by: int) -> slice:
+    return slice(block.start + by, block.stop + by)
+
+
+def _joined(parts: list[Terms], shape: torch.Size) -> Terms:
+    return {name: torch.cat([part[name] for part in parts]).view(shape) for name in parts[0]}
