@@ -52,7 +52,7 @@ def test_losses_of_logits_equal_float64(dtype, kind, rows, width, vocabulary, te
     wanted["loss"] = wanted["divergence"] + 0.5 * wanted["cross_entropy"]
     (wanted["loss"] * weights).sum().backward()
     for name, values in found.items():
-        torch.testing.assert_close(values.double(), wanted[name].detach(), rtol=1e-5, atol=2e-6, msg=lambda m: name + m)
+        torch.testing.assert_close(values.double(), wanted[name].detach(), rtol=1e-5, atol=2e-6)
     bound = 1e-5 if dtype is torch.float32 else 2**-7
     error = (gradient.double() - plain.grad).abs()
     assert (error <= bound * plain.grad.abs() + 1e-6 * plain.grad.abs().amax(-1, keepdim=True)).all()
