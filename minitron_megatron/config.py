@@ -142,6 +142,12 @@ class TrainerConfig:
         ("uniform", "block"),
     )
     recompute_num_layers: int = option(1, "full: see recompute_method")
+    fp8: str = option(
+        "none",
+        "products of the layers in FP8, by how it is scaled; needs Transformer Engine (docs/distillation.md)",
+        ("none", "delayed", "tensorwise", "blockwise"),
+    )
+    fp8_bf16_layers: int = option(0, "layers at either end of the model that stay in bf16; not with delayed")
     save_interval: int = option(100, "steps between checkpoints")
     keep_last: int = option(2, "newest checkpoints to keep")
     keep_best: bool = option(False, "save at the lowest validation loss so far, and keep that checkpoint too")
@@ -196,6 +202,12 @@ class OptimConfig:
     decay_tokens: float | None = option(None, "wsd: tokens of the last decay, in place of decay_share")
     decay_shape: str = option("1-sqrt", "wsd: how the last decay falls", ("1-sqrt", "linear"))
     weight_decay: float = option(0.1, "decoupled weight decay of matrices (norms and biases have none)")
+    state_precision: str = option(
+        "fp32",
+        "of bf16 models: fp32 master weights and moments (12 bytes a parameter); compact, the same numbers in 10, the master as "
+        "the weight and its missing bits; bf16, compact with bf16 moments, in 6. The last two need Transformer Engine",
+        ("fp32", "compact", "bf16"),
+    )
     decay_embeddings: bool = option(True, "weight decay of the embedding and output matrices too")
     adam_beta1: float = option(0.9, "decay of the first moment")
     adam_beta2: float = option(0.95, "decay of the second moment")
@@ -309,8 +321,14 @@ class DistillOptions:
         ("bucket", "renormalize"),
     )
     cross_entropy: float = option(0.0, "weight of the labels' cross entropy, added to the distance")
+    teacher_fp8: str = option(
+        "none",
+        "teacher's layers in FP8, its weights in nothing else; tensorwise is per-tensor, blockwise finer",
+        ("none", "tensorwise", "blockwise"),
+    )
+    teacher_head_fp8: bool = option(False, "teacher's logits by an FP8 product, its output matrix in FP8 too")
     logits_mib: int = option(
-        1024, "MiB of the student's logits that are held at once on a rank; a sixteenth of it of the teacher's"
+        1024, "MiB of logits of student and teacher that a rank holds at once; fewer take less memory and more time"
     )
     intermediate: float = option(
         0.0, "weight of the losses on intermediate states, at 1 as large as that on logits: for strong cuts of depth"
@@ -663,17 +681,35 @@ class SubmitConfig(CommandConfig):
 
 
 @dataclass
+class BenchmarkStepConfig:
+    """measure=step: how the distillation is set up; the names are those of launch/distill.py."""
+
+    micro_batches: int = option(1, "micro-batches of a rank in a step")
+    optimizer: bool = option(True, "with the optimizer's step, false: forward and backward alone")
+    recompute: str = option("none", "trainer.recompute", ("none", "selective", "full"))
+    fp8: str = option("none", "trainer.fp8", ("none", "delayed", "tensorwise", "blockwise"))
+    fp8_bf16_layers: int = option(0, "trainer.fp8_bf16_layers")
+    teacher_fp8: str = option("none", "distill.teacher_fp8", ("none", "tensorwise", "blockwise"))
+    teacher_head_fp8: bool = option(False, "distill.teacher_head_fp8")
+    state_precision: str = option("fp32", "optim.state_precision", ("fp32", "compact", "bf16"))
+    logits_mib: int = option(1024, "distill.logits_mib")
+
+
+@dataclass
 class BenchmarkConfig(CommandConfig):
-    """A measurement on this machine: a table and results.json."""
+    """A measurement on this machine: a table and results.json. benchmark=NAME sets what its documented figures were made with."""
 
     measure: str = option(
         "importance",
-        "hooks over a forward pass; cutting files over copying them; cutting in memory; a layer analysis over passes; "
-        "activations as a dry run counts them over those kept; the distillation loss with both heads",
-        ("importance", "prune", "cut", "layers", "memory", "loss"),
+        "ceilings of the machine; the distillation loss with both heads; a distillation step; hooks over a forward pass; cutting "
+        "files over copying them; cutting in memory; a layer analysis over passes; activations as a dry run counts them over "
+        "those kept; forward passes of a model and its target",
+        ("ceilings", "loss", "step", "importance", "prune", "cut", "layers", "memory", "throughput"),
     )
     model: ModelConfig = group(ModelConfig)
     target: TargetConfig = group(TargetConfig)
+    step: BenchmarkStepConfig = group(BenchmarkStepConfig)
+    peers: bool = option(True, "loss and step: measure other software too, where it is installed (ModelOpt, Liger)")
     repeats: int = option(5, "measurements, of which the median counts")
     sequence_length: int = option(1024, "tokens of a sample")
     micro_batch_size: int = option(1, "samples that run through the model at once")
@@ -750,12 +786,12 @@ _POSITIVE = frozenset(
     num_query_groups vocab_size adam_eps top_k chunk_samples processes nodes processes_per_node decay_steps decay_tokens
     decay_share window stop_after recompute_num_layers bucket_size keep_last time_limit_minutes world_size nvlink_gpus
     memory_gib bf16_tflops fp8_tflops fp32_tflops memory_gb_s nvlink_gb_s network_gb_s efficiency teacher_ahead
-    logits_mib""".split()
+    logits_mib micro_batches""".split()
 )
 _NOT_NEGATIVE = frozenset(
     """min_lr warmup_steps warmup_tokens loss_factor grad_norm_factor weight_decay clip_grad validation_interval
     validation_samples seed first_sample fewshot keep_last_layers loss_samples gpus_per_node save_seconds
-    cross_entropy intermediate""".split()
+    cross_entropy intermediate fp8_bf16_layers""".split()
 )
 
 

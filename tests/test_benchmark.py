@@ -7,7 +7,7 @@ import pytest
 from minitron_megatron.benchmark.run import RESULTS, benchmark
 from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.checkpoints.weights import total_bytes
-from minitron_megatron.config import BenchmarkConfig, ModelConfig, TargetConfig
+from minitron_megatron.config import BenchmarkConfig, BenchmarkStepConfig, ModelConfig, TargetConfig
 from minitron_megatron.errors import UserError
 from tests.tiny import hf_model, imported, model_option
 
@@ -60,9 +60,53 @@ def test_the_loss_with_its_heads(model, tmp_path):
     given = ModelConfig(**open_model_folder(model).shape.to_dict())
     found = results(tmp_path, measure="loss", model=given, target=TargetConfig(hidden_size=16), sequence_length=32)
     assert found["tokens"] == 32
-    assert all(
-        found[name] > 0 for name in ("loss_alone_seconds", "loss_with_heads_seconds", "products_of_heads_seconds")
+    assert all(found[name] > 0 for name in ("ours_seconds", "ours_into_main_grad_seconds", "products_of_heads_seconds"))
+    # In float32 the gradients are those of float64, but for a teacher's head in FP8.
+    assert (
+        max(found[f"ours_{what}"] for what in ERRORS)
+        < 1e-5
+        < found["ours_teacher_head_fp8_states_gradient_error"]
+        < 0.1
     )
+    assert not any(name.startswith(("modelopt", "liger")) for name in found)
+
+
+ERRORS = ("loss_error", "states_gradient_error", "head_gradient_error")
+
+
+def test_a_distillation_step(model, tmp_path):
+    given = {"model": ModelConfig(**open_model_folder(model).shape.to_dict()), "target": TargetConfig(hidden_size=16)}
+    found = results(tmp_path, measure="step", sequence_length=32, step=BenchmarkStepConfig(micro_batches=2), **given)
+    assert found["tokens"] == 64
+    assert found["tokens_per_second_per_gpu"] == pytest.approx(64 / found["seconds"])
+
+
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        ({"fp8": "tensorwise"}, r"trainer.fp8=tensorwise needs multiples of 16"),
+        ({"state_precision": "bf16"}, r"optim.state_precision=bf16 is Transformer Engine's"),
+        ({"fp8_bf16_layers": 1}, r"trainer.fp8_bf16_layers is for FP8"),
+    ],
+)
+def test_steps_that_cannot_be(model, tmp_path, step, says):
+    sizes = {**open_model_folder(model).shape.to_dict(), "ffn_hidden_size": 40}
+    with pytest.raises(UserError, match=says):
+        results(
+            tmp_path, measure="step", model=ModelConfig(**sizes), sequence_length=32, step=BenchmarkStepConfig(**step)
+        )
+
+
+def test_what_the_machine_gives(model, tmp_path):
+    found = results(tmp_path, measure="ceilings", model=ModelConfig(**open_model_folder(model).shape.to_dict()))
+    assert found["product_tflops"] > 0 and found["copy_gb_s"] > 0
+
+
+def test_forward_passes_of_a_model_and_its_target(model, tmp_path):
+    given = {"model": ModelConfig(**open_model_folder(model).shape.to_dict()), "target": TargetConfig(num_layers=1)}
+    found = results(tmp_path, measure="throughput", sequence_length=32, **given)
+    rates = [found[f"{name}_tokens_per_second_per_gpu"] for name in ("target", "source")]
+    assert found["target_over_source"] == pytest.approx(rates[0] / rates[1])
 
 
 def test_activations_are_as_many_as_a_dry_run_counts(model, tmp_path):

@@ -6,12 +6,15 @@ from collections.abc import Callable
 
 import torch
 
+from minitron_megatron.benchmark.ceilings import ceilings
 from minitron_megatron.benchmark.cut import cutting_in_memory
 from minitron_megatron.benchmark.importance import hooks_over_forward
 from minitron_megatron.benchmark.layers import blocks_over_passes
 from minitron_megatron.benchmark.loss import loss_with_heads
 from minitron_megatron.benchmark.memory import planned_over_kept
 from minitron_megatron.benchmark.prune import pruning_over_copying
+from minitron_megatron.benchmark.step import distillation_step
+from minitron_megatron.benchmark.throughput import forward_throughput
 from minitron_megatron.checkpoints.folder import check_output, output_folder
 from minitron_megatron.config import BenchmarkConfig
 from minitron_megatron.console import print_table
@@ -27,6 +30,9 @@ MEASURES: dict[str, Callable[[BenchmarkConfig, Layout], dict[str, float]]] = {
     "cut": cutting_in_memory,
     "memory": planned_over_kept,
     "loss": loss_with_heads,
+    "step": distillation_step,
+    "ceilings": ceilings,
+    "throughput": forward_throughput,
 }
 
 

@@ -13,6 +13,7 @@ q the softmaxes of the teacher's and the student's logits z over the temperature
 T² keeps the gradient's size independent of the temperature (Hinton et al., arXiv 1503.02531).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ import torch.distributed as dist
 
 from minitron_megatron.config import DistillOptions
 from minitron_megatron.errors import UserError
-from minitron_megatron.models.head import Head, Terms
+from minitron_megatron.models.head import Head, Terms, in_blocks
 from minitron_megatron.models.vocab_parallel import (
     BLOCK_ELEMENTS,
     Total,
@@ -75,7 +76,7 @@ class TopK(NamedTuple):
 
 
 class DistillationLoss:
-    """The distance of a student from its teacher, per token, times T²; of a block of rows at a time (models/head.py).
+    """The distance of a student from its teacher, per token, times T²; of some rows of tokens at a time (models/head.py).
 
         forward_kl   KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)                                arXiv 2407.14679, section 3, eq. 6
         reverse_kl   KL(q ‖ p)
@@ -118,16 +119,20 @@ class DistillationLoss:
         self.cross_entropy = cross_entropy
 
     def __call__(self, logits: torch.Tensor, rows: slice, weight: torch.Tensor | None) -> Terms:
-        """Of the rows `rows`: BlockLoss of models/head.py."""
-        targets = (
-            TopK(*(part[rows] for part in self.teacher))
-            if isinstance(self.teacher, TopK)
-            else self.teacher.logits(rows)
-        )
+        """Of the rows `rows`: LossOfRows of models/head.py."""
+        if self.how.kind in _WITH_KERNELS and have_kernels(logits):
+            return self._terms_by(self._by_kernels, logits, rows, weight)
+        # Copies in float32 are made of a block at a time.
+        return in_blocks(partial(self._terms_by, self._by_torch), logits, rows, weight)
+
+    def _terms_by(
+        self, terms: Callable[..., Terms], logits: torch.Tensor, rows: slice, weight: torch.Tensor | None
+    ) -> Terms:
+        given = self.teacher
+        targets = TopK(*(part[rows] for part in given)) if isinstance(given, TopK) else given.logits(rows)
         measured = self._measured(logits, targets) if self.measure else {}
         labels = None if self.labels is None else self.labels[rows]
-        by = self._by_kernels if self.how.kind in _WITH_KERNELS and have_kernels(logits) else self._by_torch
-        return {**by(logits, targets, labels, weight), **measured}
+        return {**terms(logits, targets, labels, weight), **measured}
 
     def _by_torch(
         self,
@@ -154,7 +159,7 @@ class DistillationLoss:
         if weight is not None:
             logits[:, :columns] = gradient.mul_(temperature).add_(moved).mul_(weight[:, None])
             logits[:, columns:] = 0
-        return self._terms(loss.mul_(temperature**2), of_label)
+        return self._named(loss.mul_(temperature**2), of_label)
 
     def _by_kernels(
         self, logits: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor | None, weight: torch.Tensor | None
@@ -174,9 +179,9 @@ class DistillationLoss:
         sum_up = partial(reduce_over, op=dist.ReduceOp.SUM, group=self.group)
         kernel = kernels.kl_ if self.how.kind == "forward_kl" else kernels.reverse_kl_
         loss = kernel(logits, targets, log_z, columns, temperature, wanted, sum_up)
-        return self._terms(loss.mul_(temperature**2), of_label)
+        return self._named(loss.mul_(temperature**2), of_label)
 
-    def _terms(self, loss: torch.Tensor, of_label: torch.Tensor | None) -> Terms:
+    def _named(self, loss: torch.Tensor, of_label: torch.Tensor | None) -> Terms:
         if of_label is None:
             return {"loss": loss, "divergence": loss}
         return {"loss": loss + self.cross_entropy * of_label, "divergence": loss, "cross_entropy": of_label}

@@ -37,7 +37,8 @@ class Distillation(Objective):
     ) -> None:
         self.teacher, self.options, self.vocab_size = teacher, options, vocab_size
         self.intermediate = intermediate
-        self.logits_bytes = options.logits_mib * 2**20
+        # Of the student's; those of a teacher beside it are as large.
+        self.logits_bytes = options.logits_mib * 2**20 // (1 if isinstance(teacher, CachedTeacher) else 2)
         self.how = Divergence.from_options(options, vocab_size)
         # Runs with different losses are compared by forward KL; a cache can only say what it holds.
         self.validated = self.how if isinstance(teacher, CachedTeacher) else Divergence()

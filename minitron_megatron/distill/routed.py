@@ -10,7 +10,7 @@ teacher's output matrix, of which the student's last stage holds its shard of th
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from minitron_megatron.distill.routing import Side, route
 from minitron_megatron.models.axes import output_slot
 from minitron_megatron.models.build import build_model_chunks
 from minitron_megatron.models.forward import Batch, forward_only
+from minitron_megatron.models.fp8 import Fp8Matrix
 from minitron_megatron.models.head import Head
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout, process_groups
@@ -37,22 +38,34 @@ class RoutedTeacher:
         folder: the teacher; loaded here, by every rank.
         own, student: both layouts, over the same processes; Megatron's own state is set up for the student's.
         dtype, engine: what it computes in (models/build.py).
+        fp8: fields of Megatron's TransformerConfig for layers in FP8 (models/fp8.py).
+        head_fp8: the output matrix is in FP8.
         ahead: how many micro-batches of the student's rank it runs before the student's pass over them; None for any number.
     """
 
     def __init__(
-        self, folder: ModelFolder, own: Layout, student: Layout, dtype: torch.dtype, engine: str, ahead: int | None
+        self,
+        folder: ModelFolder,
+        own: Layout,
+        student: Layout,
+        dtype: torch.dtype,
+        engine: str,
+        ahead: int | None,
+        *,
+        fp8: Mapping[str, Any] | None = None,
+        head_fp8: bool = False,
     ) -> None:
         self.own, self.student, self.ahead = own, student, ahead
         self.hidden_size, self.dtype = folder.shape.hidden_size, dtype
         self.groups = process_groups(own)
-        self.chunks = build_model_chunks(folder.shape, own, dtype, engine, groups=self.groups)
-        load_model(self.chunks, folder, self.groups)
+        with torch.no_grad():
+            self.chunks = build_model_chunks(folder.shape, own, dtype, engine, fp8, groups=self.groups)
+            load_model(self.chunks, folder, self.groups)
         self.chunks[-1].requires_grad_(False)
         if self.chunks[-1].post_process:
             # Logits are made in the student's layout: the matrix would stand here unused.
             self.chunks[-1].output_layer.weight = None
-        self.head = RoutedHead(folder, student, dtype) if collectives.on_last_stage() else None
+        self.head = RoutedHead(folder, student, dtype, head_fp8) if collectives.on_last_stage() else None
         self.states: deque[torch.Tensor] = deque()
 
     def run_ahead(self, batches: Sequence[Batch]) -> None:
@@ -105,13 +118,14 @@ class RoutedTeacher:
 class RoutedHead:
     """The teacher's output matrix [V / tp, hidden], sharded over the student's tensor-parallel ranks on its last stage."""
 
-    def __init__(self, folder: ModelFolder, layout: Layout, dtype: torch.dtype) -> None:
+    def __init__(self, folder: ModelFolder, layout: Layout, dtype: torch.dtype, fp8: bool) -> None:
         from megatron.core import parallel_state as ps
 
         rows = folder.shape.padded_vocab_size // layout.tensor
         first = ps.get_tensor_model_parallel_rank() * rows
         found = WeightReader(folder.weights).read_slot(output_slot(folder.shape), folder.shape, first, first + rows)
-        self.weight = found.to(device=torch.cuda.current_device(), dtype=dtype)
+        weight = found.to(device=torch.cuda.current_device(), dtype=dtype)
+        self.weight = Fp8Matrix.of(weight) if fp8 else weight
         self.split, self.group = Side.of_final_states(layout).split, ps.get_tensor_model_parallel_group()
 
     @torch.no_grad()

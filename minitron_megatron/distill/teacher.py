@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from minitron_megatron.models.forward import Batch, attention_mask, forward_only
+from minitron_megatron.models.fp8 import Fp8Matrix
 from minitron_megatron.models.head import Head
 from minitron_megatron.parallel import collectives
 
@@ -23,9 +24,12 @@ class Teacher:
     """Frozen model chunks that answer with their head in the order of the micro-batches.
 
     With a pipeline `ahead` is how many micro-batches it runs before the student's pass over them; None for any number.
+    `head_fp8` has its output matrix in FP8.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], *, pipelined: bool, ahead: int | None = None) -> None:
+    def __init__(
+        self, chunks: Sequence[torch.nn.Module], *, pipelined: bool, ahead: int | None = None, head_fp8: bool = False
+    ) -> None:
         self.chunks, self.pipelined = list(chunks), pipelined
         self.ahead = ahead if pipelined else None
         self.states: deque[torch.Tensor] = deque()
@@ -33,6 +37,7 @@ class Teacher:
         for chunk in self.chunks:
             chunk.requires_grad_(False)
             chunk.eval()
+        self.matrix = self._rounded_matrix() if head_fp8 and self.chunks[-1].post_process else None
 
     def run_ahead(self, batches: Sequence[Batch]) -> None:
         """With a pipeline, run these micro-batches and keep their final hidden states on the last stage."""
@@ -50,7 +55,17 @@ class Teacher:
         if not self.states:
             self.run(batch)
         with torch.no_grad():
-            return Head.of(self.states.popleft(), *self.head, collectives.tensor_parallel_group())
+            head = Head.of(self.states.popleft(), *self.head, collectives.tensor_parallel_group())
+        return Head(head.states, self.matrix) if self.matrix else head
+
+    def _rounded_matrix(self) -> Fp8Matrix:
+        """The output matrix in FP8, in place of the other where that is no embedding too."""
+        last = self.chunks[-1]
+        if last.share_embeddings_and_output_weights:
+            return Fp8Matrix.of(last.shared_embedding_or_output_weight())
+        rounded = Fp8Matrix.of(last.output_layer.weight)
+        last.output_layer.weight = None
+        return rounded
 
     def _forward(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         def keep(batch: Batch, *, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any) -> torch.Tensor:

@@ -191,7 +191,7 @@ def transformer_config(
 ) -> Any:
     """The megatron.core TransformerConfig of a model in a layout, for an engine (te or local).
 
-    `training` has fields of it that only a model that is trained needs, such as activation recomputation.
+    `training` has fields of it that follow from what is done with the model: activation recomputation, FP8.
     """
     from megatron.core.transformer import TransformerConfig
 
@@ -358,7 +358,7 @@ def build_model_chunks(
 ) -> list[torch.nn.Module]:
     """This rank's pipeline chunks: one, or `virtual_pipeline` of them in an interleaved schedule.
 
-    `engine` is auto, te or local (pick_engine), `training` is as of transformer_config. `groups` are the layout's
+    `engine` is auto, te or local (pick_engine), `training` as of transformer_config. `groups` are the layout's
     (parallel/layout.py, `process_groups`), if it is not the one that Megatron's own state is set up for. Raises UserError
     where it cannot run.
     """
@@ -369,7 +369,8 @@ def build_model_chunks(
     picked = pick_engine(engine, layout, dtype, device)
     if groups is not None:
         first, last = is_pp_first_stage(groups.pp), is_pp_last_stage(groups.pp)
-        return [build_gpt(shape, layout, dtype, picked, pre_process=first, post_process=last, groups=groups)]
+        given = {"pre_process": first, "post_process": last, "training": training, "groups": groups}
+        return [build_gpt(shape, layout, dtype, picked, **given)]
 
     def stage(vp: int | None) -> torch.nn.Module:
         return build_gpt(

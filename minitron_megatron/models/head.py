@@ -1,13 +1,13 @@
 """Losses of final hidden states, without ever holding the logits of all tokens: the output matrix and the loss, fused.
 
-    states [s, b, hidden] ─ pieces of tokens ─▶ logits [n, V / tp] ─ blocks ─▶ loss of each token; its gradient takes their place
+    states [s, b, hidden] ─ pieces of tokens ─▶ logits [n, V / tp] ─▶ loss of each token; its gradient takes their place
                                                      │
                        gradient of the states [n, hidden] ◀── · W ──┤
                        gradient of W, added up [V / tp, hidden] ◀── · states
 
-A piece is as many tokens as `LOGITS_BYTES` hold, a block a sixteenth of it: what is made beside the logits, such as a teacher's,
-is made of a block at a time. The gradient is made in forward, so a backward pass has nothing left to do. That of a matrix under
-Megatron's data parallelism goes straight into its `main_grad`, in float32, as its fused linears do.
+A piece is as many tokens as `LOGITS_BYTES` hold, with a teacher's logits beside the student's where there are some. The gradient
+is made in forward, so a backward pass has nothing left to do. That of a matrix under Megatron's data parallelism goes straight
+into its `main_grad`, in float32, as its fused linears do.
 """
 
 import math
@@ -17,14 +17,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from minitron_megatron.models.fp8 import Fp8Matrix
+from minitron_megatron.models.vocab_parallel import BLOCK_ELEMENTS
+
 # Per-token values by name.
 Terms = dict[str, torch.Tensor]
 # (logits [n, V / tp] of some rows of tokens, those rows, weight [n] or None) to terms [n], "loss" among them; with a weight the
-# logits become the gradient of Σ weight · loss, without it they may be overwritten.
-BlockLoss = Callable[[torch.Tensor, slice, torch.Tensor | None], Terms]
+# logits become the gradient of Σ weight · loss.
+LossOfRows = Callable[[torch.Tensor, slice, torch.Tensor | None], Terms]
 
+# Two pieces of 2048 tokens for Llama-3's vocabulary beside a teacher: smaller ones slow the products down (docs/benchmarks.md).
 LOGITS_BYTES = 2**30
-BLOCKS_OF_A_PIECE = 16
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Head:
     """What logits are made of: states [s, b, hidden] of this rank's tokens and its output matrix [V / tp, hidden]."""
 
     states: torch.Tensor
-    weight: torch.Tensor
+    weight: torch.Tensor | Fp8Matrix  # a frozen one may be in FP8
 
     @classmethod
     def of(cls, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, group: Any) -> "Head":
@@ -62,7 +65,8 @@ class Head:
 
     def logits(self, rows: slice | None = None) -> torch.Tensor:
         """[n, V / tp] of some rows of tokens, or all of them."""
-        return torch.mm(self.rows[rows] if rows else self.rows, self.weight.t())
+        some = self.rows[rows] if rows else self.rows
+        return self.weight.product(some) if isinstance(self.weight, Fp8Matrix) else torch.mm(some, self.weight.t())
 
 
 class Summed(NamedTuple):
@@ -72,12 +76,12 @@ class Summed(NamedTuple):
     terms: Terms
 
 
-def summed_loss(head: Head, loss: BlockLoss, mask: torch.Tensor, *, logits_bytes: int = LOGITS_BYTES) -> Summed:
+def summed_loss(head: Head, loss: LossOfRows, mask: torch.Tensor, *, logits_bytes: int = LOGITS_BYTES) -> Summed:
     """The loss of a model's tokens, summed over those that count.
 
     Args:
         head: of the model that is trained.
-        loss: makes terms of logits, a block of rows at a time.
+        loss: makes terms of logits, a piece at a time.
         mask: [s, b], 1 for tokens that count.
         logits_bytes: most bytes of logits at once.
 
@@ -89,14 +93,22 @@ def summed_loss(head: Head, loss: BlockLoss, mask: torch.Tensor, *, logits_bytes
 
 
 @torch.no_grad()
-def terms_of(head: Head, loss: BlockLoss, *, logits_bytes: int = LOGITS_BYTES) -> Terms:
+def terms_of(head: Head, loss: LossOfRows, *, logits_bytes: int = LOGITS_BYTES) -> Terms:
     """The terms [s, b] alone."""
     parts = []
     for piece in _slices(len(head.rows), head.weight, logits_bytes):
-        logits = head.logits(piece)
-        for block in _slices(len(logits), head.weight, logits_bytes / BLOCKS_OF_A_PIECE):
-            parts.append(loss(logits[block], _shifted(block, piece.start), None))
+        parts.append(loss(head.logits(piece), piece, None))
     return _joined(parts, head.states.shape[:-1])
+
+
+def in_blocks(loss: LossOfRows, logits: torch.Tensor, rows: slice, weight: torch.Tensor | None) -> Terms:
+    """A loss that makes copies of logits, of so few rows at a time that they stay small."""
+    step, parts = max(1, BLOCK_ELEMENTS // logits.shape[-1]), []
+    for start in range(0, len(logits), step):
+        block = slice(start, min(start + step, len(logits)))
+        of_tokens = slice(rows.start + block.start, rows.start + block.stop)
+        parts.append(loss(logits[block], of_tokens, None if weight is None else weight[block]))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -108,7 +120,7 @@ class _SummedLoss(torch.autograd.Function):
         states: torch.Tensor,
         weight: torch.Tensor,
         mask: torch.Tensor,
-        loss: BlockLoss,
+        loss: LossOfRows,
         names: list[str],
         logits_bytes: int,
     ) -> tuple[torch.Tensor, ...]:
@@ -117,9 +129,7 @@ class _SummedLoss(torch.autograd.Function):
         parts = []
         for piece in _slices(len(head.rows), weight, logits_bytes):
             logits = head.logits(piece)
-            for block in _slices(len(logits), weight, logits_bytes / BLOCKS_OF_A_PIECE):
-                rows = _shifted(block, piece.start)
-                parts.append(loss(logits[block], rows, counts[rows]))
+            parts.append(loss(logits, piece, counts[piece]))
             torch.mm(logits, weight, out=of_states[piece])
             of_weight.add(logits, head.rows[piece])
             # Before the next piece's are made.
@@ -135,7 +145,7 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx: Any, scale: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         of_states, weight, *kept = ctx.saved_tensors
         if kept:
-            return of_states * scale, kept[0] * scale, None, None, None, None
+            return of_states.mul_(scale), kept[0].mul_(scale), None, None, None, None
         torch._assert_async(scale == 1)
         weight.grad_added_to_main_grad = True
         # Autograd wants a gradient to tell that this one is done; whoever adds it up all the same is to get nothing.
@@ -148,12 +158,15 @@ class _WeightGradient:
 
     def __init__(self, weight: torch.Tensor) -> None:
         main = getattr(weight, "main_grad", None)
-        self.kept = [] if main is not None else [torch.zeros_like(weight)]
-        self.into = main if main is not None else self.kept[0]
+        self.kept = [] if main is not None else [torch.empty_like(weight)]
+        self.into, self.first = (self.kept[0], True) if main is None else (main, False)
 
     def add(self, gradient: torch.Tensor, rows: torch.Tensor) -> None:
         """Add that of logits whose gradient is [n, V / tp]."""
-        if self.into.dtype == rows.dtype:
+        if self.first:
+            torch.mm(gradient.t(), rows, out=self.into)
+            self.first = False
+        elif self.into.dtype == rows.dtype:
             self.into.addmm_(gradient.t(), rows)
         elif rows.is_cuda:
             torch.addmm(self.into, gradient.t(), rows, out_dtype=self.into.dtype, out=self.into)
@@ -167,10 +180,6 @@ def _slices(rows: int, weight: torch.Tensor, most_bytes: float) -> Iterator[slic
     step = math.ceil(rows / min(count, rows))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
-
-
-def _shifted(block: slice, by: int) -> slice:
-    return slice(block.start + by, block.stop + by)
 
 
 def _joined(parts: list[Terms], shape: torch.Size) -> Terms:

@@ -1,11 +1,11 @@
 """Losses of logits on a GPU, by Triton: each row is read twice and its gradient written once, in place; sums are float32.
 
-    logits [n, V / tp] ─▶ row_sums: largest and Σ exp of each row ─▶ over the group: log Z
-                       ─▶ kl_, reverse_kl_, cross_entropy: loss [n] of this rank's columns; the logits become the gradient
+    logits [n, V / tp] ─▶ row_sums, _pair_sums: largest and Σ exp of each row ─▶ over the group: log Z
+                       ─▶ kl_, reverse_kl_, cross_entropy_: loss [n]; the logits become the gradient
 
-A program has a row. Where the whole vocabulary is on one rank, forward KL's two passes are one kernel, and the second pass goes
-backwards, over what the first has left in the cache. Plain torch takes some fifteen passes over float32 copies for the same.
-Exponentials and logarithms are to the base 2, which is what the hardware has. Padded columns take no part and get gradient 0.
+A row of forward KL is shared out over several programs, so that a few rows keep the GPU busy too. Plain torch takes some fifteen
+passes over float32 copies for the same. Exponentials and logarithms are to the base 2, which is what the hardware has. Padded
+columns take no part and get gradient 0.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 # Adds a tensor over the ranks that share a vocabulary, in place.
 Summed = Callable[[torch.Tensor], torch.Tensor]
-# Columns that a program reads at once, and its warps; tuned on an H100 (docs/benchmarks.md).
-_BLOCK, _WARPS = 4096, 8
+# Columns that a program reads at once, its warps, and how often it does so in kernels that share a row out; tuned on an H200.
+_BLOCK, _WARPS, _TILES = 4096, 4, 8
 
 
 @triton.jit
@@ -28,7 +28,9 @@ def _sums_of(x, largest, summed):
     """Running largest and Σ 2^(x − largest) of a row, with one more tile of it."""
     before = largest
     largest = tl.maximum(largest, tl.max(x, axis=0))
-    return largest, summed * tl.exp2(before - largest) + tl.sum(tl.exp2(x - largest), axis=0)
+    # Where all is padding so far, nothing is added, rather than ∞ − ∞.
+    safe = tl.where(largest == -float("inf"), 0.0, largest)
+    return largest, summed * tl.exp2(before - safe) + tl.sum(tl.exp2(x - safe), axis=0)
 
 
 @triton.jit
@@ -71,54 +73,80 @@ def _row_sums(
 
 
 @triton.jit
+def _pair_sums(
+    student,  # [rows, width], any floating dtype
+    teacher,  # [rows, width]
+    parts,  # [rows, 4, PARTS] float32: of each part of the columns the student's largest and Σ 2^(x − largest), the teacher's
+    width,
+    columns,
+    scale,
+    PARTS: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    q_largest = -float("inf")
+    q_summed = 0.0
+    p_largest = -float("inf")
+    p_summed = 0.0
+    for tile in range(TILES):
+        column = (part * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+        real = column < columns
+        place = row * width + column
+        q = tl.load(student + place, mask=real, other=-float("inf"), eviction_policy="evict_last")
+        p = tl.load(teacher + place, mask=real, other=-float("inf"), eviction_policy="evict_last")
+        q_largest, q_summed = _sums_of(q.to(tl.float32) * scale, q_largest, q_summed)
+        p_largest, p_summed = _sums_of(p.to(tl.float32) * scale, p_largest, p_summed)
+    out = parts + row * 4 * PARTS + part
+    tl.store(out, q_largest)
+    tl.store(out + PARTS, q_summed)
+    tl.store(out + 2 * PARTS, p_largest)
+    tl.store(out + 3 * PARTS, p_summed)
+
+
+@triton.jit
+def _log_z(parts, PARTS: tl.constexpr):
+    """log2 Σ 2^x of a row out of its parts."""
+    part = tl.arange(0, PARTS)
+    highest = tl.load(parts + part)
+    most = tl.max(highest, axis=0)
+    return most + tl.log2(tl.sum(tl.load(parts + PARTS + part) * tl.exp2(highest - most), axis=0))
+
+
+@triton.jit
 def _kl(
     student,  # [rows, width], any floating dtype; becomes the gradient
     teacher,  # [rows, width]
-    log_z_student,  # [rows] float32, to the base 2, at the temperature; where WHOLE it is made here
-    log_z_teacher,
-    log_z_plain,  # [rows] float32: the student's at temperature 1, for cross entropy
+    parts,  # [rows, 4, PARTS] float32, of _pair_sums or of the whole group
+    log_z_plain,  # [rows] float32, to the base 2: the student's at temperature 1, for cross entropy
     labels,  # [rows] int32: column of the label, below 0 for one of another rank
     weight,  # [rows] float32: what a row's gradient is multiplied by
-    loss,  # [rows] float32
+    loss,  # [rows, programs of a row] float32
     width,
     columns,
     scale,  # log2(e) / temperature
     temperature,
     cross_entropy,  # weight of the labels' cross entropy
     log2_e,
-    WHOLE: tl.constexpr,
     GRADIENT: tl.constexpr,
     CROSS_ENTROPY: tl.constexpr,
+    PARTS: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    if WHOLE:
-        q_largest = -float("inf")
-        q_summed = 0.0
-        p_largest = -float("inf")
-        p_summed = 0.0
-        for tile in range(TILES):
-            column = tile * BLOCK + tl.arange(0, BLOCK)
-            real = column < columns
-            place = row * width + column
-            q = tl.load(student + place, mask=real, other=-float("inf"), eviction_policy="evict_last")
-            p = tl.load(teacher + place, mask=real, other=-float("inf"), eviction_policy="evict_last")
-            q_largest, q_summed = _sums_of(q.to(tl.float32) * scale, q_largest, q_summed)
-            p_largest, p_summed = _sums_of(p.to(tl.float32) * scale, p_largest, p_summed)
-        log_z_q = q_largest + tl.log2(q_summed)
-        log_z_p = p_largest + tl.log2(p_summed)
-    else:
-        log_z_q = tl.load(log_z_student + row)
-        log_z_p = tl.load(log_z_teacher + row)
+    part = tl.program_id(1)
+    log_z_q = _log_z(parts + row * 4 * PARTS, PARTS)
+    log_z_p = _log_z(parts + (row * 4 + 2) * PARTS, PARTS)
     if GRADIENT:
         of_row = tl.load(weight + row)
         if CROSS_ENTROPY:
             log_z_1 = tl.load(log_z_plain + row)
             label = tl.load(labels + row)
     summed = tl.zeros([BLOCK], tl.float32)
-    for step in range(TILES):
-        column = (TILES - 1 - step) * BLOCK + tl.arange(0, BLOCK)
+    for tile in range(TILES):
+        column = (part * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
         place = row * width + column
         real = column < columns
         z = tl.load(student + place, mask=real, other=0.0, eviction_policy="evict_first").to(tl.float32)
@@ -133,8 +161,9 @@ def _kl(
                 certain = tl.where(column == label, 1.0, 0.0)
                 moved += cross_entropy * (tl.exp2(z * log2_e - log_z_1) - certain)
             moved = tl.where(real, moved * of_row, 0.0)
-            tl.store(student + place, moved.to(student.dtype.element_ty), mask=column < width)
-    tl.store(loss + row, tl.sum(summed, axis=0))
+            moved = moved.to(student.dtype.element_ty)
+            tl.store(student + place, moved, mask=column < width, eviction_policy="evict_first")
+    tl.store(loss + row * tl.num_programs(1) + part, tl.sum(summed, axis=0))
 
 
 @triton.jit
@@ -217,7 +246,7 @@ def _cross_entropy(
 
 def _tiles(width: int) -> dict[str, int]:
     block = min(_BLOCK, triton.next_power_of_2(width))
-    return {"TILES": triton.cdiv(width, block), "BLOCK": block, "num_warps": _WARPS if block > 1024 else 4}
+    return {"TILES": triton.cdiv(width, block), "BLOCK": block, "num_warps": _WARPS}
 
 
 class RowSums(NamedTuple):
@@ -275,11 +304,24 @@ def kl_(
         summed: adds a tensor [n] over the group, in place.
     """
     rows, width = student.shape
-    loss = torch.empty(rows, dtype=torch.float32, device=student.device)
-    q, p = log_z or (None, None)
-    given = (student, teacher, q, p, *_of_gradient(gradient), loss, width, columns, *_scales(temperature, gradient))
-    _kl[(rows,)](*given, log_z is None, *_kinds(gradient), **_tiles(width))
-    return summed(loss).mul_(LN_2)
+    tiles = _tiles(width)
+    programs = triton.next_power_of_2(triton.cdiv(tiles["TILES"], _TILES))
+    tiles["TILES"] = triton.cdiv(tiles["TILES"], programs)
+    loss = torch.empty(rows, programs, dtype=torch.float32, device=student.device)
+    if log_z is None:
+        parts = loss.new_empty(rows, 4, programs)
+        _pair_sums[(rows, programs)](student, teacher, parts, width, columns, LOG2_E / temperature, programs, **tiles)
+    else:
+        parts = _whole(log_z)
+    given = (student, teacher, parts, *_of_gradient(gradient), loss, width, columns, *_scales(temperature, gradient))
+    _kl[(rows, programs)](*given, *_kinds(gradient), parts.shape[-1], **tiles)
+    return summed(loss.sum(-1)).mul_(LN_2)
+
+
+def _whole(log_z: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Sums of rows as _pair_sums gives them, of one part that is everything."""
+    q, p = log_z
+    return torch.stack((q, torch.ones_like(q), p, torch.ones_like(p)), dim=1)[..., None].contiguous()
 
 
 def reverse_kl_(

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from minitron_megatron.models.forward import Batch, labels_of
-from minitron_megatron.models.head import Head, Summed, Terms, summed_loss, terms_of
+from minitron_megatron.models.head import Head, Summed, Terms, in_blocks, summed_loss, terms_of
 from minitron_megatron.models.vocab_parallel import (
     have_kernels,
     label_loss,
@@ -127,7 +127,7 @@ class NextToken(Objective):
 
 
 class CrossEntropy:
-    """−log softmax(logits)[label] per token, of a block of rows at a time (`BlockLoss` of models/head.py).
+    """−log softmax(logits)[label] per token, of some rows of tokens at a time (`LossOfRows` of models/head.py).
 
     Args:
         labels: int64 [s, b], ids below vocab_size.
@@ -140,20 +140,22 @@ class CrossEntropy:
 
     def __call__(self, logits: torch.Tensor, rows: slice, weight: torch.Tensor | None) -> Terms:
         """Float32 (float64) [n], on every rank of the group."""
-        columns, width, labels = valid_columns(logits, self.vocab_size, self.group), logits.shape[-1], self.labels[rows]
         if have_kernels(logits):
-            return {"loss": self._by_kernels(logits, columns, labels, weight)}
+            return {"loss": self._by_kernels(logits, self.labels[rows], weight)}
+        return in_blocks(self._by_torch, logits, rows, weight)
+
+    def _by_torch(self, logits: torch.Tensor, rows: slice, weight: torch.Tensor | None) -> Terms:
+        columns, width, labels = valid_columns(logits, self.vocab_size, self.group), logits.shape[-1], self.labels[rows]
         loss, gradient = label_loss(log_softmax(logits, columns, 1.0, self.group), labels, width, self.group)
         if weight is not None:
             logits[:, :columns] = gradient.mul_(weight[:, None])
             logits[:, columns:] = 0
         return {"loss": loss}
 
-    def _by_kernels(
-        self, logits: torch.Tensor, columns: int, labels: torch.Tensor, weight: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _by_kernels(self, logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         from minitron_megatron.models import kernels
 
+        columns = valid_columns(logits, self.vocab_size, self.group)
         mine = local_labels(labels, logits.shape[-1], columns, self.group)
         (log2_z,) = log2_normalisers([logits], columns, 1.0, self.group)
         loss = label_nll(logits, mine, log2_z, self.group)

@@ -5,8 +5,8 @@
 
 Of two formats of the optimizer's state (`trainer.checkpoint_format`), `fully_reshardable` can be read in any layout, and gathers
 a TP × PP shard's float32 state on one rank's CPU to write it; `dp_reshardable` copies nothing, for frequent saves, and can be
-read in another number of data-parallel ranks only. No random state is kept: nothing draws in a step (no dropout), and the data
-order follows from the seed and the step.
+read in another number of data-parallel ranks only, as can the scales of `trainer.fp8=delayed`. No random state is kept: nothing
+draws in a step (no dropout), and the data order follows from the seed and the step.
 """
 
 import json
@@ -23,7 +23,7 @@ from typing import Any
 
 from minitron_megatron.checkpoints.folder import check_space
 from minitron_megatron.checkpoints.reading import safe_reading
-from minitron_megatron.checkpoints.weights import sharded_weights
+from minitron_megatron.checkpoints.weights import scales_of_fp8, sharded_weights
 from minitron_megatron.config import TrainerConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel import collectives
@@ -44,14 +44,21 @@ def _metadata(sharding: str) -> dict[str, Any]:
 
 
 def _state(
-    chunks: Sequence[Any], optimizer: Any, sharding: str, plain: dict[str, Any], *, loading: bool
+    chunks: Sequence[Any], optimizer: Any, sharding: str, plain: dict[str, Any], *, loading: bool, scales: bool
 ) -> dict[str, Any]:
     """What a checkpoint holds, as sharded tensors; the model's keys are those of a model folder."""
     metadata = _metadata(sharding)
     models = [sharded_weights(chunk.module, metadata) for chunk in chunks]
     state = {"model" if len(models) == 1 else f"model{i}": model for i, model in enumerate(models)}
-    optimizer_state = optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
-    return {**state, "optimizer": optimizer_state, **plain}
+    found = {**state, "optimizer": optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata), **plain}
+    if scales:
+        found |= {f"fp8_scales{i}": scales_of_fp8(chunk.module, metadata) for i, chunk in enumerate(chunks)}
+    return found
+
+
+def has_scales(options: TrainerConfig) -> bool:
+    """Whether a run's FP8 scales come from past steps, so that it needs them to go on as if it had not stopped."""
+    return options.fp8 == "delayed"
 
 
 def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -111,6 +118,7 @@ class Saver:
 
         self.folder, self.layout, self.options = folder, layout, options
         self.calls = AsyncCallsQueue()
+        self.scales = has_scales(options)
 
     def save(
         self,
@@ -140,7 +148,7 @@ class Saver:
         partial = self._begin(name)
         plain = {"step": step, "guard": guard, "objective": objective}
         with _undisturbed(), _telling(self.folder):
-            state = _state(chunks, optimizer, self.options.checkpoint_format, plain, loading=False)
+            state = _state(chunks, optimizer, self.options.checkpoint_format, plain, loading=False, scales=self.scales)
             request = dist_checkpointing.save(
                 state,
                 str(partial),
@@ -179,7 +187,7 @@ class Saver:
     def _complete(self, partial: Path, name: str, step: int, best: float | None) -> None:
         """All ranks have written: the folder gets its name. Every rank calls it."""
         if collectives.is_rank_zero():
-            written = {"optimizer": self.options.checkpoint_format, **_places(self.layout)}
+            written = {"optimizer": self.options.checkpoint_format, "scales": self.scales, **_places(self.layout)}
             (partial / FORMAT).write_text(json.dumps(written) + "\n", encoding="utf-8")
             shutil.rmtree(self.folder / name, ignore_errors=True)
             partial.rename(self.folder / name)
@@ -239,14 +247,14 @@ def _places(layout: Layout) -> dict[str, Any]:
 
 def check_readable(path: Path, layout: Layout) -> None:
     """Raise UserError when a layout cannot go on from a checkpoint: before any model is built."""
-    there = _read_format(path)
-    if there.pop("optimizer") != "dp_reshardable" or there == _places(layout):
+    there, now = _read_format(path), _places(layout)
+    kind, scales = there.pop("optimizer"), there.pop("scales", False)
+    if (kind != "dp_reshardable" and not scales) or there == now:
         return
-    now = _places(layout)
     was = " ".join(f"parallel.{name}={value}" for name, value in there.items() if value != now[name])
+    why = "trainer.fp8=delayed" if scales else "trainer.checkpoint_format=dp_reshardable"
     raise UserError(
-        f"{path} was written with trainer.checkpoint_format=dp_reshardable, which another number of data-parallel ranks can read "
-        f"and no other layout: use {was}"
+        f"{path} was written with {why}, which another number of data-parallel ranks can read and no other layout: use {was}"
     )
 
 
@@ -271,12 +279,15 @@ def load(
 
     try:
         with safe_reading():
-            wanted = _state(chunks, optimizer, _read_format(path)["optimizer"], {}, loading=True)
+            kind, scales = _read_format(path)["optimizer"], has_scales(options)
+            wanted = _state(chunks, optimizer, kind, {}, loading=True, scales=scales)
             state = dist_checkpointing.load(wanted, str(path), _strategy("load", options.parallel_load))
     except (CheckpointingException, OSError, RuntimeError) as error:
         raise _damaged(path, error) from error
     for i, chunk in enumerate(chunks):
         chunk.module.load_state_dict(state["model" if len(chunks) == 1 else f"model{i}"], strict=False)
+        if scales:
+            chunk.module.load_state_dict(state[f"fp8_scales{i}"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"]), state["guard"], state["objective"]
 

@@ -19,5 +19,6 @@ def correct_teacher(cfg: CorrectTeacherConfig) -> None:
         trained="model",
         check=lambda shapes, layout: check_training(shapes, cfg, layout),
         objective=lambda folders, layout: NextToken(folders["model"].shape.vocab_size),
+        fp8_of=lambda name: ("trainer.fp8", cfg.trainer.fp8),
     )
     run_training(cfg, recipe)

