@@ -204,9 +204,9 @@ class OptimConfig:
     weight_decay: float = option(0.1, "decoupled weight decay of matrices (norms and biases have none)")
     state_precision: str = option(
         "fp32",
-        "of bf16 models: fp32 master weights and moments (12 bytes a parameter); compact, the same numbers in 10, the master as "
-        "the weight and its missing bits; bf16, compact with bf16 moments, in 6. The last two need Transformer Engine",
-        ("fp32", "compact", "bf16"),
+        "both moments: fp32, or of bf16 models bf16, which saves 4 of the optimizer's 12 bytes a parameter and needs Transformer "
+        "Engine",
+        ("fp32", "bf16"),
     )
     decay_embeddings: bool = option(True, "weight decay of the embedding and output matrices too")
     adam_beta1: float = option(0.9, "decay of the first moment")
@@ -691,7 +691,7 @@ class BenchmarkStepConfig:
     fp8_bf16_layers: int = option(0, "trainer.fp8_bf16_layers")
     teacher_fp8: str = option("none", "distill.teacher_fp8", ("none", "tensorwise", "blockwise"))
     teacher_head_fp8: bool = option(False, "distill.teacher_head_fp8")
-    state_precision: str = option("fp32", "optim.state_precision", ("fp32", "compact", "bf16"))
+    state_precision: str = option("fp32", "optim.state_precision", ("fp32", "bf16"))
     logits_mib: int = option(1024, "distill.logits_mib")
 
 

@@ -94,6 +94,7 @@ for dtype in (torch.float32, torch.bfloat16):
         close(*label_loss(student, labels, weights, vocab_size=vocab, group=group), {"loss": nll}, plain, dtype)
 if rank == 0:
     print("same")
+dist.barrier()
 dist.destroy_process_group()
 """
 

@@ -116,7 +116,8 @@ def with_a_spike(teacher, student, tokens, layout, at):
     class Spiking(type(plain)):
         def __call__(self, *given, **options):
             factor = 1000.0 if spiking[0] else 1.0
-            return {name: term * factor for name, term in super().__call__(*given, **options).items()}
+            found = super().__call__(*given, **options)
+            return found._replace(terms={name: term * factor for name, term in found.terms.items()})
 
     trained.objective.__class__ = Spiking
     schedule, results, changed = Schedule.of_run(trained.cfg.optim, 5, 256), [], []

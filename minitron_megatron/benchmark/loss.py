@@ -118,7 +118,8 @@ def _measured(peer: Peer, case: Case, repeats: int) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         peer.total(case).backward()
-        kept = sum(t.grad.numel() * t.grad.itemsize for t in (case.student, case.head) if t.grad is not None)
+        # With a float32 gradient the head's own is empty, and was made when nothing else was there any more.
+        kept = sum(t.grad.numel() * t.grad.itemsize for t in (case.student, *([] if peer.main_grad else [case.head])))
         found["gib"] = (torch.cuda.max_memory_allocated() - before - kept) / 2**30
     case.fresh()
     if peer.main_grad:

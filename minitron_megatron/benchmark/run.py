@@ -13,7 +13,7 @@ from minitron_megatron.benchmark.layers import blocks_over_passes
 from minitron_megatron.benchmark.loss import loss_with_heads
 from minitron_megatron.benchmark.memory import planned_over_kept
 from minitron_megatron.benchmark.prune import pruning_over_copying
-from minitron_megatron.benchmark.step import distillation_step
+from minitron_megatron.benchmark.step import distillation_step, foreseen_step
 from minitron_megatron.benchmark.throughput import forward_throughput
 from minitron_megatron.checkpoints.folder import check_output, output_folder
 from minitron_megatron.config import BenchmarkConfig
@@ -34,6 +34,8 @@ MEASURES: dict[str, Callable[[BenchmarkConfig, Layout], dict[str, float]]] = {
     "ceilings": ceilings,
     "throughput": forward_throughput,
 }
+# What a dry run says of the same.
+FORESEEN: dict[str, Callable[[BenchmarkConfig, Layout], dict[str, float]]] = {"step": foreseen_step}
 
 
 def benchmark(cfg: BenchmarkConfig) -> None:
@@ -44,6 +46,9 @@ def benchmark(cfg: BenchmarkConfig) -> None:
         check_output(cfg.output, config=config, inputs={}, resume=cfg.resume)
         print_table("would be measured", ["", "value"], [["measure", cfg.measure], ["layout", str(layout)]])
         return
+    # A dry run's figures are for GPUs.
+    foreseen = FORESEEN.get(cfg.measure) if device.type == "cuda" else None
+    planned = foreseen(cfg, layout) if foreseen else {}
     with (
         parallel_job(layout, seed=cfg.seed, device=cfg.device),
         output_folder(cfg.output, command=command_line(), config=config, inputs={}, resume=cfg.resume) as out,
@@ -51,7 +56,7 @@ def benchmark(cfg: BenchmarkConfig) -> None:
         if out.done:
             return
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        out.results = {**MEASURES[cfg.measure](cfg, layout), "device": name, "processes": layout.world_size}
+        out.results = {**MEASURES[cfg.measure](cfg, layout), **planned, "device": name, "processes": layout.world_size}
         if collectives.is_rank_zero():
             (out.path / RESULTS).write_text(json.dumps(out.results, indent=2) + "\n", encoding="utf-8")
     print_table(f"{cfg.measure}, {layout}", ["", "value"], list(out.results.items()))

@@ -41,22 +41,31 @@ from minitron_megatron.train.optimizer import check_state_precision, recomputati
 from minitron_megatron.train.schedule import Schedule
 
 
+def foreseen_step(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]:
+    """What a dry run says of it: GiB of the fullest rank and seconds. Before the job is there: models are built in a fake one."""
+    teacher, student = _shapes(cfg)
+    engine = cfg.model.engine
+    planned = forecast(_run_config(cfg, layout), layout, Models(student, engine, teacher, engine, lambda one: one))
+    return {"foreseen_gib": planned.gib, "foreseen_seconds": planned.step.total}
+
+
+def _shapes(cfg: BenchmarkConfig) -> tuple[ModelShape, ModelShape]:
+    """Of the teacher, `model=`, and of the student, its `target=`."""
+    teacher = ModelShape.from_dict(cfg.model.sizes("model"), "model")
+    return teacher, target_shape(teacher, vars(cfg.target), [])
+
+
 def distillation_step(cfg: BenchmarkConfig, layout: Layout) -> dict[str, Any]:
-    """Median seconds of a step of `model=` teaching its `target=`, tokens/s and MFU of a GPU, peak GiB; what a dry run says.
+    """Median seconds of a step of `model=` teaching its `target=`, tokens/s and MFU of a GPU, peak GiB.
 
     With `peers`, on one GPU, the same with ModelOpt's loss over whole logits, and how much faster ours is.
     """
-    teacher = ModelShape.from_dict(cfg.model.sizes("model"), "model")
-    student = target_shape(teacher, vars(cfg.target), [])
+    teacher, student = _shapes(cfg)
     run = _run_config(cfg, layout)
     check_pair(teacher, student, run, layout)
     trainer = _trainer(run, teacher, student, layout, cfg.model.engine)
     samples = RandomTokens(student.vocab_size, cfg.sequence_length, cfg.seed)
     found = _figures(_timed(trainer, samples, cfg), run, teacher, student, layout)
-    models = Models(student, cfg.model.engine, teacher, cfg.model.engine, lambda one: one)
-    if torch.cuda.is_available():
-        planned = forecast(run, layout, models)
-        found |= {"foreseen_gib": planned.gib, "foreseen_seconds": planned.step.total}
     peer = Peer(lambda case: case, "modelopt")
     if cfg.peers and peer.exists() and layout.world_size == 1:
         trainer.objective = _ModelOpt(trainer.objective.teacher, student.vocab_size)

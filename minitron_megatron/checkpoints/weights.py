@@ -240,12 +240,6 @@ def sharded_weights(chunk: torch.nn.Module, metadata: dict[str, Any] | None = No
     return {name: tensor for name, tensor in state.items() if not name.endswith("_extra_state")}
 
 
-def scales_of_fp8(chunk: torch.nn.Module, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The rest of it: Transformer Engine's extra state, the scales of FP8 and the largest values that they follow from."""
-    state = chunk.sharded_state_dict(metadata=metadata)
-    return {name: held for name, held in state.items() if name.endswith("_extra_state")}
-
-
 def load_weights(chunks_of_model: Sequence[torch.nn.Module], weights: Path, groups: Any = None) -> None:
     """Fill this rank's live model from a distributed checkpoint folder, casting to the model's dtype.
 

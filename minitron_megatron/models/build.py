@@ -170,7 +170,9 @@ def _have_transformer_engine() -> bool:
 def _fusions(te: bool, traits: Traits) -> dict[str, bool]:
     """Which of an engine's fused kernels to use."""
     return {
-        "bias_activation_fusion": te and traits.gated,
+        # Megatron's own, compiled by torch, moves its bytes at half the speed.
+        "use_te_activation_func": te and traits.gated,
+        "bias_activation_fusion": False,
         "bias_dropout_fusion": te,
         "apply_rope_fusion": te,
         # These belong to apex and to Megatron's own attention.
@@ -281,7 +283,10 @@ def _te_spec(config: Any) -> tuple[Any, type]:
     # A run that continues repeats its losses bit for bit: attention's backward pass adds in a fixed order unless the user
     # has set this to 1, which is a little faster. Before Hopper that takes flash-attn 2.4.1 or later.
     os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        qk_layernorm=config.qk_layernorm, use_te_activation_func=config.use_te_activation_func
+    )
+    return spec, TENorm
 
 
 def _local_spec(config: Any) -> tuple[Any, type]:

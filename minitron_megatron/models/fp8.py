@@ -9,6 +9,7 @@ frozen: its weights are cast when they are loaded, and nothing else of them is k
 output matrix are not in FP8; a teacher's output matrix can be (`Fp8Matrix`), since nothing is learned through it.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -118,6 +119,46 @@ def check_fp8_matrix_device(option: str, device: torch.device) -> None:
         )
 
 
+def delayed_scales(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Scales of a live chunk's delayed scaling and the largest values that they follow from, on the CPU, by module.
+
+    What Transformer Engine itself would write of them is a pickle.
+    """
+    found = {}
+    for name, meta in _delayed(chunk):
+        found[f"{name}.products"] = torch.tensor(meta["num_gemms"])
+        for way in _WAYS:
+            found[f"{name}.{way}.scale"] = meta[way].scale.cpu()
+            found[f"{name}.{way}.amax_history"] = meta[way].amax_history.cpu()
+    return found
+
+
+def set_delayed_scales(chunk: torch.nn.Module, scales: dict[str, torch.Tensor]) -> None:
+    """Have a chunk that has not run yet go on from these."""
+    from megatron.core.fp8_utils import get_fp8_recipe
+
+    recipe = get_fp8_recipe(chunk.config)
+    for name, module in chunk.named_modules():
+        if f"{name}.products" in scales:
+            module.fp8_meta["num_gemms"] = int(scales[f"{name}.products"])
+            module.fp8_meta["recipe"] = recipe
+            module.init_fp8_meta_tensors(recipe)
+            for way in _WAYS:
+                held = module.fp8_meta[way]
+                held.scale.copy_(scales[f"{name}.{way}.scale"])
+                held.amax_history.copy_(scales[f"{name}.{way}.amax_history"])
+
+
+_WAYS = ("scaling_fwd", "scaling_bwd")
+
+
+def _delayed(chunk: torch.nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, module in chunk.named_modules():
+        meta = getattr(module, "fp8_meta", {})
+        if all(hasattr(meta.get(way), "amax_history") for way in _WAYS):
+            yield name, meta
+
+
 class Fp8Matrix(NamedTuple):
     """A matrix [n, k] in FP8 with a scale a row."""
 
@@ -142,8 +183,7 @@ class Fp8Matrix(NamedTuple):
         """rows [m, k] · matrixᵀ: [m, n] in their dtype, the rows rounded to FP8 too."""
         given = Fp8Matrix.of(rows)
         if rows.is_cuda:
-            return torch._scaled_mm(
-                given.values, self.values.t(), scale_a=given.scale, scale_b=self.scale.t(), out_dtype=rows.dtype
-            )
+            scales = {"scale_a": given.scale, "scale_b": self.scale.t()}
+            return torch._scaled_mm(given.values, self.values.t(), **scales, out_dtype=rows.dtype, use_fast_accum=True)
         exact = torch.mm(given.values.float(), self.values.float().t())
         return (exact * given.scale * self.scale.t()).to(rows.dtype)

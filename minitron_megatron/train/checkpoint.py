@@ -23,9 +23,10 @@ from typing import Any
 
 from minitron_megatron.checkpoints.folder import check_space
 from minitron_megatron.checkpoints.reading import safe_reading
-from minitron_megatron.checkpoints.weights import scales_of_fp8, sharded_weights
+from minitron_megatron.checkpoints.weights import sharded_weights
 from minitron_megatron.config import TrainerConfig
 from minitron_megatron.errors import UserError
+from minitron_megatron.models.fp8 import delayed_scales, set_delayed_scales
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
 
@@ -52,8 +53,23 @@ def _state(
     state = {"model" if len(models) == 1 else f"model{i}": model for i, model in enumerate(models)}
     found = {**state, "optimizer": optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata), **plain}
     if scales:
-        found |= {f"fp8_scales{i}": scales_of_fp8(chunk.module, metadata) for i, chunk in enumerate(chunks)}
+        found["fp8_scales"] = _of_this_place([delayed_scales(chunk.module) for chunk in chunks])
     return found
+
+
+def _of_this_place(data: Any) -> Any:
+    """What the ranks of a tensor- and pipeline-parallel place have, and those of others have not, for Megatron's checkpoints."""
+    from megatron.core import parallel_state as ps
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    tensor, pipeline = ps.get_tensor_model_parallel_group(), ps.get_pipeline_model_parallel_group()
+    return ShardedObject(
+        "fp8_scales",
+        data,
+        (tensor.size(), pipeline.size()),
+        (tensor.rank(), pipeline.rank()),
+        replica_id=ps.get_data_parallel_rank(with_context_parallel=True),
+    )
 
 
 def has_scales(options: TrainerConfig) -> bool:
@@ -287,7 +303,7 @@ def load(
     for i, chunk in enumerate(chunks):
         chunk.module.load_state_dict(state["model" if len(chunks) == 1 else f"model{i}"], strict=False)
         if scales:
-            chunk.module.load_state_dict(state[f"fp8_scales{i}"], strict=False)
+            set_delayed_scales(chunk.module, state["fp8_scales"][i])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"]), state["guard"], state["objective"]
 

@@ -94,14 +94,23 @@ def forecast(cfg: TrainingConfig, layout: Layout, models: Models) -> Forecast:
         layout=layout,
         batch=MicroBatch.of(trainer.micro_batch_size, cfg.data.sequence_length, layout),
         micro_batches=trainer.global_batch_size // (trainer.micro_batch_size * layout.data),
-        how=Arithmetic(dtype, _engine(models.student_engine, dtype), _recomputed(trainer)),
-        teacher_how=Arithmetic(theirs, _engine(models.teacher_engine, theirs)),
+        how=Arithmetic(dtype, _engine(models.student_engine, dtype), _recomputed(trainer), fp8=trainer.fp8 != "none"),
+        teacher_how=_of_teacher(cfg, theirs, _engine(models.teacher_engine, theirs)),
+        state_precision=cfg.optim.state_precision if dtype is torch.bfloat16 else "fp32",
+        **({"logits_bytes": cfg.distill.logits_mib * 2**20} if isinstance(cfg, DistillConfig) else {}),
         teacher_layout=None if own == layout else own,
         ahead=cfg.distill.teacher_ahead if isinstance(cfg, DistillConfig) else None,
     )
     stages = take_census(student, teacher, layout, dtype, theirs, plan.teacher_layout)
     gpu = hardware(cfg.cluster)
     return Forecast(plan, stages, time_of_step(stages, plan, gpu), gpu)
+
+
+def _of_teacher(cfg: TrainingConfig, dtype: torch.dtype, engine: str) -> Arithmetic:
+    if not isinstance(cfg, DistillConfig):
+        return Arithmetic(dtype, engine)
+    options = cfg.distill
+    return Arithmetic(dtype, engine, fp8=options.teacher_fp8 != "none", fp8_head=options.teacher_head_fp8)
 
 
 def _recomputed(trainer: TrainerConfig) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from minitron_megatron.models.axes import TRAITS
+from minitron_megatron.models.head import LOGITS_BYTES
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.models.vocab_parallel import BLOCK_ELEMENTS
 from minitron_megatron.parallel.layout import Layout
@@ -26,6 +27,10 @@ RECOMPUTE = ("none", "selective", "full")
 # Gradients are accumulated in float32; Adam has two float32 moments, and bfloat16 models float32 master weights (optimizer.py).
 GRADIENT_BYTES = 4
 OPTIMIZER_BYTES = {torch.bfloat16: 12, torch.float32: 8}
+# What optim.state_precision saves of bfloat16 models' 12: half of the moments.
+STATES_SAVE = {"fp32": 0, "bf16": 4}
+# Of a matrix that is trained in FP8: it and its transpose, cast once a step.
+FP8_COPIES = 2
 
 # Of the optimizer, a parameter in a checkpoint: the float32 weight, of float32 models too, and both moments.
 CHECKPOINT_BYTES = 12
@@ -39,6 +44,13 @@ class Arithmetic:
     engine: str  # te or local
     recompute: str = "none"  # none; selective: attention's inside; full: all of a layer but its input
     fused_norms: bool = True  # torch has a fused RMSNorm on GPUs, on CPUs it keeps float32 copies
+    fp8: bool = False  # products of the layers; of a teacher its weights too
+    fp8_head: bool = False  # of a teacher
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of a number that a linear keeps of its input."""
+        return 1 if self.fp8 else self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,8 @@ def layer_bytes(shape: ModelShape, layer: int, layout: Layout, batch: MicroBatch
     sizes, item = _Sizes.of(shape, layer, layout, batch), how.dtype.itemsize
     if how.recompute == "full":
         return sizes.residual * item
-    norms = 2 * (_norm_bytes(shape, sizes, how) + sizes.residual * item)  # each norm, and its output: a linear's input
+    # Each norm, and its output: a linear's input.
+    norms = 2 * (_norm_bytes(shape, sizes, how) + sizes.residual * how.input_bytes)
     return norms + _attention_bytes(shape, batch, sizes, how) + _mlp_bytes(shape, sizes, how)
 
 
@@ -117,6 +130,8 @@ def _attention_bytes(shape: ModelShape, batch: MicroBatch, sizes: _Sizes, how: A
         sums = 0 if how.recompute == "selective" else 4 * q // shape.head_dim
         # Its values are a copy; of the mixed output only norms of heads keep their inputs.
         values = mixed if TRAITS[shape.family].qk_norm else kv * item
+        # In FP8 the output linear keeps its input as a copy.
+        output += q if how.fp8 else 0
         return values + rotated + output + sums + _head_norms_bytes(shape, sizes, how, mixed_is_kept=True)
     rotary = 4 * batch.tokens_of_sample * int(shape.head_dim * shape.rotary_percent) * item  # cos and sin, for q and k
     if how.recompute == "selective":
@@ -145,9 +160,9 @@ def _head_norms_bytes(shape: ModelShape, sizes: _Sizes, how: Arithmetic, *, mixe
 def _mlp_bytes(shape: ModelShape, sizes: _Sizes, how: Arithmetic) -> int:
     """What the feed-forward block keeps between its linears: the first one's output, and the second one's input."""
     if not TRAITS[shape.family].gated:
-        return 2 * sizes.ffn * how.dtype.itemsize
+        return sizes.ffn * (how.dtype.itemsize + how.input_bytes)
     # Unfused: silu(gate), and Megatron's up + offset besides.
-    return (3 if how.engine == "te" else 5) * sizes.ffn * how.dtype.itemsize
+    return (2 if how.engine == "te" else 4) * sizes.ffn * how.dtype.itemsize + sizes.ffn * how.input_bytes
 
 
 def in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
@@ -178,6 +193,13 @@ class Plan:
     teacher_how: Arithmetic
     teacher_layout: Layout | None = None
     ahead: int | None = None
+    state_precision: str = "fp32"
+    logits_bytes: int = LOGITS_BYTES
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Bytes of the optimizer for each parameter, over all data-parallel ranks."""
+        return OPTIMIZER_BYTES[self.how.dtype] - STATES_SAVE[self.state_precision]
 
     @property
     def of_teacher(self) -> "Plan":
@@ -222,10 +244,11 @@ def memory_of_stage(stage: Stage, plan: Plan) -> dict[str, int]:
     trained = sum(chunk.parameters for chunk in stage.student)
     flying = in_flight(layout, stage.number, plan.at_once)
     kept = sum(chunk_activations(plan.student, chunk, layout, plan.batch, how) for chunk in stage.student)
+    copies = FP8_COPIES * sum(chunk.layer_matrices for chunk in stage.student) if how.fp8 else 0
     found = {
-        "weights": trained * how.dtype.itemsize,
+        "weights": trained * how.dtype.itemsize + copies,
         "gradients": trained * GRADIENT_BYTES,
-        "optimizer": trained * OPTIMIZER_BYTES[how.dtype] // (layout.data * layout.context),
+        "optimizer": trained * plan.optimizer_bytes // (layout.data * layout.context),
         "activations": kept * flying // len(stage.student),
         "loss, or work of a layer": _work(stage, plan),
     }
@@ -237,14 +260,23 @@ def memory_of_stage(stage: Stage, plan: Plan) -> dict[str, int]:
 
 def _teacher_weights(stage: Stage, plan: Plan) -> int:
     """Its parameters; in a layout of its own its output matrix is where the student's is, in the student's shards."""
-    parameters = sum(chunk.parameters for chunk in stage.teacher)
+    how, parameters = plan.teacher_how, sum(chunk.parameters for chunk in stage.teacher)
+    saved = (how.dtype.itemsize - 1) * sum(chunk.layer_matrices for chunk in stage.teacher) if how.fp8 else 0
     if plan.teacher_layout:
         matrix = plan.teacher.padded_vocab_size * plan.teacher.hidden_size
         if stage.teacher[-1].head and not (plan.teacher.tied_embeddings and stage.teacher[-1].embedding):
             parameters -= matrix // plan.teacher_layout.tensor
         if stage.student[-1].head:
             parameters += matrix // plan.layout.tensor
-    return parameters * plan.teacher_how.dtype.itemsize
+    if how.fp8_head and stage.student[-1].head:
+        matrix = plan.teacher.padded_vocab_size * plan.teacher.hidden_size // plan.layout.tensor
+        # An output matrix that is the embedding too stands there beside its copy in FP8.
+        saved += (
+            -matrix
+            if plan.teacher.tied_embeddings and stage.teacher[-1].embedding
+            else (how.dtype.itemsize - 1) * matrix
+        )
+    return parameters * how.dtype.itemsize - saved
 
 
 def _kept_states(stage: Stage, plan: Plan) -> int:
@@ -266,18 +298,23 @@ def _work(stage: Stage, plan: Plan) -> int:
     passes = [_layer_work(plan.student, stage.student, plan, plan.how, backward=True)]
     if plan.teacher:
         passes.append(_layer_work(plan.teacher, stage.teacher, plan.of_teacher, plan.teacher_how, backward=False))
-    # A matrix's gradient is made in the model's dtype before it is added to the float32 one.
-    matrix = max(chunk.largest for chunk in stage.student) * plan.how.dtype.itemsize
+    # A matrix's gradient: Transformer Engine's linears add theirs to the float32 one as they make it, of the embedding and
+    # of local layers' it is made in the model's dtype first, and of the output matrix autograd wants one to throw away.
+    held = [chunk.largest for chunk in stage.student if plan.how.engine == "local" or chunk.embedding or chunk.head]
+    matrix = max(held, default=0) * plan.how.dtype.itemsize
     if stage.student[-1].head:
         passes.append(_loss_bytes(plan))
     return max(passes) + matrix
 
 
 def _loss_bytes(plan: Plan) -> int:
-    """Logits of student and teacher, the loss's gradient, and its float32 blocks (distill/losses.py)."""
-    logits = plan.batch.tokens * plan.student.padded_vocab_size // plan.layout.tensor
-    tensors = 3 if plan.teacher else 2
-    return tensors * logits * plan.how.dtype.itemsize + 3 * 4 * min(BLOCK_ELEMENTS, logits)
+    """Logits of student and teacher, of as many tokens as there are at once, and of those float32 blocks (models/head.py)."""
+    item, width = plan.how.dtype.itemsize, plan.student.padded_vocab_size // plan.layout.tensor
+    pieces = math.ceil(plan.batch.tokens * width * item / (plan.logits_bytes // (2 if plan.teacher else 1)))
+    logits = math.ceil(plan.batch.tokens / pieces) * width
+    states = plan.batch.tokens * (plan.student.hidden_size + (plan.teacher.hidden_size if plan.teacher else 0))
+    # The states of all ranks of a sequence, and their gradients.
+    return (2 if plan.teacher else 1) * logits * item + 2 * states * item + 3 * 4 * min(BLOCK_ELEMENTS, logits)
 
 
 def _layer_work(shape: ModelShape, chunks: Sequence[Chunk], plan: Plan, how: Arithmetic, *, backward: bool) -> int:

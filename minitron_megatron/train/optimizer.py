@@ -87,6 +87,8 @@ def wrap_and_optimize(
         use_precision_aware_optimizer=optim.state_precision != "fp32",
         exp_avg_dtype=moments,
         exp_avg_sq_dtype=moments,
+        # It would save two bytes more, and Megatron cannot load such a checkpoint in another layout.
+        store_param_remainders=False,
     )
     # Megatron's own rule: no weight decay of what has one dimension.
     groups = get_standard_config_overrides(config)

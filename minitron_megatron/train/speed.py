@@ -16,12 +16,14 @@ from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.hardware import peak_flops
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.census import Chunk, Stage
-from minitron_megatron.train.memory import GRADIENT_BYTES, OPTIMIZER_BYTES, Arithmetic, Plan
+from minitron_megatron.train.memory import GRADIENT_BYTES, Arithmetic, Plan
 
 LINK_EFFICIENCY = 0.8
 # Tensor-parallel all-reduces of a layer's forward pass; its backward pass has as many. With sequence parallelism each is a
 # reduce-scatter and an all-gather, and backward gathers the linears' inputs once more (arXiv 2205.05198, section 4.2.2).
 REDUCES_OF_A_LAYER = 2
+# How much faster layers' matrix products are in FP8, casts included: measured (docs/benchmarks.md).
+FP8_GAIN = 1.6
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,15 @@ class Links:
         )
 
 
-def forward_flops(shape: ModelShape, chunks: Sequence[Chunk], plan: Plan) -> float:
-    """Operations of a rank's forward pass over a micro-batch: 2 a matrix weight, and causal attention's two products."""
-    matrices = sum(chunk.layer_matrices for chunk in chunks)
+def forward_flops(shape: ModelShape, chunks: Sequence[Chunk], plan: Plan, how: Arithmetic) -> float:
+    """Operations of a rank's forward pass over a micro-batch: 2 a matrix weight, and causal attention's two products.
+
+    Those in FP8 count for the bf16 ones that take as long.
+    """
+    matrices = sum(chunk.layer_matrices for chunk in chunks) / (FP8_GAIN if how.fp8 else 1)
     layers = sum(len(chunk.layers) for chunk in chunks)
     head = 2 * shape.padded_vocab_size * shape.hidden_size if chunks[-1].head else 0
+    head /= FP8_GAIN if how.fp8_head else 1
     return plan.batch.tokens * (2 * matrices + (layers * _attention_flops(shape, plan) + head) / plan.layout.tensor)
 
 
@@ -99,7 +105,7 @@ def pass_of_stage(
 ) -> Pass:
     """Forward alone, or forward and backward (twice the operations) with what is recomputed for it."""
     times = 3 + (how.recompute == "full") if backward else 1
-    flops = times * forward_flops(shape, chunks, plan)
+    flops = times * forward_flops(shape, chunks, plan, how)
     if backward and how.recompute == "selective":
         layers = sum(len(chunk.layers) for chunk in chunks)
         flops += plan.batch.tokens * layers * _attention_flops(shape, plan) / plan.layout.tensor
@@ -189,4 +195,4 @@ def _bytes_through_memory(parameters: int, plan: Plan) -> float:
     """What is read and written beside the passes: gradients cleared and summed in float32, the optimizer's states updated."""
     item, ranks = plan.how.dtype.itemsize, plan.layout.data * plan.layout.context
     gradients = GRADIENT_BYTES + plan.micro_batches * (item + 2 * GRADIENT_BYTES)
-    return parameters * (gradients + (GRADIENT_BYTES + 2 * OPTIMIZER_BYTES[plan.how.dtype] + item) / ranks)
+    return parameters * (gradients + (GRADIENT_BYTES + 2 * plan.optimizer_bytes + item) / ranks)
