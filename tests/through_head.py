@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 from minitron_megatron.distill.losses import DistillationLoss, TopK
-from minitron_megatron.models.head import Head, summed_loss, terms_of
+from minitron_megatron.models.head import Head, fused_loss, terms_of
 from minitron_megatron.models.objective import CrossEntropy
 
 
@@ -30,7 +30,7 @@ def label_loss(student, labels, weights, *, vocab_size, group, logits_bytes=2**1
 def of_logits(student, loss, weights, group, logits_bytes):
     """Terms with and without a gradient must be the same."""
     head = Head(student.clone().requires_grad_(), identity_of_this_rank(student, group).requires_grad_())
-    total, terms = summed_loss(head, loss, weights, logits_bytes=logits_bytes)
+    total, terms = fused_loss(head, loss, weights, logits_bytes=logits_bytes)
     alone = terms_of(head, loss, logits_bytes=logits_bytes)
     for name, term in terms.items():
         assert not term.requires_grad and torch.equal(term, alone[name]), name

@@ -17,7 +17,7 @@ from minitron_megatron.config import BenchmarkConfig, HardwareConfig
 from minitron_megatron.distill.losses import DistillationLoss, Divergence
 from minitron_megatron.models.build import check_layout, model_dtype
 from minitron_megatron.models.fp8 import Fp8Matrix
-from minitron_megatron.models.head import LOGITS_BYTES, Head, summed_loss
+from minitron_megatron.models.head import LOGITS_BYTES, Head, fused_loss
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.hardware import hardware, peak_flops
@@ -93,7 +93,7 @@ def _ours(case: Case, teacher_head: torch.Tensor | Fp8Matrix, logits_bytes: int 
     group = collectives.tensor_parallel_group()
     loss = DistillationLoss(Head(case.teacher, teacher_head), Divergence(), vocab_size=case.vocab_size, group=group)
     mask = torch.ones(len(case.student), 1, device=case.student.device)
-    return summed_loss(Head(case.student, case.head), loss, mask, logits_bytes=logits_bytes).total
+    return fused_loss(Head(case.student, case.head), loss, mask, logits_bytes=logits_bytes).total
 
 
 def _with_fp8_head(case: Case) -> Callable[[Case], torch.Tensor]:

@@ -17,7 +17,7 @@ from minitron_megatron.distill.losses import DistillationLoss, Divergence
 from minitron_megatron.distill.routed import RoutedTeacher
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.models.forward import Batch, labels_of
-from minitron_megatron.models.head import Head, Summed, Terms, summed_loss, terms_of
+from minitron_megatron.models.head import Head, Summed, Terms, fused_loss, terms_of
 from minitron_megatron.models.objective import Objective
 from minitron_megatron.parallel import collectives
 
@@ -90,7 +90,7 @@ class Distillation(Objective):
             measure=measure,
         )
         head = Head.of(hidden_states, output_layer, output_weight, group)
-        return summed_loss(head, loss, batch["loss_mask"].t(), logits_bytes=self.logits_bytes)
+        return fused_loss(head, loss, batch["loss_mask"].t(), logits_bytes=self.logits_bytes)
 
     def validation(self, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, batch: Batch) -> Terms:
         """Forward KL at temperature 1, whatever is trained with; of a cache its own loss. And the labels' NLL."""

@@ -76,7 +76,7 @@ class Summed(NamedTuple):
     terms: Terms
 
 
-def summed_loss(head: Head, loss: LossOfRows, mask: torch.Tensor, *, logits_bytes: int = LOGITS_BYTES) -> Summed:
+def fused_loss(head: Head, loss: LossOfRows, mask: torch.Tensor, *, logits_bytes: int = LOGITS_BYTES) -> Summed:
     """The loss of a model's tokens, summed over those that count.
 
     Args:
@@ -88,7 +88,7 @@ def summed_loss(head: Head, loss: LossOfRows, mask: torch.Tensor, *, logits_byte
     Where W has a `main_grad` (Megatron's data parallelism) the total's gradient must be 1: it is added up before any is known.
     """
     names: list[str] = []
-    total, *values = _SummedLoss.apply(head.states, head.weight, mask, loss, names, logits_bytes)
+    total, *values = _FusedLoss.apply(head.states, head.weight, mask, loss, names, logits_bytes)
     return Summed(total, dict(zip(names, values, strict=True)))
 
 
@@ -111,7 +111,7 @@ def in_blocks(loss: LossOfRows, logits: torch.Tensor, rows: slice, weight: torch
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-class _SummedLoss(torch.autograd.Function):
+class _FusedLoss(torch.autograd.Function):
     """Σ mask · loss and every term, with the gradients made in forward."""
 
     @staticmethod

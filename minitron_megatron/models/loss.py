@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from minitron_megatron.models.forward import Batch, forward_only, labels_of
-from minitron_megatron.models.vocab_parallel import vocab_parallel_nll
+from minitron_megatron.models.head import Head, terms_of
+from minitron_megatron.models.objective import CrossEntropy
 from minitron_megatron.parallel import collectives
 
 
@@ -24,8 +25,8 @@ def summed_loss(
     def collect(
         batch: Batch, *, hidden_states: torch.Tensor, output_layer: object, output_weight: object
     ) -> torch.Tensor:
-        logits, _ = output_layer(hidden_states, weight=output_weight)
-        nll = vocab_parallel_nll(logits, labels_of(batch), vocab_size=vocab_size, group=group)
+        head = Head.of(hidden_states, output_layer, output_weight, group)
+        nll = terms_of(head, CrossEntropy(labels_of(batch), vocab_size=vocab_size, group=group))["loss"]
         mask = batch["loss_mask"].t()
         return torch.stack(((nll * mask).sum(dtype=torch.float64), mask.sum(dtype=torch.float64)))
 

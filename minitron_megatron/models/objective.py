@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from minitron_megatron.models.forward import Batch, labels_of
-from minitron_megatron.models.head import Head, Summed, Terms, in_blocks, summed_loss, terms_of
+from minitron_megatron.models.head import Head, Summed, Terms, fused_loss, in_blocks, terms_of
 from minitron_megatron.models.vocab_parallel import (
     have_kernels,
     label_loss,
@@ -114,7 +114,7 @@ class NextToken(Objective):
     ) -> Summed:
         """Cross entropy in nats."""
         head = Head.of(hidden_states, output_layer, output_weight, collectives.tensor_parallel_group())
-        return summed_loss(head, self._loss(batch), batch["loss_mask"].t())
+        return fused_loss(head, self._loss(batch), batch["loss_mask"].t())
 
     def validation(self, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, batch: Batch) -> Terms:
         """The loss is the negative log likelihood."""

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from minitron_megatron.distill.losses import DistillationLoss, Divergence
-from minitron_megatron.models.head import Head, summed_loss
+from minitron_megatron.models.head import Head, fused_loss
 from minitron_megatron.models.objective import CrossEntropy
 from minitron_megatron.parallel.layout import Layout, parallel_job
 from tests import reference
@@ -79,7 +79,7 @@ def test_gradients_of_states_and_matrix_equal_float64(loss, rows, width, vocabul
     head = Head(states.requires_grad_(), weight.requires_grad_())
     if main_grad:
         weight.main_grad = torch.ones(width, 96, device="cuda")
-    total, _ = summed_loss(head, block, mask, logits_bytes=logits_bytes)
+    total, _ = fused_loss(head, block, mask, logits_bytes=logits_bytes)
     total.backward()
     mine = weight.main_grad - 1 if main_grad else weight.grad
     exact = [t.detach().double().requires_grad_() for t in (states, weight)]
@@ -100,6 +100,6 @@ def test_equal_logits_have_no_loss_and_no_gradient():
     states, weight = drawn(50, 2, 64, dtype=torch.bfloat16), drawn(1000, 64, dtype=torch.bfloat16)
     loss = DistillationLoss(Head(states, weight), Divergence(), vocab_size=999, group=dist.group.WORLD)
     head = Head(states.clone().requires_grad_(), weight.clone().requires_grad_())
-    total, terms = summed_loss(head, loss, torch.ones(50, 2, device="cuda"))
+    total, terms = fused_loss(head, loss, torch.ones(50, 2, device="cuda"))
     total.backward()
     assert (terms["loss"] == 0).all() and (head.states.grad == 0).all() and (head.weight.grad == 0).all()
