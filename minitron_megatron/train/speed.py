@@ -22,7 +22,7 @@ LINK_EFFICIENCY = 0.8
 # Tensor-parallel all-reduces of a layer's forward pass; its backward pass has as many. With sequence parallelism each is a
 # reduce-scatter and an all-gather, and backward gathers the linears' inputs once more (arXiv 2205.05198, section 4.2.2).
 REDUCES_OF_A_LAYER = 2
-# How much faster layers' matrix products are in FP8, casts included: measured (docs/benchmarks.md).
+# How much faster layers' matrix products are in FP8, casts included: from profiles of a step in both (docs/benchmarks.md).
 FP8_GAIN = 1.6
 
 
