@@ -29,9 +29,13 @@ class Peer:
     main_grad: bool = False
 
     def exists(self) -> bool:
-        """Whether it can run here: it is installed, and there is a GPU, for which it is made."""
-        there = self.package is None or importlib.util.find_spec(self.package) is not None
-        return there and (self.package is None or torch.cuda.is_available())
+        """Whether it can run here."""
+        return self.package is None or can_run(self.package)
+
+
+def can_run(package: str) -> bool:
+    """Whether other software is installed and there is a GPU, for which it is made."""
+    return torch.cuda.is_available() and importlib.util.find_spec(package) is not None
 
 
 def modelopt_loss() -> Any:

@@ -5,12 +5,11 @@ Everything is what `launch/distill.py` runs (Megatron's schedule, data paralleli
 
 import statistics
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from minitron_megatron.benchmark.peers import Peer, modelopt_loss
+from minitron_megatron.benchmark.peers import can_run, modelopt_loss
 from minitron_megatron.checkpoints.random_model import STANDARD_DEVIATION
 from minitron_megatron.config import (
     BenchmarkConfig,
@@ -23,12 +22,11 @@ from minitron_megatron.config import (
 )
 from minitron_megatron.distill.objective import Distillation
 from minitron_megatron.distill.teacher import Teacher
-from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import flops_per_token
 from minitron_megatron.models.build import build_model_chunks, model_dtype, pick_engine
 from minitron_megatron.models.forward import Batch
 from minitron_megatron.models.fp8 import check_fp8_device, fp8_fields
-from minitron_megatron.models.head import Head, Summed
+from minitron_megatron.models.head import Summed
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.hardware import gpu_of, hardware, peak_flops
@@ -44,8 +42,9 @@ from minitron_megatron.train.schedule import Schedule
 def foreseen_step(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]:
     """What a dry run says of it: GiB of the fullest rank and seconds. Before the job is there: models are built in a fake one."""
     teacher, student = _shapes(cfg)
-    engine = cfg.model.engine
-    planned = forecast(_run_config(cfg, layout), layout, Models(student, engine, teacher, engine, lambda one: one))
+    run, engine = _run_config(cfg, layout), cfg.model.engine
+    check_pair(teacher, student, run, layout)
+    planned = forecast(run, layout, Models(student, engine, teacher, engine, lambda one: one))
     return {"foreseen_gib": planned.gib, "foreseen_seconds": planned.step.total}
 
 
@@ -66,8 +65,7 @@ def distillation_step(cfg: BenchmarkConfig, layout: Layout) -> dict[str, Any]:
     trainer = _trainer(run, teacher, student, layout, cfg.model.engine)
     samples = RandomTokens(student.vocab_size, cfg.sequence_length, cfg.seed)
     found = _figures(_timed(trainer, samples, cfg), run, teacher, student, layout)
-    peer = Peer(lambda case: case, "modelopt")
-    if cfg.peers and peer.exists() and layout.world_size == 1:
+    if cfg.peers and can_run("modelopt") and layout.world_size == 1:
         trainer.objective = _ModelOpt(trainer.objective.teacher, student.vocab_size)
         theirs = _figures(_timed(trainer, samples, cfg), run, teacher, student, layout)
         found |= {f"modelopt_{name}": value for name, value in theirs.items() if name != "tokens"}
@@ -188,9 +186,6 @@ class RandomTokens:
             "loss_mask": torch.ones(self.length),
         }
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        return (self[index] for index in range(len(self)))
-
 
 class _ModelOpt(Distillation):
     """ModelOpt's loss of whole logits, in the same loop with the same models."""
@@ -203,8 +198,6 @@ class _ModelOpt(Distillation):
         self, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, batch: Batch, *, measure: bool
     ) -> Summed:
         targets = self.teacher.targets(batch, "train")
-        if not isinstance(targets, Head):
-            raise UserError("ModelOpt's loss takes the logits of a teacher that runs")
         student, _ = output_layer(hidden_states, weight=output_weight)
         theirs = targets.logits().view(*student.shape[:-1], -1)
         loss = self.loss(student, theirs)[0].t()

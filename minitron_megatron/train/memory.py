@@ -270,12 +270,9 @@ def _teacher_weights(stage: Stage, plan: Plan) -> int:
             parameters += matrix // plan.layout.tensor
     if how.fp8_head and stage.student[-1].head:
         matrix = plan.teacher.padded_vocab_size * plan.teacher.hidden_size // plan.layout.tensor
-        # An output matrix that is the embedding too stands there beside its copy in FP8.
-        saved += (
-            -matrix
-            if plan.teacher.tied_embeddings and stage.teacher[-1].embedding
-            else (how.dtype.itemsize - 1) * matrix
-        )
+        # A tied one is the embedding too, and stands there beside its copy in FP8.
+        tied = plan.teacher.tied_embeddings and not plan.teacher_layout
+        saved += -matrix if tied else (how.dtype.itemsize - 1) * matrix
     return parameters * how.dtype.itemsize - saved
 
 
