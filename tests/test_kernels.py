@@ -117,7 +117,8 @@ def test_sums_equal_plain_float64():
     interpreted([sys.executable, "-c", SUMS])
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_losses_equal_float64(tmp_path, ranks):
     """Every loss that has kernels, its terms and gradients; over ranks the largest logit and the sums come from all."""
     (tmp_path / "check.py").write_text(LOSSES)
