@@ -15,6 +15,9 @@ from minitron_megatron.errors import UserError
 REQUIRED = "???"
 # Architectures: a table each in models/axes.py and an entry in models/families.py.
 FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "nemotron")
+# How FP8 is scaled (models/fp8.py); weights that never change have no past values to take scales from.
+FP8_FROZEN = ("none", "tensorwise", "blockwise")
+FP8_SCALINGS = ("none", "delayed", "tensorwise", "blockwise")
 
 
 def option(default: Any, doc: str, choices: tuple[str, ...] = ()) -> Any:
@@ -145,7 +148,7 @@ class TrainerConfig:
     fp8: str = option(
         "none",
         "products of the layers in FP8, by how it is scaled; needs Transformer Engine (docs/distillation.md)",
-        ("none", "delayed", "tensorwise", "blockwise"),
+        FP8_SCALINGS,
     )
     fp8_bf16_layers: int = option(0, "layers at either end of the model that stay in bf16; not with delayed")
     save_interval: int = option(100, "steps between checkpoints")
@@ -324,7 +327,7 @@ class DistillOptions:
     teacher_fp8: str = option(
         "none",
         "teacher's layers in FP8, its weights in nothing else; tensorwise is per-tensor, blockwise finer",
-        ("none", "tensorwise", "blockwise"),
+        FP8_FROZEN,
     )
     teacher_head_fp8: bool = option(False, "teacher's logits by an FP8 product, its output matrix in FP8 too")
     logits_mib: int = option(
@@ -687,9 +690,9 @@ class BenchmarkStepConfig:
     micro_batches: int = option(1, "micro-batches of a rank in a step")
     optimizer: bool = option(True, "with the optimizer's step, false: forward and backward alone")
     recompute: str = option("none", "trainer.recompute", ("none", "selective", "full"))
-    fp8: str = option("none", "trainer.fp8", ("none", "delayed", "tensorwise", "blockwise"))
+    fp8: str = option("none", "trainer.fp8", FP8_SCALINGS)
     fp8_bf16_layers: int = option(0, "trainer.fp8_bf16_layers")
-    teacher_fp8: str = option("none", "distill.teacher_fp8", ("none", "tensorwise", "blockwise"))
+    teacher_fp8: str = option("none", "distill.teacher_fp8", FP8_FROZEN)
     teacher_head_fp8: bool = option(False, "distill.teacher_head_fp8")
     state_precision: str = option("fp32", "optim.state_precision", ("fp32", "bf16"))
     logits_mib: int = option(1024, "distill.logits_mib")

@@ -99,6 +99,18 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, vocab_size: int, ho
     return t**2 * loss
 
 
+def distillation_terms(student, teacher, vocab_size: int, how, labels: torch.Tensor, cross_entropy: float) -> dict:
+    """Every term of a distillation loss per token, and the loss: entropy and agreement are of the plain softmaxes."""
+    log_q, log_p = (torch.log_softmax(z[..., :vocab_size], -1) for z in (student, teacher))
+    terms = {
+        "divergence": divergence(student, teacher, vocab_size, how),
+        "cross_entropy": -log_q.gather(-1, labels[..., None])[..., 0],
+        "agreement": (log_q.argmax(-1) == log_p.argmax(-1)).float(),
+        "teacher_entropy": -(log_p.exp() * log_p).sum(-1),
+    }
+    return {**terms, "loss": terms["divergence"] + cross_entropy * terms["cross_entropy"]}
+
+
 def without_layers(model, removed: range):
     """The transformers model with layers deleted, float64; a copy."""
     cut = copy.deepcopy(model).double()

@@ -117,15 +117,7 @@ def test_labels_mix_in_and_terms_inform(gloo, ranks, how):
     weights = torch.rand(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     labels = torch.randint(0, VOCABULARY, (5, 3), generator=torch.Generator().manual_seed(5))
     plain = student.clone().requires_grad_()
-    log_q, log_p = (torch.log_softmax(z[..., :VOCABULARY], -1) for z in (plain, teacher))
-    of_labels = -log_q.gather(-1, labels[..., None])[..., 0]
-    wanted = {
-        "divergence": reference.divergence(plain, teacher, VOCABULARY, how),
-        "cross_entropy": of_labels,
-        "agreement": (log_q.argmax(-1) == log_p.argmax(-1)).float(),
-        "teacher_entropy": -(log_p.exp() * log_p).sum(-1),
-    }
-    wanted["loss"] = wanted["divergence"] + 0.25 * of_labels
+    wanted = reference.distillation_terms(plain, teacher, VOCABULARY, how, labels, 0.25)
     (wanted["loss"] * weights).sum().backward()
     found = gloo(ranks, mixed_on_ranks, student, teacher, how, labels, 0.25, weights, layout={"tensor": ranks})
     for terms, _ in found:

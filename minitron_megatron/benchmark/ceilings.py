@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from minitron_megatron.benchmark.loss import seconds
+from minitron_megatron.benchmark.common import seconds
 from minitron_megatron.config import BenchmarkConfig
 from minitron_megatron.models.build import model_dtype
 from minitron_megatron.models.fp8 import ADA

@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from minitron_megatron.benchmark.common import forward_pass
 from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.checkpoints.random_model import STANDARD_DEVIATION
 from minitron_megatron.checkpoints.weights import load_model
@@ -12,7 +13,7 @@ from minitron_megatron.config import BenchmarkConfig
 from minitron_megatron.data.datasets import on_this_context_rank
 from minitron_megatron.importance.hooks import Recorder
 from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype
-from minitron_megatron.models.forward import Batch, forward_only
+from minitron_megatron.models.forward import Batch
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
@@ -86,15 +87,7 @@ def _seconds(
     torch.cuda.synchronize()
     collectives.barrier()
     began = time.perf_counter()
-    forward_only(
-        chunks,
-        [batch] * layout.stages,
-        num_micro_batches=layout.stages,
-        micro_batch_size=cfg.micro_batch_size,
-        sequence_length=cfg.sequence_length,
-        collect=lambda batch, **_: None,
-        before=recorder.begin,
-    )
+    forward_pass(chunks, batch, cfg, layout, lambda batch, **_: None, recorder.begin)
     torch.cuda.synchronize()
     collectives.barrier()
     recorder.close()

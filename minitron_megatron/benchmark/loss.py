@@ -4,13 +4,12 @@ Ours and the peers' (ModelOpt, Liger, torch.compile, where they can be imported)
 run, and are compared with the products of the heads alone, which all have to make, and with float64.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from minitron_megatron.benchmark.common import seconds, source_and_target
 from minitron_megatron.benchmark.peers import PEERS, Peer
 from minitron_megatron.checkpoints.random_model import STANDARD_DEVIATION
 from minitron_megatron.config import BenchmarkConfig, HardwareConfig
@@ -18,11 +17,9 @@ from minitron_megatron.distill.losses import DistillationLoss, Divergence
 from minitron_megatron.models.build import check_layout, model_dtype
 from minitron_megatron.models.fp8 import Fp8Matrix
 from minitron_megatron.models.head import LOGITS_BYTES, Head, fused_loss
-from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.hardware import hardware, peak_flops
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.prune.select import target_shape
 
 # Rows that are compared with float64, which cannot hold all logits.
 COMPARED = 256
@@ -41,8 +38,7 @@ class Case:
     @classmethod
     def drawn(cls, cfg: BenchmarkConfig, layout: Layout) -> "Case":
         """Of `model=` and its `target=`."""
-        teacher = ModelShape.from_dict(cfg.model.sizes("model"), "model")
-        student = target_shape(teacher, vars(cfg.target), [])
+        teacher, student = source_and_target(cfg)
         check_layout(teacher, layout)
         check_layout(student, layout, "the target")
         dtype, width = model_dtype(teacher, cfg.precision), teacher.padded_vocab_size // layout.tensor
@@ -80,8 +76,8 @@ def loss_with_heads(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]:
         "ours_teacher_head_fp8": Peer(_with_fp8_head(case)),
         "ours_into_main_grad": Peer(lambda case: _ours(case, case.teacher_head), main_grad=True),
     }
-    of_tensor_parallel = layout.tensor > 1
-    for name, peer in {**ours, **({} if of_tensor_parallel or not cfg.peers else PEERS)}.items():
+    theirs = PEERS if cfg.peers and layout.tensor == 1 else {}
+    for name, peer in {**ours, **theirs}.items():
         found |= {f"{name}_{what}": value for what, value in _measured(peer, case, cfg.repeats).items()}
     for name in PEERS:
         if f"{name}_seconds" in found:
@@ -168,16 +164,3 @@ def _floors(case: Case, cfg: BenchmarkConfig) -> dict[str, float]:
         # Both logits read and the gradient written, once.
         found["floor_of_logits_seconds"] = 3 * logits.numel() * logits.itemsize / (gpu.memory_gb_s * 1e9)
     return found
-
-
-def seconds(work: Callable[[], None], repeats: int) -> float:
-    """Median of some runs, after two to warm up."""
-    found = []
-    for _ in range(repeats + 2):
-        torch.cuda.synchronize()
-        collectives.barrier()
-        began = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found[2:])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from minitron_megatron.benchmark.common import source_and_target
 from minitron_megatron.benchmark.peers import can_run, modelopt_loss
 from minitron_megatron.checkpoints.random_model import STANDARD_DEVIATION
 from minitron_megatron.config import (
@@ -31,27 +32,20 @@ from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.hardware import gpu_of, hardware, peak_flops
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.prune.select import target_shape
 from minitron_megatron.train.distill import check_pair
 from minitron_megatron.train.foresee import Models, forecast
 from minitron_megatron.train.loop import Trainer
-from minitron_megatron.train.optimizer import check_state_precision, recomputation, wrap_and_optimize
+from minitron_megatron.train.optimizer import check_state_precision, training_fields, wrap_and_optimize
 from minitron_megatron.train.schedule import Schedule
 
 
 def foreseen_step(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]:
     """What a dry run says of it: GiB of the fullest rank and seconds. Before the job is there: models are built in a fake one."""
-    teacher, student = _shapes(cfg)
+    teacher, student = source_and_target(cfg)
     run, engine = _run_config(cfg, layout), cfg.model.engine
     check_pair(teacher, student, run, layout)
     planned = forecast(run, layout, Models(student, engine, teacher, engine, lambda one: one))
     return {"foreseen_gib": planned.gib, "foreseen_seconds": planned.step.total}
-
-
-def _shapes(cfg: BenchmarkConfig) -> tuple[ModelShape, ModelShape]:
-    """Of the teacher, `model=`, and of the student, its `target=`."""
-    teacher = ModelShape.from_dict(cfg.model.sizes("model"), "model")
-    return teacher, target_shape(teacher, vars(cfg.target), [])
 
 
 def distillation_step(cfg: BenchmarkConfig, layout: Layout) -> dict[str, Any]:
@@ -59,7 +53,7 @@ def distillation_step(cfg: BenchmarkConfig, layout: Layout) -> dict[str, Any]:
 
     With `peers`, on one GPU, the same with ModelOpt's loss over whole logits, and how much faster ours is.
     """
-    teacher, student = _shapes(cfg)
+    teacher, student = source_and_target(cfg)
     run = _run_config(cfg, layout)
     check_pair(teacher, student, run, layout)
     trainer = _trainer(run, teacher, student, layout, cfg.model.engine)
@@ -110,8 +104,7 @@ def _trainer(run: DistillConfig, teacher: ModelShape, student: ModelShape, layou
     with torch.no_grad():
         frozen = build_model_chunks(teacher, layout, dtype, engine, fp8_fields(run.distill.teacher_fp8, frozen=True))
         _draw(frozen)
-    training = recomputation(run.trainer) | fp8_fields(run.trainer.fp8, bf16_layers=run.trainer.fp8_bf16_layers)
-    chunks = build_model_chunks(student, layout, dtype, engine, training)
+    chunks = build_model_chunks(student, layout, dtype, engine, training_fields(run.trainer))
     _draw(chunks)
     beside = Teacher(frozen, pipelined=layout.pipeline > 1, head_fp8=run.distill.teacher_head_fp8)
     objective = Distillation(beside, run.distill, student.vocab_size)

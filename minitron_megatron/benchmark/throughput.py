@@ -1,22 +1,21 @@
 """Tokens a second of forward passes, of a model and of its smaller target: what a user of the smaller one gains."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from minitron_megatron.benchmark.common import forward_pass, seconds, source_and_target
 from minitron_megatron.benchmark.importance import live_model, random_batch
-from minitron_megatron.benchmark.loss import seconds
 from minitron_megatron.config import BenchmarkConfig, ModelConfig
-from minitron_megatron.models.forward import forward_only
+from minitron_megatron.models.forward import Batch
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.prune.select import target_shape
 
 
 def forward_throughput(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]:
     """Tokens/s of a GPU, all logits included, of `model=` and of its `target=`, with random weights; and their ratio."""
-    source = ModelShape.from_dict(cfg.model.sizes("model"), "model")
-    small = target_shape(source, vars(cfg.target), [])
+    source, small = source_and_target(cfg)
     tokens = cfg.micro_batch_size * cfg.sequence_length * layout.stages
     found = {"tokens": tokens}
     for name, shape in (("source", source), ("target", small)):
@@ -30,16 +29,10 @@ def _seconds(cfg: BenchmarkConfig, shape: ModelShape, layout: Layout) -> float:
     _, chunks = live_model(own, layout)
     batch = random_batch(own, shape, layout, torch.Generator().manual_seed(cfg.seed))
 
+    def logits(batch: Batch, *, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any) -> torch.Tensor:
+        return output_layer(hidden_states, weight=output_weight)[0][:0]
+
     def once() -> None:
-        forward_only(
-            chunks,
-            [batch] * layout.stages,
-            num_micro_batches=layout.stages,
-            micro_batch_size=cfg.micro_batch_size,
-            sequence_length=cfg.sequence_length,
-            collect=lambda batch, hidden_states, output_layer, output_weight: output_layer(
-                hidden_states, weight=output_weight
-            )[0][:0],
-        )
+        forward_pass(chunks, batch, own, layout, logits)
 
     return seconds(once, cfg.repeats)

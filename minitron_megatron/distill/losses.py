@@ -30,7 +30,6 @@ from minitron_megatron.models.vocab_parallel import (
     have_kernels,
     label_loss,
     label_nll,
-    local_labels,
     log2_normalisers,
     log_softmax,
     log_softmax_,
@@ -144,8 +143,7 @@ class DistillationLoss:
         columns, total = valid_columns(logits, self.vocab_size, self.group), _total(self.group)
         temperature, of_label, moved = self.how.temperature, None, 0
         if labels is not None:
-            log_q = log_softmax(logits, columns, 1.0, self.group)
-            of_label, moved = label_loss(log_q, labels, logits.shape[-1], self.group)
+            of_label, moved = label_loss(logits, labels, columns, self.group)
             moved = moved.mul_(self.cross_entropy) if self.cross_entropy else 0
         log_q = log_softmax(logits, columns, temperature, self.group)
         if isinstance(targets, torch.Tensor) and self.how.kind == "topk_kl":
@@ -167,9 +165,7 @@ class DistillationLoss:
         columns, temperature, of_label = valid_columns(logits, self.vocab_size, self.group), self.how.temperature, None
         mine = log_z_plain = log_z = None
         if labels is not None:
-            mine = local_labels(labels, logits.shape[-1], columns, self.group)
-            (log_z_plain,) = log2_normalisers([logits], columns, 1.0, self.group)
-            of_label = label_nll(logits, mine, log_z_plain, self.group)
+            of_label, mine, log_z_plain = label_nll(logits, labels, columns, self.group)
         # One rank's kernel of forward KL makes them itself.
         if self.how.kind == "reverse_kl" or dist.get_world_size(self.group) > 1:
             log_z = log2_normalisers([logits, targets], columns, temperature, self.group)

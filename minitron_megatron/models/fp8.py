@@ -18,7 +18,6 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
 
-SCALINGS = ("none", "delayed", "tensorwise", "blockwise")
 # Largest number of float8_e4m3fn.
 LARGEST = 448.0
 # What sizes of FP8 products, and tokens of a rank, must be multiples of.
@@ -33,7 +32,7 @@ def fp8_fields(scaling: str, *, frozen: bool = False, bf16_layers: int = 0) -> d
     """Fields of Megatron's TransformerConfig for a model whose layers compute in FP8; none for scaling=none.
 
     Args:
-        scaling: one of SCALINGS.
+        scaling: one of config.FP8_SCALINGS.
         frozen: weights are kept in FP8 alone.
         bf16_layers: layers at either end of the model that stay in bfloat16.
     """
@@ -61,7 +60,7 @@ def check_fp8(option: str, scaling: str, shape: ModelShape, layout: Layout, toke
 
     Args:
         option: the one that says `scaling`.
-        scaling: one of SCALINGS.
+        scaling: one of config.FP8_SCALINGS.
         shape: the model.
         layout: of the model.
         tokens: of a micro-batch on a rank, before sequence parallelism.
@@ -173,11 +172,6 @@ class Fp8Matrix(NamedTuple):
         for some, into, by in zip(*(t.split(_ROWS) for t in (matrix, values, scale)), strict=True):
             into.copy_(some / by)
         return cls(values, scale)
-
-    @property
-    def shape(self) -> torch.Size:
-        """[n, k]."""
-        return self.values.shape
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
         """rows [m, k] · matrixᵀ: [m, n] in their dtype, the rows rounded to FP8 too."""

@@ -108,7 +108,7 @@ def in_blocks(loss: LossOfRows, logits: torch.Tensor, rows: slice, weight: torch
         block = slice(start, min(start + step, len(logits)))
         of_tokens = slice(rows.start + block.start, rows.start + block.stop)
         parts.append(loss(logits[block], of_tokens, None if weight is None else weight[block]))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return _joined(parts, logits.shape[:1])
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -174,7 +174,7 @@ class _WeightGradient:
             self.into.add_(torch.mm(gradient.t(), rows))
 
 
-def _slices(rows: int, weight: torch.Tensor, most_bytes: float) -> Iterator[slice]:
+def _slices(rows: int, weight: torch.Tensor, most_bytes: int) -> Iterator[slice]:
     """Rows in equal parts, as few as logits of so many bytes allow."""
     count = math.ceil(rows * weight.shape[0] * weight.element_size() / most_bytes)
     step = math.ceil(rows / min(count, rows))

@@ -235,8 +235,8 @@ def _cross_entropy(
     log_z_q = tl.load(log_z + row)
     label = tl.load(labels + row)
     of_row = tl.load(weight + row)
-    for step in range(TILES):
-        column = (TILES - 1 - step) * BLOCK + tl.arange(0, BLOCK)
+    for tile in range(TILES):
+        column = tile * BLOCK + tl.arange(0, BLOCK)
         place = row * width + column
         real = column < columns
         z = tl.load(student + place, mask=real, other=0.0).to(tl.float32)
@@ -344,11 +344,12 @@ def reverse_kl_(
     return loss.mul_(LN_2)
 
 
-def cross_entropy_(student: torch.Tensor, log_z: torch.Tensor, columns: int, gradient: Gradient) -> None:
-    """The logits become the gradient of Σ weight · cross entropy; `log_z` is the whole vocabulary's, to the base 2."""
+def cross_entropy_(
+    student: torch.Tensor, log_z: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, columns: int
+) -> None:
+    """The logits become the gradient of Σ weight · cross entropy; `log_z` and `labels` are as in `Gradient`, at temperature 1."""
     rows, width = student.shape
-    given = (student, log_z, gradient.labels, gradient.weight, width, columns, LOG2_E)
-    _cross_entropy[(rows,)](*given, **_tiles(width))
+    _cross_entropy[(rows,)](student, log_z, labels, weight, width, columns, LOG2_E, **_tiles(width))
 
 
 def _of_gradient(gradient: Gradient | None) -> tuple[torch.Tensor | None, ...]:

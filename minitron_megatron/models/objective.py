@@ -14,15 +14,7 @@ import torch
 
 from minitron_megatron.models.forward import Batch, labels_of
 from minitron_megatron.models.head import Head, Summed, Terms, fused_loss, in_blocks, terms_of
-from minitron_megatron.models.vocab_parallel import (
-    have_kernels,
-    label_loss,
-    label_nll,
-    local_labels,
-    log2_normalisers,
-    log_softmax,
-    valid_columns,
-)
+from minitron_megatron.models.vocab_parallel import have_kernels, label_loss, label_nll, valid_columns
 from minitron_megatron.parallel import collectives
 
 # What every objective gives in a validation: its loss, and the negative log likelihood of the labels.
@@ -145,8 +137,8 @@ class CrossEntropy:
         return in_blocks(self._by_torch, logits, rows, weight)
 
     def _by_torch(self, logits: torch.Tensor, rows: slice, weight: torch.Tensor | None) -> Terms:
-        columns, width, labels = valid_columns(logits, self.vocab_size, self.group), logits.shape[-1], self.labels[rows]
-        loss, gradient = label_loss(log_softmax(logits, columns, 1.0, self.group), labels, width, self.group)
+        columns = valid_columns(logits, self.vocab_size, self.group)
+        loss, gradient = label_loss(logits, self.labels[rows], columns, self.group)
         if weight is not None:
             logits[:, :columns] = gradient.mul_(weight[:, None])
             logits[:, columns:] = 0
@@ -156,9 +148,7 @@ class CrossEntropy:
         from minitron_megatron.models import kernels
 
         columns = valid_columns(logits, self.vocab_size, self.group)
-        mine = local_labels(labels, logits.shape[-1], columns, self.group)
-        (log2_z,) = log2_normalisers([logits], columns, 1.0, self.group)
-        loss = label_nll(logits, mine, log2_z, self.group)
+        loss, mine, log2_z = label_nll(logits, labels, columns, self.group)
         if weight is not None:
-            kernels.cross_entropy_(logits, log2_z, columns, kernels.Gradient(weight, 1.0, mine, log2_z))
+            kernels.cross_entropy_(logits, log2_z, mine, weight, columns)
         return loss

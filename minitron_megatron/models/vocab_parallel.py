@@ -66,11 +66,15 @@ def local_labels(labels: torch.Tensor, width: int, columns: int, group: Any) -> 
     return torch.where((mine >= 0) & (mine < columns), mine, -1).int()
 
 
-def label_nll(logits: torch.Tensor, mine: torch.Tensor, log2_z: torch.Tensor, group: Any) -> torch.Tensor:
-    """−log softmax of labels, float32 [n], from their columns (`local_labels`) and the log2 normalisers."""
+def label_nll(
+    logits: torch.Tensor, labels: torch.Tensor, columns: int, group: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """−log softmax of labels [n], by kernels, of contiguous logits [n, V / tp]; with their columns and the log2 normalisers."""
+    mine = local_labels(labels, logits.shape[-1], columns, group)
+    (log2_z,) = log2_normalisers([logits], columns, 1.0, group)
     found = logits.gather(-1, mine.long().clamp_min(0)[:, None])[:, 0].float()
     of_label = reduce_over(torch.where(mine >= 0, found, 0), dist.ReduceOp.SUM, group)
-    return log2_z * math.log(2) - of_label
+    return log2_z * math.log(2) - of_label, mine, log2_z
 
 
 def log_softmax(logits: torch.Tensor, columns: int, temperature: float, group: Any) -> torch.Tensor:
@@ -79,9 +83,11 @@ def log_softmax(logits: torch.Tensor, columns: int, temperature: float, group: A
     return log_softmax_(logits[:, :columns].to(compute, copy=True).div_(temperature), group)
 
 
-def label_loss(log_q: torch.Tensor, labels: torch.Tensor, width: int, group: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """−log q of labels [n], and its gradient q − 1 where the label is, [n, columns]; log q is used up. `width` columns a rank."""
-    mine = local_labels(labels, width, log_q.shape[-1], group)
+def label_loss(
+    logits: torch.Tensor, labels: torch.Tensor, columns: int, group: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """−log q of labels [n], q the softmax of logits [n, V / tp], and its gradient q − 1 where the label is, [n, columns]."""
+    log_q, mine = log_softmax(logits, columns, 1.0, group), local_labels(labels, logits.shape[-1], columns, group)
     there, places = mine >= 0, mine.long().clamp_min(0)[:, None]
     if not log_q.shape[-1]:
         return reduce_over(log_q.new_zeros(len(labels)), dist.ReduceOp.SUM, group), log_q
@@ -105,14 +111,10 @@ def vocab_parallel_nll(logits: torch.Tensor, labels: torch.Tensor, *, vocab_size
     columns, width = valid_columns(logits, vocab_size, group), logits.shape[-1]
     rows, wanted = logits.detach().reshape(-1, width), labels.reshape(-1)
     if have_kernels(logits):
-        (log2_z,) = log2_normalisers([rows], columns, 1.0, group)
-        return label_nll(rows, local_labels(wanted, width, columns, group), log2_z, group).view(labels.shape)
+        return label_nll(rows, wanted, columns, group)[0].view(labels.shape)
     step = max(1, BLOCK_ELEMENTS // width)
-    found = [
-        label_loss(log_softmax(some, columns, 1.0, group), of, width, group)[0]
-        for some, of in zip(rows.split(step), wanted.split(step), strict=True)
-    ]
-    return torch.cat(found).view(labels.shape)
+    parts = zip(rows.split(step), wanted.split(step), strict=True)
+    return torch.cat([label_loss(some, of, columns, group)[0] for some, of in parts]).view(labels.shape)
 
 
 def vocab_parallel_entropy(logits: torch.Tensor, *, vocab_size: int, group: Any) -> torch.Tensor:

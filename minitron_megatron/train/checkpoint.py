@@ -134,7 +134,6 @@ class Saver:
 
         self.folder, self.layout, self.options = folder, layout, options
         self.calls = AsyncCallsQueue()
-        self.scales = has_scales(options)
 
     def save(
         self,
@@ -164,7 +163,9 @@ class Saver:
         partial = self._begin(name)
         plain = {"step": step, "guard": guard, "objective": objective}
         with _undisturbed(), _telling(self.folder):
-            state = _state(chunks, optimizer, self.options.checkpoint_format, plain, loading=False, scales=self.scales)
+            state = _state(
+                chunks, optimizer, self.options.checkpoint_format, plain, loading=False, scales=has_scales(self.options)
+            )
             request = dist_checkpointing.save(
                 state,
                 str(partial),
@@ -203,7 +204,8 @@ class Saver:
     def _complete(self, partial: Path, name: str, step: int, best: float | None) -> None:
         """All ranks have written: the folder gets its name. Every rank calls it."""
         if collectives.is_rank_zero():
-            written = {"optimizer": self.options.checkpoint_format, "scales": self.scales, **_places(self.layout)}
+            written = {"optimizer": self.options.checkpoint_format, "scales": has_scales(self.options)}
+            written |= _places(self.layout)
             (partial / FORMAT).write_text(json.dumps(written) + "\n", encoding="utf-8")
             shutil.rmtree(self.folder / name, ignore_errors=True)
             partial.rename(self.folder / name)

@@ -12,6 +12,7 @@ import torch
 
 from minitron_megatron.config import DdpConfig, OptimConfig, TrainerConfig
 from minitron_megatron.errors import UserError
+from minitron_megatron.models.fp8 import fp8_fields
 
 
 def check_optimizer(device: torch.device) -> None:
@@ -118,6 +119,11 @@ def recomputation(options: TrainerConfig) -> dict[str, Any]:
         "recompute_method": options.recompute_method,
         "recompute_num_layers": options.recompute_num_layers,
     }
+
+
+def training_fields(options: TrainerConfig) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig for a model that is trained. Raises UserError as `recomputation`."""
+    return recomputation(options) | fp8_fields(options.fp8, bf16_layers=options.fp8_bf16_layers)
 
 
 def check_ddp(options: DdpConfig) -> None:

@@ -55,7 +55,7 @@ from minitron_megatron.models.build import (
     model_dtype,
     pick_engine,
 )
-from minitron_megatron.models.fp8 import check_fp8, check_fp8_device, fp8_fields
+from minitron_megatron.models.fp8 import check_fp8, check_fp8_device
 from minitron_megatron.models.objective import Objective
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
@@ -71,6 +71,7 @@ from minitron_megatron.train.optimizer import (
     check_state_precision,
     gather_weights,
     recomputation,
+    training_fields,
     wrap_and_optimize,
 )
 from minitron_megatron.train.schedule import Schedule
@@ -323,8 +324,7 @@ class _Run:
         source = folders[recipe.trained]
         dtype = model_dtype(source.shape, cfg.precision)
         engine = recipe.models[recipe.trained].engine
-        training = recomputation(cfg.trainer) | fp8_fields(cfg.trainer.fp8, bf16_layers=cfg.trainer.fp8_bf16_layers)
-        chunks = build_model_chunks(source.shape, layout, dtype, engine, training)
+        chunks = build_model_chunks(source.shape, layout, dtype, engine, training_fields(cfg.trainer))
         load_model(chunks, source)
         objective.attach(chunks)
         wrapped, optimizer = wrap_and_optimize(chunks, cfg.optim, cfg.ddp)

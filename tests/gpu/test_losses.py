@@ -27,32 +27,22 @@ def drawn(*size, dtype, spread=1.0, seed=0):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize(("rows", "width", "vocabulary"), SHAPES[:3])
+@pytest.mark.parametrize(("rows", "width", "vocabulary"), [(1, 64, 64), (37, 320, 300), (5, 4096, 4000)])
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_losses_of_logits_equal_float64(dtype, kind, rows, width, vocabulary, temperature):
     """Terms to 1e-5; a gradient to 2e-5, and 1e-5 of its row's largest, in float32; to bfloat16's own rounding of every entry."""
-    if width > 1000:
-        width, vocabulary = 4096, 4000  # the identity that logits go through is square
     student, teacher = (drawn(rows, 1, width, dtype=dtype, spread=3, seed=seed) for seed in (rows, rows + 1))
     student[0] = teacher[0]
     weights = torch.rand(rows, 1, device="cuda")
     labels = torch.randint(0, vocabulary, (rows, 1), device="cuda")
     how, more = Divergence(kind, temperature), {"labels": labels, "cross_entropy": 0.5, "measure": True}
-    # Float32 products are TF32 ones where torch is told so; an identity takes no harm from bfloat16.
     found, gradient = distance(student, teacher, how, weights, vocab_size=vocabulary, group=dist.group.WORLD, **more)
     plain = student.double().requires_grad_()
-    log_q, log_p = (torch.log_softmax(z[..., :vocabulary], -1) for z in (plain, teacher.double()))
-    wanted = {
-        "divergence": reference.divergence(plain, teacher.double(), vocabulary, how),
-        "cross_entropy": -log_q.gather(-1, labels[..., None])[..., 0],
-        "agreement": (log_q.argmax(-1) == log_p.argmax(-1)).double(),
-        "teacher_entropy": -(log_p.exp() * log_p).sum(-1),
-    }
-    wanted["loss"] = wanted["divergence"] + 0.5 * wanted["cross_entropy"]
+    wanted = reference.distillation_terms(plain, teacher.double(), vocabulary, how, labels, 0.5)
     (wanted["loss"] * weights).sum().backward()
     for name, values in found.items():
-        torch.testing.assert_close(values.double(), wanted[name].detach(), rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(values.double(), wanted[name].detach().double(), rtol=1e-5, atol=2e-6)
     bound = 2e-5 if dtype is torch.float32 else 2**-7
     error = (gradient.double() - plain.grad).abs()
     assert (error <= bound * plain.grad.abs() + 1e-5 * plain.grad.abs().amax(-1, keepdim=True)).all()
