@@ -151,6 +151,14 @@ class TrainerConfig:
         FP8_SCALINGS,
     )
     fp8_bf16_layers: int = option(0, "layers at either end of the model that stay in bf16; not with delayed")
+    cuda_graphs: bool = option(
+        False, "launch a layer's kernels as one CUDA graph, of the teacher's too; needs Transformer Engine"
+    )
+    tp_comm_overlap: bool = option(
+        False,
+        "tensor-parallel transfers of the trained model run beside its products; needs Transformer Engine and "
+        "parallel.sequence",
+    )
     save_interval: int = option(100, "steps between checkpoints")
     keep_last: int = option(2, "newest checkpoints to keep")
     keep_best: bool = option(False, "save at the lowest validation loss so far, and keep that checkpoint too")
@@ -330,6 +338,9 @@ class DistillOptions:
         FP8_FROZEN,
     )
     teacher_head_fp8: bool = option(False, "teacher's logits by an FP8 product, its output matrix in FP8 too")
+    teacher_offload: bool = option(
+        False, "teacher's layers in CPU memory, each copied to the GPU while the one before it computes"
+    )
     logits_mib: int = option(
         1024, "MiB of logits of student and teacher that a rank holds at once; fewer take less memory and more time"
     )
@@ -365,6 +376,7 @@ class HardwareConfig:
     memory_gb_s: float | None = option(None, "memory bandwidth of a GPU, GB/s")
     nvlink_gb_s: float | None = option(None, "NVLink bandwidth of a GPU in one direction, GB/s")
     network_gb_s: float | None = option(None, "network bandwidth of a GPU in one direction, GB/s")
+    host_gb_s: float | None = option(None, "bandwidth from CPU memory to a GPU, GB/s")
     efficiency: float | None = option(None, "share of the peak that a step reaches on one GPU, as measured")
 
 
@@ -696,6 +708,21 @@ class BenchmarkStepConfig:
     teacher_head_fp8: bool = option(False, "distill.teacher_head_fp8")
     state_precision: str = option("fp32", "optim.state_precision", ("fp32", "bf16"))
     logits_mib: int = option(1024, "distill.logits_mib")
+    cuda_graphs: bool = option(False, "trainer.cuda_graphs")
+    overlap: bool = option(
+        False, "ddp.overlap_grad_reduce and overlap_param_gather, with parallel.sequence trainer.tp_comm_overlap too"
+    )
+
+
+@dataclass
+class BenchmarkScalingConfig:
+    """measure=scaling: the step of measure=step in several layouts, with as much work a GPU in each."""
+
+    layouts: list[Any] = option(
+        [{}],
+        "options of parallel. a layout, as {tensor: 2, sequence: true} ({}: data-parallel), with teacher: {tensor: 1, …} for a "
+        "teacher laid out otherwise, and overlap: true as step.overlap; those that do not divide the processes are left out",
+    )
 
 
 @dataclass
@@ -704,14 +731,15 @@ class BenchmarkConfig(CommandConfig):
 
     measure: str = option(
         "importance",
-        "ceilings of the machine; the distillation loss with both heads; a distillation step; hooks over a forward pass; cutting "
-        "files over copying them; cutting in memory; a layer analysis over passes; activations as a dry run counts them over "
-        "those kept; forward passes of a model and its target",
-        ("ceilings", "loss", "step", "importance", "prune", "cut", "layers", "memory", "throughput"),
+        "ceilings of the machine; the distillation loss with both heads; a distillation step; it in several layouts; hooks over "
+        "a forward pass; cutting files over copying them; cutting in memory; a layer analysis over passes; activations as a dry "
+        "run counts them over those kept; forward passes of a model and its target",
+        ("ceilings", "loss", "step", "scaling", "importance", "prune", "cut", "layers", "memory", "throughput"),
     )
     model: ModelConfig = group(ModelConfig)
     target: TargetConfig = group(TargetConfig)
     step: BenchmarkStepConfig = group(BenchmarkStepConfig)
+    scaling: BenchmarkScalingConfig = group(BenchmarkScalingConfig)
     peers: bool = option(True, "loss and step: measure other software too, where it is installed (ModelOpt, Liger)")
     repeats: int = option(5, "measurements, of which the median counts")
     sequence_length: int = option(1024, "tokens of a sample")
@@ -788,8 +816,8 @@ _POSITIVE = frozenset(
     max_shard_gb save_interval interval repeats rows limit num_layers hidden_size ffn_hidden_size num_attention_heads
     num_query_groups vocab_size adam_eps top_k chunk_samples processes nodes processes_per_node decay_steps decay_tokens
     decay_share window stop_after recompute_num_layers bucket_size keep_last time_limit_minutes world_size nvlink_gpus
-    memory_gib bf16_tflops fp8_tflops fp32_tflops memory_gb_s nvlink_gb_s network_gb_s efficiency teacher_ahead
-    logits_mib micro_batches""".split()
+    memory_gib bf16_tflops fp8_tflops fp32_tflops memory_gb_s nvlink_gb_s network_gb_s host_gb_s efficiency
+    teacher_ahead logits_mib micro_batches""".split()
 )
 _NOT_NEGATIVE = frozenset(
     """min_lr warmup_steps warmup_tokens loss_factor grad_norm_factor weight_decay clip_grad validation_interval

@@ -1,14 +1,27 @@
 """Benchmarks measure what they say: sizes and ratios that hold whatever the machine's speed."""
 
+import gc
 import json
+import os
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from minitron_megatron.benchmark.run import RESULTS, benchmark
+from minitron_megatron.benchmark.scaling import Scaling, too_large, with_efficiency
 from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.checkpoints.weights import total_bytes
-from minitron_megatron.config import BenchmarkConfig, BenchmarkStepConfig, ModelConfig, TargetConfig
+from minitron_megatron.config import (
+    BenchmarkConfig,
+    BenchmarkScalingConfig,
+    BenchmarkStepConfig,
+    ModelConfig,
+    ParallelConfig,
+    TargetConfig,
+)
 from minitron_megatron.errors import UserError
+from tests.test_commands import free_port
 from tests.tiny import hf_model, imported, model_option
 
 
@@ -95,6 +108,105 @@ def test_steps_that_cannot_be(model, tmp_path, step, says):
         results(
             tmp_path, measure="step", model=ModelConfig(**sizes), sequence_length=32, step=BenchmarkStepConfig(**step)
         )
+
+
+# Of two processes: each kind of layout, and teachers laid out otherwise.
+OF_TWO = {
+    "data 2": {},
+    "data 2; overlapped": {"overlap": True},
+    "tensor 2": {"tensor": 2},
+    "tensor 2, sequence parallel": {"tensor": 2, "sequence": True},
+    "pipeline 2": {"pipeline": 2},
+    "tensor 2, sequence parallel; teacher data 2": {
+        "tensor": 2,
+        "sequence": True,
+        "teacher": {"tensor": 1, "sequence": False},
+    },
+    "pipeline 2; teacher tensor 2": {"pipeline": 2, "teacher": {"tensor": 2, "pipeline": 1}},
+}
+
+
+def scaling_options(model, layouts, **options) -> dict:
+    sizes = ModelConfig(**open_model_folder(model).shape.to_dict())
+    given = {"model": sizes, "target": TargetConfig(hidden_size=16), "sequence_length": 32}
+    scaling = BenchmarkScalingConfig(layouts=layouts)
+    return {**given, "step": BenchmarkStepConfig(micro_batches=2), "scaling": scaling, "measure": "scaling", **options}
+
+
+def as_torchrun_starts_it(cfg, port) -> int:
+    """The command without a process group around it: it makes its own. Gives how many models it has not let go of."""
+    from megatron.core.models.gpt import GPTModel
+
+    dist.destroy_process_group()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        benchmark(cfg)
+    finally:
+        del os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        # The pool ends the group that it believes to be there.
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    gc.collect()
+    return sum(type(held) is GPTModel for held in gc.get_objects())
+
+
+def test_a_step_in_every_layout(gloo, model, tmp_path):
+    """As much work a process in each, the same loss to begin with, nothing kept of one while the next runs."""
+    cannot_be = [{"context": 2}, {"tensor": 4, "sequence": True}, {"tensor": 2, "sequence": True, "overlap": True}]
+    given = scaling_options(model, [*OF_TWO.values(), *cannot_be], repeats=1)
+    cfg = BenchmarkConfig(output=str(tmp_path / "out"), **given)
+    assert gloo(2, as_torchrun_starts_it, cfg, free_port()) == [0, 0]
+    found = json.loads((tmp_path / "out" / RESULTS).read_text())
+    alone, *rows = found["rows"].values()
+    assert list(found["rows"]) == ["one process", *OF_TWO] and found["relative_to"] == "one process"
+    assert (alone["tokens"], alone["efficiency"]) == (2 * 32, 1)
+    for row in rows:
+        assert row["tokens"] == 2 * alone["tokens"]
+        assert row["tokens_per_second_per_gpu"] == pytest.approx(row["tokens"] / row["seconds"] / 2)
+        rates = row["tokens_per_second_per_gpu"], alone["tokens_per_second_per_gpu"]
+        assert row["efficiency"] == pytest.approx(rates[0] / rates[1])
+        assert row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5) and row["loss"] > 0
+
+
+def test_one_process_alone_and_what_a_dry_run_says(model, tmp_path):
+    given = scaling_options(model, list(OF_TWO.values()))
+    found = results(tmp_path, **given)
+    assert list(found["rows"]) == ["one process"] and found["rows"]["one process"]["efficiency"] == 1
+    planned = Scaling(BenchmarkConfig(output="", **given), 2, torch.device("cuda"))
+    foreseen = {name: case.foreseen() for name, case in planned.all_cases.items()}
+    assert list(foreseen) == ["one process", *OF_TWO]
+    gib = {name: figures["foreseen_gib"] for name, figures in foreseen.items()}
+    assert gib["tensor 2"] < gib["tensor 2, sequence parallel; teacher data 2"] < gib["one process"]
+
+
+def test_rows_that_do_not_fit(model):
+    assert not too_large(None, 1) and not too_large({"foreseen_gib": 70}, 80)
+    assert too_large({"foreseen_gib": 75}, 80) == "does not fit: foreseen 75.0 + 6 of 80.0 GiB"
+    rate = "tokens_per_second_per_gpu"
+    rows = {"one process": {"skipped": "does not fit"}, "tensor 2": {rate: 8.0}, "data 2": {rate: 10.0}}
+    assert with_efficiency(rows, ["one process", "data 2"]) == "data 2"
+    assert [row.get("efficiency") for row in rows.values()] == [None, 0.8, 1]
+
+
+@pytest.mark.parametrize(
+    ("layouts", "says"),
+    [
+        ([{"tensor": 1}, {"tensors": 2}], r"scaling.layouts\[1\] has no 'tensors': use tensor, .*, teacher, overlap$"),
+        ([{"overlap": 2}], r"scaling.layouts\[0\].overlap=2 must be true or false"),
+        ([2], r"scaling.layouts\[0\]=2 is not a mapping"),
+        ([{"teacher": {"data": 2}}], r"scaling.layouts\[0\].teacher has no 'data': use tensor, "),
+        ([{"tensor": "two"}], r"scaling.layouts\[0\]: tensor: Value 'two'"),
+        ([{"pipeline": 0}], r"scaling.layouts\[0\].pipeline=0 must be above 0"),
+    ],
+)
+def test_layouts_that_are_none(model, tmp_path, layouts, says):
+    with pytest.raises(UserError, match=says):
+        results(tmp_path, **scaling_options(model, layouts))
+    assert not dist.is_initialized() and not (tmp_path / "out").exists()
+
+
+def test_scaling_has_its_layouts_from_its_own_option(model, tmp_path):
+    with pytest.raises(UserError, match=r"leave out parallel"):
+        results(tmp_path, **scaling_options(model, [{}], parallel=ParallelConfig(sequence=True)))
 
 
 def test_what_the_machine_gives(model, tmp_path):

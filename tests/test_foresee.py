@@ -17,6 +17,7 @@ from minitron_megatron.parallel.hardware import gpu_of, hardware
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.census import take_census
 from minitron_megatron.train.distill import distill
+from minitron_megatron.train.foresee import Models, forecast
 from minitron_megatron.train.memory import (
     OPTIMIZER_BYTES,
     Arithmetic,
@@ -24,9 +25,10 @@ from minitron_megatron.train.memory import (
     Plan,
     chunk_activations,
     in_flight,
+    layers_in_cpu_memory,
     memory_of_stage,
 )
-from minitron_megatron.train.speed import forward_flops
+from minitron_megatron.train.speed import LINK_EFFICIENCY, forward_flops
 
 SAMPLES, LENGTH = 2, 64
 
@@ -237,6 +239,25 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_layouts_that_do(hydra,
     assert "tensor 2 × data 128, sequence parallel" in shown and "this one" not in shown
 
 
+def test_a_teacher_in_cpu_memory_takes_the_longer_of_its_copies_and_its_arithmetic(hydra):
+    """Llama 3.1 8B's layers, 436 MB each: 30 of 32 leave the GPU; small micro-batches wait for them, large ones do not."""
+    teacher, student = preset("llama3_1_8b"), preset("llama3_1_minitron_4b_width")
+    models = Models(student, "te", teacher, "te", lambda layout: layout)
+    layers, seconds, weights = 32 * 2 * 218_112_000, {}, {}
+    for samples in (1, 16):
+        for offload in (False, True):
+            words = (f"trainer.micro_batch_size={samples}", f"distill.teacher_offload={offload}")
+            cfg = compose("distill", ["experiment=llama3_1_minitron_4b_width", "data.sequence_length=1024", *words])
+            found = forecast(cfg, Layout(world_size=8), models)
+            seconds[samples, offload] = found.step.seconds["teacher, forward"] / found.plan.micro_batches
+            weights[offload] = found.memory[0]["teacher weights"]
+            assert sum(layers_in_cpu_memory(found.stages[0], found.plan)) == offload * layers
+    assert weights[False] - weights[True] == layers * 30 / 32
+    copies = layers / (LINK_EFFICIENCY * 64e9)
+    assert seconds[1, True] == pytest.approx(copies) and seconds[1, False] < copies / 2
+    assert seconds[16, True] == seconds[16, False] > copies
+
+
 def test_presets_of_an_experiment_give_way_to_what_is_typed(hydra):
     config = compose(
         "distill", ["experiment=llama3_1_minitron_4b_width", "teacher=llama3_1_70b", "student=some/folder"]
@@ -274,6 +295,7 @@ def test_every_gpu_has_its_figures_and_one_can_be_replaced(gpu):
     found = hardware(HardwareConfig(gpu=gpu, efficiency=0.3))
     assert found.gpu == gpu and found.efficiency == 0.3
     assert found.bf16_tflops > found.fp32_tflops and found.nvlink_gb_s > found.network_gb_s > 0
+    assert found.network_gb_s < found.host_gb_s < found.memory_gb_s
     assert gpu_of(f"NVIDIA {gpu.upper()} 80GB HBM3") == gpu
     assert (found.fp8_tflops is None) == (gpu == "a100")
 

@@ -25,12 +25,16 @@ from minitron_megatron.config import (
 )
 from minitron_megatron.distill.cache_teacher import cache_teacher
 from minitron_megatron.distill.objective import Distillation
+from minitron_megatron.distill.offload import offload_layers
 from minitron_megatron.distill.routing import Side, messages
+from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.errors import UserError
+from minitron_megatron.models.build import build_model_chunks
+from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.census import take_census
 from minitron_megatron.train.distill import check_pair, distill, load_teacher, teacher_layout
-from minitron_megatron.train.memory import Arithmetic, MicroBatch, Plan, memory_of_stage
+from minitron_megatron.train.memory import Arithmetic, MicroBatch, Plan, layers_in_cpu_memory, memory_of_stage
 from tests.test_models import names
 from tests.tiny import data_folder, data_option, hf_model, imported, model_option
 
@@ -199,6 +203,124 @@ def test_a_dry_run_knows_what_a_teacher_in_a_layout_of_its_own_takes(gloo, sourc
     assert all_states == [2 * n for n in states] and max(states) >= 4 * LENGTH * 32 * 4
 
 
+UNEVEN = ModelShape(
+    family="llama", num_layers=5, hidden_size=32, ffn_hidden_size=(48, 16, 64, 64, 16), num_attention_heads=8,
+    num_query_groups=4, head_dim=8, vocab_size=300, max_position_embeddings=128, rope_theta=1e4, norm_eps=1e-5,
+    tied_embeddings=False, dtype="float32",
+)  # fmt: skip
+
+
+def random_teacher(shape: ModelShape, layout: Layout):
+    """A teacher of random weights, the same ones at each call, not told that it is frozen yet."""
+    chunks = build_model_chunks(shape, layout, torch.float32, "local")
+    draw = torch.Generator().manual_seed(1)
+    for parameter in (p for chunk in chunks for p in chunk.parameters()):
+        parameter.data.normal_(std=0.1, generator=draw)
+    return chunks
+
+
+def random_batches(shape: ModelShape, count: int):
+    draw = torch.Generator().manual_seed(2)
+    tokens = torch.randint(0, shape.vocab_size, (count, 1, LENGTH), generator=draw)
+    place = torch.arange(LENGTH).expand(1, LENGTH)
+    return [{"tokens": some, "position_ids": place} for some in tokens]
+
+
+def states_of(chunks, layout: Layout) -> list[torch.Tensor]:
+    """Final hidden states of six micro-batches."""
+    beside, batches = Teacher(chunks, pipelined=layout.pipeline > 1), random_batches(UNEVEN, 6)
+    beside.run_ahead(batches)
+    for batch in [] if beside.pipelined else batches:
+        beside.run(batch)
+    return list(beside.states)
+
+
+def states_in_both_ways(layout: Layout):
+    """States of a teacher as it is, and offloaded; then its layers' storages while they run, between passes and on the CPU."""
+    plain = states_of(random_teacher(UNEVEN, layout), layout)
+    chunks, running = random_teacher(UNEVEN, layout), set()
+    offloaded = offload_layers(chunks)
+    layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, _: running.update(storages(layer.parameters())))
+    states = states_of(chunks, layout)
+    between = storages(p for layer in layers for p in layer.parameters())
+    return plain, states, running, between, storages(layer.memory for layer in offloaded.layers)
+
+
+def storages(tensors) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+@pytest.mark.parametrize("layout", [DATA, PIPELINE, INTERLEAVED, SEQUENCE], ids=names)
+def test_a_teacher_in_cpu_memory_gives_the_same_states_out_of_two_buffers(gloo, layout):
+    """Bit for bit, of layers that differ in size; between its passes nothing of them is in the buffers' memory."""
+    ranks = 2 if layout else 1
+    found = gloo(ranks, states_in_both_ways, Layout(**layout, world_size=ranks), layout=layout)
+    for rank, (plain, offloaded, running, between, on_cpu) in enumerate(found):
+        answers = rank == ranks - 1 or "pipeline" not in layout
+        assert len(plain) == len(offloaded) == (6 if answers else 0)
+        assert all(torch.equal(*both) for both in zip(plain, offloaded, strict=True))
+        assert len(running) == 2 and not running & on_cpu
+        assert between == on_cpu and len(on_cpu) in ((2, 3) if "pipeline" in layout else (5,))
+
+
+def held_after_each(shape: ModelShape) -> list[list[int | None]]:
+    """Which layer's weights each buffer has after each of two micro-batches, the least recently used first."""
+    chunks = random_teacher(shape, Layout())
+    offloaded = offload_layers(chunks)
+    beside, found = Teacher(chunks, pipelined=False), []
+    for batch in random_batches(shape, 2):
+        beside.run(batch)
+        found.append([slot.layer for slot in offloaded.slots])
+    return found
+
+
+def test_the_next_micro_batchs_first_layer_is_there_when_it_begins(gloo):
+    assert gloo(1, held_after_each, UNEVEN, layout=Layout()) == [[[0, 4], [0, 4]]]
+    one = replace(UNEVEN, num_layers=1, ffn_hidden_size=48)
+    assert gloo(1, held_after_each, one, layout=Layout()) == [[[None, 0], [None, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("layout", "beside", "loss"),
+    [
+        (PIPELINE, None, {"intermediate": 1.0, "intermediate_layers": [[0, 0], [-2, -2]]}),
+        (PIPELINE, {"tensor": 2, "pipeline": 1}, {}),
+    ],
+    ids=names,
+)
+def test_a_run_beside_a_teacher_in_cpu_memory_is_the_run_without(gloo, sources, tmp_path, layout, beside, loss):
+    """All its figures, exactly."""
+    for name, offload in (("plain", False), ("offloaded", True)):
+        gloo(2, distill, options(sources, tmp_path / name, layout, beside, teacher_offload=offload, **loss))
+    assert figures(tmp_path / "offloaded") == figures(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "own"),
+    [({}, None), ({"tensor": 2}, None), (PIPELINE, None), (PIPELINE, {"tensor": 2, "pipeline": 1})],
+    ids=names,
+)
+def test_a_dry_run_counts_two_buffers_in_place_of_a_teachers_layers(sizes, own):
+    """To the byte against the built models' counts: everything but layers, and twice the largest of them."""
+    layout, fp32 = Layout(**sizes, world_size=2), torch.float32
+    how, own = Arithmetic(fp32, "local"), Layout(**own, world_size=2) if own else None
+    plan = Plan(UNEVEN, UNEVEN, layout, MicroBatch.of(1, LENGTH, layout), 8, how, how, own)
+    stages = take_census(UNEVEN, UNEVEN, layout, fp32, fp32, own)
+    offloaded = replace(plan, teacher_how=replace(how, offloaded=True))
+    tensor = plan.of_teacher.layout.tensor
+    for stage in stages:
+        layers = layers_in_cpu_memory(stage, offloaded)
+        numbers = [number for chunk in stage.teacher for number in chunk.layers]
+        gains = 2 * 32
+        sharded = [2 * 32 * 64 + 2 * 32 * 32 + 3 * 32 * UNEVEN.ffn_of_layers[number] for number in numbers]
+        assert layers == [4 * (n // tensor + gains) for n in sharded]
+        before, after = (memory_of_stage(stage, one)["teacher weights"] for one in (plan, offloaded))
+        assert before - after == sum(layers) - 2 * max(layers)
+        assert not layers_in_cpu_memory(stage, plan)
+
+
 LAYOUTS = [
     Layout(world_size=8),
     Layout(tensor=2, sequence=True, world_size=8),
@@ -251,6 +373,8 @@ def test_teachers_that_cannot_be_are_refused(sources, tmp_path):
             {"cache": "x", "ahead": 2},
             r"distill\.teacher_ahead and distill\.teacher_parallel are for a teacher that runs",
         ),
+        (2, {"cache": "x", "teacher_offload": True}, r"distill\.teacher_offload is for a teacher that runs"),
+        (2, {"teacher_fp8": "tensorwise", "teacher_offload": True}, "FP8 weights stay on the GPU: choose one"),
     ):
         cfg = options(sources, tmp_path / "run", **chosen)
         cfg.parallel.world_size, cfg.trainer.global_batch_size = world, 12

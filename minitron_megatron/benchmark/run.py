@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -13,6 +14,7 @@ from minitron_megatron.benchmark.layers import blocks_over_passes
 from minitron_megatron.benchmark.loss import loss_with_heads
 from minitron_megatron.benchmark.memory import planned_over_kept
 from minitron_megatron.benchmark.prune import pruning_over_copying
+from minitron_megatron.benchmark.scaling import Scaling, show
 from minitron_megatron.benchmark.step import distillation_step, foreseen_step
 from minitron_megatron.benchmark.throughput import forward_throughput
 from minitron_megatron.checkpoints.folder import check_output, output_folder
@@ -23,6 +25,7 @@ from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
 
 RESULTS = "results.json"
+# In a job of one layout; scaling has jobs of its own (scaling.py).
 MEASURES: dict[str, Callable[[BenchmarkConfig, Layout], dict[str, float]]] = {
     "importance": hooks_over_forward,
     "prune": pruning_over_copying,
@@ -42,21 +45,33 @@ def benchmark(cfg: BenchmarkConfig) -> None:
     """Measure `measure=` on this machine, rank 0 writing what it found."""
     layout, config = Layout.from_config(cfg.parallel), resolved_config(cfg)
     device = pick_device(cfg.device)
+    scaling = Scaling(cfg, layout.world_size, device) if cfg.measure == "scaling" else None
     if cfg.dry_run:
         check_output(cfg.output, config=config, inputs={}, resume=cfg.resume)
-        print_table("would be measured", ["", "value"], [["measure", cfg.measure], ["layout", str(layout)]])
+        layouts = [["layout", name] for name in (scaling.all_cases if scaling else [str(layout)])]
+        print_table("would be measured", ["", "value"], [["measure", cfg.measure], *layouts])
         return
+    if scaling:
+        # Before its job, which measures a row before its ranks meet.
+        check_output(cfg.output, config=config, inputs={}, resume=cfg.resume)
+        job, measure = scaling.job(), scaling.measure
+    else:
+        job = parallel_job(layout, seed=cfg.seed, device=cfg.device)
+        measure = partial(MEASURES[cfg.measure], cfg, layout)
     # A dry run's figures are for GPUs.
     foreseen = FORESEEN.get(cfg.measure) if device.type == "cuda" else None
     planned = foreseen(cfg, layout) if foreseen else {}
     with (
-        parallel_job(layout, seed=cfg.seed, device=cfg.device),
+        job,
         output_folder(cfg.output, command=command_line(), config=config, inputs={}, resume=cfg.resume) as out,
     ):
         if out.done:
             return
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        out.results = {**MEASURES[cfg.measure](cfg, layout), **planned, "device": name, "processes": layout.world_size}
+        out.results = {**measure(), **planned, "device": name, "processes": layout.world_size}
         if collectives.is_rank_zero():
             (out.path / RESULTS).write_text(json.dumps(out.results, indent=2) + "\n", encoding="utf-8")
-    print_table(f"{cfg.measure}, {layout}", ["", "value"], list(out.results.items()))
+    if scaling:
+        show(out.results)
+    else:
+        print_table(f"{cfg.measure}, {layout}", ["", "value"], list(out.results.items()))

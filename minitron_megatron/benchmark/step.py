@@ -3,21 +3,28 @@
 Everything is what `launch/distill.py` runs (Megatron's schedule, data parallelism and optimizer, the loss), on random tokens.
 """
 
+import gc
 import statistics
 import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from minitron_megatron.benchmark.common import source_and_target
 from minitron_megatron.benchmark.peers import can_run, modelopt_loss
-from minitron_megatron.checkpoints.random_model import STANDARD_DEVIATION
+from minitron_megatron.benchmark.weights import draw_weights, drawn_teacher
 from minitron_megatron.config import (
     BenchmarkConfig,
+    DdpConfig,
     DistillConfig,
     DistillOptions,
     LoggerConfig,
+    ModelConfig,
     OptimConfig,
+    TeacherParallelConfig,
     TrainerConfig,
     TrainingDataConfig,
 )
@@ -26,26 +33,95 @@ from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.models.axes import flops_per_token
 from minitron_megatron.models.build import build_model_chunks, model_dtype, pick_engine
 from minitron_megatron.models.forward import Batch
-from minitron_megatron.models.fp8 import check_fp8_device, fp8_fields
+from minitron_megatron.models.fp8 import check_fp8_device
+from minitron_megatron.models.graphs import check_graphs_device
 from minitron_megatron.models.head import Summed
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.hardware import gpu_of, hardware, peak_flops
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.train.distill import check_pair
+from minitron_megatron.train.distill import build_teacher, check_pair, teacher_layout
 from minitron_megatron.train.foresee import Models, forecast
 from minitron_megatron.train.loop import Trainer
 from minitron_megatron.train.optimizer import check_state_precision, training_fields, wrap_and_optimize
+from minitron_megatron.train.overlap import check_overlap_device, user_buffers
 from minitron_megatron.train.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step that can be foreseen and measured: `model=` teaches its `target=` in a layout.
+
+    `micro_batches` counts those of a data-parallel rank; the teacher is in the student's layout but for `teacher_parallel`;
+    `overlap` has data-parallel transfers, and those of sequence parallelism, run beside arithmetic.
+    """
+
+    cfg: BenchmarkConfig
+    layout: Layout
+    micro_batches: int
+    teacher_parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
+    overlap: bool = False
+
+    @classmethod
+    def of(cls, cfg: BenchmarkConfig, layout: Layout) -> "Case":
+        """As the options say it."""
+        return cls(cfg, layout, cfg.step.micro_batches, overlap=cfg.step.overlap)
+
+    @property
+    def shapes(self) -> tuple[ModelShape, ModelShape]:
+        """Teacher and student."""
+        return source_and_target(self.cfg)
+
+    @property
+    def run(self) -> DistillConfig:
+        """The distillation that it is a step of."""
+        return _run_config(self)
+
+    def check(self) -> None:
+        """Raise UserError when models, batch and layout do not go together."""
+        check_pair(*self.shapes, self.run, self.layout)
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise UserError for what this device cannot do."""
+        run, dtype = self.run, model_dtype(self.shapes[1], self.cfg.precision)
+        engine = pick_engine(self.cfg.model.engine, self.layout, dtype, device)
+        for option, scaling in (("step.fp8", run.trainer.fp8), ("step.teacher_fp8", run.distill.teacher_fp8)):
+            check_fp8_device(option, scaling, engine, dtype, device)
+        check_graphs_device(run.trainer.cuda_graphs, engine, dtype, "step.cuda_graphs")
+        check_overlap_device(run.trainer.tp_comm_overlap, engine, dtype)
+        check_state_precision(run.optim, dtype, device)
+
+    def foreseen(self) -> dict[str, float]:
+        """What a dry run says of it; see `foreseen_step`."""
+        self.check()
+        (teacher, student), run, engine = self.shapes, self.run, self.cfg.model.engine
+        models = Models(student, engine, teacher, engine, partial(teacher_layout, run))
+        planned = forecast(run, self.layout, models)
+        return {"foreseen_gib": planned.gib, "foreseen_seconds": planned.step.total}
+
+    def buffers(self) -> AbstractContextManager[None]:
+        """What overlapped transfers need, around the trainer."""
+        return user_buffers(self.run.trainer, self.shapes[1], self.layout, self.cfg.sequence_length)
+
+    def trainer(self) -> Trainer:
+        """Random models in this layout, set up as a run would set them up. In a job of the layout."""
+        self.check()
+        self.check_device(torch.device(torch.cuda.current_device()))
+        return _trainer(self)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Median seconds of a step on this rank, its GiB at the most, and the loss of the first step, over all ranks' tokens."""
+
+    seconds: float
+    peak_gib: float
+    loss: float
 
 
 def foreseen_step(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]:
     """What a dry run says of it: GiB of the fullest rank and seconds. Before the job is there: models are built in a fake one."""
-    teacher, student = source_and_target(cfg)
-    run, engine = _run_config(cfg, layout), cfg.model.engine
-    check_pair(teacher, student, run, layout)
-    planned = forecast(run, layout, Models(student, engine, teacher, engine, lambda one: one))
-    return {"foreseen_gib": planned.gib, "foreseen_seconds": planned.step.total}
+    return Case.of(cfg, layout).foreseen()
 
 
 def distillation_step(cfg: BenchmarkConfig, layout: Layout) -> dict[str, Any]:
@@ -53,31 +129,29 @@ def distillation_step(cfg: BenchmarkConfig, layout: Layout) -> dict[str, Any]:
 
     With `peers`, on one GPU, the same with ModelOpt's loss over whole logits, and how much faster ours is.
     """
-    teacher, student = source_and_target(cfg)
-    run = _run_config(cfg, layout)
-    check_pair(teacher, student, run, layout)
-    trainer = _trainer(run, teacher, student, layout, cfg.model.engine)
-    samples = RandomTokens(student.vocab_size, cfg.sequence_length, cfg.seed)
-    found = _figures(_timed(trainer, samples, cfg), run, teacher, student, layout)
+    case = Case.of(cfg, layout)
+    with case.buffers():
+        trainer = case.trainer()
+        found = figures(case, timed(case, trainer))
     if cfg.peers and can_run("modelopt") and layout.world_size == 1:
-        trainer.objective = _ModelOpt(trainer.objective.teacher, student.vocab_size)
-        theirs = _figures(_timed(trainer, samples, cfg), run, teacher, student, layout)
-        found |= {f"modelopt_{name}": value for name, value in theirs.items() if name != "tokens"}
+        trainer.objective = _ModelOpt(trainer.objective.teacher, case.shapes[1].vocab_size)
+        theirs = figures(case, timed(case, trainer))
+        found |= {f"modelopt_{name}": value for name, value in theirs.items() if name not in ("tokens", "loss")}
         found["tokens_per_second_over_modelopt"] = theirs["seconds"] / found["seconds"]
         if "peak_gib" in found:
             found["peak_over_modelopt"] = found["peak_gib"] / theirs["peak_gib"]
     return found
 
 
-def _run_config(cfg: BenchmarkConfig, layout: Layout) -> DistillConfig:
-    """The distillation that a step is of."""
-    step = cfg.step
-    size = step.micro_batches * cfg.micro_batch_size * layout.data
+def _run_config(case: Case) -> DistillConfig:
+    cfg, step = case.cfg, case.cfg.step
+    size = case.micro_batches * cfg.micro_batch_size * case.layout.data
     return DistillConfig(
         output=cfg.output,
         seed=cfg.seed,
         precision=cfg.precision,
         parallel=cfg.parallel,
+        teacher=ModelConfig(engine=cfg.model.engine),
         data=TrainingDataConfig(path="", sequence_length=cfg.sequence_length),
         trainer=TrainerConfig(
             steps=1000,
@@ -86,73 +160,83 @@ def _run_config(cfg: BenchmarkConfig, layout: Layout) -> DistillConfig:
             recompute=step.recompute,
             fp8=step.fp8,
             fp8_bf16_layers=step.fp8_bf16_layers,
+            cuda_graphs=step.cuda_graphs,
+            tp_comm_overlap=case.overlap and case.layout.sequence,
         ),
+        ddp=DdpConfig(overlap_grad_reduce=case.overlap, overlap_param_gather=case.overlap),
         optim=OptimConfig(state_precision=step.state_precision),
         logger=LoggerConfig(interval=1000),
         distill=DistillOptions(
-            teacher_fp8=step.teacher_fp8, teacher_head_fp8=step.teacher_head_fp8, logits_mib=step.logits_mib
+            teacher_fp8=step.teacher_fp8,
+            teacher_head_fp8=step.teacher_head_fp8,
+            logits_mib=step.logits_mib,
+            teacher_parallel=case.teacher_parallel,
         ),
     )
 
 
-def _trainer(run: DistillConfig, teacher: ModelShape, student: ModelShape, layout: Layout, engine: str) -> Trainer:
-    """Random models in this layout, set up as a run would set them up."""
-    dtype, device = model_dtype(student, run.precision), torch.device(torch.cuda.current_device())
-    for option, scaling in (("step.fp8", run.trainer.fp8), ("step.teacher_fp8", run.distill.teacher_fp8)):
-        check_fp8_device(option, scaling, pick_engine(engine, layout, dtype, device), dtype, device)
-    check_state_precision(run.optim, dtype, device)
-    with torch.no_grad():
-        frozen = build_model_chunks(teacher, layout, dtype, engine, fp8_fields(run.distill.teacher_fp8, frozen=True))
-        _draw(frozen)
+def _trainer(case: Case) -> Trainer:
+    (teacher, student), run, layout, engine = case.shapes, case.run, case.layout, case.cfg.model.engine
+    beside = build_teacher(run, drawn_teacher(teacher, run.seed), layout)
+    dtype = model_dtype(student, run.precision)
     chunks = build_model_chunks(student, layout, dtype, engine, training_fields(run.trainer))
-    _draw(chunks)
-    beside = Teacher(frozen, pipelined=layout.pipeline > 1, head_fp8=run.distill.teacher_head_fp8)
+    draw_weights(student, run.seed + 1, chunks)
     objective = Distillation(beside, run.distill, student.vocab_size)
     wrapped, optimizer = wrap_and_optimize(chunks, run.optim, run.ddp)
     return Trainer(wrapped, optimizer, objective, layout, run)
 
 
-@torch.no_grad()
-def _draw(chunks: list[torch.nn.Module]) -> None:
-    for parameter in (p for chunk in chunks for p in chunk.parameters()):
-        drawn = torch.randn(parameter.shape, dtype=torch.bfloat16, device=torch.cuda.current_device())
-        # Weights that are kept in FP8 are rounded when they are copied to.
-        parameter.copy_(drawn.mul_(STANDARD_DEVIATION).add_(1.0 if parameter.dim() == 1 else 0.0))
-
-
-def _timed(trainer: Trainer, samples: "RandomTokens", cfg: BenchmarkConfig) -> tuple[float, float]:
-    """Median seconds of a step, and GiB at the most."""
+def timed(case: Case, trainer: Trainer) -> Timed:
+    """Run the case's steps, after three to warm up."""
+    cfg = case.cfg
+    samples = RandomTokens(case.shapes[1].vocab_size, cfg.sequence_length, cfg.seed)
     schedule = Schedule.of_run(trainer.cfg.optim, 1000, 1)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    found = []
+    found, losses = [], []
     for step in range(cfg.repeats + 3):
         torch.cuda.synchronize()
         collectives.barrier()
         began = time.perf_counter()
         if cfg.step.optimizer:
-            trainer.train_step(step, schedule, samples)
+            losses.append(trainer.train_step(step, schedule, samples).loss)
         else:
             batches = trainer.micro_batches(samples, range(trainer.cfg.trainer.global_batch_size))
             here = torch.cuda.current_device()
-            trainer.forward_backward([{name: t.to(here) for name, t in batch.items()} for batch in batches])
+            terms, *_ = trainer.forward_backward([{name: t.to(here) for name, t in batch.items()} for batch in batches])
+            losses.append(terms["loss"])
         torch.cuda.synchronize()
         found.append(time.perf_counter() - began)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return statistics.median(found[3:]), peak
+    return Timed(statistics.median(found[3:]), peak, losses[0])
 
 
-def _figures(
-    measured: tuple[float, float], run: DistillConfig, teacher: ModelShape, student: ModelShape, layout: Layout
-) -> dict[str, float]:
-    seconds, peak = measured
-    length = run.data.sequence_length
+def let_go(trainer: Trainer) -> None:
+    """Free what a trainer that is no longer used holds, the GPU's memory too.
+
+    Megatron keeps the rotary embeddings that it was last asked for; and its optimizer's shards are views of the parameters, by
+    whose nodes of autograd, and the hooks on these, it is a cycle that Python cannot collect.
+    """
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    for optimizer in (trainer.optimizer, *getattr(trainer.optimizer, "chained_optimizers", ())):
+        vars(optimizer).clear()
+    vars(trainer).clear()
+    RotaryEmbedding.forward.cache_clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def figures(case: Case, measured: Timed) -> dict[str, float]:
+    """Seconds, tokens/s and MFU of a GPU, GiB, and the first step's loss."""
+    (teacher, student), run, layout = case.shapes, case.run, case.layout
+    seconds, length = measured.seconds, run.data.sequence_length
     tokens = run.trainer.global_batch_size * length
     rate = tokens / seconds / layout.world_size
-    found = {"tokens": tokens, "seconds": seconds, "tokens_per_second_per_gpu": rate}
+    found = {"tokens": tokens, "seconds": seconds, "tokens_per_second_per_gpu": rate, "loss": measured.loss}
     if torch.cuda.is_available():
-        found["peak_gib"] = peak
+        found["peak_gib"] = measured.peak_gib
         if gpu_of(torch.cuda.get_device_name()):
             flops = 3 * flops_per_token(student, length) + flops_per_token(teacher, length)
             # Of bf16's peak, whatever is computed in FP8.

@@ -10,7 +10,8 @@ teacher's output matrix, of which the student's last stage holds its shard of th
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +19,15 @@ import torch
 from minitron_megatron.checkpoints.folder import ModelFolder
 from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.checkpoints.weights import load_model
+from minitron_megatron.distill.offload import offload_layers
 from minitron_megatron.distill.routing import Side, route
 from minitron_megatron.models.axes import output_slot
 from minitron_megatron.models.build import build_model_chunks
 from minitron_megatron.models.forward import Batch, forward_only
 from minitron_megatron.models.fp8 import Fp8Matrix
+from minitron_megatron.models.graphs import FrozenStage
 from minitron_megatron.models.head import Head
+from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout, process_groups
 
@@ -31,21 +35,49 @@ from minitron_megatron.parallel.layout import Layout, process_groups
 _OF_TOKENS = ("tokens", "position_ids", "documents")
 
 
+@dataclass(frozen=True)
+class TeacherWeights:
+    """A teacher's sizes, and where its weights come from.
+
+    `fill(chunks, groups)` gives this rank's pipeline chunks their values, in the layout of these groups (None: of Megatron's
+    own); `rows(first, last)` is that part of the output matrix, [last - first, hidden], of the padded vocabulary.
+    """
+
+    shape: ModelShape
+    fill: Callable[[Sequence[torch.nn.Module], Any], None]
+    rows: Callable[[int, int], torch.Tensor]
+
+    @classmethod
+    def of_folder(cls, folder: ModelFolder) -> "TeacherWeights":
+        """Those of a model folder."""
+        shape = folder.shape
+
+        def fill(chunks: Sequence[torch.nn.Module], groups: Any) -> None:
+            load_model(chunks, folder, groups)
+
+        def rows(first: int, last: int) -> torch.Tensor:
+            return WeightReader(folder.weights).read_slot(output_slot(shape), shape, first, last)
+
+        return cls(shape, fill, rows)
+
+
 class RoutedTeacher:
     """A frozen model in a layout of its own that answers with logits in the student's, in the order of the micro-batches.
 
     Args:
-        folder: the teacher; loaded here, by every rank.
+        weights: the teacher; every rank fills its own part here.
         own, student: both layouts, over the same processes; Megatron's own state is set up for the student's.
         dtype, engine: what it computes in (models/build.py).
         fp8: fields of Megatron's TransformerConfig for layers in FP8 (models/fp8.py).
         head_fp8: the output matrix is in FP8.
+        offload: its layers are in CPU memory (distill/offload.py).
+        graphs: its layers run as a CUDA graph (models/graphs.py).
         ahead: how many micro-batches of the student's rank it runs before the student's pass over them; None for any number.
     """
 
     def __init__(
         self,
-        folder: ModelFolder,
+        weights: TeacherWeights,
         own: Layout,
         student: Layout,
         dtype: torch.dtype,
@@ -54,18 +86,24 @@ class RoutedTeacher:
         *,
         fp8: Mapping[str, Any] | None = None,
         head_fp8: bool = False,
+        offload: bool = False,
+        graphs: bool = False,
     ) -> None:
         self.own, self.student, self.ahead = own, student, ahead
-        self.hidden_size, self.dtype = folder.shape.hidden_size, dtype
+        self.hidden_size, self.dtype = weights.shape.hidden_size, dtype
         self.groups = process_groups(own)
         with torch.no_grad():
-            self.chunks = build_model_chunks(folder.shape, own, dtype, engine, fp8, groups=self.groups)
-            load_model(self.chunks, folder, self.groups)
+            self.chunks = build_model_chunks(weights.shape, own, dtype, engine, fp8, groups=self.groups)
+            if offload:
+                offload_layers(self.chunks)
+            weights.fill(self.chunks, self.groups)
+        if graphs:
+            FrozenStage(self.chunks[-1])
         self.chunks[-1].requires_grad_(False)
         if self.chunks[-1].post_process:
             # Logits are made in the student's layout: the matrix would stand here unused.
             self.chunks[-1].output_layer.weight = None
-        self.head = RoutedHead(folder, student, dtype, head_fp8) if collectives.on_last_stage() else None
+        self.head = RoutedHead(weights, student, dtype, head_fp8) if collectives.on_last_stage() else None
         self.states: deque[torch.Tensor] = deque()
 
     def run_ahead(self, batches: Sequence[Batch]) -> None:
@@ -118,13 +156,12 @@ class RoutedTeacher:
 class RoutedHead:
     """The teacher's output matrix [V / tp, hidden], sharded over the student's tensor-parallel ranks on its last stage."""
 
-    def __init__(self, folder: ModelFolder, layout: Layout, dtype: torch.dtype, fp8: bool) -> None:
+    def __init__(self, weights: TeacherWeights, layout: Layout, dtype: torch.dtype, fp8: bool) -> None:
         from megatron.core import parallel_state as ps
 
-        rows = folder.shape.padded_vocab_size // layout.tensor
+        rows = weights.shape.padded_vocab_size // layout.tensor
         first = ps.get_tensor_model_parallel_rank() * rows
-        found = WeightReader(folder.weights).read_slot(output_slot(folder.shape), folder.shape, first, first + rows)
-        weight = found.to(device=torch.cuda.current_device(), dtype=dtype)
+        weight = weights.rows(first, first + rows).to(device=torch.cuda.current_device(), dtype=dtype)
         self.weight = Fp8Matrix.of(weight) if fp8 else weight
         self.split, self.group = Side.of_final_states(layout).split, ps.get_tensor_model_parallel_group()
 

@@ -16,6 +16,7 @@ import torch
 
 from minitron_megatron.models.forward import Batch, attention_mask, forward_only
 from minitron_megatron.models.fp8 import Fp8Matrix
+from minitron_megatron.models.graphs import FrozenStage
 from minitron_megatron.models.head import Head
 from minitron_megatron.parallel import collectives
 
@@ -24,11 +25,17 @@ class Teacher:
     """Frozen model chunks that answer with their head in the order of the micro-batches.
 
     With a pipeline `ahead` is how many micro-batches it runs before the student's pass over them; None for any number.
-    `head_fp8` has its output matrix in FP8.
+    `head_fp8` has its output matrix in FP8, `graphs` its layers run as a CUDA graph.
     """
 
     def __init__(
-        self, chunks: Sequence[torch.nn.Module], *, pipelined: bool, ahead: int | None = None, head_fp8: bool = False
+        self,
+        chunks: Sequence[torch.nn.Module],
+        *,
+        pipelined: bool,
+        ahead: int | None = None,
+        head_fp8: bool = False,
+        graphs: bool = False,
     ) -> None:
         self.chunks, self.pipelined = list(chunks), pipelined
         self.ahead = ahead if pipelined else None
@@ -37,6 +44,8 @@ class Teacher:
         for chunk in self.chunks:
             chunk.requires_grad_(False)
             chunk.eval()
+            if graphs:
+                FrozenStage(chunk)
         self.matrix = self._rounded_matrix() if head_fp8 and self.chunks[-1].post_process else None
 
     def run_ahead(self, batches: Sequence[Batch]) -> None:

@@ -184,19 +184,24 @@ def tool_job() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def process_group(device: torch.device, timeout: datetime.timedelta = TIMEOUT) -> Iterator[None]:
+def process_group(
+    device: torch.device, timeout: datetime.timedelta = TIMEOUT, *, alone: bool = False
+) -> Iterator[None]:
     """torch.distributed over torchrun's processes, or over this one alone without any port: NCCL on GPUs, gloo on CPUs.
 
-    Where there is a process group already it is used and left as it is.
+    Where there is a process group already it is used and left as it is. `alone` has this process work by itself, whatever
+    torchrun started: the group of all can follow.
     """
     if dist.is_initialized():
+        if alone and dist.get_world_size() > 1:
+            raise ValueError(f"a process of a group of {dist.get_world_size()} is not alone")
         yield
         return
     # Without `device_id` a group's communicator is made when it is first used: Megatron makes two dozen groups, most jobs use
     # a few, and ending all of them took 10 s. Barriers then use the current device, which is set before, and say so.
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     own = {"backend": "nccl" if device.type == "cuda" else "gloo"}
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if not alone and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(**own, timeout=timeout)
     else:
         dist.init_process_group(**own, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -231,7 +236,9 @@ def model_parallel(
     )
     try:
         torch.manual_seed(seed)
-        model_parallel_cuda_manual_seed(seed)
+        # Transformer Engine's generators, where it is installed, can be taken into CUDA graphs.
+        generators = {"te_rng_tracker": dist.get_backend() == "nccl", "force_reset_rng": True}
+        model_parallel_cuda_manual_seed(seed, **generators)
         yield
     finally:
         parallel_state.destroy_model_parallel()

@@ -6,14 +6,14 @@ from dataclasses import asdict
 import torch
 
 from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
-from minitron_megatron.checkpoints.weights import load_model
 from minitron_megatron.config import DistillConfig, number_of_steps
 from minitron_megatron.data.datasets import DocumentMasks, Windows, open_data
 from minitron_megatron.distill.cache import Cache, CachedTeacher
 from minitron_megatron.distill.intermediate import IntermediateLoss, chosen_pairs
 from minitron_megatron.distill.losses import Divergence
 from minitron_megatron.distill.objective import Distillation
-from minitron_megatron.distill.routed import RoutedTeacher
+from minitron_megatron.distill.offload import offload_layers
+from minitron_megatron.distill.routed import RoutedTeacher, TeacherWeights
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.build import build_model_chunks, model_dtype
@@ -55,19 +55,27 @@ def distill(cfg: DistillConfig) -> None:
 
 
 def load_teacher(cfg: DistillConfig, teacher: ModelFolder, layout: Layout) -> Teacher | RoutedTeacher:
-    """The teacher, loaded, in the student's processes, and in its layout or one of its own."""
+    """The teacher of a folder, as `build_teacher` makes it."""
+    return build_teacher(cfg, TeacherWeights.of_folder(teacher), layout)
+
+
+def build_teacher(cfg: DistillConfig, teacher: TeacherWeights, layout: Layout) -> Teacher | RoutedTeacher:
+    """The teacher with its weights, in the student's processes, and in its layout or one of its own."""
     own, ahead = teacher_layout(cfg, layout), cfg.distill.teacher_ahead
     dtype = model_dtype(teacher.shape, cfg.precision)
     options, fp8 = cfg.distill, fp8_fields(cfg.distill.teacher_fp8, frozen=True)
     if own != layout:
-        return RoutedTeacher(
-            teacher, own, layout, dtype, cfg.teacher.engine, ahead, fp8=fp8, head_fp8=options.teacher_head_fp8
-        )
+        how = {"fp8": fp8, "head_fp8": options.teacher_head_fp8, "offload": options.teacher_offload}
+        how |= {"graphs": cfg.trainer.cuda_graphs}
+        return RoutedTeacher(teacher, own, layout, dtype, cfg.teacher.engine, ahead, **how)
     # Without gradients Transformer Engine keeps no transposed copies of FP8 weights.
     with torch.no_grad():
         frozen = build_model_chunks(teacher.shape, layout, dtype, cfg.teacher.engine, fp8)
-        load_model(frozen, teacher)
-    return Teacher(frozen, pipelined=layout.pipeline > 1, ahead=ahead, head_fp8=options.teacher_head_fp8)
+        if options.teacher_offload:
+            offload_layers(frozen)
+        teacher.fill(frozen, None)
+    how = {"head_fp8": options.teacher_head_fp8, "graphs": cfg.trainer.cuda_graphs}
+    return Teacher(frozen, pipelined=layout.pipeline > 1, ahead=ahead, **how)
 
 
 def teacher_layout(cfg: DistillConfig, layout: Layout) -> Layout:
@@ -153,6 +161,20 @@ def check_teacher(teacher: ModelShape | None, cfg: DistillConfig, layout: Layout
             "distill.teacher_fp8 and distill.teacher_head_fp8 are for a teacher that runs, and distill.cache has one that need "
             "not: leave them out"
         )
+    if options.teacher_offload and options.cache:
+        raise UserError(
+            "distill.teacher_offload is for a teacher that runs, and distill.cache has one that need not: leave one of them out"
+        )
+    if options.teacher_offload and options.teacher_fp8 != "none":
+        raise UserError(
+            f"distill.teacher_offload=true and distill.teacher_fp8={options.teacher_fp8}: FP8 weights stay on the GPU: choose one"
+        )
+    for name in ("intermediate", "teacher_offload"):
+        if cfg.trainer.cuda_graphs and getattr(options, name):
+            raise UserError(
+                f"trainer.cuda_graphs=true replays the teacher's layers, and distill.{name} has work to do between them: leave "
+                "one of them out"
+            )
     if ahead is not None and layout.virtual_pipeline and ahead % layout.pipeline:
         raise UserError(
             f"distill.teacher_ahead={ahead} is not a multiple of the {layout.pipeline} stages of the interleaved pipeline"

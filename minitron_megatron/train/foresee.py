@@ -25,6 +25,7 @@ from minitron_megatron.train.memory import (
     Arithmetic,
     MicroBatch,
     Plan,
+    layers_in_cpu_memory,
     memory_of_stage,
 )
 from minitron_megatron.train.speed import FP8_GAIN, LINK_EFFICIENCY, Step, time_of_step
@@ -110,7 +111,8 @@ def _of_teacher(cfg: TrainingConfig, dtype: torch.dtype, engine: str) -> Arithme
     if not isinstance(cfg, DistillConfig):
         return Arithmetic(dtype, engine)
     options = cfg.distill
-    return Arithmetic(dtype, engine, fp8=options.teacher_fp8 != "none", fp8_head=options.teacher_head_fp8)
+    fp8 = {"fp8": options.teacher_fp8 != "none", "fp8_head": options.teacher_head_fp8}
+    return Arithmetic(dtype, engine, **fp8, offloaded=options.teacher_offload)
 
 
 def _recomputed(trainer: TrainerConfig) -> str:
@@ -236,6 +238,9 @@ def _show_memory(found: Forecast) -> None:
         totals = [_gib(sum(memory_of_stage(stage, other).values())) for stage in found.stages]
         kind = "without" if recompute == "none" else f"with {recompute}"
         rows.append([f"all, {kind} recomputation", *totals])
+    if plan.teacher_how.offloaded:
+        in_cpu_memory = [_gib(sum(layers_in_cpu_memory(stage, plan))) for stage in found.stages]
+        rows.append(["teacher weights in CPU memory", *in_cpu_memory])
     left = gpu.memory_gib - RESERVED_GIB - found.gib
     verdict = f"{left:.1f} GiB left" if found.fits else f"does NOT fit: {-left:.1f} GiB too much"
     print_table(f"GiB of a rank on {gpu.gpu} ({verdict})", ["", *names], rows)
@@ -283,16 +288,18 @@ def _show_assumptions(found: Forecast) -> None:
         "full": "every layer from its input, whatever trainer.recompute_num_layers",
     }
     nodes = f" in nodes of {gpu.gpus_per_node}" if gpu.gpus_per_node else ""
+    beside = "copies of the teacher's layers with its arithmetic; " if plan.teacher_how.offloaded else "none: "
     rows = [
         ["GPU", f"{gpu.gpu}{nodes}: {gpu.memory_gib:g} GiB at {gpu.memory_gb_s:,.0f} GB/s"],
         ["peak, TFLOP/s", f"{peak_flops(gpu, plan.how.dtype) / 1e12:,.0f} in {_name(plan.how.dtype)}{fp8}"],
         ["of it, on one GPU", f"{gpu.efficiency:.0%} (cluster.efficiency; measured: docs/cluster.md)"],
         [
             "links",
-            f"NVLink {gpu.nvlink_gb_s:g} GB/s among {gpu.nvlink_gpus} GPUs, network {gpu.network_gb_s:g} GB/s a GPU; "
+            f"NVLink {gpu.nvlink_gb_s:g} GB/s among {gpu.nvlink_gpus} GPUs, network {gpu.network_gb_s:g} GB/s a GPU, "
+            f"CPU memory {gpu.host_gb_s:g} GB/s; "
             f"{LINK_EFFICIENCY:.0%} of it is reached",
         ],
-        ["overlap", "none: communication and optimizer come after arithmetic"],
+        ["overlap", f"{beside}communication and optimizer come after arithmetic"],
         ["recomputation", again[plan.how.recompute]],
         ["layers", engines[plan.how.engine]],
         ["reserved", f"{RESERVED_GIB} GiB a GPU for CUDA, NCCL and fragmentation"],

@@ -21,6 +21,7 @@ import torch
 from minitron_megatron.config import TrainingConfig
 from minitron_megatron.data.datasets import MicroBatches, Samples
 from minitron_megatron.models.forward import Batch, attention_mask, forward_only
+from minitron_megatron.models.graphs import capture_layers
 from minitron_megatron.models.head import Summed
 from minitron_megatron.models.objective import VALIDATION_TERMS, Objective
 from minitron_megatron.parallel import collectives
@@ -66,6 +67,7 @@ class Trainer:
         self.layout, self.cfg = layout, cfg
         self.guard = SpikeGuard(cfg.guard)
         self.stop_asked = False
+        self.to_capture = cfg.trainer.cuda_graphs
 
     def micro_batches(self, samples: Samples, numbers: range) -> MicroBatches:
         """This rank's share of some samples."""
@@ -77,6 +79,7 @@ class Trainer:
         size = self.cfg.trainer.global_batch_size
         batches = [_on_device(b) for b in self.micro_batches(samples, range(step * size, (step + 1) * size))]
         data_seconds = time.monotonic() - began
+        self._capture_once(len(batches))
         for chunk in self.chunks:
             chunk.train()
         if self.objective.needs_first_pass:
@@ -90,6 +93,19 @@ class Trainer:
             set_learning_rate(self.optimizer, lr, self.cfg.optim.weight_decay)
             self.optimizer.step()
         return StepResult(terms, grad_norm, lr, tokens, time.monotonic() - began, data_seconds, taken, stop)
+
+    def _capture_once(self, micro_batches: int) -> None:
+        """Before the first step, make graphs of the layers, where they are asked for."""
+        if self.to_capture:
+            capture_layers(
+                self.chunks,
+                self.optimizer,
+                self.layout,
+                micro_batches=min(micro_batches, self.objective.at_once or micro_batches),
+                micro_batch_size=self.cfg.trainer.micro_batch_size,
+                sequence_length=self.cfg.data.sequence_length,
+            )
+            self.to_capture = False
 
     def _drop_gradients(self) -> None:
         for chunk in self.chunks:

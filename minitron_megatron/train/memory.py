@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minitron_megatron.models.axes import TRAITS
+from minitron_megatron.models.axes import TRAITS, axis_table
 from minitron_megatron.models.head import LOGITS_BYTES
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.models.vocab_parallel import BLOCK_ELEMENTS
@@ -46,6 +46,7 @@ class Arithmetic:
     fused_norms: bool = True  # torch has a fused RMSNorm on GPUs, on CPUs it keeps float32 copies
     fp8: bool = False  # products of the layers; of a teacher its weights too
     fp8_head: bool = False  # of a teacher
+    offloaded: bool = False  # of a teacher: its layers are in CPU memory (distill/offload.py)
 
     @property
     def input_bytes(self) -> int:
@@ -273,7 +274,24 @@ def _teacher_weights(stage: Stage, plan: Plan) -> int:
         # A tied one is the embedding too, and stands there beside its copy in FP8.
         tied = plan.teacher.tied_embeddings and not plan.teacher_layout
         saved += -matrix if tied else (how.dtype.itemsize - 1) * matrix
+    layers = layers_in_cpu_memory(stage, plan)
+    # In their stead two buffers for the largest.
+    saved += sum(layers) - 2 * max(layers) if layers else 0
     return parameters * how.dtype.itemsize - saved
+
+
+def layers_in_cpu_memory(stage: Stage, plan: Plan) -> list[int]:
+    """Bytes of each of the teacher's layers that a rank of a stage has in CPU memory: none where they are not offloaded."""
+    if not plan.teacher_how.offloaded:
+        return []
+    own, item = plan.of_teacher.layout, plan.teacher_how.dtype.itemsize
+    rows = [row for row in axis_table(plan.teacher) if row.stacked]
+    shared = [own.tensor if row.tensor_parallel_axis else 1 for row in rows]
+    return [
+        item * sum(math.prod(row.shape(plan.teacher, layer)) // n for row, n in zip(rows, shared, strict=True))
+        for chunk in stage.teacher
+        for layer in chunk.layers
+    ]
 
 
 def _kept_states(stage: Stage, plan: Plan) -> int:

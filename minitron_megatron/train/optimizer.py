@@ -13,6 +13,8 @@ import torch
 from minitron_megatron.config import DdpConfig, OptimConfig, TrainerConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.fp8 import fp8_fields
+from minitron_megatron.models.graphs import graph_fields, graph_safe_wrapping
+from minitron_megatron.train.overlap import overlap_fields
 
 
 def check_optimizer(device: torch.device) -> None:
@@ -68,9 +70,10 @@ def wrap_and_optimize(
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, **asdict(options))
     for chunk in chunks:
         _fuse_gradient_sums(chunk)
-    wrapped = [
-        DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
-    ]
+    with graph_safe_wrapping(chunks[0].config):
+        wrapped = [
+            DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+        ]
     moments = torch.bfloat16 if optim.state_precision == "bf16" else torch.float32
     config = OptimizerConfig(
         optimizer="adam",
@@ -123,7 +126,12 @@ def recomputation(options: TrainerConfig) -> dict[str, Any]:
 
 def training_fields(options: TrainerConfig) -> dict[str, Any]:
     """Fields of Megatron's TransformerConfig for a model that is trained. Raises UserError as `recomputation`."""
-    return recomputation(options) | fp8_fields(options.fp8, bf16_layers=options.fp8_bf16_layers)
+    return {
+        **recomputation(options),
+        **fp8_fields(options.fp8, bf16_layers=options.fp8_bf16_layers),
+        **graph_fields(options.cuda_graphs),
+        **overlap_fields(options.tp_comm_overlap),
+    }
 
 
 def check_ddp(options: DdpConfig) -> None:

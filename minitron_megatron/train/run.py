@@ -56,6 +56,7 @@ from minitron_megatron.models.build import (
     pick_engine,
 )
 from minitron_megatron.models.fp8 import check_fp8, check_fp8_device
+from minitron_megatron.models.graphs import check_graphs, check_graphs_device
 from minitron_megatron.models.objective import Objective
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
@@ -74,6 +75,7 @@ from minitron_megatron.train.optimizer import (
     training_fields,
     wrap_and_optimize,
 )
+from minitron_megatron.train.overlap import check_overlap, check_overlap_device, user_buffers
 from minitron_megatron.train.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -82,9 +84,10 @@ _MAY_CHANGE = frozenset({"parallel", "device", "resume", "verify", "dry_run", "o
 _MAY_CHANGE_TOO = frozenset(
     f"trainer.{name}"
     for name in """save_interval keep_last keep_best publish checkpoint_format async_save parallel_save parallel_load
-    time_limit_minutes recompute recompute_modules recompute_method recompute_num_layers""".split()
+    time_limit_minutes recompute recompute_modules recompute_method recompute_num_layers cuda_graphs
+    tp_comm_overlap""".split()
 ) | frozenset(
-    {"data.max_epochs", "distill.teacher_ahead", "distill.logits_mib"}
+    {"data.max_epochs", "distill.teacher_ahead", "distill.teacher_offload", "distill.logits_mib"}
     | {f"distill.teacher_parallel.{f.name}" for f in fields(TeacherParallelConfig)}
 )
 _MAY_GROW = frozenset({"trainer.steps", "trainer.tokens"})
@@ -141,9 +144,14 @@ def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
         engine = pick_engine(model.engine, own, model_dtype(shapes[name], cfg.precision), device, name)
         check_document_masks(cfg.data.reset_attention_mask, engine, name)
         option, scaling = recipe.fp8_of(name)
-        check_fp8_device(option, scaling, engine, model_dtype(shapes[name], cfg.precision), device)
+        dtype = model_dtype(shapes[name], cfg.precision)
+        check_fp8_device(option, scaling, engine, dtype, device)
+        check_graphs_device(cfg.trainer.cuda_graphs, engine, dtype)
+        if name == recipe.trained:
+            check_overlap_device(cfg.trainer.tp_comm_overlap, engine, dtype)
     check_state_precision(cfg.optim, model_dtype(shapes[recipe.trained], cfg.precision), device)
-    with parallel_job(layout, seed=cfg.seed, device=cfg.device) as job:
+    buffers = user_buffers(cfg.trainer, shapes[recipe.trained], layout, cfg.data.sequence_length)
+    with parallel_job(layout, seed=cfg.seed, device=cfg.device) as job, buffers:
         check_optimizer(job.device)
         if cfg.verify:
             for folder in folders.values():
@@ -230,6 +238,8 @@ def check_training(shapes: Shapes, cfg: TrainingConfig, layout: Layout) -> None:
     schedule_of(cfg)
     recomputation(cfg.trainer)
     check_ddp(cfg.ddp)
+    check_graphs(cfg.trainer.cuda_graphs, cfg.trainer.recompute)
+    check_overlap(cfg.trainer, layout)
     trainer = cfg.trainer
     if trainer.keep_best and not trainer.validation_samples:
         raise UserError("trainer.keep_best=true needs validations: set trainer.validation_samples= above 0")

@@ -3,20 +3,20 @@
     step = (micro-batches + (stages - 1) / chunks) × slowest stage's pass over a micro-batch        bubble: Narayanan et al.,
          + teacher's, likewise, + data-parallel collectives + optimizer                             arXiv 2104.04473, section 2.2
 
-Nothing is taken to overlap. What one GPU makes of its peak is measured (`efficiency`); links give LINK_EFFICIENCY of their
-data sheet's bandwidth, and collectives are rings: an all-reduce sends 2·(n-1)/n of its bytes, a reduce-scatter or all-gather
-half of that.
+Nothing is taken to overlap, but an offloaded teacher's copies with its arithmetic. What one GPU makes of its peak is measured
+(`efficiency`); links give LINK_EFFICIENCY of their data sheet's bandwidth, and collectives are rings: an all-reduce sends
+2·(n-1)/n of its bytes, a reduce-scatter or all-gather half of that.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minitron_megatron.config import HardwareConfig
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.hardware import peak_flops
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.census import Chunk, Stage
-from minitron_megatron.train.memory import GRADIENT_BYTES, Arithmetic, Plan
+from minitron_megatron.train.memory import GRADIENT_BYTES, Arithmetic, Plan, layers_in_cpu_memory
 
 LINK_EFFICIENCY = 0.8
 # Tensor-parallel all-reduces of a layer's forward pass; its backward pass has as many. With sequence parallelism each is a
@@ -142,10 +142,7 @@ def time_of_step(stages: Sequence[Stage], plan: Plan, gpu: HardwareConfig) -> St
     )
     teacher = Pass()
     if plan.teacher:
-        teacher = max(
-            (pass_of_stage(plan.teacher, s.teacher, own, plan.teacher_how, gpu, backward=False) for s in stages),
-            key=lambda one: one.seconds(links_of_teacher),
-        )
+        teacher = max((_pass_of_teacher(s, plan, gpu) for s in stages), key=lambda one: one.seconds(links_of_teacher))
     bubble = plan.rounds * _idle_passes(layout) / count
     idle = _idle_passes(layout) * student.seconds(links) + _idle_passes(own.layout) * teacher.seconds(links_of_teacher)
     trained = max(sum(chunk.parameters for chunk in stage.student) for stage in stages)
@@ -169,6 +166,15 @@ def time_of_step(stages: Sequence[Stage], plan: Plan, gpu: HardwareConfig) -> St
     }
     tokens = count * plan.batch.samples * plan.batch.sequence_length * layout.data
     return Step(seconds, sent, bubble, tokens)
+
+
+def _pass_of_teacher(stage: Stage, plan: Plan, gpu: HardwareConfig) -> Pass:
+    """Forward over a micro-batch; of layers in CPU memory it takes as long as their copies, if those take longer."""
+    found = pass_of_stage(plan.teacher, stage.teacher, plan.of_teacher, plan.teacher_how, gpu, backward=False)
+    layers = layers_in_cpu_memory(stage, plan)
+    # As many as there are buffers stay in them.
+    copied = sum(layers) if len(layers) > 2 else 0
+    return replace(found, compute=max(found.compute, copied / (LINK_EFFICIENCY * 1e9 * gpu.host_gb_s)))
 
 
 def _idle_passes(layout: Layout) -> float:

@@ -4,21 +4,17 @@ Fused attention takes bf16 only, and two ranks round other partial sums than one
 """
 
 import json
-import os
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from minitron_megatron.importance.scores import load_scores
-from tests.test_commands import TORCHRUN, free_port
+from tests.gpu.command import command
 from tests.tiny import data_folder, hf_model, imported
 
 pytest.importorskip("transformer_engine", exc_type=ImportError)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
-ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 3, "spread": 0.03}
 LENGTH = 64
 
@@ -34,17 +30,8 @@ def folders(request, tmp_path_factory):
 
 def run(name, context, *words):
     """A command on `context` GPUs that share every sequence."""
-    command = [TORCHRUN, "--nproc-per-node", str(context), "--master-port", str(free_port())]
-    shared = [f"data.sequence_length={LENGTH}", f"parallel.context={context}", "device=cuda"]
-    done = subprocess.run(
-        [*command, str(ROOT / "launch" / f"{name}.py"), *map(str, words), *shared],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "4"},
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    shared = [f"data.sequence_length={LENGTH}", f"parallel.context={context}"]
+    command(name, *words, *shared, gpus=context)
 
 
 def on_one_and_two(name, folder, *words):

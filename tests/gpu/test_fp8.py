@@ -17,12 +17,12 @@ from minitron_megatron.models.build import build_model_chunks
 from minitron_megatron.models.fp8 import Fp8Matrix, fp8_fields
 from minitron_megatron.parallel.layout import Layout, parallel_job
 from tests import jobs
+from tests.gpu.command import ROOT, command
 from tests.test_models import relative
 from tests.tiny import data_folder, hf_model, imported
 
 pytest.importorskip("transformer_engine", exc_type=ImportError)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-ROOT = Path(__file__).resolve().parents[2]
 # Multiples of 128 for blockwise scaling.
 SIZES = {
     "hidden_size": 256,
@@ -79,7 +79,7 @@ def test_an_fp8_matrix_is_what_it_is_on_the_cpu():
     assert relative(wanted.float(), rows.float() @ weight.float().t()) <= 0.05
 
 
-def distilled(folders, output, steps=8, **options):
+def distilled(folders, output, steps=8, *, gpus=1, env=None, **options):
     """Metrics by step of `launch/distill.py` in bf16, begun or continued in `output`."""
     teacher, student, data = folders
     given = {
@@ -98,19 +98,10 @@ def distilled(folders, output, steps=8, **options):
         "data.max_epochs": 100,
         "logger.wandb": "disabled",
         "precision": "bf16",
-        "device": "cuda",
         "output": output,
         **options,
     }
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "distill.py"), *(f"{name}={value}" for name, value in given.items())],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "4"},
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    command("distill", *(f"{name}={value}" for name, value in given.items()), gpus=gpus, env=env)
     return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -5,10 +5,7 @@ GPUs; those layouts that need four are skipped on two.
 """
 
 import json
-import os
 import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,12 +15,11 @@ from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.importance.scores import load_scores
 from minitron_megatron.models.axes import slots
-from tests.test_commands import TORCHRUN, free_port
+from tests.gpu.command import command
 from tests.tiny import data_folder, hf_model, imported
 
 GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")]
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 10
 TRAINING = (
     f"trainer.steps={STEPS}",
@@ -79,18 +75,7 @@ def sources(tmp_path_factory):
 
 def run(name, gpus, *words):
     """A command on some GPUs."""
-    if gpus > GPUS:
-        pytest.skip(f"needs {gpus} CUDA devices")
-    command = [TORCHRUN, "--nproc-per-node", str(gpus), "--master-port", str(free_port())]
-    done = subprocess.run(
-        [*command, str(ROOT / "launch" / f"{name}.py"), *map(str, words), "device=cuda"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "4"},
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    command(name, *words, gpus=gpus)
 
 
 def models(sources):

@@ -31,7 +31,10 @@ def drawn(*size, dtype, spread=1.0, seed=0):
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_losses_of_logits_equal_float64(dtype, kind, rows, width, vocabulary, temperature):
-    """Terms to 1e-5; a gradient to 2e-5, and 1e-5 of its row's largest, in float32; to bfloat16's own rounding of every entry."""
+    """Terms to 1e-5; a gradient to 1e-5, and half of that of its row's largest, in float32; to bfloat16's own rounding.
+
+    Twice that in float32 for reverse KL, whose gradient has the loss itself in it.
+    """
     student, teacher = (drawn(rows, 1, width, dtype=dtype, spread=3, seed=seed) for seed in (rows, rows + 1))
     student[0] = teacher[0]
     weights = torch.rand(rows, 1, device="cuda")
@@ -43,9 +46,10 @@ def test_losses_of_logits_equal_float64(dtype, kind, rows, width, vocabulary, te
     (wanted["loss"] * weights).sum().backward()
     for name, values in found.items():
         torch.testing.assert_close(values.double(), wanted[name].detach().double(), rtol=1e-5, atol=2e-6)
-    bound = 2e-5 if dtype is torch.float32 else 2**-7
+    single = 1e-5 if kind == "forward_kl" else 2e-5
+    bound = single if dtype is torch.float32 else 2**-7
     error = (gradient.double() - plain.grad).abs()
-    assert (error <= bound * plain.grad.abs() + 1e-5 * plain.grad.abs().amax(-1, keepdim=True)).all()
+    assert (error <= bound * plain.grad.abs() + single / 2 * plain.grad.abs().amax(-1, keepdim=True)).all()
 
 
 @pytest.mark.parametrize("main_grad", [False, True])

@@ -1,11 +1,7 @@
 """The same code on CUDA: logits, importance, distillation and resuming on one GPU, against the CPU and transformers."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +14,10 @@ from minitron_megatron.importance.scores import load_scores
 from minitron_megatron.layer_analysis import analyse_layers
 from minitron_megatron.parallel.layout import Layout, parallel_job
 from tests import jobs
+from tests.gpu.command import command
 from tests.tiny import LLAMA3, data_folder, data_option, hf_model, imported, model_option
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-ROOT = Path(__file__).resolve().parents[2]
 # Large enough that the fused optimizer's blocks are not all remainder.
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32}
 
@@ -101,18 +97,9 @@ def test_distillation_learns_and_resumes(folders, tmp_path, precision):
             "optim.warmup_steps=0",
             "logger.wandb=disabled",
             f"precision={precision}",
-            "device=cuda",
             f"output={tmp_path / 'whole'}",
         ]
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "launch" / "distill.py"), *words],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "4"},
-            cwd=ROOT,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        command("distill", *words)
         lines = map(json.loads, (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines())
         return {line["step"]: line["loss"] for line in lines}
 

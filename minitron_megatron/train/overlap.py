@@ -1,0 +1,79 @@
+"""Tensor-parallel transfers beside matrix products, by Transformer Engine's user buffers, for the model that is trained.
+
+    without    gather tokens ─▶ product ─▶ scatter sums          one after another, over NCCL
+    with       a rank's part of a product runs while the next rank's tokens arrive (arXiv 2104.04473's transfers, hidden)
+
+The buffers have the size of one model's tokens, so a teacher beside it has none.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from minitron_megatron.config import TrainerConfig
+from minitron_megatron.errors import UserError
+from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.parallel.layout import Layout
+
+OPTION = "trainer.tp_comm_overlap"
+
+
+def overlap_fields(wanted: bool) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig for a model whose transfers overlap; none without."""
+    return {"tp_comm_overlap": True} if wanted else {}
+
+
+def check_overlap(trainer: TrainerConfig, layout: Layout) -> None:
+    """Raise UserError where there is nothing to overlap, or what cannot be."""
+    if not trainer.tp_comm_overlap:
+        return
+    if layout.tensor == 1 or not layout.sequence:
+        raise UserError(
+            f"{OPTION}=true is for sequence parallelism: set {layout.option}.tensor= above 1 and {layout.option}.sequence=true"
+        )
+    if trainer.cuda_graphs:
+        raise UserError(f"{OPTION}=true does not go with trainer.cuda_graphs=true: use one of them")
+
+
+def check_overlap_device(wanted: bool, engine: str, dtype: torch.dtype) -> None:
+    """Raise UserError where a model's engine (te or local) or its precision cannot overlap transfers."""
+    if wanted and (engine != "te" or dtype is not torch.bfloat16):
+        raise UserError(
+            f"{OPTION}=true needs Transformer Engine's layers in bf16 on GPUs: set precision=bf16 where both are, or "
+            f"{OPTION}=false"
+        )
+    if wanted and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
+        raise UserError(
+            f"{OPTION}=true needs CUDA_DEVICE_MAX_CONNECTIONS=1 in the environment: transfers start first then"
+        )
+
+
+@contextmanager
+def user_buffers(trainer: TrainerConfig, shape: ModelShape, layout: Layout, sequence_length: int) -> Iterator[None]:
+    """Buffers for the micro-batches of a model in this layout, where they are asked for; in a live job, before it is built."""
+    if not trainer.tp_comm_overlap:
+        yield
+        return
+    from transformer_engine.pytorch.module import base
+
+    # Who keeps NCCL from NVLink's multicast does not want it here either.
+    if os.environ.get("NCCL_NVLS_ENABLE") == "0":
+        os.environ.setdefault("UB_SKIPMC", "1")
+    modes = base.UserBufferQuantizationMode
+    wanted = [modes.FP8] if trainer.fp8 != "none" else []
+    wanted += [modes.NONE] if not wanted or trainer.fp8_bf16_layers else []
+    tokens = trainer.micro_batch_size * sequence_length // layout.context
+    base.initialize_ub(
+        shape=[tokens, shape.hidden_size],
+        tp_size=layout.tensor,
+        quantization_modes=wanted,
+        ub_cfgs={},
+        bootstrap_backend="nccl",
+    )
+    try:
+        yield
+    finally:
+        base.destroy_ub()
