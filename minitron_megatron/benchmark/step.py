@@ -34,7 +34,7 @@ from minitron_megatron.models.axes import flops_per_token
 from minitron_megatron.models.build import build_model_chunks, model_dtype, pick_engine
 from minitron_megatron.models.forward import Batch
 from minitron_megatron.models.fp8 import check_fp8_device
-from minitron_megatron.models.graphs import check_graphs_device
+from minitron_megatron.models.graphs import check_graphs_device, peak_memory
 from minitron_megatron.models.head import Summed
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
@@ -135,7 +135,10 @@ def distillation_step(cfg: BenchmarkConfig, layout: Layout) -> dict[str, Any]:
         found = figures(case, timed(case, trainer))
     if cfg.peers and can_run("modelopt") and layout.world_size == 1:
         trainer.objective = _ModelOpt(trainer.objective.teacher, case.shapes[1].vocab_size)
-        theirs = figures(case, timed(case, trainer))
+        try:
+            theirs = figures(case, timed(case, trainer))
+        except torch.OutOfMemoryError:
+            return {**found, "modelopt": "out of memory"}
         found |= {f"modelopt_{name}": value for name, value in theirs.items() if name not in ("tokens", "loss")}
         found["tokens_per_second_over_modelopt"] = theirs["seconds"] / found["seconds"]
         if "peak_gib" in found:
@@ -208,7 +211,7 @@ def timed(case: Case, trainer: Trainer) -> Timed:
             losses.append(terms["loss"])
         torch.cuda.synchronize()
         found.append(time.perf_counter() - began)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    peak = peak_memory(cfg.step.cuda_graphs) / 2**30 if torch.cuda.is_available() else 0.0
     return Timed(statistics.median(found[3:]), peak, losses[0])
 
 

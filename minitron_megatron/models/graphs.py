@@ -40,6 +40,14 @@ def check_graphs_device(wanted: bool, engine: str, dtype: torch.dtype, option: s
         )
 
 
+def peak_memory(wanted: bool) -> int:
+    """Bytes of this GPU that tensors took at the most; where there are graphs, that torch reserved.
+
+    What graphs work in counts as free when they have been captured, though nothing else can have it.
+    """
+    return torch.cuda.max_memory_reserved() if wanted else torch.cuda.max_memory_allocated()
+
+
 @contextmanager
 def graph_safe_wrapping(config: Any) -> Iterator[None]:
     """Wrap a model for data parallelism within, where graphs are to be made of its layers.

@@ -79,7 +79,6 @@ class Trainer:
         size = self.cfg.trainer.global_batch_size
         batches = [_on_device(b) for b in self.micro_batches(samples, range(step * size, (step + 1) * size))]
         data_seconds = time.monotonic() - began
-        self._capture_once(len(batches))
         for chunk in self.chunks:
             chunk.train()
         if self.objective.needs_first_pass:
@@ -95,13 +94,13 @@ class Trainer:
         return StepResult(terms, grad_norm, lr, tokens, time.monotonic() - began, data_seconds, taken, stop)
 
     def _capture_once(self, micro_batches: int) -> None:
-        """Before the first step, make graphs of the layers, where they are asked for."""
+        """Before the first pass, make graphs of the layers, where they are asked for."""
         if self.to_capture:
             capture_layers(
                 self.chunks,
                 self.optimizer,
                 self.layout,
-                micro_batches=min(micro_batches, self.objective.at_once or micro_batches),
+                micro_batches=micro_batches,
                 micro_batch_size=self.cfg.trainer.micro_batch_size,
                 sequence_length=self.cfg.data.sequence_length,
             )
@@ -124,6 +123,7 @@ class Trainer:
             the same on every rank.
         """
         names, at_once = self.objective.names(measure), self.objective.at_once or len(batches)
+        self._capture_once(min(at_once, len(batches)))
         rounds, results = Rounds(self.chunks), []
         for start in range(0, len(batches), at_once):
             part = batches[start : start + at_once]

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from minitron_megatron.config import HardwareConfig, LoggerConfig
 from minitron_megatron.console import SECONDS_BETWEEN_LINES, console, speaks
+from minitron_megatron.models.graphs import peak_memory
 from minitron_megatron.parallel.hardware import gpu_of, hardware, peak_flops
 from minitron_megatron.train.loop import StepResult
 
@@ -34,7 +35,14 @@ class StepMetrics:
     """
 
     def __init__(
-        self, flops_per_token: float, processes: int, dtype: torch.dtype, device: torch.device, given: HardwareConfig
+        self,
+        flops_per_token: float,
+        processes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        given: HardwareConfig,
+        *,
+        graphs: bool = False,
     ) -> None:
         """Metrics of a run.
 
@@ -44,7 +52,9 @@ class StepMetrics:
             dtype: that models compute in.
             device: of this rank.
             given: hardware= of the config; MFU is left out for GPUs that neither it nor conf/cluster knows, and on CPUs.
+            graphs: layers run as CUDA graphs.
         """
+        self.graphs = graphs
         self.flops_per_token, self.processes, self.on_gpu = flops_per_token, processes, device.type == "cuda"
         known = self.on_gpu and (given.gpu or given.bf16_tflops or gpu_of(torch.cuda.get_device_name()))
         self.peak = peak_flops(hardware(given), dtype) if known else None
@@ -72,7 +82,7 @@ class StepMetrics:
     def _memory(self) -> dict[str, float]:
         """GiB of rank 0: on its GPU now and at the most, or resident on a CPU."""
         if self.on_gpu:
-            now, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+            now, most = torch.cuda.memory_allocated(), peak_memory(self.graphs)
             return {"memory_gib": now / 2**30, "memory_peak_gib": most / 2**30}
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return {"resident_gib": pages * os.sysconf("SC_PAGE_SIZE") / 2**30}

@@ -325,7 +325,8 @@ class _Run:
         length = cfg.data.sequence_length
         # Forward and twice that backward for the model that is trained, forward alone for the others.
         flops = sum((3 if n == recipe.trained else 1) * flops_per_token(s, length) for n, s in self.shapes.items())
-        self.of_step = StepMetrics(flops, job.layout.world_size, dtype, job.device, cfg.cluster)
+        of_job = flops, job.layout.world_size, dtype, job.device, cfg.cluster
+        self.of_step = StepMetrics(*of_job, graphs=cfg.trainer.cuda_graphs)
 
     def _prepare(self, folders: Mapping[str, ModelFolder]) -> tuple[Trainer, int]:
         """Objective, model and optimizer on this rank, and the step to begin with."""
