@@ -35,23 +35,28 @@ def test_fields_are_megatrons():
 
 
 @pytest.mark.parametrize(
-    ("trainer", "loss", "says"),
+    ("trainer", "loss", "length", "says"),
     [
-        ({"recompute": "full"}, {}, "trainer.cuda_graphs=true cannot recompute whole layers"),
-        ({}, {"intermediate": 0.5}, "distill.intermediate"),
-        ({}, {"teacher_offload": True}, "distill.teacher_offload"),
-        ({}, {}, "trainer.cuda_graphs=true needs Transformer Engine's layers in bf16 on a GPU"),
+        ({"recompute": "full"}, {}, 128, "trainer.cuda_graphs=true cannot recompute whole layers"),
+        ({}, {"intermediate": 0.5}, 128, "distill.intermediate"),
+        ({}, {"teacher_offload": True}, 128, "distill.teacher_offload"),
+        ({}, {}, 64, "data.sequence_length to be a multiple of 128, not 64"),
+        ({}, {}, 128, "trainer.cuda_graphs=true needs Transformer Engine's layers in bf16 on a GPU"),
     ],
 )
-def test_what_graphs_cannot_do_is_refused(sources, tmp_path, trainer, loss, says):  # noqa: F811
+def test_what_graphs_cannot_do_is_refused(sources, tmp_path, trainer, loss, length, says):  # noqa: F811
     cfg = options(sources, tmp_path / "run", **loss)
+    cfg = replace(cfg, data=replace(cfg.data, sequence_length=length, max_epochs=100.0))
     with pytest.raises(UserError) as error:
         distill(replace(cfg, trainer=replace(cfg.trainer, cuda_graphs=True, **trainer)))
     assert says in str(error.value) and not (tmp_path / "run").exists()
 
 
 def test_graphs_need_transformer_engine_and_bf16():
-    check_graphs(True, "selective")
+    check_graphs(True, "selective", 512, Layout(context=2, world_size=2))
+    check_graphs(False, "full", 7, Layout())
+    with pytest.raises(UserError, match="multiple of 512, not 256"):
+        check_graphs(True, "none", 256, Layout(context=2, world_size=2))
     check_graphs_device(True, "te", torch.bfloat16)
     check_graphs_device(False, "local", torch.float32)
     for engine, dtype in (("local", torch.bfloat16), ("te", torch.float32)):

@@ -92,10 +92,11 @@ class Scaling:
         rows = {str(self.alone.layout): self._row(self.alone, self.measured_alone)}
         memory = min(collectives.all_gather_objects(self._memory_gib()))
         for name, case in self.cases.items():
-            log.info("%s", name)
             # An allocation that fails on one rank would leave the others waiting: decided before, by all alike.
             found = too_large(self.foreseen.get(name), memory) or measured(case)
             rows[name] = self._row(case, found)
+            # What has been measured is known if a later row takes the job down.
+            log.info("%s: %s", name, rows[name])
         base = with_efficiency(rows, [str(self.alone.layout), str(Layout(world_size=collectives.world_size()))])
         for name, row in rows.items():
             row |= with_errors(row, self.foreseen.get(name, {}))

@@ -18,6 +18,8 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.layout import Layout
 
 OPTION = "trainer.cuda_graphs"
+# What the keys that a fused attention kernel sees at once must be a multiple of, to be captured.
+MULTIPLE_OF_KEYS = 128
 
 
 def graph_fields(wanted: bool) -> dict[str, Any]:
@@ -25,10 +27,19 @@ def graph_fields(wanted: bool) -> dict[str, Any]:
     return {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": []} if wanted else {}
 
 
-def check_graphs(wanted: bool, recompute: str) -> None:
-    """Raise UserError where graphs do not go with what is recomputed."""
-    if wanted and recompute == "full":
+def check_graphs(wanted: bool, recompute: str, sequence_length: int, layout: Layout) -> None:
+    """Raise UserError where graphs do not go with what is recomputed, or with the length of samples in a layout."""
+    if not wanted:
+        return
+    if recompute == "full":
         raise UserError(f"{OPTION}=true cannot recompute whole layers: use trainer.recompute=selective or none")
+    # cuDNN up to 9.15: without it attention would be unfused in graphs, and with context parallelism not at all.
+    multiple = MULTIPLE_OF_KEYS * (2 * layout.context if layout.context > 1 else 1)
+    if sequence_length % multiple:
+        raise UserError(
+            f"{OPTION}=true needs data.sequence_length to be a multiple of {multiple}, not {sequence_length}: fused attention "
+            "over others cannot be captured"
+        )
 
 
 def check_graphs_device(wanted: bool, engine: str, dtype: torch.dtype, option: str = OPTION) -> None:

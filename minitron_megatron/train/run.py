@@ -238,7 +238,7 @@ def check_training(shapes: Shapes, cfg: TrainingConfig, layout: Layout) -> None:
     schedule_of(cfg)
     recomputation(cfg.trainer)
     check_ddp(cfg.ddp)
-    check_graphs(cfg.trainer.cuda_graphs, cfg.trainer.recompute)
+    check_graphs(cfg.trainer.cuda_graphs, cfg.trainer.recompute, cfg.data.sequence_length, layout)
     check_overlap(cfg.trainer, layout)
     trainer = cfg.trainer
     if trainer.keep_best and not trainer.validation_samples:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_commands import TORCHRUN, free_port
+from tests.test_commands import TORCHRUN
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,7 +18,8 @@ def command(name: str, *words: Any, gpus: int = 1, env: dict[str, str] | None = 
     """`launch/NAME.py` with these options; skips a test that needs more GPUs than there are."""
     if gpus > torch.cuda.device_count():
         pytest.skip(f"needs {gpus} CUDA devices")
-    start = [TORCHRUN, "--nproc-per-node", str(gpus), "--master-port", str(free_port())]
+    # Standalone, torchrun finds a port of its own, whatever else starts at the same time.
+    start = [TORCHRUN, "--standalone", "--nproc-per-node", str(gpus)]
     done = subprocess.run(
         [
             *(start if gpus > 1 else [sys.executable]),
