@@ -377,6 +377,9 @@ class HardwareConfig:
     nvlink_gb_s: float | None = option(None, "NVLink bandwidth of a GPU in one direction, GB/s")
     network_gb_s: float | None = option(None, "network bandwidth of a GPU in one direction, GB/s")
     host_gb_s: float | None = option(None, "bandwidth from CPU memory to a GPU, GB/s")
+    launch_ms: float | None = option(
+        None, "milliseconds that a node's processor takes to launch a layer's forward pass, as measured"
+    )
     efficiency: float | None = option(None, "share of the peak that a step reaches on one GPU, as measured")
 
 
@@ -816,7 +819,7 @@ _POSITIVE = frozenset(
     max_shard_gb save_interval interval repeats rows limit num_layers hidden_size ffn_hidden_size num_attention_heads
     num_query_groups vocab_size adam_eps top_k chunk_samples processes nodes processes_per_node decay_steps decay_tokens
     decay_share window stop_after recompute_num_layers bucket_size keep_last time_limit_minutes world_size nvlink_gpus
-    memory_gib bf16_tflops fp8_tflops fp32_tflops memory_gb_s nvlink_gb_s network_gb_s host_gb_s efficiency
+    memory_gib bf16_tflops fp8_tflops fp32_tflops memory_gb_s nvlink_gb_s network_gb_s host_gb_s launch_ms efficiency
     teacher_ahead logits_mib micro_batches""".split()
 )
 _NOT_NEGATIVE = frozenset(

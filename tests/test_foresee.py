@@ -8,6 +8,7 @@ import torch
 import yaml
 from hydra import initialize_config_dir
 
+from minitron_megatron.benchmark.step import Case
 from minitron_megatron.config import DdpConfig, DistillConfig, HardwareConfig, ModelConfig, OptimConfig, ParallelConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF, check_processes, compose
@@ -256,6 +257,37 @@ def test_a_teacher_in_cpu_memory_takes_the_longer_of_its_copies_and_its_arithmet
     copies = layers / (LINK_EFFICIENCY * 64e9)
     assert seconds[1, True] == pytest.approx(copies) and seconds[1, False] < copies / 2
     assert seconds[16, True] == seconds[16, False] > copies
+
+
+FP8 = {"fp8": "delayed", "teacher_fp8": "tensorwise", "teacher_head_fp8": True}
+
+
+@pytest.mark.parametrize(
+    ("layers", "length", "layout", "step", "seconds", "waits"),
+    [
+        (12, 8192, Layout(), {}, 1.2437, False),
+        (12, 8192, Layout(tensor=2, sequence=True, world_size=4), {}, 1.4247, False),
+        (12, 8192, Layout(pipeline=2, world_size=4), {}, 1.5334, False),
+        (12, 8192, Layout(tensor=4, sequence=True, world_size=4), {}, 2.2834, True),
+        (32, 4096, Layout(), {}, 1.3833, False),
+        (32, 4096, Layout(), FP8, 1.277, True),
+        (32, 4096, Layout(), {**FP8, "cuda_graphs": True}, 1.0183, False),
+        (32, 8192, Layout(), {**FP8, "cuda_graphs": True}, 2.2136, False),
+    ],
+    ids=str,
+)
+def test_seconds_of_steps_are_those_measured_on_h200s(hydra, layers, length, layout, step, seconds, waits):
+    """Four micro-batches a GPU, as in docs/benchmarks.md: to 10 %, and launches are waited for where GPUs were seen to."""
+    options = ["output=x", f"sequence_length={length}", f"model.num_layers={layers}", f"target.num_layers={layers}"]
+    cfg = compose(
+        "benchmark", ["benchmark=scaling", *options, *(f"step.{name}={value}" for name, value in step.items())]
+    )
+    case = Case(cfg, layout, 4 * layout.world_size // layout.data)
+    teacher, student = case.shapes
+    run = replace(case.run, cluster=HardwareConfig(gpu="h200"))
+    found = forecast(run, layout, Models(student, "te", teacher, "te", lambda one: one)).step
+    assert found.total == pytest.approx(seconds, rel=0.1)
+    assert (found.seconds["waiting for launches"] > 0) == waits
 
 
 def test_presets_of_an_experiment_give_way_to_what_is_typed(hydra):

@@ -99,6 +99,7 @@ def forecast(cfg: TrainingConfig, layout: Layout, models: Models) -> Forecast:
         teacher_how=_of_teacher(cfg, theirs, _engine(models.teacher_engine, theirs)),
         state_precision=cfg.optim.state_precision if dtype is torch.bfloat16 else "fp32",
         **({"logits_bytes": cfg.distill.logits_mib * 2**20} if isinstance(cfg, DistillConfig) else {}),
+        cuda_graphs=trainer.cuda_graphs,
         teacher_layout=None if own == layout else own,
         ahead=cfg.distill.teacher_ahead if isinstance(cfg, DistillConfig) else None,
     )
@@ -275,11 +276,7 @@ def _show_time(found: Forecast, steps: int) -> None:
 def _show_assumptions(found: Forecast) -> None:
     gpu, plan = found.gpu, found.plan
     used = any((plan.how.fp8, plan.teacher_how.fp8, plan.teacher_how.fp8_head))
-    gain = (
-        f"its products count {FP8_GAIN:g} times as fast as bfloat16's, launches never waited for"
-        if used
-        else "not used"
-    )
+    gain = f"its products count {FP8_GAIN:g} times as fast as bfloat16's" if used else "not used"
     fp8 = f"; FP8 {gpu.fp8_tflops:,.0f}, {gain}" if gpu.fp8_tflops else ""
     engines = {"te": "Transformer Engine's, with fused attention", "local": "Megatron's local ones, attention unfused"}
     again = {
@@ -300,6 +297,12 @@ def _show_assumptions(found: Forecast) -> None:
             f"{LINK_EFFICIENCY:.0%} of it is reached",
         ],
         ["overlap", f"{beside}communication and optimizer come after arithmetic"],
+        [
+            "launches",
+            "CUDA graphs"
+            if plan.cuda_graphs
+            else f"{gpu.launch_ms:g} ms for a layer's forward pass (cluster.launch_ms)",
+        ],
         ["recomputation", again[plan.how.recompute]],
         ["layers", engines[plan.how.engine]],
         ["reserved", f"{RESERVED_GIB} GiB a GPU for CUDA, NCCL and fragmentation"],

@@ -196,6 +196,7 @@ class Plan:
     ahead: int | None = None
     state_precision: str = "fp32"
     logits_bytes: int = LOGITS_BYTES
+    cuda_graphs: bool = False
 
     @property
     def optimizer_bytes(self) -> int:

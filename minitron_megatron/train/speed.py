@@ -24,6 +24,8 @@ LINK_EFFICIENCY = 0.8
 REDUCES_OF_A_LAYER = 2
 # How much faster layers' matrix products are in FP8, casts included: from profiles of a step in both (docs/benchmarks.md).
 FP8_GAIN = 1.6
+# How much longer a host takes to launch a layer that has tensor-parallel transfers too (docs/benchmarks.md).
+LAUNCHES_WITH_TRANSFERS = 1.2
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,15 @@ def stage_bytes(shape: ModelShape, plan: Plan, how: Arithmetic) -> float:
 
 @dataclass(frozen=True)
 class Pass:
-    """A model's passes over a micro-batch on one stage: seconds of arithmetic and bytes sent."""
+    """A model's passes over a micro-batch on one stage: seconds of arithmetic, bytes sent, seconds of the host's launches."""
 
     compute: float = 0.0
     tensor_bytes: float = 0.0
     pipeline_bytes: float = 0.0
+    launches: float = 0.0
 
     def seconds(self, links: Links) -> float:
-        """All of it, one after another."""
+        """The GPU's work, one after another."""
         return self.compute + self.tensor_bytes / links.tensor + self.pipeline_bytes / links.pipeline
 
 
@@ -106,14 +109,20 @@ def pass_of_stage(
     """Forward alone, or forward and backward (twice the operations) with what is recomputed for it."""
     times = 3 + (how.recompute == "full") if backward else 1
     flops = times * forward_flops(shape, chunks, plan, how)
+    layers = sum(len(chunk.layers) for chunk in chunks)
     if backward and how.recompute == "selective":
-        layers = sum(len(chunk.layers) for chunk in chunks)
         flops += plan.batch.tokens * layers * _attention_flops(shape, plan) / plan.layout.tensor
     return Pass(
         compute=flops / (gpu.efficiency * peak_flops(gpu, how.dtype)),
         tensor_bytes=tensor_bytes(shape, chunks, plan, how, backward=backward),
         pipeline_bytes=stage_bytes(shape, plan, how) * (2 if backward else 1),
+        launches=0.0 if plan.cuda_graphs else _launches(times * layers, plan, gpu),
     )
+
+
+def _launches(passes_of_layers: int, plan: Plan, gpu: HardwareConfig) -> float:
+    more = LAUNCHES_WITH_TRANSFERS if plan.layout.tensor > 1 else 1
+    return passes_of_layers * more * gpu.launch_ms / 1e3
 
 
 @dataclass(frozen=True)
@@ -154,12 +163,16 @@ def time_of_step(stages: Sequence[Stage], plan: Plan, gpu: HardwareConfig) -> St
         "teacher's states to the student": _routed_bytes(plan),
         "data parallel": _data_bytes(trained, plan),
     }
+    working = count * student.seconds(links) + count_of_teacher * teacher.seconds(links_of_teacher)
+    launching = count * student.launches + count_of_teacher * teacher.launches
     seconds = {
         "student, forward and backward": count * student.compute,
         "teacher, forward": count_of_teacher * teacher.compute,
         "tensor parallel": ours.tensor_bytes / links.tensor + theirs.tensor_bytes / links_of_teacher.tensor,
         "pipeline parallel": ours.pipeline_bytes / links.pipeline + theirs.pipeline_bytes / links_of_teacher.pipeline,
         "teacher's states to the student": _routed_bytes(plan) / links.pipeline,
+        # The host runs ahead where it can, through both models.
+        "waiting for launches": max(0.0, launching - working),
         "idle in the pipeline": plan.rounds * idle,
         "data parallel": sent["data parallel"] / links.data,
         "gradients and optimizer": _bytes_through_memory(trained, plan) / (1e9 * gpu.memory_gb_s),
