@@ -308,7 +308,8 @@ def _show_assumptions(found: Forecast) -> None:
         ["reserved", f"{RESERVED_GIB} GiB a GPU for CUDA, NCCL and fragmentation"],
         [
             "not counted",
-            "validation, checkpoints, reading data, exchange between context-parallel ranks, intermediate losses",
+            "validation, checkpoints, reading data, exchange between context-parallel ranks, intermediate losses"
+            + (", memory of CUDA graphs" if plan.cuda_graphs else ""),
         ],
     ]
     print_table("assumptions", ["", "value"], rows)
