@@ -70,6 +70,7 @@ def test_graphs_need_transformer_engine_and_bf16():
         ({}, Layout(tensor=2, world_size=2), "is for sequence parallelism"),
         ({}, Layout(), "is for sequence parallelism"),
         ({"cuda_graphs": True}, SEQUENCE, "does not go with trainer.cuda_graphs"),
+        ({"fp8": "blockwise"}, SEQUENCE, "does not go with trainer.fp8=blockwise"),
     ],
 )
 def test_where_transfers_cannot_overlap(trainer, layout, says):

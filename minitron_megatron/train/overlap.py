@@ -1,7 +1,7 @@
 """Tensor-parallel transfers beside matrix products, by Transformer Engine's user buffers, for the model that is trained.
 
-    without    gather tokens ─▶ product ─▶ scatter sums          one after another, over NCCL
-    with       a rank's part of a product runs while the next rank's tokens arrive (arXiv 2104.04473's transfers, hidden)
+    without    gather tokens ─▶ product ─▶ scatter sums          one after another, over NCCL (arXiv 2205.05198, section 4.2.2)
+    with       a rank's part of a product runs while the next rank's tokens arrive
 
 The buffers have the size of one model's tokens, so a teacher beside it has none.
 """
@@ -36,6 +36,8 @@ def check_overlap(trainer: TrainerConfig, layout: Layout) -> None:
         )
     if trainer.cuda_graphs:
         raise UserError(f"{OPTION}=true does not go with trainer.cuda_graphs=true: use one of them")
+    if trainer.fp8 == "blockwise":
+        raise UserError(f"{OPTION}=true does not go with trainer.fp8=blockwise, whose scales its buffers do not carry")
 
 
 def check_overlap_device(wanted: bool, engine: str, dtype: torch.dtype) -> None:
