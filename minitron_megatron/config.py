@@ -624,6 +624,13 @@ class ExportHfConfig(CommandConfig):
 
 
 @dataclass
+class ExportMegatronConfig(CommandConfig):
+    """A model folder into a Megatron-LM checkpoint, with the arguments that its pretrain_gpt.py takes."""
+
+    model: ModelConfig = group(ModelConfig)
+
+
+@dataclass
 class RoundConfig:
     """A round of a chain: its name and teacher, and each stage's options where they differ from the chain's."""
 
@@ -765,6 +772,7 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "distill": DistillConfig,
     "evaluate": EvaluateConfig,
     "export_hf": ExportHfConfig,
+    "export_megatron": ExportMegatronConfig,
     "compress": CompressConfig,
     "benchmark": BenchmarkConfig,
     "submit": SubmitConfig,

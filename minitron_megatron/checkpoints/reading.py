@@ -65,6 +65,13 @@ class WeightReader:
         offsets = (*lead, start, *(0 for _ in rest))
         return self.read(slot.key(shape), offsets, (*(1 for _ in lead), *sizes)).view(sizes)
 
+    def read_into(self, out: torch.Tensor, slot: Slot, shape: ModelShape, start: int) -> None:
+        """Fill `out` [rows, …], contiguous and in the dtype on disk, with rows of one layer's tensor from `start` on."""
+        lead = slot.lead(shape)
+        bits = as_bits(out)
+        offsets = (*lead, start, *(0 for _ in bits.shape[1:]))
+        self._fill(slot.key(shape), offsets, bits.reshape(*(1 for _ in lead), *bits.shape))
+
     def spans(self, slot: Slot, shape: ModelShape, rows: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
         """Chosen rows of a slot's tensor, a few MiB at a time.
 

@@ -11,7 +11,7 @@ checkpoints/reading.py reads any region of a key. The folder is plain `torch_dis
 """
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,8 @@ from minitron_megatron.parallel import collectives
 
 # Largest chunk, and all the memory that writing takes.
 BLOCK_BYTES = 64 * 2**20
-_COMMON_STATE = "common_state/shard_0_1"
+# Key of what is not a tensor; in Megatron's format, a list of one object.
+COMMON_STATE = "common_state/shard_0_1"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ def total_bytes(shape: ModelShape) -> int:
     return numbers * getattr(torch, shape.dtype).itemsize
 
 
-def write_weights(folder: Path, shape: ModelShape, fill: Filler, description: str) -> str:
+def write_weights(
+    folder: Path, shape: ModelShape, fill: Filler, description: str, objects: Mapping[str, Any] | None = None
+) -> str:
     """Write a model's weights, every rank its share of the chunks; `fill` is called for one chunk at a time.
 
     Args:
@@ -112,6 +115,7 @@ def write_weights(folder: Path, shape: ModelShape, fill: Filler, description: st
         fill: writes a chunk's values into the tensor that it is given, of the chunk's shape and the dtype on disk, in memory
             that held another chunk before; padded vocabulary rows must become zero.
         description: what the progress bar is called.
+        objects: what else rank 0 writes, by key; Megatron's empty common state if not given.
 
     Returns:
         A digest of the content on rank 0 (and on all others) that does not depend on the number of ranks.
@@ -121,7 +125,7 @@ def write_weights(folder: Path, shape: ModelShape, fill: Filler, description: st
     check_space(folder, need, str(folder))
     alone = collectives.world_size() == 1
     with progress(description, need // collectives.world_size(), unit="B") as advance:
-        planner = _StreamPlanner(shape, fill, advance)
+        planner = _StreamPlanner(shape, fill, advance, {COMMON_STATE: {}} if objects is None else objects)
         # Nothing ahead of what is being written: one chunk at a time, also where there is a GPU.
         writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
         try:
@@ -176,8 +180,10 @@ class _StreamPlanner(SavePlanner):
     writer asks for one chunk at a time, but keeps the last one of every key until its file ends.
     """
 
-    def __init__(self, shape: ModelShape, fill: Filler, on_chunk: Callable[[int], None]) -> None:
-        self.shape, self.fill, self.on_chunk = shape, fill, on_chunk
+    def __init__(
+        self, shape: ModelShape, fill: Filler, on_chunk: Callable[[int], None], objects: Mapping[str, Any]
+    ) -> None:
+        self.shape, self.fill, self.on_chunk, self.objects = shape, fill, on_chunk, objects
         self.memory = np.empty(0, np.uint8)
         self.dtype = getattr(torch, shape.dtype)
         self.chunks: dict[MetadataIndex, Chunk] = {}
@@ -201,8 +207,8 @@ class _StreamPlanner(SavePlanner):
             )
             items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
         if collectives.is_rank_zero():
-            # Megatron's loader wants its (here empty) non-tensor state.
-            items.append(WriteItem(index=MetadataIndex(_COMMON_STATE), type=WriteItemType.BYTE_IO))
+            # Megatron's loader wants its non-tensor state, even an empty one.
+            items += [WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO) for key in self.objects]
         return SavePlan(items)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
@@ -214,7 +220,7 @@ class _StreamPlanner(SavePlanner):
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         if write_item.type is WriteItemType.BYTE_IO:
             state = io.BytesIO()
-            torch.save([{}], state)
+            torch.save([self.objects[write_item.index.fqn]], state)
             return state
         chunk = self.chunks[MetadataIndex(write_item.index.fqn, write_item.index.offset)]
         tensor = torch.frombuffer(self.memory, dtype=self.dtype, count=torch.Size(chunk.shape).numel()).view(

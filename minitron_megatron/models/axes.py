@@ -462,6 +462,25 @@ PROBES = (
 )
 
 
+# Modules whose extra state (scales of FP8) is part of a live model's checkpoint in Megatron, though it is empty without FP8: all
+# linears, and in Transformer Engine attention and norms that are not fused.
+_EXTRA_STATE = (
+    *(_BLOCK + f"self_attention.{module}" for module in ("linear_qkv", "core_attention", "linear_proj")),
+    *(_BLOCK + f"self_attention.{part}_layernorm" for part in "qk"),
+    _BLOCK + "mlp.linear_fc1",
+    _BLOCK + "mlp.linear_fc2",
+    "decoder.final_layernorm",
+)
+
+
+def extra_state_keys(shape: ModelShape) -> dict[str, bool]:
+    """Checkpoint keys of all extra state that either engine may ask for, and whether there is one a layer, stacked."""
+    if not shape.uniform:
+        raise ValueError("layers of several sizes have keys of their own")
+    modules = {module.replace(".{layer}", ""): "{layer}" in module for module in _EXTRA_STATE}
+    return {f"{module}._extra_state": stacked for module, stacked in modules.items()}
+
+
 def count_parameters(shape: ModelShape, *, embedding: bool = True) -> int:
     """Parameters without vocabulary padding; `embedding=False` leaves out every parameter with the vocab axis."""
     total = 0
