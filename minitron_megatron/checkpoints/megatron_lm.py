@@ -106,6 +106,8 @@ def common_state(shape: ModelShape, arguments: Arguments) -> dict[str, Any]:
     args.params_dtype = getattr(torch, shape.dtype)
     args.consumed_train_samples = args.skipped_train_samples = args.consumed_valid_samples = 0
     args.no_save_optim = args.no_save_rng = True
+    # A signal.Signals, the one value at which Megatron-LM 0.15 stops: its class is not in the list that is read safely there.
+    args.exit_signal = int(args.exit_signal)
     return {
         "args": args,
         "checkpoint_version": 3.0,
