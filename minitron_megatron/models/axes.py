@@ -17,10 +17,12 @@ parameter with none of them is replicated. That gives the rank's [gate_r; up_r] 
 This is the only file of the package that knows parameter and module names.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -111,8 +113,8 @@ class Dim:
         inner = [axis for part in self.parts for axis in part.axes]
         return tuple(dict.fromkeys(([self.outer] if self.outer else []) + inner))
 
-    def size(self, lengths: Mapping[str, int]) -> int:
-        """Length of the dimension."""
+    def size(self, lengths: "Sizes") -> Any:
+        """Length of the dimension, or of many at once where `lengths` has arrays."""
         outer = lengths[self.outer] if self.outer else 1
         return outer * sum(_product(part.axes, lengths) for part in self.parts)
 
@@ -145,8 +147,9 @@ class Dim:
         return Selection(*(a.reshape(terms, -1) for a in whole))
 
 
-def _product(axes: tuple[str, ...], lengths: Mapping[str, int]) -> int:
-    return int(np.prod([lengths[axis] for axis in axes], dtype=np.int64))
+def _product(axes: tuple[str, ...], lengths: "Sizes") -> Any:
+    # Of numbers or of arrays: math.prod only multiplies.
+    return math.prod(lengths[axis] for axis in axes)
 
 
 def _with_terms(array: np.ndarray, terms: int) -> np.ndarray:
@@ -481,23 +484,49 @@ def extra_state_keys(shape: ModelShape) -> dict[str, bool]:
     return {f"{module}._extra_state": stacked for module, stacked in modules.items()}
 
 
-def count_parameters(shape: ModelShape, *, embedding: bool = True) -> int:
-    """Parameters without vocabulary padding; `embedding=False` leaves out every parameter with the vocab axis."""
-    total = 0
+# Lengths of axes that stand for a shape's own: numbers, or arrays that broadcast, to count many shapes at once.
+Sizes = Mapping[str, "int | np.ndarray"]
+
+
+def _counted(shape: ModelShape, sizes: Sizes) -> Iterator[tuple[Row, Any, Sizes]]:
+    """Rows of tensors that have one size, how many tensors they are, and the lengths of their axes."""
     for slot, count in distinct_slots(shape):
-        if embedding or "vocab" not in slot.row.axes:
-            lengths = {**shape.lengths(slot.layer), "vocab": shape.vocab_size}
-            total += count * int(np.prod([dim.size(lengths) for dim in slot.row.dims], dtype=np.int64))
-    return total
+        lengths = {**shape.lengths(slot.layer), **sizes}
+        yield slot.row, lengths["layers"] if slot.stacked(shape) else count, lengths
 
 
-def flops_per_token(shape: ModelShape, sequence_length: int) -> float:
-    """Floating-point operations of one token's forward pass: 2 a matrix weight, and causal attention's two products."""
-    matrices = sum(
-        count * int(np.prod(slot.shape(shape), dtype=np.int64))
-        for slot, count in distinct_slots(shape)
-        if len(slot.row.dims) == 2 and slot.row.place is not Place.FIRST
+def count_parameters(shape: ModelShape, *, embedding: bool = True, sizes: Sizes = MappingProxyType({})) -> Any:
+    """Parameters without vocabulary padding; `embedding=False` leaves out every parameter with the vocab axis.
+
+    With arrays in `sizes`, an integer array: the parameters of every shape that has these lengths. The shape itself must then
+    be uniform.
+    """
+    return sum(
+        count * math.prod(dim.size(lengths) for dim in row.dims)
+        for row, count, lengths in _counted(shape, {"vocab": shape.vocab_size, **sizes})
+        if embedding or "vocab" not in row.axes
     )
-    head = shape.padded_vocab_size * shape.hidden_size if shape.tied_embeddings else 0
-    attention = shape.num_layers * 2 * shape.num_attention_heads * shape.head_dim * sequence_length
-    return 2.0 * (matrices + head) + attention
+
+
+def flops_per_token(shape: ModelShape, sequence_length: int, sizes: Sizes = MappingProxyType({})) -> Any:
+    """Floating-point operations of one token's forward pass: 2 a matrix weight, and causal attention's two products.
+
+    With arrays in `sizes`, an array, as in `count_parameters`.
+    """
+    matrices = sum(
+        count * math.prod(dim.size(lengths) for dim in row.dims)
+        for row, count, lengths in _counted(shape, sizes)
+        if len(row.dims) == 2 and row.place is not Place.FIRST
+    )
+    whole = {**shape.lengths(), **sizes}
+    head = whole["vocab"] * whole["hidden"] if shape.tied_embeddings else 0
+    products = _product(("layers", "kv_groups", "q_heads", "head_dim"), whole)
+    return 2.0 * (matrices + head) + products * 2 * sequence_length
+
+
+def cached_values(shape: ModelShape, sizes: Sizes = MappingProxyType({})) -> Any:
+    """Numbers that the key-value cache holds of one token: a key and a value of every group in every layer.
+
+    With arrays in `sizes`, an array, as in `count_parameters`.
+    """
+    return 2 * _product(("layers", "kv_groups", "head_dim"), {**shape.lengths(), **sizes})
