@@ -49,6 +49,8 @@ _OF_THE_USER = frozenset(
         errno.ENAMETOOLONG,
     )
 )
+# Groups whose presets are sizes and nothing else: a file of one's own can stand for one.
+PRESET_FILES = ("target",)
 _PLAIN_VALUE = re.compile(r"[\w./:+-]+")
 # Chatter of the libraries that says nothing to a user of these commands.
 _HARMLESS = (
@@ -228,7 +230,8 @@ def check_words(words: list[str], name: str, config_class: type[CommandConfig]) 
         if key.partition(".")[0] in free:
             continue
         if key in groups and key not in models:
-            _check_preset(key, value, groups[key])
+            if not _is_preset_file(key, value):
+                _check_preset(key, value, groups[key])
         elif key not in known and key not in models and not any(o.startswith(f"{key}.") for o in known):
             near = difflib.get_close_matches(key, [*known, *groups, *models], n=1)
             near = near or difflib.get_close_matches(key.partition(".")[0], free, n=1)
@@ -244,8 +247,29 @@ def _check_preset(group: str, value: str, names: list[str]) -> None:
         raise UserError(f"{group}={wrong[0]} is not a preset of conf/{group}: {hint}")
 
 
+def _is_preset_file(key: str, value: str) -> bool:
+    """Whether a word such as `target=FILE.yaml` gives a file of one's own, with what a preset of that group has."""
+    return key in PRESET_FILES and value.endswith((".yaml", ".yml"))
+
+
+def _mapping_of(key: str, file: Path) -> str:
+    """What a file of sizes holds, as Hydra writes a mapping. Raises UserError."""
+    from minitron_megatron.checkpoints.folder import load_yaml
+
+    if not file.is_file():
+        raise UserError(f"{key}={file} does not exist: give a file of sizes, or a preset of conf/{key}")
+    values = load_yaml(file)
+    for name, size in values.items():
+        if not all(type(n) is int for n in (size if isinstance(size, list) else [size])):
+            raise UserError(f"{key}={file}: {name}={size!r} must be a whole number, or a list of them")
+    return "{" + ",".join(f"{name}:{size}".replace(" ", "") for name, size in values.items()) + "}"
+
+
 def _rewrite(word: str, config_class: type[CommandConfig]) -> str:
-    """`model=outputs/x` sets model.path, `model=PRESET` takes conf/model/PRESET.yaml; odd characters are quoted."""
+    """`model=outputs/x` sets model.path, `model=PRESET` takes conf/model/PRESET.yaml; odd characters are quoted.
+
+    `target=FILE.yaml` becomes what the file says.
+    """
     if not _is_override(word):
         return word
     key, _, value = word.lstrip("+").partition("=")
@@ -257,6 +281,8 @@ def _rewrite(word: str, config_class: type[CommandConfig]) -> str:
         if (CONF / "model" / f"{value}.yaml").is_file():
             return f"{group_of(key)}={value}"
         key = f"{key}.path"
+    if key in config_class.__dataclass_fields__ and _is_preset_file(key, value):
+        return f"{key}={_mapping_of(key, Path(value))}"
     if key.partition(".")[0] in free_options(config_class):
         return f"++{key}={value}"
     if _takes_text(key, config_class) and not _PLAIN_VALUE.fullmatch(value) and value[0] not in "'\"[{$":
@@ -322,7 +348,11 @@ def show_help(name: str, config_class: type[CommandConfig]) -> None:
         table.add_row(o.name, o.type.replace(" | None", ""), default, (o.doc + words).replace("[", "\\["))
     screen.print(table)
     for kind, names in presets(name).items():
-        screen.print(f"\n{kind}=PRESET: {', '.join(names)}", highlight=False, soft_wrap=True)
+        screen.print(
+            f"\n{kind}=PRESET{' or FILE.yaml' * (kind in PRESET_FILES)}: {', '.join(names)}",
+            highlight=False,
+            soft_wrap=True,
+        )
     screen.print("\nHydra's own flags work too: --cfg job shows the composed config, -m runs several.", highlight=False)
 
 
