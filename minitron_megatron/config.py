@@ -498,6 +498,77 @@ class MergeScoresConfig(CommandConfig):
 
 
 @dataclass
+class BudgetConfig:
+    """What a pruned model may cost at most; one of the five limits, or several at once."""
+
+    parameters: float | None = option(None, "parameters, embeddings included")
+    non_embedding_parameters: float | None = option(None, "parameters without embeddings and output matrix")
+    memory_gib: float | None = option(None, "GiB of weights, and of the key-value cache of budget.batch full sequences")
+    flops_per_token: float | None = option(None, "operations of a token's forward pass in budget.context tokens")
+    latency_ms: float | None = option(None, "milliseconds, estimated from the shapes of budget.table")
+    table: str | None = option(
+        None, "CSV of measured shapes of this architecture: the sizes that vary, and latency_ms; see docs/search.md"
+    )
+    at_least: float = option(0.9, "share of a limit that a shape must use, so that small ones are not listed")
+    batch: int = option(1, "memory_gib: sequences in the key-value cache")
+    context: int = option(4096, "tokens of a sequence in the key-value cache, and that a token attends over at most")
+    weight_bytes: float = option(2.0, "memory_gib: bytes of a weight: 2 in bf16, 1 in FP8, 0.5 in 4 bits")
+    cache_bytes: float = option(2.0, "memory_gib: bytes of a number in the key-value cache")
+
+
+@dataclass
+class SpaceConfig:
+    """The sizes to try, each a list or {from,to,step}; if not given, from the model's own down to half of it."""
+
+    num_layers: Any = option(None, "layers; by default every number, with layers= those that it can judge")
+    hidden_size: Any = option(None, "hidden channels; by default multiples of space.multiple")
+    ffn_hidden_size: Any = option(None, "feed-forward neurons; by default multiples of space.multiple and space.tensor")
+    num_attention_heads: Any = option(None, "query heads; by default multiples of space.tensor")
+    num_query_groups: Any = option(None, "key-value groups; by default multiples of space.tensor")
+    multiple: int = option(128, "hidden_size and ffn_hidden_size must be multiples of it, as tensor cores like")
+    tensor: int = option(8, "tensor-parallel size that the pruned model must divide by: neurons, heads and groups")
+    exportable: bool = option(
+        True, "leave out what transformers 5 refuses to load: a hidden_size that is no multiple of the query heads"
+    )
+
+
+@dataclass
+class RankWeightsConfig:
+    """How much what is cut of an axis counts."""
+
+    layers: float = option(1.0, "weight of what the cut layers are worth")
+    hidden: float = option(1.0, "weight of what the cut hidden channels are worth")
+    ffn: float = option(1.0, "weight of what the cut neurons are worth")
+    heads: float = option(1.0, "weight of what the cut query heads and key-value groups are worth")
+
+
+@dataclass
+class RankConfig:
+    """How scores become an order of shapes (docs/search.md)."""
+
+    weights: RankWeightsConfig = group(RankWeightsConfig)
+    power: float = option(
+        2.0, "channels and heads are worth their score to this power: 2 for activations, 1 if importance.batch=variance"
+    )
+
+
+@dataclass
+class SearchConfig(CommandConfig):
+    """Shapes within a budget, ordered by the importance of what each would cut; targets for launch/prune.py."""
+
+    model: ModelConfig = group(ModelConfig)
+    scores: str | None = option(None, "scores folder (the output of importance); a dry run can do without")
+    layers: str | None = option(
+        None, "layer analysis (the output of layers): prices blocks by it, rather than by scores"
+    )
+    budget: BudgetConfig = group(BudgetConfig)
+    space: SpaceConfig = group(SpaceConfig)
+    rank: RankConfig = group(RankConfig)
+    prune: PruneOptions = group(PruneOptions)
+    keep: int = option(10, "best shapes to write targets for")
+
+
+@dataclass
 class PruneConfig(CommandConfig):
     """Scores and a target, or a plan, into a smaller model."""
 
@@ -766,6 +837,7 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "importance": ImportanceConfig,
     "merge_scores": MergeScoresConfig,
     "layers": LayersConfig,
+    "search": SearchConfig,
     "prune": PruneConfig,
     "cache_teacher": CacheTeacherConfig,
     "correct_teacher": CorrectTeacherConfig,
@@ -828,12 +900,13 @@ _POSITIVE = frozenset(
     num_query_groups vocab_size adam_eps top_k chunk_samples processes nodes processes_per_node decay_steps decay_tokens
     decay_share window stop_after recompute_num_layers bucket_size keep_last time_limit_minutes world_size nvlink_gpus
     memory_gib bf16_tflops fp8_tflops fp32_tflops memory_gb_s nvlink_gb_s network_gb_s host_gb_s launch_ms efficiency
-    teacher_ahead logits_mib micro_batches""".split()
+    teacher_ahead logits_mib micro_batches parameters non_embedding_parameters flops_per_token latency_ms batch
+    weight_bytes cache_bytes multiple power keep""".split()
 )
 _NOT_NEGATIVE = frozenset(
     """min_lr warmup_steps warmup_tokens loss_factor grad_norm_factor weight_decay clip_grad validation_interval
     validation_samples seed first_sample fewshot keep_last_layers loss_samples gpus_per_node save_seconds
-    cross_entropy intermediate fp8_bf16_layers""".split()
+    cross_entropy intermediate fp8_bf16_layers at_least layers hidden ffn heads""".split()
 )
 
 

@@ -123,3 +123,16 @@ def curve_over_blocks(values: Sequence[float], whole: float | None, label: str) 
         axes.set_ylabel(label)
 
     return svg(draw)
+
+
+def front(points: Sequence[tuple[float, float]], ranked: Sequence[tuple[float, float]], label: str, loss: str) -> str:
+    """The front of a search, by rising cost, and the ranked shapes; both as (cost, loss)."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot(*zip(*points, strict=True), "o-", color=BLUE, linewidth=1.2, markersize=3, label="front")
+        axes.plot(*zip(*ranked, strict=True), "o", color=ORANGE, markersize=5, fillstyle="none", label="ranked")
+        axes.set_xlabel(label)
+        axes.set_ylabel(loss)
+        axes.legend(frameon=False)
+
+    return svg(draw)

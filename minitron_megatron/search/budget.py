@@ -1,0 +1,62 @@
+"""What a shape costs, and which shapes are within the limits that were given: arrays of counts from the axis table."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minitron_megatron.config import BudgetConfig
+from minitron_megatron.errors import UserError
+from minitron_megatron.models.axes import Sizes, cached_values, count_parameters, flops_per_token
+from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.search.latency import Latency, read_latency
+
+# Each is an option of budget with the limit; what they are in words.
+QUANTITIES = {
+    "parameters": "parameters",
+    "non_embedding_parameters": "parameters without embeddings",
+    "memory_gib": "GiB of weights and cache",
+    "flops_per_token": "operations a token",
+    "latency_ms": "estimated milliseconds",
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits by quantity, and how to count what a shape of the source's architecture takes of each."""
+
+    source: ModelShape
+    options: BudgetConfig
+    limits: Mapping[str, float]
+    latency: Latency | None = None
+
+    @classmethod
+    def of(cls, source: ModelShape, options: BudgetConfig) -> "Budget":
+        """The limits that were given; `source` must be uniform. Raises UserError where there is none, or a table is wrong."""
+        limits = {name: getattr(options, name) for name in QUANTITIES if getattr(options, name) is not None}
+        if not limits:
+            raise UserError(f"no budget: give at least one of {', '.join(f'budget.{name}=' for name in QUANTITIES)}")
+        if not 0 <= options.at_least <= 1:
+            raise UserError(f"budget.at_least={options.at_least} must be from 0 to 1: it is a share of the limit")
+        if (options.table is None) != (options.latency_ms is None):
+            raise UserError("budget.table= and budget.latency_ms= go together: measured shapes, and the limit")
+        return cls(source, options, limits, read_latency(Path(options.table), source) if options.table else None)
+
+    @property
+    def quantities(self) -> list[str]:
+        """What can be counted: latency with measurements only."""
+        return [name for name in QUANTITIES if name != "latency_ms" or self.latency]
+
+    def cost(self, quantity: str, sizes: Sizes) -> np.ndarray:
+        """What shapes with these axis lengths take of a quantity: [n], in the unit of its option."""
+        options = self.options
+        if quantity == "latency_ms":
+            return self.latency.milliseconds(sizes)
+        if quantity == "flops_per_token":
+            return flops_per_token(self.source, options.context, sizes)
+        parameters = count_parameters(self.source, embedding=quantity != "non_embedding_parameters", sizes=sizes)
+        if quantity != "memory_gib":
+            return parameters
+        cache = cached_values(self.source, sizes) * options.batch * options.context
+        return (parameters * options.weight_bytes + cache * options.cache_bytes) / 2**30

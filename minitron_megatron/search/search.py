@@ -1,0 +1,249 @@
+"""`launch/search.py`: a model, its scores and a budget into a folder of targets for `launch/prune.py`, best first.
+
+candidates.yaml       every ranked shape and every shape on a front: sizes, costs, predicted loss by axis
+targets/rank_01.yaml  … of each ranked shape, as `target=` takes it, with the command that prunes to it
+parameters.svg        … of each limited quantity: predicted loss against it
+"""
+
+import logging
+import shlex
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from minitron_megatron.checkpoints.folder import (
+    ModelFolder,
+    check_output,
+    open_model_folder,
+    output_folder,
+    read_manifest,
+)
+from minitron_megatron.config import PruneOptions, SearchConfig
+from minitron_megatron.console import console, print_table, speaks
+from minitron_megatron.errors import UserError
+from minitron_megatron.importance.layers import LayerAnalysis, load_layer_analysis
+from minitron_megatron.importance.scores import check_scores, load_scores
+from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.layout import tool_job
+from minitron_megatron.report import plots
+from minitron_megatron.search.budget import QUANTITIES, Budget
+from minitron_megatron.search.predict import AXES, Predictor, make_predictor
+from minitron_megatron.search.scan import Found, scan
+from minitron_megatron.search.space import SIZES, Space, make_space, uniform
+
+log = logging.getLogger(__name__)
+FILE, TARGETS = "candidates.yaml", "targets"
+# Names of the table's columns, and quantities that are counts.
+_SIZES_IN_SHORT = ("layers", "hidden", "ffn", "heads", "groups")
+_COSTS_IN_SHORT = {
+    "parameters": "parameters",
+    "non_embedding_parameters": "in layers",
+    "memory_gib": "GiB",
+    "flops_per_token": "FLOP/token",
+    "latency_ms": "ms",
+}
+_WHOLE = ("parameters", "non_embedding_parameters")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One shape: its rank if it is one of the best, the fronts that it is on, its costs, and its predicted loss by axis."""
+
+    rank: int | None
+    target: dict[str, int]
+    fronts: list[str]
+    costs: dict[str, float]
+    lost: dict[str, float]
+
+    @property
+    def loss(self) -> float:
+        """Predicted loss."""
+        return sum(self.lost.values())
+
+    @property
+    def file(self) -> str:
+        """Its target file, inside the output; ranked shapes have one."""
+        return f"{TARGETS}/rank_{self.rank:02d}.yaml"
+
+    def to_yaml(self) -> dict[str, Any]:
+        """As it stands in candidates.yaml."""
+        ranked = {"rank": self.rank} if self.rank else {}
+        predicted = {"predicted_loss": self.loss, "predicted_loss_by_axis": self.lost}
+        return {**ranked, **self.target, **self.costs, **predicted, "on_front_of": self.fronts}
+
+
+def search_shapes(cfg: SearchConfig) -> None:
+    """Check, scan, rank, write."""
+    if cfg.dry_run and cfg.model.path is None:
+        source = ModelShape.from_dict(cfg.model.sizes("model"), "model")
+        budget = Budget.of(uniform(source), cfg.budget)
+        _count(source, make_space(source, cfg.space, cfg.prune), budget)
+        return
+    folder = open_model_folder(cfg.model.folder("model"))
+    budget = Budget.of(uniform(folder.shape), cfg.budget)
+    analysis = _analysis(cfg, folder)
+    judged = None if analysis is None else {folder.shape.num_layers - cut for cut in (0, *analysis.blocks)}
+    space = make_space(folder.shape, cfg.space, cfg.prune, judged)
+    if cfg.scores is None:
+        if not cfg.dry_run:
+            raise UserError("scores= is missing: give the output of launch/importance.py; a dry run can do without")
+        _count(folder.shape, space, budget)
+        return
+    scores = load_scores(cfg.scores)
+    check_scores(scores, folder.shape, folder.digest, cfg.scores)
+    predictor = make_predictor(folder.shape, scores, space, cfg.rank, cfg.prune, analysis)
+    inputs = {"model": folder.digest, "scores": read_manifest(cfg.scores)["digest"]}
+    if budget.latency:
+        inputs["table"] = budget.latency.digest
+    if cfg.layers:
+        inputs["layers"] = read_manifest(cfg.layers)["digest"]
+    if cfg.dry_run:
+        check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
+        _count(folder.shape, space, budget)
+        return
+    _write(cfg, folder, budget, predictor, inputs)
+
+
+def _analysis(cfg: SearchConfig, folder: ModelFolder) -> LayerAnalysis | None:
+    if cfg.layers is None:
+        return None
+    analysis = load_layer_analysis(cfg.layers)
+    analysis.check_model(folder.digest)
+    return analysis
+
+
+def _count(source: ModelShape, space: Space, budget: Budget) -> None:
+    """What a dry run says: how large the space is, and how much of it fits."""
+    found = scan(space, budget)
+    print_table(
+        "would be searched",
+        ["axis", "sizes", "from", "to", "source"],
+        [
+            [name, len(sizes), int(sizes.min()), int(sizes.max()), str(getattr(source, name))]
+            for name, sizes in zip(
+                SIZES, (space.layers, space.hidden, space.ffn, *map(np.unique, space.heads.T)), strict=True
+            )
+        ],
+    )
+    log.info("%s shapes, of which %s fit the budget", f"{found.shapes:,}", f"{found.fitting:,}")
+
+
+def candidates(budget: Budget, predictor: Predictor, found: Found) -> list[Candidate]:
+    """The best shapes by rank, then those that are only on a front, by predicted loss."""
+    space = predictor.space
+    on_front = {name: set(front.tolist()) for name, front in found.fronts.items()}
+    best = found.best.tolist()
+    others = np.array(sorted(set().union(*on_front.values()) - set(best)), np.int64)
+    numbers = np.concatenate((found.best, others[np.argsort(predictor.loss(others), kind="stable")]))
+    costs = {name: budget.cost(name, space.lengths(numbers)).tolist() for name in budget.quantities}
+    parts = {axis: lost.tolist() for axis, lost in predictor.parts(numbers).items()}
+    return [
+        Candidate(
+            i + 1 if i < len(best) else None,
+            space.target(number),
+            [name for name, front in on_front.items() if number in front],
+            {name: cost[i] for name, cost in costs.items()},
+            {axis: lost[i] for axis, lost in parts.items()},
+        )
+        for i, number in enumerate(numbers.tolist())
+    ]
+
+
+def prune_command(cfg: SearchConfig, candidate: Candidate, layers_of_source: int) -> str:
+    """The command that prunes the model to a ranked shape."""
+    output = cfg.output.rstrip("/")
+    words = [f"model={cfg.model.path}", f"scores={cfg.scores}"]
+    # A layer analysis says which layers go: without any that go, prune refuses it.
+    if cfg.layers and candidate.target["num_layers"] < layers_of_source:
+        words.append(f"layers={cfg.layers}")
+    plain = asdict(PruneOptions())
+    own = {f.name: getattr(cfg.prune, f.name) for f in fields(cfg.prune)}
+    words += [f"prune.{name}={value}" for name, value in own.items() if value != plain[name]]
+    words += [f"target={output}/{candidate.file}", f"output={output}_rank_{candidate.rank:02d}"]
+    return shlex.join(["python", "launch/prune.py", *words])
+
+
+def _write(
+    cfg: SearchConfig, folder: ModelFolder, budget: Budget, predictor: Predictor, inputs: dict[str, str]
+) -> None:
+    found = scan(predictor.space, budget, predictor, cfg.keep)
+    listed = candidates(budget, predictor, found)
+    ranked = [one for one in listed if one.rank]
+    commands = [prune_command(cfg, one, folder.shape.num_layers) for one in ranked]
+    config = resolved_config(cfg)
+    with (
+        tool_job(),
+        output_folder(cfg.output, command=command_line(), config=config, inputs=inputs, resume=cfg.resume) as out,
+    ):
+        if out.done:
+            return
+        out.results = {"shapes": found.shapes, "fitting": found.fitting, "best": ranked[0].to_yaml()}
+        if budget.latency:
+            out.results["latency_fit"] = {"shapes": budget.latency.shapes, "error": round(budget.latency.error, 4)}
+        if collectives.is_rank_zero():
+            _write_candidates(out.path, inputs["model"], budget, out.results, listed)
+            _write_targets(out.path, ranked, commands)
+            for name in budget.limits:
+                _plot(out.path / f"{name}.svg", name, listed)
+    _print(cfg, budget, out.results, ranked, commands[0])
+
+
+def _write_candidates(
+    folder: Path, model: str, budget: Budget, results: dict[str, Any], listed: list[Candidate]
+) -> None:
+    values = {
+        "model": model,
+        "budget": {**budget.limits, "at_least": budget.options.at_least},
+        "shapes": results["shapes"],
+        "fitting": results["fitting"],
+        "candidates": [one.to_yaml() for one in listed],
+    }
+    (folder / FILE).write_text(yaml.safe_dump(values, sort_keys=False, width=120), encoding="utf-8")
+
+
+def _write_targets(folder: Path, ranked: list[Candidate], commands: list[str]) -> None:
+    (folder / TARGETS).mkdir()
+    for one, command in zip(ranked, commands, strict=True):
+        head = (
+            f"# Rank {one.rank}: {one.costs['parameters']:,} parameters, predicted loss {one.loss:.4f}.\n# {command}\n"
+        )
+        (folder / one.file).write_text(head + yaml.safe_dump(one.target, sort_keys=False), encoding="utf-8")
+
+
+def _plot(file: Path, quantity: str, listed: list[Candidate]) -> None:
+    front = sorted((one.costs[quantity], one.loss) for one in listed if quantity in one.fronts)
+    ranked = [(one.costs[quantity], one.loss) for one in listed if one.rank]
+    file.write_text(plots.front(front, ranked, QUANTITIES[quantity], "predicted loss"), encoding="utf-8")
+
+
+def _print(cfg: SearchConfig, budget: Budget, results: dict[str, Any], ranked: list[Candidate], command: str) -> None:
+    shown = list(dict.fromkeys(("parameters", *budget.limits)))
+    rows = [
+        [
+            one.rank,
+            *one.target.values(),
+            *(one.costs[name] if name in _WHOLE else f"{one.costs[name]:.4g}" for name in shown),
+            *(f"{lost:.4f}" for lost in (one.loss, *one.lost.values())),
+            "yes" if one.fronts else "",
+        ]
+        for one in ranked
+    ]
+    title = f"{cfg.output}: the best {len(rows)} of {results['fitting']:,} shapes that fit, of {results['shapes']:,}"
+    columns = ["rank", *_SIZES_IN_SHORT, *(_COSTS_IN_SHORT[name] for name in shown)]
+    print_table(
+        title, [*columns, "loss", *(f"{'+' if i else '='} {axis}" for i, axis in enumerate(AXES)), "front"], rows
+    )
+    if not speaks():
+        return
+    if budget.latency:
+        log.info(
+            "milliseconds are fitted to %d shapes; for one that is left out of the fit they are up to %.1f %% off",
+            budget.latency.shapes,
+            100 * budget.latency.error,
+        )
+    console().print(f"To prune to the first:\n\n  {command}\n", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,418 @@
+"""Search: the planted optimum, costs and fronts against plain Python, laziness, targets that prune takes, and errors."""
+
+import itertools
+import math
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
+from minitron_megatron.config import BudgetConfig, PruneOptions, RankConfig, RankWeightsConfig, SpaceConfig
+from minitron_megatron.errors import UserError
+from minitron_megatron.importance.layers import Judged, LayerAnalysis
+from minitron_megatron.importance.scores import Scores
+from minitron_megatron.launcher import CONF, compose
+from minitron_megatron.models.axes import count_parameters, flops_per_token
+from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.prune.select import choose, target_shape
+from minitron_megatron.search.budget import Budget
+from minitron_megatron.search.latency import fit, read_latency
+from minitron_megatron.search.predict import AXES, make_predictor
+from minitron_megatron.search.scan import pareto_front, scan
+from minitron_megatron.search.search import candidates, search_shapes
+from minitron_megatron.search.space import SIZES, make_space
+from tests.test_commands import error_of, run
+from tests.test_prune import random_scores, write_scores
+from tests.tiny import hf_model, imported
+
+TINY = SpaceConfig(multiple=4, tensor=1)
+OPTIONS = [PruneOptions(), PruneOptions(groups="mean"), PruneOptions(groups="mean", heads="merge")]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return imported(hf_model(), tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def scores_folder(source, tmp_path_factory):
+    return write_scores(random_scores(source), tmp_path_factory.mktemp("scores") / "scores")
+
+
+@pytest.fixture(scope="module")
+def shape(source) -> ModelShape:
+    return open_model_folder(source).shape
+
+
+def llama() -> ModelShape:
+    values = yaml.safe_load((CONF / "model" / "llama3_1_8b.yaml").read_text())
+    return ModelShape.from_dict({**values, "rope_scaling": None}, "llama3_1_8b")
+
+
+def scores_of(shape: ModelShape, seed: int = 0) -> Scores:
+    draw, layers = np.random.default_rng(seed), shape.num_layers
+    tensors = {
+        "ffn": draw.random((layers, max(shape.ffn_of_layers))),
+        "heads": draw.random((layers, shape.num_attention_heads)),
+        "hidden.attention_norm": draw.random((layers, shape.hidden_size)),
+        "hidden.mlp_norm": draw.random((layers, shape.hidden_size)),
+        "layers": draw.random(layers),
+    }
+    return Scores({k: v.astype(np.float32) for k, v in tensors.items()}, "")
+
+
+def every_number(space) -> np.ndarray:
+    return np.concatenate(list(space.numbers()))
+
+
+def shapes_by_hand(shape: ModelShape, options: PruneOptions) -> list[ModelShape]:
+    """The tiny space in plain loops: what prune takes and transformers can load, every size a multiple of 4."""
+    sizes = itertools.product(range(2, 5), range(16, 33, 4), range(24, 49, 4), range(4, 9), range(2, 5))
+    found = []
+    for values in sizes:
+        target = dict(zip(SIZES, values, strict=True))
+        try:
+            resized = target_shape(shape, target, [], options)
+        except UserError:
+            continue
+        if not resized.hidden_size % resized.num_attention_heads:
+            found.append(resized)
+    return found
+
+
+def parameters_by_hand(s: ModelShape) -> int:
+    attention = s.hidden_size * s.head_dim * (2 * s.num_attention_heads + 2 * s.num_query_groups)
+    layer = attention + 3 * s.hidden_size * s.ffn_hidden_size + 2 * s.hidden_size
+    return 2 * s.vocab_size * s.hidden_size + s.num_layers * layer + s.hidden_size
+
+
+def loss_by_hand(source: ModelShape, target: ModelShape, scores: Scores, options: PruneOptions) -> dict[str, float]:
+    """The documented formula, over the indices that prune itself keeps."""
+    kept = choose(source, target, scores, [], options)
+
+    def gone(values, indices) -> float:
+        return 1 - sum(float(values[i]) ** 2 for i in indices) / sum(float(v) ** 2 for v in values)
+
+    layers = kept.layers.tolist()
+    influence = scores.layers.astype(float)
+    of_layer = {
+        "ffn": lambda i: gone(scores.ffn[i], kept.ffn[i]) if kept.ffn else 0.0,
+        "heads": lambda i: gone(scores.heads[i], kept.heads[i].reshape(-1)) if kept.heads is not None else 0.0,
+    }
+    return {
+        "layers": 1 - sum(influence[i] for i in layers) / sum(influence),
+        "hidden": gone(scores.hidden, kept.hidden) if kept.hidden is not None else 0.0,
+        **{axis: sum(map(lost, layers)) / len(layers) for axis, lost in of_layer.items()},
+    }
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["drop", "mean", "mean and merge"])
+def test_the_order_is_that_of_plain_loops_over_what_prune_keeps(shape, options):
+    scores, weights = scores_of(shape), {"layers": 0.5, "hidden": 1.0, "ffn": 2.0, "heads": 0.25}
+    budget = Budget.of(shape, BudgetConfig(parameters=40_000, at_least=0.8))
+    space = make_space(shape, TINY, options)
+    predictor = make_predictor(shape, scores, space, RankConfig(weights=RankWeightsConfig(**weights)), options)
+    found = scan(space, budget, predictor, keep=25)
+    every = shapes_by_hand(shape, options)
+    assert found.shapes == len(every)
+    fitting = [s for s in every if 32_000 <= parameters_by_hand(s) <= 40_000]
+    assert found.fitting == len(fitting)
+    losses = {}
+    for target in fitting:
+        parts = loss_by_hand(shape, target, scores, options)
+        losses[tuple(getattr(target, n) for n in SIZES)] = sum(weights[axis] * parts[axis] for axis in AXES)
+    ranked = [one for one in candidates(budget, predictor, found) if one.rank]
+    assert [one.loss for one in ranked] == pytest.approx(sorted(losses.values())[:25], abs=1e-9)
+    assert [losses[tuple(one.target.values())] for one in ranked] == pytest.approx(
+        [one.loss for one in ranked], abs=1e-9
+    )
+
+
+def test_a_planted_shape_is_found(shape):
+    """Channels, neurons, heads and layers that count for nothing: the shape without them costs nothing, and is the best."""
+    planted = {"layers": 3, "hidden": 20, "ffn": 28, "heads": 4}
+    tensors = {name: np.ones_like(t) for name, t in scores_of(shape).tensors.items()}
+    for name in tensors:
+        tensors[name][..., planted[name.partition(".")[0]] :] = 0
+    tensors["layers"][-1], tensors["layers"][1] = 1, 0
+    scores = Scores(tensors, "")
+    space = make_space(shape, TINY, PruneOptions())
+    predictor = make_predictor(shape, scores, space, RankConfig(), PruneOptions())
+    best = target_shape(shape, dict(zip(SIZES, (3, 20, 28, 4, 2), strict=True)), [])
+    budget = Budget.of(shape, BudgetConfig(parameters=count_parameters(best)))
+    first = candidates(budget, predictor, scan(space, budget, predictor))[0]
+    assert first.target == {n: getattr(best, n) for n in SIZES} and first.loss == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "nemotron"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_costs_of_many_shapes_are_those_of_each(shape, family, tied):
+    of_family = shape.resized(family=family, tied_embeddings=tied)
+    options = BudgetConfig(memory_gib=1.0, batch=3, context=100, weight_bytes=1.0, cache_bytes=2.0)
+    space, budget = make_space(of_family, TINY, PruneOptions()), Budget.of(of_family, options)
+    numbers = every_number(space)
+    costs = {name: budget.cost(name, space.lengths(numbers)) for name in budget.quantities}
+    for i, number in enumerate(numbers.tolist()):
+        one = of_family.resized(**space.target(number))
+        assert costs["parameters"][i] == count_parameters(one)
+        assert costs["non_embedding_parameters"][i] == count_parameters(one, embedding=False)
+        assert costs["flops_per_token"][i] == flops_per_token(one, 100)
+        cache = 3 * 100 * one.num_layers * 2 * one.num_query_groups * one.head_dim * 2
+        assert costs["memory_gib"][i] * 2**30 == pytest.approx(count_parameters(one) + cache)
+
+
+def test_memory_of_a_published_model():
+    """Llama-3.1 8B in bf16: 8,030,261,248 weights of 2 bytes; 128 KiB of cache a token (32 layers · 2 · 8 groups · 128 · 2)."""
+    shape = llama()
+    space = make_space(shape, SpaceConfig(num_layers=32, hidden_size=4096, ffn_hidden_size=14336), PruneOptions())
+    budget = Budget.of(shape, BudgetConfig(memory_gib=80.0, batch=4, context=8192))
+    first = space.lengths(np.zeros(1, np.int64))
+    assert budget.cost("memory_gib", first)[0] == pytest.approx((8_030_261_248 * 2 + 4 * 8192 * 131_072) / 2**30)
+
+
+def test_millions_of_shapes_take_seconds():
+    shape = llama()
+    space = make_space(
+        shape,
+        SpaceConfig(hidden_size={"from": 2048, "to": 4096, "step": 16}, multiple=16, tensor=2, exportable=False),
+        PruneOptions(),
+    )
+    assert space.size > 2_000_000
+    began = time.monotonic()
+    predictor = make_predictor(shape, scores_of(shape), space, RankConfig(), PruneOptions())
+    budget = Budget.of(shape, BudgetConfig(parameters=4.5e9, memory_gib=12.0))
+    found = scan(space, budget, predictor)
+    assert time.monotonic() - began < 10
+    assert found.shapes == space.size and len(found.best) == 10 and found.fitting > 10_000
+
+
+def test_fronts_are_what_nothing_beats(shape):
+    scores = scores_of(shape)
+    budget = Budget.of(shape, BudgetConfig(parameters=50_000, flops_per_token=120_000, context=64, at_least=0.0))
+    space = make_space(shape, TINY, PruneOptions())
+    predictor = make_predictor(shape, scores, space, RankConfig(), PruneOptions())
+    found = scan(space, budget, predictor, keep=3)
+    numbers = every_number(space)
+    costs = {name: budget.cost(name, space.lengths(numbers)) for name in budget.limits}
+    within = np.all([costs[name] <= limit for name, limit in budget.limits.items()], axis=0)
+    loss = predictor.loss(numbers)
+    for name, cost in costs.items():
+        points = [(c, p) for c, p, w in zip(cost.tolist(), loss.tolist(), within, strict=True) if w]
+        unbeaten = {p for p in points if not any(a <= p[0] and b <= p[1] and (a, b) != p for a, b in points)}
+        front = found.fronts[name]
+        position = np.searchsorted(numbers, front)
+        assert [(cost[i], loss[i]) for i in position] == sorted(unbeaten)
+
+
+def test_the_front_does_not_depend_on_how_the_space_is_cut_up(shape, monkeypatch):
+    budget = Budget.of(shape, BudgetConfig(parameters=50_000, at_least=0.0))
+    space = make_space(shape, TINY, PruneOptions())
+    predictor = make_predictor(shape, scores_of(shape), space, RankConfig(), PruneOptions())
+    whole = scan(space, budget, predictor)
+    monkeypatch.setattr("minitron_megatron.search.space._TOGETHER", 7)
+    parts = scan(space, budget, predictor)
+    assert (whole.best == parts.best).all() and (whole.fronts["parameters"] == parts.fronts["parameters"]).all()
+    assert (whole.shapes, whole.fitting) == (parts.shapes, parts.fitting)
+
+
+def test_equal_points_are_on_a_front_once():
+    cost, loss = np.array([2, 1, 1, 2, 3]), np.array([1.0, 2.0, 2.0, 1.0, 1.0])
+    assert pareto_front(cost, loss).tolist() == [1, 0]
+    assert pareto_front(cost[:0], loss[:0]).tolist() == []
+
+
+def analysis_of(shape: ModelShape, digest: str = "") -> LayerAnalysis:
+    def judged(length, start):
+        return Judged(loss=3.0 + 0.1 * length + 0.01 * start, bi=0.02 * length, accuracy=0.5 - 0.1 * length)
+
+    n = shape.num_layers
+    blocks = {length: [judged(length, start) for start in range(n - length + 1)] for length in (1, 2)}
+    return LayerAnalysis("analysis", digest, n, Judged(loss=3.0, accuracy=0.6), blocks, {})
+
+
+@pytest.mark.parametrize(
+    ("judge", "expected"),
+    [("bi", [0, 0.02, 0.04]), ("loss", [0, 0.1, 0.2]), ("task", [0, 1 / 3, 0.5])],
+)
+def test_a_layer_analysis_prices_the_block_that_goes(shape, judge, expected):
+    options, scores, analysis = PruneOptions(judge=judge), scores_of(shape), analysis_of(shape)
+    space = make_space(shape, TINY, options, judged={4, 3, 2})
+    predictor = make_predictor(shape, scores, space, RankConfig(), options, analysis)
+    if judge == "loss":
+        expected = [lost / (math.log(shape.vocab_size) - 3.0) for lost in expected]
+    assert predictor.layers.tolist() == pytest.approx(expected)
+    # The layers that stay are the ones whose neurons count.
+    lost = 1 - np.sort(scores.ffn.astype(float) ** 2, axis=1)[:, -24:].sum(1) / (scores.ffn.astype(float) ** 2).sum(1)
+    assert predictor.ffn[1, -1] == pytest.approx(lost[1:].mean())
+    with pytest.raises(UserError, match="blocks of 1, 2 layers, not 3"):
+        make_predictor(
+            shape, scores, make_space(shape, SpaceConfig(num_layers=1), options), RankConfig(), options, analysis
+        )
+
+
+def test_layers_that_differ_are_searched_up_to_the_narrowest(shape):
+    uneven = shape.resized(ffn_hidden_size=(48, 40, 48, 44))
+    space = make_space(uneven, TINY, PruneOptions())
+    assert space.ffn.tolist() == [40, 36, 32, 28, 24, 20]
+    scores = scores_of(uneven)
+    scores.ffn[1, 40:] = 0
+    predictor = make_predictor(uneven, scores, space, RankConfig(), PruneOptions())
+    assert predictor.ffn.shape == (3, 6) and (np.diff(predictor.ffn, axis=1) > 0).all()
+
+
+def test_latency_comes_back_out_of_a_table(shape, tmp_path):
+    """Measured by a law of the fitted kind: any other shape's is exact. And no term is ever negative."""
+    law = {"layers": 0.2, "parameters": 3e-6, "cache": 1e-4}
+
+    def milliseconds(s):
+        cache = 2 * s.num_layers * s.num_query_groups * s.head_dim
+        return 0.5 + law["layers"] * s.num_layers + law["parameters"] * count_parameters(s) + law["cache"] * cache
+
+    measured = [(4, 32, 4), (3, 32, 4), (4, 16, 4), (2, 24, 2), (4, 32, 2), (3, 20, 4)]
+    shapes = [shape.resized(num_layers=n, hidden_size=h, num_query_groups=g) for n, h, g in measured]
+    rows = [f"{s.num_layers},{s.hidden_size},{s.num_query_groups},{milliseconds(s)!r}" for s in shapes]
+    file = tmp_path / "table.csv"
+    file.write_text("\n".join(["num_layers,hidden_size,num_query_groups,latency_ms", *rows]) + "\n")
+    latency = read_latency(file, shape)
+    assert latency.error < 1e-6
+    options = BudgetConfig(latency_ms=2.0, table=str(file))
+    budget, space = Budget.of(shape, options), make_space(shape, TINY, PruneOptions())
+    numbers = every_number(space)
+    expected = [milliseconds(shape.resized(**space.target(n))) for n in numbers.tolist()]
+    assert budget.cost("latency_ms", space.lengths(numbers)) == pytest.approx(expected, rel=1e-6)
+    noisy = np.abs(np.random.default_rng(0).normal(1, 0.5, 6))
+    assert (fit(np.random.default_rng(1).random((6, 4)), noisy) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("num_layers\n4\n", "must have the columns latency_ms and sizes"),
+        ("layers,latency_ms\n4,1\n", "must have the columns latency_ms and sizes"),
+        ("num_layers,latency_ms\n4,1\n", "has 1 shapes: measure 5 or more"),
+        ("num_layers,latency_ms\n" + "4,1\n" * 4 + "4,\n", "line 6: every column needs a number"),
+        ("num_layers,latency_ms\n" + "4,1\n" * 4 + "4,-1\n", "line 6: latency_ms=-1.0 must be a number above 0"),
+        ("num_attention_heads,latency_ms\n" + "7,1\n" * 5, "line 2: num_attention_heads=7 is not a multiple"),
+        (None, "cannot be read"),
+    ],
+)
+def test_wrong_tables_are_refused(shape, tmp_path, text, says):
+    file = tmp_path / "table.csv"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_latency(file, shape)
+
+
+def words_of(source, scores_folder, *own: str) -> list[str]:
+    tiny = ["budget.parameters=40000", "space.multiple=4", "space.tensor=1"]
+    return [f"model={source}", f"scores={scores_folder}", *tiny, *own]
+
+
+def test_a_printed_command_makes_a_model_of_these_sizes(source, scores_folder, tmp_path, capsys):
+    words = words_of(source, scores_folder, "keep=2", "prune.groups=mean", f"output={tmp_path / 'found'}")
+    search_shapes(compose_in_test("search", words))
+    lines = map(str.split, capsys.readouterr().out.splitlines())
+    command = next(line for line in lines if line[:2] == ["python", "launch/prune.py"])
+    assert "prune.groups=mean" in command and f"target={tmp_path / 'found'}/targets/rank_01.yaml" in command
+    assert " ".join(command) in (tmp_path / "found" / "targets" / "rank_01.yaml").read_text()
+    done = run("prune", *command[2:])
+    assert done.returncode == 0, done.stderr
+    pruned = open_model_folder(tmp_path / "found_rank_01")
+    values = yaml.safe_load((tmp_path / "found" / "candidates.yaml").read_text())
+    first = values["candidates"][0]
+    assert first["rank"] == 1 and {n: getattr(pruned.shape, n) for n in SIZES} == {n: first[n] for n in SIZES}
+    assert count_parameters(pruned.shape) == first["parameters"]
+    manifest = read_manifest(tmp_path / "found")
+    assert manifest["results"]["best"] == first and manifest["results"]["fitting"] == values["fitting"]
+    files = {"candidates.yaml", "parameters.svg", "targets/rank_01.yaml", "targets/rank_02.yaml"}
+    assert set(manifest["files"]) == files
+    search_shapes(compose_in_test("search", words))
+    with pytest.raises(UserError, match="was made with other options"):
+        search_shapes(compose_in_test("search", [*words, "rank.weights.ffn=2"]))
+
+
+def compose_in_test(name: str, words: list[str]):
+    import hydra
+
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, words)
+
+
+def test_a_target_file_can_be_written_by_hand(source, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("# a cut by hand\nffn_hidden_size: [48, 40, 48, 44]\nnum_attention_heads: 4\n")
+    words = [f"model={source}", f"target={file}", "target.hidden_size=16", "output=x"]
+    target = compose_in_test("prune", words).target
+    assert (target.ffn_hidden_size, target.num_attention_heads, target.hidden_size) == ([48, 40, 48, 44], 4, 16)
+    for text, says in (
+        ("hiden_size: 4\n", "hiden_size"),
+        ("hidden_size: much\n", "must be a whole number"),
+        ("4", "mapping"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=says):
+            compose_in_test("prune", words)
+    with pytest.raises(UserError, match="does not exist: give a file of sizes, or a preset"):
+        compose_in_test("prune", [*words[:1], f"target={tmp_path / 'none.yaml'}", *words[2:]])
+
+
+def test_a_dry_run_counts_and_writes_nothing(source, scores_folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO", "minitron_megatron")
+    search_shapes(compose_in_test("search", words_of(source, scores_folder, "dry_run=true", "output=found")))
+    shape = open_model_folder(source).shape
+    every = shapes_by_hand(shape, PruneOptions())
+    fitting = [s for s in every if 36_000 <= parameters_by_hand(s) <= 40_000]
+    assert caplog.messages == [f"{len(every):,} shapes, of which {len(fitting):,} fit the budget"]
+    words = ["model=llama3_1_8b", "budget.parameters=4.5e9", "dry_run=true", "output=found"]
+    search_shapes(compose_in_test("search", words))
+    assert "shapes, of which" in caplog.messages[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        (
+            ["budget.parameters=null"],
+            "no budget: give at least one of budget.parameters=, budget.non_embedding_parameters=",
+        ),
+        (["budget.parameters=100"], "nothing fits: the smallest possible shape has 15,"),
+        (["budget.parameters=1e6"], "use 6.25% of it at most, budget.at_least is 90%"),
+        (["budget.parameters=4e4", "budget.at_least=2"], "budget.at_least=2.0 must be from 0 to 1"),
+        (["space.hidden_size=[]"], "the space is empty: space.hidden_size=[] has no size"),
+        (["space.hidden_size={from:32,to:16,step:4}"], "the space is empty: space.hidden_size={from:32,to:16,step:4}"),
+        (["space.hidden_size={from:16,to:32,stp:4}"], "must be a size, a list of sizes, or {from:…,to:…,step:…}"),
+        (["space.hidden_size=[18]"], "space.hidden_size: 18 is no multiple of 4 (space.multiple)"),
+        (["space.ffn_hidden_size=[64]"], "space.ffn_hidden_size: 64 must be a whole number from 1 to the model's 48"),
+        (["space.num_layers=[two]"], "space.num_layers: 'two' must be a whole number"),
+        (["space.num_attention_heads=[7]"], "the space is empty: no space.num_attention_heads (7) goes with"),
+        (["space.num_attention_heads=[6]", "space.hidden_size=[20]"], "give space.exportable=false if transformers"),
+        (["space.widths=3"], "unknown option 'space.widths' of launch/search.py"),
+        (["rank.weights.hiden=3"], "did you mean rank.weights.hidden?"),
+        (["rank.weights={layers:0,hidden:0,ffn:0,heads:0}"], "rank.weights are all 0"),
+        (["budget.latency_ms=3"], "budget.table= and budget.latency_ms= go together"),
+        (["keep=0"], "keep=0 must be above 0"),
+        (["scores=null"], "scores= is missing: give the output of launch/importance.py"),
+        (["layers=nowhere"], "nowhere does not exist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_refused_before_anything(source, scores_folder, tmp_path, monkeypatch, own, says):
+    monkeypatch.chdir(tmp_path)
+    given = {word.partition("=")[0] for word in own}
+    words = [w for w in words_of(source, scores_folder) if w.partition("=")[0] not in given]
+    with pytest.raises(UserError) as refused:
+        search_shapes(compose_in_test("search", [*words, *own, "output=found"]))
+    assert says in str(refused.value) and "\n" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_of_another_model_are_one_line(source, tmp_path):
+    write_scores(Scores(random_scores(source).tensors, "sha256:another"), tmp_path / "s")
+    done = run("search", *words_of(source, tmp_path / "s"), "output=found", cwd=tmp_path)
+    assert "were measured on another model (digest differs)" in error_of(done)
+    assert not (tmp_path / "found").exists()
