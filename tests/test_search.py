@@ -102,7 +102,7 @@ def loss_by_hand(source: ModelShape, target: ModelShape, scores: Scores, options
         "heads": lambda i: gone(scores.heads[i], kept.heads[i].reshape(-1)) if kept.heads is not None else 0.0,
     }
     return {
-        "layers": 1 - sum(influence[i] for i in layers) / sum(influence),
+        "layers": 2 * sum(influence[i] for i in range(source.num_layers) if i not in layers),
         "hidden": gone(scores.hidden, kept.hidden) if kept.hidden is not None else 0.0,
         **{axis: sum(map(lost, layers)) / len(layers) for axis, lost in of_layer.items()},
     }
@@ -234,7 +234,7 @@ def analysis_of(shape: ModelShape, digest: str = "") -> LayerAnalysis:
 
 @pytest.mark.parametrize(
     ("judge", "expected"),
-    [("bi", [0, 0.02, 0.04]), ("loss", [0, 0.1, 0.2]), ("task", [0, 1 / 3, 0.5])],
+    [("bi", [0, 0.04, 0.08]), ("loss", [0, 0.1, 0.2]), ("task", [0, 1 / 3, 0.5])],
 )
 def test_a_layer_analysis_prices_the_block_that_goes(shape, judge, expected):
     options, scores, analysis = PruneOptions(judge=judge), scores_of(shape), analysis_of(shape)

@@ -2,17 +2,18 @@
 
     predicted loss = w_layers · D_layers + w_hidden · D_hidden + w_ffn · D_ffn + w_heads · D_heads
 
-Each D is from 0 (nothing is cut) to 1 (all is): the share of an axis's worth that goes when the best are kept, which is what
-prune keeps (arXiv 2407.14679, sections 2.2 and 2.3; 2408.11796, section 3):
+Each D is 0 where nothing is cut, and a relative squared error of what the axis carries when the best are kept, which is what
+prune keeps (importance as in arXiv 2407.14679, section 2.2; contiguous layers as in 2408.11796):
 
     D_hidden   1 − Σ_kept s² / Σ s²                       over the residual stream's channels
     D_ffn      mean over kept layers of 1 − Σ_kept s² / Σ s²    over a layer's neurons
     D_heads    the same over a layer's query heads; the groups that go take theirs with them
-    D_layers   Σ_cut BI / Σ BI; with a layer analysis, what its judge says of the block that goes (`_judged`)
+    D_layers   2 Σ_cut BI; with a layer analysis, what its judge says of the block that goes (`_judged`)
 
 Scores of channels and heads are sizes of activations: what is cut of a vector is, relative to its square norm, the sum of the
-squares that go. Block Influence 1 − cos is about half of the squared angle, a square already. That the parts add up, and that
-an axis's share costs as much as another's, is assumed; the papers order shapes by training each for a while.
+squares that go. Between unit vectors the square of the difference is 2 (1 − cos): twice the Block Influence. It is no share of
+the sum over layers, since the first layer often has most of it and would make all others seem free. That the parts add up, and
+that an error on one axis costs as much as on another, is assumed; the papers order shapes by training each for a while.
 """
 
 import math
@@ -120,21 +121,21 @@ def _layers(
         if block:
             gone.append(_judged(analysis, block, options.judge, shape.vocab_size))
         else:
-            gone.append(1 - influence[kept].sum() / _whole(influence.sum()))
+            gone.append(2 * np.delete(influence, kept).sum())
     return all_kept, np.asarray(gone)
 
 
 def _judged(analysis: LayerAnalysis, block: range, judge: str, vocab_size: int) -> float:
-    """What an analysis says of the model without a block, from 0 (as good as whole) to 1.
+    """What an analysis says of the model without a block, 0 where it is as good as whole.
 
-    bi: the block's influence. loss: how far the loss has gone from the whole model's to that of guessing, ln(vocabulary).
+    bi: twice the block's influence. loss: how far the loss has gone from the whole model's to that of guessing, ln(vocabulary).
     task: the share of the whole model's accuracy that is gone.
     """
     base, without = analysis.base, analysis.blocks[len(block)][block.start]
     if judge == "bi":
-        share = without.bi
+        share = 2 * without.bi
     elif judge == "loss":
         share = (without.loss - base.loss) / max(math.log(vocab_size) - base.loss, 1e-9)
     else:
         share = 1 - (without.accuracy or 0.0) / max(base.accuracy or 0.0, 1e-9)
-    return min(max(share, 0.0), 1.0)
+    return max(share, 0.0)

@@ -38,9 +38,8 @@ from minitron_megatron.search.space import SIZES, Space, make_space, uniform
 
 log = logging.getLogger(__name__)
 FILE, TARGETS = "candidates.yaml", "targets"
-# Names of the table's columns, and quantities that are counts.
-_SIZES_IN_SHORT = ("layers", "hidden", "ffn", "heads", "groups")
-_COSTS_IN_SHORT = {
+# Quantities as columns of the table, and those that are counts.
+_IN_SHORT = {
     "parameters": "parameters",
     "non_embedding_parameters": "in layers",
     "memory_gib": "GiB",
@@ -226,18 +225,19 @@ def _print(cfg: SearchConfig, budget: Budget, results: dict[str, Any], ranked: l
     rows = [
         [
             one.rank,
-            *one.target.values(),
+            " × ".join(str(one.target[name]) for name in SIZES[:3]),
+            "/".join(str(one.target[name]) for name in SIZES[3:]),
             *(one.costs[name] if name in _WHOLE else f"{one.costs[name]:.4g}" for name in shown),
             *(f"{lost:.4f}" for lost in (one.loss, *one.lost.values())),
-            "yes" if one.fronts else "",
         ]
         for one in ranked
     ]
-    title = f"{cfg.output}: the best {len(rows)} of {results['fitting']:,} shapes that fit, of {results['shapes']:,}"
-    columns = ["rank", *_SIZES_IN_SHORT, *(_COSTS_IN_SHORT[name] for name in shown)]
-    print_table(
-        title, [*columns, "loss", *(f"{'+' if i else '='} {axis}" for i, axis in enumerate(AXES)), "front"], rows
+    title = (
+        f"{cfg.output}: the best {len(rows)} of {results['fitting']:,} shapes that fit, of {results['shapes']:,}; "
+        "predicted loss, and its parts by axis"
     )
+    columns = ["rank", "layers × hidden × ffn", "heads/kv", *(_IN_SHORT[name] for name in shown), "loss", *AXES]
+    print_table(title, columns, rows)
     if not speaks():
         return
     if budget.latency:
