@@ -165,7 +165,7 @@ def test_the_script_has_the_same_arguments_wherever_it_lies(models, tmp_path, fa
     )
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_weights_are_those_of_the_model_folder(gloo, models, tmp_path, ranks):
     """Bit for bit, by any number of ranks, under the same keys: plain dist_checkpointing reads both."""
     path, _, _ = models("qwen3")
@@ -215,6 +215,7 @@ def test_what_megatron_lm_cannot_say_is_refused(models):
     check_expressible(shape.resized(rope_scaling=None), "here")
 
 
+@pytest.mark.slow
 def test_the_command(models, tmp_path):
     """Help is tested with all commands; here a dry run, a refusal in one line, a run by two processes, and the same again."""
     other = imported(hf_model(rope_parameters=LLAMA3), tmp_path)
@@ -254,6 +255,7 @@ megatron_lm.export_megatron(ExportMegatronConfig(model=ModelConfig(path=sys.argv
 """
 
 
+@pytest.mark.slow
 def test_a_killed_export_is_not_there_and_the_next_one_sweeps(models, tmp_path):
     path = models("llama")[0]
     words = [sys.executable, "-c", KILLED, str(path), str(tmp_path / "out")]
