@@ -149,6 +149,7 @@ def as_torchrun_starts_it(cfg, port) -> int:
     return sum(type(held) is GPTModel for held in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_a_step_in_every_layout(gloo, model, tmp_path):
     """As much work a process in each, the same loss to begin with, nothing kept of one while the next runs."""
     cannot_be = [{"context": 2}, {"tensor": 4, "sequence": True}, {"tensor": 2, "sequence": True, "overlap": True}]

@@ -275,9 +275,10 @@ TOP_20 = {"loss": "topk_kl", "top_k": 20, "temperature": 1.5}
 
 @pytest.mark.parametrize(
     ("ranks", "layout"),
-    [(2, {"tensor": 2, "sequence": True}), pytest.param(4, {"pipeline": 2}, marks=pytest.mark.slow)],
+    [(2, {"tensor": 2, "sequence": True}), (4, {"pipeline": 2})],
     ids=lambda value: str(value),
 )
+@pytest.mark.slow
 def test_a_cached_teacher_is_as_good_as_the_same_top_k_online(gloo, sources, made, tmp_path, ranks, layout):
     """To what float16 keeps, over five steps and in a validation, in layouts that the cache knows nothing of."""
     gloo(1, distill, distillation(sources, tmp_path / "online", **TOP_20))

@@ -91,7 +91,11 @@ def test_every_command_has_its_file_and_its_config():
             "rope_theta=nan must be a finite number",
         ),
         (("random_model", "model=smollm2_135m", "output=/etc/passwd/x"), "/etc/passwd is a file"),
-        (("random_model", "model=llama3_1_8b", "model.num_layers=99999999", "output=x"), "no space left"),
+        pytest.param(
+            ("random_model", "model=llama3_1_8b", "model.num_layers=99999999", "output=x"),
+            "no space left",
+            marks=pytest.mark.slow,
+        ),
         (("prune",), "needs output=… (folder to write"),
         (("distill", "output=x", "data.path=y", "trainer.steps=abc"), "trainer.steps"),
         (("distill", "output=x", "data.path=y", "trainer.steps=-1"), "trainer.steps=-1 must be above 0"),

@@ -411,6 +411,7 @@ def test_mistakes_are_refused_before_anything(source, scores_folder, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_scores_of_another_model_are_one_line(source, tmp_path):
     write_scores(Scores(random_scores(source).tensors, "sha256:another"), tmp_path / "s")
     done = run("search", *words_of(source, tmp_path / "s"), "output=found", cwd=tmp_path)
