@@ -161,6 +161,15 @@ def pick_engine(engine: str, layout: Layout, dtype: torch.dtype, device: torch.d
     return engine
 
 
+def check_fused(option: str, value: str, instead: str, engine: str, dtype: torch.dtype) -> None:
+    """Raise UserError where an engine (te or local) or dtype is not what option=value needs; option=instead does without."""
+    if engine != "te" or dtype is not torch.bfloat16:
+        raise UserError(
+            f"{option}={value} needs Transformer Engine's layers in bf16 on a GPU: set precision=bf16 on a machine that has "
+            f"both, or {option}={instead}"
+        )
+
+
 def _have_transformer_engine() -> bool:
     from megatron.core.extensions.transformer_engine import HAVE_TE
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from minitron_megatron.errors import UserError
+from minitron_megatron.models.build import check_fused
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
 
@@ -97,11 +98,7 @@ def check_fp8_device(option: str, scaling: str, engine: str, dtype: torch.dtype,
     """Raise UserError where this machine, a model's engine (te or local) or its precision has no FP8."""
     if scaling == "none":
         return
-    if engine != "te" or dtype is not torch.bfloat16:
-        raise UserError(
-            f"{option}={scaling} needs Transformer Engine's layers in bf16 on a GPU: set precision=bf16 on a machine that has "
-            f"both, or {option}=none"
-        )
+    check_fused(option, scaling, "none", engine, dtype)
     needed = HOPPER if scaling == "blockwise" else ADA
     if torch.cuda.get_device_capability(device) < needed:
         raise UserError(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from minitron_megatron.errors import UserError
+from minitron_megatron.models.build import check_fused
 from minitron_megatron.parallel.layout import Layout
 
 OPTION = "trainer.cuda_graphs"
@@ -44,11 +45,8 @@ def check_graphs(wanted: bool, recompute: str, sequence_length: int, layout: Lay
 
 def check_graphs_device(wanted: bool, engine: str, dtype: torch.dtype, option: str = OPTION) -> None:
     """Raise UserError where a model's engine (te or local) or precision has no graphs."""
-    if wanted and (engine != "te" or dtype is not torch.bfloat16):
-        raise UserError(
-            f"{option}=true needs Transformer Engine's layers in bf16 on a GPU: set precision=bf16 on a machine that has "
-            f"both, or {option}=false"
-        )
+    if wanted:
+        check_fused(option, "true", "false", engine, dtype)
 
 
 def peak_memory(wanted: bool) -> int:

@@ -1,5 +1,6 @@
 """One pass over a space: which shapes fit, the best of them, and the front of loss against what each costs. Arrays of numbers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,21 +51,28 @@ def scan(space: Space, budget: Budget, predictor: Predictor | None = None, keep:
         fits = within & (used >= budget.options.at_least)
         found.fitting += int(fits.sum())
         if predictor is not None and fits.any():
-            _take(found, space, budget, predictor, numbers[fits], keep)
+            _take(found, budget, predictor, numbers[fits], {name: cost[fits] for name, cost in costs.items()}, keep)
     _check_found(found, budget)
     return found
 
 
-def _take(found: Found, space: Space, budget: Budget, predictor: Predictor, numbers: np.ndarray, keep: int) -> None:
+def _take(
+    found: Found,
+    budget: Budget,
+    predictor: Predictor,
+    numbers: np.ndarray,
+    costs: Mapping[str, np.ndarray],
+    keep: int,
+) -> None:
     """Merge fitting shapes into the best and the fronts so far: either only ever needs what it had and what is new."""
     losses = predictor.loss(numbers)
     best = np.concatenate((found.best, numbers))
     found.best = best[np.lexsort((best, np.concatenate((predictor.loss(found.best), losses))))[:keep]]
-    for name in budget.limits:
+    for name, of_new in costs.items():
         before = found.fronts.get(name, numbers[:0])
-        both = np.concatenate((before, numbers))
-        cost = budget.cost(name, space.lengths(both))
-        found.fronts[name] = both[pareto_front(cost, np.concatenate((predictor.loss(before), losses)))]
+        cost = np.concatenate((budget.cost(name, predictor.space.lengths(before)), of_new))
+        front = pareto_front(cost, np.concatenate((predictor.loss(before), losses)))
+        found.fronts[name] = np.concatenate((before, numbers))[front]
 
 
 def pareto_front(cost: np.ndarray, loss: np.ndarray) -> np.ndarray:

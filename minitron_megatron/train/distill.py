@@ -64,9 +64,9 @@ def build_teacher(cfg: DistillConfig, teacher: TeacherWeights, layout: Layout) -
     own, ahead = teacher_layout(cfg, layout), cfg.distill.teacher_ahead
     dtype = model_dtype(teacher.shape, cfg.precision)
     options, fp8 = cfg.distill, fp8_fields(cfg.distill.teacher_fp8, frozen=True)
+    how = {"head_fp8": options.teacher_head_fp8, "graphs": cfg.trainer.cuda_graphs}
     if own != layout:
-        how = {"fp8": fp8, "head_fp8": options.teacher_head_fp8, "offload": options.teacher_offload}
-        how |= {"graphs": cfg.trainer.cuda_graphs}
+        how |= {"fp8": fp8, "offload": options.teacher_offload}
         return RoutedTeacher(teacher, own, layout, dtype, cfg.teacher.engine, ahead, **how)
     # Without gradients Transformer Engine keeps no transposed copies of FP8 weights.
     with torch.no_grad():
@@ -74,7 +74,6 @@ def build_teacher(cfg: DistillConfig, teacher: TeacherWeights, layout: Layout) -
         if options.teacher_offload:
             offload_layers(frozen)
         teacher.fill(frozen, None)
-    how = {"head_fp8": options.teacher_head_fp8, "graphs": cfg.trainer.cuda_graphs}
     return Teacher(frozen, pipelined=layout.pipeline > 1, ahead=ahead, **how)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from minitron_megatron.config import TrainerConfig
 from minitron_megatron.errors import UserError
+from minitron_megatron.models.build import check_fused
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
 
@@ -42,12 +43,10 @@ def check_overlap(trainer: TrainerConfig, layout: Layout) -> None:
 
 def check_overlap_device(wanted: bool, engine: str, dtype: torch.dtype) -> None:
     """Raise UserError where a model's engine (te or local) or its precision cannot overlap transfers."""
-    if wanted and (engine != "te" or dtype is not torch.bfloat16):
-        raise UserError(
-            f"{OPTION}=true needs Transformer Engine's layers in bf16 on GPUs: set precision=bf16 where both are, or "
-            f"{OPTION}=false"
-        )
-    if wanted and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
+    if not wanted:
+        return
+    check_fused(OPTION, "true", "false", engine, dtype)
+    if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
         raise UserError(
             f"{OPTION}=true needs CUDA_DEVICE_MAX_CONNECTIONS=1 in the environment: transfers start first then"
         )

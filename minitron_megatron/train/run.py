@@ -140,11 +140,10 @@ def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
         foresee(cfg, layout, steps, models, check)
         return
     for name, model in recipe.models.items():
-        own = recipe.layout_of(name, layout)
-        engine = pick_engine(model.engine, own, model_dtype(shapes[name], cfg.precision), device, name)
+        own, dtype = recipe.layout_of(name, layout), model_dtype(shapes[name], cfg.precision)
+        engine = pick_engine(model.engine, own, dtype, device, name)
         check_document_masks(cfg.data.reset_attention_mask, engine, name)
         option, scaling = recipe.fp8_of(name)
-        dtype = model_dtype(shapes[name], cfg.precision)
         check_fp8_device(option, scaling, engine, dtype, device)
         check_graphs_device(cfg.trainer.cuda_graphs, engine, dtype)
         if name == recipe.trained:

@@ -1,6 +1,5 @@
 """CUDA graphs and overlapped tensor-parallel transfers: the losses are those of steps without, in every layout."""
 
-import os
 import shutil
 
 import pytest
@@ -101,9 +100,8 @@ def test_layouts_with_graphs(folders, without, tmp_path, options):
 @pytest.mark.parametrize("fp8", ["none", "delayed"])
 def test_overlapped_transfers(folders, tmp_path, fp8):
     options = {**TENSOR, "trainer.fp8": fp8}
-    env = {**os.environ, **BUFFERS}
-    wanted = losses(distilled(folders, tmp_path / "without", gpus=2, env=env, **options))
+    wanted = losses(distilled(folders, tmp_path / "without", gpus=2, env=BUFFERS, **options))
     found = losses(
-        distilled(folders, tmp_path / "run", gpus=2, env=env, **options, **{"trainer.tp_comm_overlap": True})
+        distilled(folders, tmp_path / "run", gpus=2, env=BUFFERS, **options, **{"trainer.tp_comm_overlap": True})
     )
     assert found == pytest.approx(wanted, rel=5e-3)
