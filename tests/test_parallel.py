@@ -13,7 +13,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.cpu import adapter
-from minitron_megatron.parallel.layout import Layout, parallel_job
+from minitron_megatron.parallel.layout import Layout, before_groups_end, parallel_job
 from tests.pool import Pool, WorkerError
 
 SHAPE = ModelShape(
@@ -118,6 +118,20 @@ def test_a_job_needs_no_torchrun_and_leaves_nothing_behind():
             raise ZeroDivisionError
         assert not dist.is_initialized()
         assert not parallel_state.model_parallel_is_initialized()
+
+
+def test_what_holds_communicators_is_given_up_before_they_are_ended():
+    """As CUDA graphs are, last first, and once: NCCL would wait for them for ever (tests/gpu/test_graphs.py)."""
+    from megatron.core import parallel_state
+
+    seen = []
+    with pytest.raises(ZeroDivisionError), parallel_job(Layout(), seed=1, device="cpu"):
+        for name in ("first", "last"):
+            before_groups_end(lambda name=name: seen.append((name, parallel_state.model_parallel_is_initialized())))
+        raise ZeroDivisionError
+    with parallel_job(Layout(), seed=1, device="cpu"):
+        pass
+    assert seen == [("last", True), ("first", True)]
 
 
 class Trainer:

@@ -284,14 +284,25 @@ def layer_spec(config: Any, vp_stage: int | None, stage: int | None = None) -> A
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
 
 
+# Transformer Engine's variable: 1 lets attention's backward pass add in any order.
+_ANY_ORDER = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
+
+
+def attention_in_fixed_order() -> bool:
+    """Whether fused attention's backward pass adds in a fixed order, so that a run that continues repeats its losses bit for bit.
+
+    It does unless the user has set NVTE_ALLOW_NONDETERMINISTIC_ALGO=1, which is a little faster and takes less memory.
+    """
+    return os.environ.get(_ANY_ORDER, "0") == "0"
+
+
 def _te_spec(config: Any) -> tuple[Any, type]:
     """Transformer Engine's layers, and its norm."""
     from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    # A run that continues repeats its losses bit for bit: attention's backward pass adds in a fixed order unless the user
-    # has set this to 1, which is a little faster. Before Hopper that takes flash-attn 2.4.1 or later.
-    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    # Before Hopper this takes flash-attn 2.4.1 or later.
+    os.environ.setdefault(_ANY_ORDER, "0")
     spec = get_gpt_layer_with_transformer_engine_spec(
         qk_layernorm=config.qk_layernorm, use_te_activation_func=config.use_te_activation_func
     )

@@ -5,7 +5,8 @@
     frozen     all layers of a stage at once, forward alone
 
 Graphs replay the kernels that were captured, with the tensors that they had then: inputs are copied there, weights and
-gradients stay where they are. Embedding, head, loss and optimizer are launched as ever.
+gradients stay where they are. Embedding, head, loss and optimizer are launched as ever. They go before the process groups do:
+NCCL waits for ever to end a communicator that a graph has captured transfers of.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ import torch
 
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.build import check_fused
-from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.parallel.layout import Layout, before_groups_end
 
 OPTION = "trainer.cuda_graphs"
 # What the keys that a fused attention kernel sees at once must be a multiple of, to be captured.
@@ -105,6 +106,7 @@ def capture_layers(
     try:
         helper = _helper()(list(chunks), chunks[0].config, sequence_length, micro_batch_size, [optimizer])
         helper.create_cudagraphs()
+        before_groups_end(helper.delete_cuda_graphs)
     finally:
         calculator.destroy_num_microbatches_calculator()
     for chunk in gathering:
@@ -155,6 +157,7 @@ class FrozenStage:
         layers = _Layers(self.block, self.forward).eval()
         sample = {"sample_kwargs": {"rotary_pos_emb": rotary.clone()}}
         self.graph = make_graphed_callables(layers, (states.detach().clone(),), **sample)
+        before_groups_end(self.graph.reset)
 
 
 class _Layers(torch.nn.Module):

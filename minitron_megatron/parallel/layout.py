@@ -12,7 +12,7 @@ import datetime
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from minitron_megatron.parallel.cpu import adapter
 
 # A rank may wait this long for another, which may be reading a large folder.
 TIMEOUT = datetime.timedelta(minutes=30)
+_RELEASES: list[Callable[[], None]] = []
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,8 @@ def model_parallel(
     """Megatron's groups and seeds for a layout, on a process group that is there already.
 
     `gloo_groups` makes one for the CPU beside each data-parallel group, which checkpoints use.
-    Layouts can follow one another in a process: the groups made here are ended, not only forgotten as Megatron does.
+    Layouts can follow one another in a process: the groups made here are ended, not only forgotten as Megatron does, when
+    everything that was left to `before_groups_end` has been given up.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -241,11 +243,18 @@ def model_parallel(
         model_parallel_cuda_manual_seed(seed, **generators)
         yield
     finally:
+        while _RELEASES:
+            _RELEASES.pop()()
         parallel_state.destroy_model_parallel()
         # A gloo group of four ranks holds two threads and several open files: dozens of them a layout.
         for group in reversed(list(dist.distributed_c10d._world.pg_map)):
             if group not in before:
                 dist.destroy_process_group(group)
+
+
+def before_groups_end(release: Callable[[], None]) -> None:
+    """Have something called before the groups of `model_parallel` are ended: what holds on to their communicators."""
+    _RELEASES.append(release)
 
 
 def process_groups(layout: Layout, timeout: datetime.timedelta = TIMEOUT) -> Any:

@@ -14,7 +14,7 @@ from minitron_megatron.config import DistillConfig, HardwareConfig, TrainerConfi
 from minitron_megatron.console import print_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters, flops_per_token
-from minitron_megatron.models.build import model_dtype, sequence_parts
+from minitron_megatron.models.build import attention_in_fixed_order, model_dtype, sequence_parts
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.hardware import hardware, peak_flops
 from minitron_megatron.parallel.layout import Layout
@@ -95,11 +95,18 @@ def forecast(cfg: TrainingConfig, layout: Layout, models: Models) -> Forecast:
         layout=layout,
         batch=MicroBatch.of(trainer.micro_batch_size, cfg.data.sequence_length, layout),
         micro_batches=trainer.global_batch_size // (trainer.micro_batch_size * layout.data),
-        how=Arithmetic(dtype, _engine(models.student_engine, dtype), _recomputed(trainer), fp8=trainer.fp8 != "none"),
+        how=Arithmetic(
+            dtype,
+            _engine(models.student_engine, dtype),
+            _recomputed(trainer),
+            fp8=trainer.fp8 != "none",
+            fixed_order=attention_in_fixed_order(),
+        ),
         teacher_how=_of_teacher(cfg, theirs, _engine(models.teacher_engine, theirs)),
         state_precision=cfg.optim.state_precision if dtype is torch.bfloat16 else "fp32",
         **({"logits_bytes": cfg.distill.logits_mib * 2**20} if isinstance(cfg, DistillConfig) else {}),
         cuda_graphs=trainer.cuda_graphs,
+        tp_comm_overlap=trainer.tp_comm_overlap,
         teacher_layout=None if own == layout else own,
         ahead=cfg.distill.teacher_ahead if isinstance(cfg, DistillConfig) else None,
     )

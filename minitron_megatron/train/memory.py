@@ -47,6 +47,7 @@ class Arithmetic:
     fp8: bool = False  # products of the layers; of a teacher its weights too
     fp8_head: bool = False  # of a teacher
     offloaded: bool = False  # of a teacher: its layers are in CPU memory (distill/offload.py)
+    fixed_order: bool = True  # fused attention's backward pass adds in one (models/build.py)
 
     @property
     def input_bytes(self) -> int:
@@ -83,6 +84,7 @@ class _Sizes:
     keys: int
     ffn: int
     scores: int  # attention's s × s
+    own_scores: int  # those of a rank's queries with its own keys, as context parallelism takes them in turn
 
     @classmethod
     def of(cls, shape: ModelShape, layer: int, layout: Layout, batch: MicroBatch) -> "_Sizes":
@@ -94,6 +96,7 @@ class _Sizes:
             keys=n * shape.num_query_groups * shape.head_dim // share,
             ffn=n * shape.ffn_of_layers[layer] // share,
             scores=n * batch.sequence_length * shape.num_attention_heads // share,
+            own_scores=n * batch.tokens_of_sample * shape.num_attention_heads // share,
         )
 
 
@@ -197,6 +200,7 @@ class Plan:
     state_precision: str = "fp32"
     logits_bytes: int = LOGITS_BYTES
     cuda_graphs: bool = False
+    tp_comm_overlap: bool = False
 
     @property
     def optimizer_bytes(self) -> int:
@@ -334,15 +338,33 @@ def _loss_bytes(plan: Plan) -> int:
 
 
 def _layer_work(shape: ModelShape, chunks: Sequence[Chunk], plan: Plan, how: Arithmetic, *, backward: bool) -> int:
-    """Bytes of the tensors of one layer that are alive at once: in a backward pass gradients, beside a recomputed layer."""
+    """Bytes of the tensors of one layer that are alive at once: in a backward pass gradients, beside a recomputed layer.
+
+    Attention's backward pass begins when what the layer kept of its feed-forward block is gone.
+    """
     widest = max((layer for chunk in chunks for layer in chunk.layers), key=lambda layer: shape.ffn_of_layers[layer])
     sizes, item = _Sizes.of(shape, widest, plan.layout, plan.batch), how.dtype.itemsize
     inner = (3 if TRAITS[shape.family].gated else 2) * sizes.ffn * item
     # Unfused attention makes scores, their masked and float32 forms one after another.
     scores = sizes.scores * (4 + 2 * item) if how.engine == "local" else 0
+    attention = _attention_work(shape, sizes, how) - _mlp_bytes(shape, sizes, how) if backward else 0
     gathered = 2 * plan.batch.tokens * shape.hidden_size * item
-    plain = Arithmetic(how.dtype, how.engine, "none", how.fused_norms)
+    plain = Arithmetic(how.dtype, how.engine, fused_norms=how.fused_norms)
     again = layer_bytes(shape, widest, plan.layout, plan.batch, plain) if backward and how.recompute != "none" else 0
     if how.recompute == "selective":
         again -= layer_bytes(shape, widest, plan.layout, plan.batch, how)
-    return max(inner, scores) + gathered + again
+    return max(inner, scores, attention) + gathered + again
+
+
+def _attention_work(shape: ModelShape, sizes: _Sizes, how: Arithmetic) -> int:
+    """What fused attention's backward pass makes: gradients, and cuDNN's workspace, measured on H200s (docs/benchmarks.md).
+
+    The workspace is dq in float32; in a fixed order a part of it for every 256 keys of 128 numbers, 2 bytes a score; and with
+    grouped queries dk and dv of every query head.
+    """
+    if how.engine != "te":
+        return 0
+    gradients = 2 * (sizes.queries + sizes.keys) * how.dtype.itemsize
+    parts = 2 * sizes.own_scores if how.fixed_order else 4 * sizes.queries
+    repeated = 4 * sizes.queries if shape.heads_per_group > 1 else 0
+    return gradients + parts + repeated

@@ -121,7 +121,9 @@ def pass_of_stage(
 
 
 def _launches(passes_of_layers: int, plan: Plan, gpu: HardwareConfig) -> float:
-    more = LAUNCHES_WITH_TRANSFERS if plan.layout.tensor > 1 else 1
+    # Overlapped transfers are part of the products' launches.
+    overlapped = plan.tp_comm_overlap and plan.layout.sequence
+    more = LAUNCHES_WITH_TRANSFERS if plan.layout.tensor > 1 and not overlapped else 1
     return passes_of_layers * more * gpu.launch_ms / 1e3
 
 

@@ -4,8 +4,7 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from minitron_megatron.models.build import build_model_chunks
 from minitron_megatron.models.fp8 import Fp8Matrix, fp8_fields
 from minitron_megatron.parallel.layout import Layout, parallel_job
 from tests import jobs
-from tests.gpu.command import ROOT, command
+from tests.gpu.command import command
 from tests.test_models import relative
 from tests.tiny import data_folder, hf_model, imported
 
@@ -137,46 +136,69 @@ def test_moments_in_bf16_are_close_and_resume_to_the_same_losses(folders, in_bf1
     assert losses(distilled(folders, run, **{"optim.state_precision": kind})) == whole
 
 
-@pytest.mark.skipif(
+needs_smollm2 = pytest.mark.skipif(
     "MINITRON_SMOLLM2" not in os.environ, reason="MINITRON_SMOLLM2= a folder with teacher/, student/ and data/"
 )
-def test_three_hundred_steps_of_a_real_model_are_those_of_bf16(tmp_path):
-    """SmolLM2-135M and a student cut out of it: mean KL of the last 100 steps within 3 %, median gradient norm within 8 %.
+REAL = {
+    "data.sequence_length": 512,
+    "data.max_epochs": 100,
+    "trainer.steps": 300,
+    "trainer.global_batch_size": 16,
+    "trainer.micro_batch_size": 16,
+    "trainer.save_interval": 1000,
+    "trainer.validation_samples": 0,
+    "optim.schedule": "cosine",
+    "optim.warmup_steps": 40,
+    "logger.wandb": "disabled",
+    "precision": "bf16",
+}
 
-    The aim is 0.5 % and 5 % (docs/benchmarks.md): of a KL of 0.55 nats, beside 3 of the labels' NLL, these are 0.003 nats.
+
+def real_runs(name, output, kinds, **options):
+    """{kind: (mean loss of the last 100 of 300 steps, median gradient norm)} of a command with each kind's options, at once."""
+
+    def one(kind):
+        given = {**REAL, **options, **kinds[kind], "output": output / kind}
+        command(name, *(f"{option}={value}" for option, value in given.items()))
+        lines = [json.loads(line) for line in (output / kind / "metrics.jsonl").read_text().splitlines()]
+        return statistics.mean(line["loss"] for line in lines[-100:]), statistics.median(
+            line["grad_norm"] for line in lines
+        )
+
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        found = dict(zip(kinds, pool.map(one, kinds), strict=True))
+    for kind, (loss, norm) in found.items():
+        print(f"{name}, {kind}: loss {loss:.5f}, gradient norm {norm:.4f}")
+    return found
+
+
+@needs_smollm2
+def test_three_hundred_steps_of_distillation_are_those_of_bf16(tmp_path):
+    """SmolLM2-135M and a student cut out of it: mean KL of the last 100 steps within 3 %, with ends in bf16 within 2 %.
+
+    The aim is 0.5 % (docs/benchmarks.md): of a KL of 0.55 nats, beside 3 of the labels' NLL, that is 0.003 nats.
     """
     folder = Path(os.environ["MINITRON_SMOLLM2"])
-    given = [sys.executable, "-m", "tests.gpu.test_fp8", str(folder)]
-    kinds = ("none", "delayed", "tensorwise", "blockwise")
-    runs = [subprocess.Popen([*given, str(tmp_path / kind), kind], cwd=ROOT) for kind in kinds]
-    assert [run.wait() for run in runs] == [0] * len(kinds)
-    found = {}
-    for kind in kinds:
-        metrics = [json.loads(line) for line in (tmp_path / kind / "metrics.jsonl").read_text().splitlines()]
-        loss = statistics.mean(line["loss"] for line in metrics[-100:])
-        found[kind] = loss, statistics.median(line["grad_norm"] for line in metrics)
-        print(f"{kind}: loss {loss:.5f}, gradient norm {found[kind][1]:.4f}")
+    ends = {"trainer.fp8_bf16_layers": 3}
+    kinds = {kind: {"trainer.fp8": kind} for kind in ("none", "delayed", "tensorwise", "blockwise")}
+    kinds |= {f"{kind}_ends": {**kinds[kind], **ends} for kind in ("tensorwise", "blockwise")}
+    models = {"teacher": folder / "teacher", "student": folder / "student", "data.path": folder / "data"}
+    found = real_runs("distill", tmp_path, kinds, **models, **{"optim.lr": 3e-4})
     loss, norm = found.pop("none")
     for kind, (mine, of_mine) in found.items():
-        assert mine == pytest.approx(loss, rel=3e-2), kind
-        assert of_mine == pytest.approx(norm, rel=8e-2), kind
+        with_ends = kind.endswith("_ends")
+        assert mine == pytest.approx(loss, rel=2e-2 if with_ends else 3e-2), kind
+        assert of_mine == pytest.approx(norm, rel=5e-2 if with_ends else 8e-2), kind
 
 
-def real_run(folder: str, output: str, scaling: str) -> None:
-    """Three hundred steps of the real student."""
-    parts = [Path(folder) / name for name in ("teacher", "student", "data")]
-    options = {
-        "data.sequence_length": 512,
-        "trainer.global_batch_size": 16,
-        "trainer.micro_batch_size": 16,
-        "trainer.save_interval": 1000,
-        "optim.lr": 3e-4,
-        "optim.schedule": "cosine",
-        "optim.warmup_steps": 40,
-        "trainer.fp8": scaling,
-    }
-    distilled(parts, output, steps=300, **options)
-
-
-if __name__ == "__main__":
-    real_run(*sys.argv[1:])
+@needs_smollm2
+def test_three_hundred_steps_of_training_are_those_of_bf16(tmp_path):
+    """SmolLM2-135M learns next tokens: mean loss of the last 100 steps within 0.6 %, median gradient norm within 5 %."""
+    folder = Path(os.environ["MINITRON_SMOLLM2"])
+    kinds = {kind: {"trainer.fp8": kind} for kind in ("none", "delayed", "tensorwise")}
+    options = {"model": folder / "teacher", "data.path": folder / "data", "optim.lr": 1e-4}
+    found = real_runs("correct_teacher", tmp_path, kinds, **options)
+    loss, norm = found.pop("none")
+    for kind, (mine, of_mine) in found.items():
+        assert mine == pytest.approx(loss, rel=6e-3), kind
+        assert of_mine == pytest.approx(norm, rel=5e-2), kind

@@ -5,6 +5,7 @@ channels by descending score; ours stay in source order, so its weights are put 
 """
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,8 +62,10 @@ def peer_pruned(path, samples) -> tuple[dict[str, torch.Tensor], dict[str, torch
 
     folder, layout = open_model_folder(path), Layout()
     shape = folder.shape
+    # The peer takes the layers of Megatron's own specification apart, whose activation is Megatron's.
+    config = replace(transformer_config(shape, layout, torch.float32, "te"), use_te_activation_func=False)
     model = GPTModel(
-        config=transformer_config(shape, layout, torch.float32, "te"),
+        config=config,
         transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec(),
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=shape.max_position_embeddings,
