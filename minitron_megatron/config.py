@@ -821,6 +821,7 @@ class BenchmarkConfig(CommandConfig):
     target: TargetConfig = group(TargetConfig)
     step: BenchmarkStepConfig = group(BenchmarkStepConfig)
     scaling: BenchmarkScalingConfig = group(BenchmarkScalingConfig)
+    cluster: HardwareConfig = group(HardwareConfig)
     peers: bool = option(True, "loss and step: measure other software too, where it is installed (ModelOpt, Liger)")
     repeats: int = option(5, "measurements, of which the median counts")
     sequence_length: int = option(1024, "tokens of a sample")

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from minitron_megatron.config import (
     BenchmarkConfig,
     BenchmarkScalingConfig,
     BenchmarkStepConfig,
+    HardwareConfig,
     ModelConfig,
     ParallelConfig,
     TargetConfig,
@@ -168,8 +170,13 @@ def test_a_step_in_every_layout(gloo, model, tmp_path):
         assert row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5) and row["loss"] > 0
 
 
-def test_one_process_alone_and_what_a_dry_run_says(model, tmp_path):
+def test_one_process_alone_and_what_a_dry_run_says(model, tmp_path, capsys):
     given = scaling_options(model, list(OF_TWO.values()))
+    planned = BenchmarkConfig(output=str(tmp_path / "x"), dry_run=True, **given)
+    benchmark(replace(planned, parallel=ParallelConfig(world_size=2), cluster=HardwareConfig(gpu="h200")))
+    said = capsys.readouterr().out
+    assert "seconds on h200" in said and all(word in said for word in ("one process", "teacher", "data 2"))
+    assert not (tmp_path / "x").exists()
     found = results(tmp_path, **given)
     assert list(found["rows"]) == ["one process"] and found["rows"]["one process"]["efficiency"] == 1
     planned = Scaling(BenchmarkConfig(output="", **given), 2, torch.device("cuda"))

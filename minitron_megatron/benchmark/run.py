@@ -19,9 +19,10 @@ from minitron_megatron.benchmark.step import distillation_step, foreseen_step
 from minitron_megatron.benchmark.throughput import forward_throughput
 from minitron_megatron.checkpoints.folder import check_output, output_folder
 from minitron_megatron.config import BenchmarkConfig
-from minitron_megatron.console import print_table
+from minitron_megatron.console import print_table, progress
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.hardware import hardware
 from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
 
 RESULTS = "results.json"
@@ -45,12 +46,11 @@ def benchmark(cfg: BenchmarkConfig) -> None:
     """Measure `measure=` on this machine, rank 0 writing what it found."""
     layout, config = Layout.from_config(cfg.parallel), resolved_config(cfg)
     device = pick_device(cfg.device)
-    scaling = Scaling(cfg, layout.world_size, device) if cfg.measure == "scaling" else None
     if cfg.dry_run:
         check_output(cfg.output, config=config, inputs={}, resume=cfg.resume)
-        layouts = [["layout", name] for name in (scaling.all_cases if scaling else [str(layout)])]
-        print_table("would be measured", ["", "value"], [["measure", cfg.measure], *layouts])
+        _foresee(cfg, layout, device)
         return
+    scaling = Scaling(cfg, layout.world_size, device) if cfg.measure == "scaling" else None
     if scaling:
         # Before its job, which measures a row before its ranks meet.
         check_output(cfg.output, config=config, inputs={}, resume=cfg.resume)
@@ -75,3 +75,21 @@ def benchmark(cfg: BenchmarkConfig) -> None:
         show(out.results)
     else:
         print_table(f"{cfg.measure}, {layout}", ["", "value"], list(out.results.items()))
+
+
+def _foresee(cfg: BenchmarkConfig, layout: Layout, device: torch.device) -> None:
+    """What would be measured; a step in several layouts with what is said of each on the GPUs of `cluster=`."""
+    if cfg.measure != "scaling":
+        print_table("would be measured", ["", "value"], [["measure", cfg.measure], ["layout", str(layout)]])
+        return
+    # It plans a job for GPUs wherever it runs, unless a CPU is asked for.
+    there = device if cfg.device == "cpu" else torch.device("cuda")
+    scaling = Scaling(cfg, layout.world_size, there, check_device=device.type == there.type)
+    with progress("foresee", len(scaling.all_cases), unit="layouts") as advance:
+        rows = []
+        for name, case in scaling.all_cases.items():
+            said = case.foreseen() if there.type == "cuda" else {}
+            rows.append([name, *(f"{value:.4g}" for value in said.values())])
+            advance(1)
+    columns = ["layout", "GiB", f"seconds on {hardware(cfg.cluster).gpu}"] if there.type == "cuda" else ["layout"]
+    print_table(f"would be measured: scaling, {layout.world_size} processes", columns, rows)

@@ -154,6 +154,7 @@ def _run_config(case: Case) -> DistillConfig:
         seed=cfg.seed,
         precision=cfg.precision,
         parallel=cfg.parallel,
+        cluster=cfg.cluster,
         teacher=ModelConfig(engine=cfg.model.engine),
         data=TrainingDataConfig(path="", sequence_length=cfg.sequence_length),
         trainer=TrainerConfig(
