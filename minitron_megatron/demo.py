@@ -1,4 +1,4 @@
-"""The whole road on a laptop: SmolLM2-135M to a student of 60 % of its size, each stage as a user would run it.
+"""The whole road on a laptop: SmolLM2-135M to a student of 60 % of its size, each stage as a user would run it, to a report.
 
 Every stage is a command of its own in a process of its own, printed before it runs; its outputs are whole or not there,
 so a second run continues where the first stopped. What is done is remembered in `stages.json`.
@@ -16,8 +16,10 @@ from minitron_megatron.stages import Stages, write_json
 
 STAGES_FILE = "stages.json"
 PROMPT = "A list in Python is"
-# 60 % of the parameters of SmolLM2-135M: hidden 576 → 432, ffn 1536 → 1024, all heads and layers kept.
-TARGET = ("target.hidden_size=432", "target.ffn_hidden_size=1024")
+TITLE = "SmolLM2-135M cut to 60 % of its parameters"
+MODELS = ("teacher", "pruned", "distilled")
+# 60 % of the parameters of SmolLM2-135M; sizes that its 9 heads of 64 channels, in 3 groups, go with.
+SEARCH = ("budget.parameters=81e6", "space.multiple=48", "space.tensor=3")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def write_text(folder: Path) -> None:
 
 
 def run_demo(cfg: DemoConfig) -> None:
-    """`launch/demo.py`: every stage, a table, summary.json and report.html."""
+    """`launch/demo.py`: every stage, a table, summary.json and a report."""
     root, effort = Path(cfg.output), SHORT if cfg.short else WHOLE
     if cfg.dry_run:
         console().print(f"would run the stages of the demo in {root}: {effort}")
@@ -72,7 +74,9 @@ def run_demo(cfg: DemoConfig) -> None:
         raise UserError(f"output={root} exists and is not a demo's folder: choose another output=")
     root.mkdir(parents=True, exist_ok=True)
     stages = Stages(root / STAGES_FILE, words=[] if cfg.seed == CommandConfig.seed else [f"seed={cfg.seed}"])
-    folders = {name: root / name for name in ("smollm2", "teacher", "text", "data", "scores", "pruned", "distilled")}
+    folders = {
+        name: root / name for name in ("smollm2", "teacher", "text", "data", "scores", "found", "pruned", "distilled")
+    }
     _make_models(stages, folders, effort)
     _judge(stages, root, folders, effort)
     _show(stages, root, folders)
@@ -104,12 +108,15 @@ def _make_models(stages: Stages, at: dict[str, Path], effort: Effort) -> None:
         processes=2,
     )
     stages.command(
+        "search", at["found"], "launch/search.py", f"model={at['teacher']}", f"scores={at['scores']}", *SEARCH
+    )
+    stages.command(
         "prune",
         at["pruned"],
         "launch/prune.py",
         f"model={at['teacher']}",
         f"scores={at['scores']}",
-        *TARGET,
+        f"target={at['found']}/targets/rank_01.yaml",
         processes=2,
     )
     stages.command(
@@ -126,7 +133,7 @@ def _make_models(stages: Stages, at: dict[str, Path], effort: Effort) -> None:
 
 def _judge(stages: Stages, root: Path, at: dict[str, Path], effort: Effort) -> None:
     """Perplexity of the three models, and the pruned and distilled ones as Hugging Face folders."""
-    for name in ("teacher", "pruned", "distilled"):
+    for name in MODELS:
         stages.command(
             f"evaluate {name}",
             root / f"evaluate_{name}",
@@ -156,10 +163,9 @@ def complete(folder: Path, prompt: str = PROMPT, tokens: int = 32) -> str:
 
 
 def _show(stages: Stages, root: Path, at: dict[str, Path]) -> None:
-    """The table, summary.json and report.html."""
+    """The report, the table and summary.json."""
     from minitron_megatron.checkpoints.folder import open_model_folder
     from minitron_megatron.models.axes import count_parameters
-    from minitron_megatron.report.demo import MODELS, demo_report
 
     shown = {"teacher": at["smollm2"], "pruned": root / "pruned_hf", "distilled": root / "distilled_hf"}
     samples: dict[str, str] = {}
@@ -168,6 +174,7 @@ def _show(stages: Stages, root: Path, at: dict[str, Path]) -> None:
         "completions", file, lambda: write_json(file, {name: complete(folder) for name, folder in shown.items()})
     )
     samples = json.loads(file.read_text())
+    stages.command("report", root / "report", "launch/report.py", f"folders={root}", f"title={TITLE}")
     results = {name: json.loads((root / f"evaluate_{name}" / "results.json").read_text()) for name in MODELS}
     summary: dict[str, Any] = {
         "parameters": {name: count_parameters(open_model_folder(at[name]).shape) for name in MODELS},
@@ -175,7 +182,6 @@ def _show(stages: Stages, root: Path, at: dict[str, Path]) -> None:
         "seconds": stages.seconds,
     }
     write_json(root / "summary.json", summary)
-    demo_report(root / "report.html", summary, samples, stages.lines, at)
     print_table(
         "What became of SmolLM2-135M",
         ["model", "parameters", "perplexity", "completion"],
@@ -184,4 +190,4 @@ def _show(stages: Stages, root: Path, at: dict[str, Path]) -> None:
     total = sum(stages.seconds.values())
     rows = [[name, seconds] for name, seconds in stages.seconds.items()]
     print_table("Time", ["stage", "seconds"], [*rows, ["all", round(total, 1)]])
-    console().print(f"Written: {root / 'summary.json'}, {root / 'report.html'}")
+    console().print(f"Written: {root / 'summary.json'}, {root / 'report' / 'report.html'}")

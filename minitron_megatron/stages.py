@@ -95,7 +95,6 @@ class Stages:
         self.file, self.words, self.inputs, self.start = file, tuple(words), dict(inputs or {}), start
         self.done = _read_stages(file)
         write_json(self.file, self.done)
-        self.lines: list[str] = []
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -118,7 +117,6 @@ class Stages:
         options = [*words, *self.words, f"output={output}"]
         program, *start = start_words(self.start, processes)
         line = shlex.join([program, *start, file, *options])
-        self.lines.append(line)
 
         def work() -> None:
             console().print(f"\n$ {line}", style="bold", markup=False, highlight=False, soft_wrap=True)

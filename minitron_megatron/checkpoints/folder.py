@@ -15,12 +15,14 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from minitron_megatron import __version__
@@ -51,6 +53,7 @@ class Output:
     keep: bool = False
     results: dict[str, Any] = field(default_factory=dict)
     digest: str | None = None
+    began: float = field(default_factory=time.monotonic)
 
 
 def check_output(path: Path | str, *, config: Mapping[str, Any], inputs: Mapping[str, str], resume: bool) -> None:
@@ -249,6 +252,7 @@ def _finish(
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "digest": output.digest or _digest_of_files(output.path, files),
         "fingerprint": fingerprint,
+        **_cost(output),
         "inputs": dict(inputs),
         "results": output.results,
         "versions": _versions(),
@@ -262,6 +266,16 @@ def _finish(
     if path.exists():
         path.rmdir()
     os.rename(output.path, path)
+
+
+def _cost(output: Output) -> dict[str, Any]:
+    """What an output took: seconds from its beginning, in so many processes, each on such a device."""
+    return {
+        "seconds": round(time.monotonic() - output.began, 2),
+        "processes": collectives.world_size(),
+        # A process that only read and wrote files has not touched its GPU.
+        "device": torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu",
+    }
 
 
 def _fingerprint(config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from minitron_megatron.importance.layers import JUDGES, Judged, LayerAnalysis
 from minitron_megatron.report import plots
-from minitron_megatron.report.page import Section, Table, write_page
+from minitron_megatron.report.page import Figure, Section, Table, write_page
 
 JUDGE_NAMES = {"bi": "Block Influence", "loss": "loss", "task": "task"}
 # Blocks that are listed for each judge.
@@ -30,13 +30,18 @@ def layer_report(file: Path, analysis: LayerAnalysis, model: str, command: str) 
                 "retrained. A block that costs little by all judges can go. Where they disagree, trust the questions before the "
                 "loss, and the loss before Block Influence; the last layer should stay (arXiv 2408.11796).",
             ),
-            *(_blocks(analysis, length) for length in analysis.blocks),
+            *block_sections(analysis),
             Section("Command", commands=[command]),
         ],
     )
 
 
-def _blocks(analysis: LayerAnalysis, length: int) -> Section:
+def block_sections(analysis: LayerAnalysis, title: str = "") -> list[Section]:
+    """A section for each length of block; `title` stands before its own."""
+    return [_blocks(analysis, length, title) for length in analysis.blocks]
+
+
+def _blocks(analysis: LayerAnalysis, length: int, title: str) -> Section:
     asked = analysis.base.accuracy is not None
     judges = JUDGES if asked else JUDGES[:2]
     ranked = {judge: analysis.ranked(length, judge)[:_LISTED] for judge in judges}
@@ -50,9 +55,9 @@ def _blocks(analysis: LayerAnalysis, length: int) -> Section:
     if asked:
         curves.append(("accuracy", [m.accuracy for m in measured], base.accuracy))
     return Section(
-        "Single layers" if length == 1 else f"Blocks of {length} layers",
-        table=Table(["best to remove, last layer kept", *(f"by {JUDGE_NAMES[judge]}" for judge in judges)], rows),
-        plots=[(name, plots.curve_over_blocks(values, level, name)) for name, values, level in curves],
+        title + ("Single layers" if length == 1 else f"Blocks of {length} layers"),
+        tables=[Table(["best to remove, last layer kept", *(f"by {JUDGE_NAMES[judge]}" for judge in judges)], rows)],
+        figures=[Figure(name, plots.curve_over_blocks(values, level, name)) for name, values, level in curves],
     )
 
 

@@ -1,4 +1,7 @@
-"""Plots of a run as inline SVG: loss curves, and importance over layers. Takes plain arrays, gives text for a page."""
+"""Plots of a run as inline SVG: curves over steps, importance over layers, what stays, candidates, lineage.
+
+Takes plain arrays, gives text for a page. What has many points is thinned out to what can be seen.
+"""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -9,16 +12,27 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.ticker import LogFormatter
 
 BLUE, ORANGE, GREY = "#2f6fab", "#c8641b", "#8a8f98"
+# What these are called in a page, which has others of that name on dark paper.
+CSS_COLOURS = {BLUE: "plot-blue", ORANGE: "plot-orange", GREY: "plot-text"}
+_SERIES = (BLUE, ORANGE, GREY)
+_POINTS = 400
+# The lowest share of the highest that a heat map's colours tell apart.
+_FLOOR = 1e-3
+# Inches between rows and lanes of a drawn lineage, and of a character.
+_ROW, _LANE, _CHARACTER = 0.3, 0.22, 0.092
 
 
-def svg(draw: Callable[[Axes], None], *, width: float = 7.0, height: float = 3.2) -> str:
+def svg(draw: Callable[[Axes], None], *, width: float = 5.4, height: float = 3.2) -> str:
     """Draw one plot and return it as an SVG element that works on a light and on a dark page."""
     settings = {
         "svg.fonttype": "none",
         "svg.hashsalt": "minitron",
         "font.family": "sans-serif",
+        "font.size": 11,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "text.color": GREY,
@@ -31,22 +45,53 @@ def svg(draw: Callable[[Axes], None], *, width: float = 7.0, height: float = 3.2
         figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
         draw(axes)
         text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
         plt.close(figure)
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def loss_curve(steps: Sequence[int], losses: Sequence[float], validation: Mapping[int, float]) -> str:
-    """Distillation loss over steps (nats a token), with validation points where there are some."""
+def _thin(values: np.ndarray) -> np.ndarray:
+    """Means of equal stretches along the first dimension, where there are more values than can be told apart."""
+    values = np.asarray(values, np.float64)
+    if len(values) <= _POINTS:
+        return values
+    edges = np.linspace(0, len(values), _POINTS + 1).astype(int)
+    return np.add.reduceat(values, edges[:-1]) / np.diff(edges).reshape(-1, *[1] * (values.ndim - 1))
+
+
+def _legend_above(axes: Axes) -> None:
+    """In a line, where it covers nothing."""
+    axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+class _PlainNumbers(LogFormatter):
+    """0.6 rather than 6e-01, at the places that matplotlib would mark."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic axis with plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(_PlainNumbers())
+    axes.yaxis.set_minor_formatter(_PlainNumbers(minor_thresholds=(1, 0.4)))
+
+
+def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str, *, log: bool = False) -> str:
+    """Lines over steps: (steps, values) by name; a series of few points shows each of them."""
 
     def draw(axes: Axes) -> None:
-        axes.plot(steps, losses, color=BLUE, linewidth=1.2, label="training")
-        if validation:
-            axes.plot(list(validation), list(validation.values()), "o-", color=ORANGE, markersize=4, label="validation")
-            axes.legend(frameon=False)
-        axes.set_yscale("log")
-        axes.set_xlabel("step")
-        axes.set_ylabel("KL to the teacher (nats a token)")
+        for (name, (steps, values)), colour in zip(series.items(), _SERIES * len(series), strict=False):
+            marks = {"marker": "o", "markersize": 4} if len(steps) <= 20 else {}
+            axes.plot(_thin(steps), _thin(values), color=colour, linewidth=1.2, label=name, **marks)
+        if len(series) > 1:
+            _legend_above(axes)
+        if log:
+            _logarithmic(axes)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
 
     return svg(draw)
 
@@ -61,54 +106,88 @@ def importance_over_layers(scores: np.ndarray, unit: str) -> str:
         axes.fill_between(layers, first, third, color=BLUE, alpha=0.35, linewidth=0, label="middle half")
         axes.plot(layers, middle, color=BLUE, linewidth=1.5, label="median")
         if (scores > 0).all():
-            axes.set_yscale("log")
+            _logarithmic(axes)
         axes.set_xlabel("layer")
         axes.set_ylabel(f"importance of {unit}")
-        axes.legend(frameon=False, ncols=3)
+        _legend_above(axes)
 
     return svg(draw)
 
 
-def heat_map(scores: np.ndarray, unit: str) -> str:
-    """Scores [layers, units] as a map, each layer relative to its highest."""
+def heat_map(scores: np.ndarray, unit: str, cut: np.ndarray | None = None) -> str:
+    """Scores [layers, units] as a map, each layer relative to its highest; units with `cut` [layers, units] are crossed out."""
 
     def draw(axes: Axes) -> None:
-        relative = scores / np.maximum(scores.max(1, keepdims=True), 1e-30)
-        image = axes.imshow(relative.T, aspect="auto", origin="lower", cmap="viridis", vmin=0, vmax=1)
+        relative = _thin((scores / np.maximum(scores.max(1, keepdims=True), 1e-30)).T)
+        wide = relative.min() < 0.05
+        norm = LogNorm(max(float(relative.min()), _FLOOR), 1, clip=True) if wide else Normalize(0, 1)
+        extent = (-0.5, len(scores) - 0.5, -0.5, scores.shape[1] - 0.5)
+        image = axes.imshow(relative, aspect="auto", origin="lower", cmap="viridis", norm=norm, extent=extent)
+        if cut is not None:
+            axes.plot(*np.nonzero(cut), "x", color=ORANGE, markersize=5, markeredgewidth=1.5)
         axes.set_xlabel("layer")
         axes.set_ylabel(unit)
-        axes.figure.colorbar(image, label="share of the layer's highest")
+        bar = axes.figure.colorbar(image, label="share of the layer's highest")
+        if wide:
+            bar.ax.yaxis.set_major_formatter(_PlainNumbers())
 
     return svg(draw)
 
 
-def kept_curve(scores: np.ndarray, kept: int, unit: str) -> str:
-    """Scores in descending order with the cut: what was kept is coloured. scores [units]."""
+def kept_curve(scores: np.ndarray, kept: np.ndarray, unit: str) -> str:
+    """Scores [units] in descending order; what was kept (a mask) has one colour, the rest another."""
 
     def draw(axes: Axes) -> None:
-        ordered = np.sort(scores)[::-1]
-        rank = np.arange(len(ordered))
-        axes.fill_between(rank[:kept], ordered[:kept], color=BLUE, alpha=0.5, linewidth=0, label=f"kept: {kept}")
-        cut = len(ordered) - kept
-        axes.fill_between(rank[kept:], ordered[kept:], color=ORANGE, alpha=0.5, linewidth=0, label=f"cut: {cut}")
-        if (ordered > 0).all():
-            axes.set_yscale("log")
+        order = np.argsort(-scores, kind="stable")
+        height, stays = _thin(scores[order]), _thin(kept[order]) >= 0.5
+        rank = np.linspace(0, len(scores), len(height) + 1)
+        for where, colour, what in ((stays, BLUE, "kept"), (~stays, ORANGE, "cut")):
+            count = int((kept if what == "kept" else ~kept).sum())
+            top = np.where(where, height, np.nan)
+            axes.stairs(
+                top, rank, fill=True, color=colour, alpha=0.6, label=f"{what}: {count:,}", baseline=_base(scores)
+            )
+        if (scores > 0).all():
+            _logarithmic(axes)
         axes.set_xlabel(f"{unit}, by importance")
         axes.set_ylabel("importance")
-        axes.legend(frameon=False)
+        _legend_above(axes)
 
     return svg(draw)
 
 
-def bars(values: np.ndarray, unit: str, label: str) -> str:
-    """One bar a unit. values [units]."""
+def _base(scores: np.ndarray) -> float:
+    """Where filled areas start: on a logarithmic scale, a little below the lowest."""
+    return 0.8 * float(scores.min()) if (scores > 0).all() else 0.0
+
+
+def bars(values: np.ndarray, unit: str, label: str, cut: np.ndarray | None = None) -> str:
+    """One bar a unit; those of the mask `cut` in another colour. values [units]."""
 
     def draw(axes: Axes) -> None:
-        axes.bar(np.arange(len(values)), values, color=BLUE)
+        gone = np.zeros(len(values), bool) if cut is None else cut
+        for where, colour, what in ((~gone, BLUE, "kept"), (gone, ORANGE, "cut")):
+            if where.any():
+                axes.bar(np.flatnonzero(where), values[where], color=colour, label=f"{what}: {where.sum()}")
+        if cut is not None:
+            axes.legend(frameon=False)
         axes.set_xlabel(unit)
         axes.set_ylabel(label)
 
     return svg(draw)
+
+
+def rates(values: Mapping[str, float], label: str) -> str:
+    """One horizontal bar a name, with its value."""
+
+    def draw(axes: Axes) -> None:
+        shown = axes.barh(list(values), list(values.values()), color=BLUE, height=0.6)
+        axes.bar_label(shown, fmt="{:,.4g}", padding=3, color=GREY)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.set_xlabel(label)
+
+    return svg(draw, height=0.9 + 0.32 * len(values))
 
 
 def curve_over_blocks(values: Sequence[float], whole: float | None, label: str) -> str:
@@ -136,3 +215,49 @@ def front(points: Sequence[tuple[float, float]], ranked: Sequence[tuple[float, f
         axes.legend(frameon=False)
 
     return svg(draw)
+
+
+def tree(rows: Sequence[tuple[str, str]], arrows: Sequence[tuple[int, int, bool]]) -> str:
+    """Rows (name, what made it) from top to bottom, joined by lines that run beside them.
+
+    arrows: (from row, to row, dashed), each downwards.
+    """
+    lanes = _lanes(arrows)
+    used = max(lanes.values(), default=0) + 1
+    left = _LANE * used + 0.1
+    middle = left + 0.25 + _CHARACTER * max(len(name) for name, _ in rows)
+    width, height = middle + 0.4 + _CHARACTER * max(len(made) for _, made in rows), 0.2 + _ROW * len(rows)
+
+    def draw(axes: Axes) -> None:
+        for i, (name, made) in enumerate(rows):
+            axes.plot(0, i, "o", color=BLUE, markersize=6, zorder=3)
+            axes.text(left, i, name, va="center", color=BLUE)
+            axes.text(middle, i, made, va="center")
+        for i, j, dashed in arrows:
+            x = _LANE * lanes[i] if j > i + 1 else 0
+            style = {"color": GREY, "linewidth": 1.2, "linestyle": ":" if dashed else "-", "solid_joinstyle": "round"}
+            axes.plot([0, x, x, 0.06], [i, i + 0.3 * bool(x), j - 0.3 * bool(x), j], **style)
+            axes.plot(0.09, j, marker=4 if x else 7, color=GREY, markersize=4)
+        axes.set_xlim(-0.15, width - 0.15)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.axis("off")
+
+    return svg(draw, width=width, height=height)
+
+
+def _lanes(arrows: Sequence[tuple[int, int, bool]]) -> dict[int, int]:
+    """The lane, from 1, in which a row's lines to rows further down run: the first that is free to the last of them."""
+    last: dict[int, int] = {}
+    for i, j, _ in arrows:
+        if j > i + 1:
+            last[i] = max(j, last.get(i, 0))
+    taken: list[set[int]] = []
+    lanes: dict[int, int] = {}
+    for i, j in sorted(last.items(), key=lambda one: (one[1] - one[0], one[0])):
+        between = set(range(i, j))
+        lane = next((n for n, rows in enumerate(taken) if not rows & between), len(taken))
+        if lane == len(taken):
+            taken.append(set())
+        taken[lane] |= between
+        lanes[i] = lane + 1
+    return lanes

@@ -1,0 +1,261 @@
+"""Sections about models: their sizes, how they were judged beside their teacher, what was published of such models, how fast
+they are."""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from minitron_megatron.config import flat
+from minitron_megatron.console import format_value
+from minitron_megatron.launcher import CONF
+from minitron_megatron.models.axes import count_parameters
+from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.report import plots
+from minitron_megatron.report.folders import RESULTS, RunFolder
+from minitron_megatron.report.lineage import Lineage, short
+from minitron_megatron.report.page import Figure, Section, Table
+
+_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
+# Figures of an evaluation that are no score, and options that do not say what was measured.
+_NOT_SCORES = ("tokens", "seconds", "tasks")
+_HOW_NOT_WHAT = (
+    "output",
+    "model.",
+    "teacher.",
+    "parallel.",
+    "device",
+    "resume",
+    "verify",
+    "dry_run",
+    "trainer.",
+    "seed",
+)
+_NAMES = {"kl": "KL from the teacher", "agreement": "agreement with the teacher", "loss": "loss, nats a token"}
+
+
+def teacher_of(lineage: Lineage, model: RunFolder) -> RunFolder:
+    """Whom a model is compared with: its teacher, else the model it was made from in the end."""
+    return lineage.source(model, "teacher") or lineage.origin(model)
+
+
+def student(lineage: Lineage) -> RunFolder | None:
+    """The model that all was done for: the last that was distilled, else the last pruned, else the last there is."""
+    models = lineage.models()
+    for option in ("teacher", "plan"):
+        if chosen := [one for one in models if option in one.inputs]:
+            return chosen[-1]
+    return models[-1] if models else None
+
+
+def models_section(lineage: Lineage) -> Section | None:
+    """Sizes of every model folder; one with the sizes and digest of another is the same model."""
+    models = lineage.models()
+    if not models:
+        return None
+    largest = max(count_parameters(one.shape) for one in models)
+    rows = []
+    for one in models:
+        sizes, count = one.shape, count_parameters(one.shape)
+        ffn = sizes.ffn_hidden_size if sizes.uniform else f"{min(sizes.ffn_of_layers)} to {max(sizes.ffn_of_layers)}"
+        made_from = teacher_of(lineage, one)
+        rows.append(
+            [
+                one.name,
+                one.command or "–",
+                f"{count:,}",
+                f"{count / largest:.1%}".replace("%", " %"),
+                f"{sizes.num_layers} × {sizes.hidden_size} × {ffn}",
+                f"{sizes.num_attention_heads}/{sizes.num_query_groups}",
+                f"{sizes.vocab_size:,}",
+                "–" if made_from is one else made_from.name,
+            ]
+        )
+    columns = [
+        "model",
+        "made by",
+        "parameters",
+        "of the largest",
+        "layers × hidden × ffn",
+        "heads/kv",
+        "vocabulary",
+        "out of",
+    ]
+    return Section("Models", tables=[Table(columns, rows)], card=True)
+
+
+def evaluations(lineage: Lineage) -> list[RunFolder]:
+    """Folders of launch/evaluate.py."""
+    return [one for one in lineage.folders if one.has(RESULTS) and "model" in one.inputs and _scores(one)]
+
+
+def results_section(lineage: Lineage) -> Section | None:
+    """Figures of every evaluated model beside its teacher's, a table for each way of measuring."""
+    setups: dict[str, list[RunFolder]] = {}
+    for one in evaluations(lineage):
+        setups.setdefault(_setup(one), []).append(one)
+    if not setups:
+        return None
+    tables = [_beside_teacher(lineage, measured) for measured in setups.values()]
+    return Section("Results", tables=[*tables, *_published_tables(lineage)], card=True)
+
+
+def _setup(folder: RunFolder) -> str:
+    """What two evaluations must share to stand in one table."""
+    options = {k: v for k, v in flat(folder.config).items() if not k.startswith(_HOW_NOT_WHAT)}
+    return json.dumps([options, {k: v for k, v in folder.inputs.items() if k not in ("model", "teacher")}], default=str)
+
+
+def _scores(folder: RunFolder) -> dict[str, tuple[float, float | None]]:
+    """(value, standard error) by name, of loss and the like, and of each metric of each task."""
+    values = folder.read_json(RESULTS)
+    if not isinstance(values, dict):
+        return {}
+    found = {k: (v, None) for k, v in values.items() if k not in _NOT_SCORES and isinstance(v, int | float)}
+    for task, metrics in (values.get("tasks") or {}).items():
+        shots = f" ({metrics['fewshot']})" if "fewshot" in metrics else ""
+        for name, value in metrics.items():
+            if name != "fewshot" and not name.endswith("_stderr") and isinstance(value, int | float):
+                found[f"{task}, {name}{shots}"] = (value, metrics.get(f"{name}_stderr"))
+    return found
+
+
+def _name_of_evaluated(lineage: Lineage, folder: RunFolder) -> str:
+    model = lineage.source(folder, "model")
+    return model.name if model else short(folder.inputs["model"])
+
+
+def _beside_teacher(lineage: Lineage, measured: Sequence[RunFolder]) -> Table:
+    columns = {_name_of_evaluated(lineage, one): _scores(one) for one in measured}
+    models = {name: one for one in lineage.models() for name in columns if one.name == name}
+    last = models[next(reversed(models))] if models else None
+    teacher = teacher_of(lineage, last).name if last else None
+    compares = teacher in columns and last.name != teacher
+    order = sorted(columns, key=lambda name: name != teacher)
+    rows = []
+    for score in dict.fromkeys(name for scores in columns.values() for name in scores):
+        row = [_cell(columns[name].get(score)) for name in order]
+        if compares:
+            both = [columns[name].get(score, (0, None))[0] for name in (last.name, teacher)]
+            row.append(f"{both[0] / both[1]:.3g}×" if all(both) else "–")
+        rows.append([_NAMES.get(score, score), *row])
+    extra = [f"{last.name} over {teacher}"] if compares else []
+    return Table(["", *order, *extra], rows, _caption(lineage, measured[0]))
+
+
+def _caption(lineage: Lineage, folder: RunFolder) -> str:
+    options, data = flat(folder.config), lineage.source(folder, "data")
+    words = []
+    if options.get("data.path"):
+        windows = options.get("samples")
+        words.append(f"{'all' if windows is None else windows} windows of {options.get('data.sequence_length')} tokens")
+        words.append(f"{options.get('split', 'validation')} split of {data.name if data else options['data.path']}")
+    if folder.read_json(RESULTS).get("tasks"):
+        limit = options.get("limit")
+        words.append("tasks: examples before each question in brackets, ± standard error")
+        words += [f"the first {limit} questions"] if limit else []
+    return "; ".join(words)
+
+
+def _cell(score: tuple[float, float | None] | None) -> str:
+    if score is None:
+        return "–"
+    value, error = score
+    return f"{value:,.4g}" + (f" ± {error:.2g}" if isinstance(error, int | float) else "")
+
+
+def _published() -> dict[str, Any]:
+    return yaml.safe_load(files(__package__).joinpath("published.yaml").read_text(encoding="utf-8"))
+
+
+def _sizes(shape: ModelShape | Mapping[str, Any]) -> tuple[Any, ...]:
+    values = shape.to_dict() if isinstance(shape, ModelShape) else shape
+    return tuple(values[name] for name in _SIZES)
+
+
+def _published_tables(lineage: Lineage) -> list[Table]:
+    """Published figures of models of the same sizes, and of others out of the same teacher, beside those measured here."""
+    known = _published()
+    presets = {
+        one["model"]: yaml.safe_load((CONF / "model" / f"{one['model']}.yaml").read_text()) for one in known["models"]
+    }
+    ours = {_sizes(model.shape) for model in lineage.models()}
+    here = {name for name, preset in presets.items() if _sizes(preset) in ours}
+    shown = [one for one in known["models"] if one["model"] in here or one.get("teacher") in here]
+    measured = {
+        _name_of_evaluated(lineage, one): one.read_json(RESULTS).get("tasks") or {} for one in evaluations(lineage)
+    }
+    measured = {name: tasks for name, tasks in measured.items() if tasks}
+    rows = []
+    for task, how in known["tasks"].items():
+        figures = [str(one["scores"].get(task, "–")) for one in shown]
+        rows.append(
+            [
+                f"{task} ({how['fewshot']})",
+                *(_in_percent(tasks.get(task), how) for tasks in measured.values()),
+                *figures,
+            ]
+        )
+    if not shown:
+        return []
+    columns = ["task (examples before a question)", *measured, *(f"{one['name']}, published" for one in shown)]
+    return [Table(columns, rows, f"Beside published figures, percent ({known['source']})")]
+
+
+def _in_percent(metrics: Mapping[str, Any] | None, how: Mapping[str, Any]) -> str:
+    """Our figure of a published task, with the number of examples where it is another."""
+    value = next((v for k, v in (metrics or {}).items() if k.partition(",")[0] == how["metric"]), None)
+    if value is None:
+        return "–"
+    shots = metrics.get("fewshot", how["fewshot"])
+    return f"{100 * value:.1f}" + (f" with {shots}" if shots != how["fewshot"] else "")
+
+
+def rows_of(folder: RunFolder) -> list[dict[str, Any]]:
+    """The rows of a results.json that is a list of measurements, or has one under `rows`; none of any other."""
+    values = folder.read_json(RESULTS) if folder.has(RESULTS) else None
+    rows = values.get("rows") if isinstance(values, dict) else values
+    return rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else []
+
+
+def throughput_section(lineage: Lineage) -> Section | None:
+    """Tokens a second of the models, as launch/throughput.py measured them."""
+    tables, figures = [], []
+    for folder in lineage.folders:
+        rows = [row for row in rows_of(folder) if "tokens_per_second" in row]
+        if not rows:
+            continue
+        columns = [
+            c for c in dict.fromkeys(key for row in rows for key in row) if any(_is_plain(row.get(c)) for row in rows)
+        ]
+        cells = [[_plain(row.get(column)) for column in columns] for row in rows]
+        tables.append(Table([column.replace("_", " ") for column in columns], cells, folder.name))
+        rates = {_row_name(row): row["tokens_per_second"] for row in rows}
+        figures.append(Figure(f"{folder.name}: tokens a second", plots.rates(rates, "tokens a second")))
+    return Section("Throughput", tables=tables, figures=figures, card=True) if tables else None
+
+
+def _row_name(row: Mapping[str, Any]) -> str:
+    sizes = " ".join(f"{name} {row[name]}" for name in ("batch", "input", "output") if name in row)
+    return " ".join(filter(None, (str(row.get("model", "")).rpartition("/")[2], str(row.get("engine", "")), sizes)))
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, int | float | str)
+
+
+def _plain(value: object) -> str:
+    return format_value(value) if _is_plain(value) else "–"
+
+
+def measurements_section(lineage: Lineage) -> Section | None:
+    """Figures of launch/benchmark.py, a table a folder."""
+    tables = []
+    for folder in lineage.folders:
+        if folder.command == "benchmark" and folder.has(RESULTS):
+            values = flat(folder.read_json(RESULTS))
+            rows = [[name, _plain(value)] for name, value in values.items() if _is_plain(value)]
+            tables.append(Table(["", "value"], rows, f"{folder.name}: {folder.config.get('measure', '')}"))
+    return Section("Measurements", tables=tables) if tables else None

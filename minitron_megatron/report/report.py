@@ -1,0 +1,133 @@
+"""`launch/report.py`: one page about any set of output folders, and a model card in Markdown.
+
+    folders, found by their manifests ─▶ lineage, by digests ─▶ sections for what is there ─▶ report.html, report.md
+
+`output=` is a folder for both, or one file: NAME.html or NAME.md. A folder appears whole or not at all, as any output; a file
+is written again each time, as long as a report is what it replaces.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitron_megatron.checkpoints.folder import check_output, output_folder
+from minitron_megatron.config import ReportConfig
+from minitron_megatron.console import print_table
+from minitron_megatron.errors import UserError
+from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.models.axes import count_parameters
+from minitron_megatron.parallel.layout import tool_job
+from minitron_megatron.report.cutting import cut_sections, importance_sections, layer_sections, search_sections
+from minitron_megatron.report.folders import REPORT_FILES, find_folders
+from minitron_megatron.report.lineage import Lineage, commands_section, lineage_section, trace
+from minitron_megatron.report.models import (
+    measurements_section,
+    models_section,
+    results_section,
+    student,
+    teacher_of,
+    throughput_section,
+)
+from minitron_megatron.report.page import MARK, Section, write_card, write_page
+from minitron_megatron.report.training import cost_section, recipe_section, training_sections
+
+log = logging.getLogger(__name__)
+_WRITERS = {".html": write_page, ".md": write_card}
+
+
+@dataclass(frozen=True)
+class Page:
+    """What is said, in whatever form."""
+
+    title: str
+    subtitle: str
+    sections: list[Section]
+
+    def write(self, file: Path, kind: str) -> None:
+        """Write it as .html or .md."""
+        _WRITERS[kind](file, self.title, self.subtitle, self.sections)
+
+
+def report(cfg: ReportConfig) -> None:
+    """Find, check, trace, write."""
+    given = [cfg.folders] if isinstance(cfg.folders, str) else cfg.folders
+    if not isinstance(given, list) or not given or not all(isinstance(one, str) for one in given):
+        raise UserError(f"folders={cfg.folders} must be a folder, or a list of them: [outputs/a,outputs/b]")
+    output = Path(cfg.output)
+    folders = find_folders([os.path.expanduser(one) for one in given])
+    inputs = {one.name: one.digest for one in folders}
+    as_file = output.suffix in _WRITERS and not output.is_dir()
+    config = resolved_config(cfg)
+    if as_file:
+        _check_file(output, cfg.resume)
+    elif cfg.dry_run:
+        check_output(output, config=config, inputs=inputs, resume=cfg.resume)
+    lineage = trace(folders)
+    page = Page(*_title(lineage, cfg.title), sections_of(lineage))
+    if cfg.dry_run:
+        rows = [
+            [one.name, one.command, ", ".join(x.name for x in lineage.made_from[one.name].values())] for one in folders
+        ]
+        print_table("would be reported", ["folder", "made by", "from"], rows)
+        return
+    if as_file:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = output.with_name(f".{output.name}.partial")
+        page.write(partial, output.suffix)
+        partial.replace(output)
+        log.info("%s: %d folders", output, len(folders))
+        return
+    with (
+        tool_job(),
+        output_folder(output, command=command_line(), config=config, inputs=inputs, resume=cfg.resume) as out,
+    ):
+        if out.done:
+            return
+        for name in REPORT_FILES:
+            page.write(out.path / name, Path(name).suffix)
+        out.results = {"folders": len(folders)}
+    log.info("%s: %d folders", output / REPORT_FILES[0], len(folders))
+
+
+def _check_file(output: Path, resume: bool) -> None:
+    """Raise UserError unless a file may be written there."""
+    if not output.exists():
+        return
+    with open(output, encoding="utf-8", errors="replace") as file:
+        ours = MARK in file.read(1000)
+    if not ours:
+        raise UserError(f"output={output} exists and is not a report: choose another output=")
+    if not resume:
+        raise UserError(f"output={output} exists and resume=false: remove it or choose another output=")
+
+
+def sections_of(lineage: Lineage) -> list[Section]:
+    """The sections that there is something to say in, from what came out to how it was made."""
+    found = [
+        models_section(lineage),
+        results_section(lineage),
+        throughput_section(lineage),
+        recipe_section(lineage),
+        *training_sections(lineage),
+        *search_sections(lineage),
+        *cut_sections(lineage),
+        *importance_sections(lineage),
+        *layer_sections(lineage),
+        measurements_section(lineage),
+        cost_section(lineage),
+        lineage_section(lineage),
+        commands_section(lineage),
+    ]
+    return [section for section in found if section]
+
+
+def _title(lineage: Lineage, given: str | None) -> tuple[str, str]:
+    """A heading and a line below it, of the model that all was done for."""
+    model = student(lineage)
+    made = f"From the manifests of {len(lineage.folders)} folders."
+    if model is None:
+        return given or f"Report of {len(lineage.folders)} folders", made
+    teacher, count = teacher_of(lineage, model), count_parameters(model.shape)
+    share = f": {100 * count / count_parameters(teacher.shape):.0f} % of {teacher.name}" if teacher is not model else ""
+    return given or model.name + share, f"{count:,} parameters. {made}"

@@ -1,0 +1,147 @@
+"""Sections about training runs: their recipe, their curves, and what every step of the work cost."""
+
+from typing import Any
+
+from minitron_megatron.config import flat
+from minitron_megatron.console import format_value
+from minitron_megatron.report import plots
+from minitron_megatron.report.folders import RunFolder
+from minitron_megatron.report.lineage import Lineage
+from minitron_megatron.report.page import Figure, Section, Table
+
+# Options that make a recipe, by what they are called; those of other commands are not in a run's config.
+_RECIPE = {
+    "distill.loss": "distance from the teacher",
+    "distill.temperature": "temperature",
+    "distill.cross_entropy": "weight of the labels' cross entropy",
+    "distill.intermediate": "weight of the losses on intermediate states",
+    "data.sequence_length": "tokens of a sample",
+    "trainer.global_batch_size": "samples of a step",
+    "optim.lr": "peak learning rate",
+    "optim.min_lr": "learning rate at the end",
+    "optim.schedule": "schedule",
+    "optim.warmup_steps": "warm-up steps",
+    "optim.warmup_tokens": "warm-up tokens",
+    "optim.weight_decay": "weight decay",
+    "optim.adam_beta2": "Adam's second decay",
+    "optim.clip_grad": "largest gradient norm",
+    "trainer.fp8": "FP8",
+}
+_FOUND = {"steps": "steps", "skipped": "skipped steps", "tokens": "tokens", "loss": "loss of the last step"}
+_FOUND |= {"validation_loss": "validation loss", "validation_perplexity": "validation perplexity"}
+# Terms of a step that have a plot of their own, or none.
+_NOT_TERMS = frozenset(
+    """step loss agreement lr grad_norm skipped tokens tokens_per_second tokens_per_second_per_gpu tflops_per_gpu mfu step_seconds
+    data_seconds memory_gib memory_peak_gib resident_gib validation_loss validation_perplexity""".split()
+)
+
+
+def runs(lineage: Lineage) -> list[RunFolder]:
+    """Models that were trained."""
+    return [one for one in lineage.models() if "steps" in one.results and one.results.get("tokens")]
+
+
+def recipe_section(lineage: Lineage) -> Section | None:
+    """How each run trained, and what it came to."""
+    trained = runs(lineage)
+    if not trained:
+        return None
+    options = [flat(one.config) for one in trained]
+    rows = [[name, *(_value(one.get(key)) for one in options)] for key, name in _RECIPE.items()]
+    rows += [[name, *(_value(one.results.get(key)) for one in trained)] for key, name in _FOUND.items()]
+    shown = [row for row in rows if any(cell not in ("–", "none", "0") for cell in row[1:])]
+    return Section("Recipe", tables=[Table(["", *(one.name for one in trained)], shown)], card=True)
+
+
+def _value(value: Any) -> str:
+    return (
+        "–" if value is None else format_value(int(value) if isinstance(value, float) and value.is_integer() else value)
+    )
+
+
+def training_sections(lineage: Lineage) -> list[Section]:
+    """The curves of each run whose metrics are there."""
+    return [
+        Section(f"Training of {one.name}", _summary(lineage, one), figures=_curves(one))
+        for one in runs(lineage)
+        if any("loss" in line for line in one.metrics)
+    ]
+
+
+def _summary(lineage: Lineage, run: RunFolder) -> str:
+    teacher, before = lineage.source(run, "teacher"), lineage.source(run, "student", "model")
+    words = f"{before.name} " if before else ""
+    words += f"taught by {teacher.name}, " if teacher else ""
+    return f"{words}{run.results['tokens']:,} tokens in {run.results['steps']:,} steps."
+
+
+def _curves(run: RunFolder) -> list[Figure]:
+    teaches = "teacher" in run.inputs
+    loss = (
+        "KL to the teacher, nats a token"
+        if teaches and flat(run.config).get("distill.loss") == "forward_kl"
+        else "loss"
+    )
+    lines = [line for line in run.metrics if "loss" in line]
+    steps = [line["step"] for line in lines]
+    series = {"training": (steps, [line["loss"] for line in lines])}
+    judged = [line for line in run.metrics if "validation_loss" in line]
+    if judged:
+        series["validation"] = ([line["step"] for line in judged], [line["validation_loss"] for line in judged])
+    log = all(value > 0 for _, values in series.values() for value in values)
+    figures = [Figure("Loss over steps", plots.curves(series, "step", loss, log=log))]
+    if all("agreement" in line for line in lines):
+        shares = {"agreement": (steps, [line["agreement"] for line in lines])}
+        caption = "Share of tokens whose most probable next token is the teacher's"
+        figures.append(Figure(caption, plots.curves(shares, "step", "agreement")))
+    terms = [name for name in lines[0] if name not in _NOT_TERMS and all(name in line for line in lines)]
+    if terms:
+        both = {name.replace("_", " "): (steps, [line[name] for line in lines]) for name in terms}
+        figures.append(Figure("What else was watched: " + ", ".join(both), plots.curves(both, "step", "nats a token")))
+    rate = {"learning rate": (steps, [line["lr"] for line in lines])}
+    norm = {"gradient norm": (steps, [line["grad_norm"] for line in lines])}
+    figures.append(Figure("Gradient norm before clipping", plots.curves(norm, "step", "gradient norm", log=True)))
+    figures.append(Figure("Learning rate", plots.curves(rate, "step", "learning rate")))
+    return figures
+
+
+def process_seconds(folder: RunFolder) -> float | None:
+    """Seconds of all processes together: of a run by its steps, wherever and with however many they ran; else by the manifest.
+
+    None where the manifest does not say how many processes there were. The steps of a run leave out what is between them.
+    """
+    lines = [line for line in folder.metrics if line.get("tokens_per_second_per_gpu")]
+    if lines:
+        spent = sum(
+            line["step_seconds"] * line["tokens_per_second"] / line["tokens_per_second_per_gpu"] for line in lines
+        )
+        # Steps between two lines of metrics are counted as those that have one.
+        return spent * folder.results.get("tokens", 0) / max(1, sum(line["tokens"] for line in lines))
+    seconds = folder.manifest.get("seconds", folder.results.get("seconds"))
+    return None if seconds is None or folder.processes is None else seconds * folder.processes
+
+
+def cost_section(lineage: Lineage) -> Section:
+    """Time of all processes and tokens of every folder, and their sums for each kind of device."""
+    rows: list[list[str]] = []
+    sums: dict[str, float] = {}
+    for folder in lineage.folders:
+        spent, device, tokens = process_seconds(folder), folder.device, folder.results.get("tokens")
+        on = "–" if device is None else f"{folder.processes or '?'} × {device}"
+        rows.append([folder.name, folder.command or "–", on, _hours(spent), f"{tokens:,}" if tokens else "–"])
+        if spent is not None and device is not None:
+            sums[device] = sums.get(device, 0) + spent
+    trained = sum(one.results["tokens"] for one in runs(lineage))
+    for i, (device, spent) in enumerate(sums.items()):
+        rows.append([f"all on {device}", "", "", _hours(spent), f"{trained:,}" if not i and trained else ""])
+    columns = ["folder", "made by", "processes", "device hours", "tokens"]
+    text = (
+        "Hours of every process together, so GPU hours where each has a GPU: of a training run its steps, of the others from "
+        "the beginning of the output to its end, without the start of the program; – where a manifest does not say. Tokens of "
+        "all: those that were trained on."
+    )
+    return Section("Cost", text, [Table(columns, rows)], card=True)
+
+
+def _hours(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds / 3600:,.4f}" if seconds < 3600 else f"{seconds / 3600:,.1f}"

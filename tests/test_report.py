@@ -1,0 +1,234 @@
+"""Reports: a page that validates and asks for nothing, lineage by digests, cost by processes, and what is refused."""
+
+import json
+import re
+from pathlib import Path
+
+import html5lib
+import pytest
+import yaml
+
+from minitron_megatron import launcher
+from minitron_megatron.checkpoints.folder import SHAPE_FILE, output_folder, read_manifest
+from minitron_megatron.config import (
+    BudgetConfig,
+    DistillConfig,
+    EvaluateConfig,
+    ImportanceConfig,
+    LayersConfig,
+    LoggerConfig,
+    OptimConfig,
+    PruneConfig,
+    ReportConfig,
+    SearchConfig,
+    SpaceConfig,
+    TargetConfig,
+    TrainerConfig,
+)
+from minitron_megatron.errors import UserError
+from minitron_megatron.launcher import CONF
+from minitron_megatron.report.folders import find_folders
+from minitron_megatron.report.lineage import trace
+from minitron_megatron.report.models import results_section
+from minitron_megatron.report.page import Table
+from minitron_megatron.report.report import report
+from minitron_megatron.report.training import process_seconds
+from tests.tiny import data_folder, data_option, hf_model, imported, model_option
+
+
+def distilled(words: list[str], cfg: DistillConfig) -> None:
+    """In a process of the pool, as if typed."""
+    from minitron_megatron.train.distill import distill
+
+    launcher._TYPED[:] = words
+    distill(cfg)
+
+
+@pytest.fixture(scope="module")
+def chain(gloo, tmp_path_factory):
+    """The folder of a whole chain: model, data, scores, layers, found, pruned, run, and an evaluation of each model."""
+    from minitron_megatron.evaluate.perplexity import evaluate
+    from minitron_megatron.importance.measure import measure_importance
+    from minitron_megatron.layer_analysis import analyse_layers
+    from minitron_megatron.prune.prune import prune_model
+    from minitron_megatron.search.search import search_shapes
+
+    root = tmp_path_factory.mktemp("chain")
+    model = imported(hf_model(0), root)
+    data = data_folder(root, model)
+    teacher, text = model_option(model), data_option(data)
+
+    def done(command, config_class, name: str, **options) -> None:
+        config = config_class(output=str(root / name), **options)
+        words = [f"{key}={value}" for key, value in options.items() if isinstance(value, str)]
+        typed = [f"/anywhere/launch/{command.__name__}.py", *words, f"output={root / name}"]
+        if command is distilled:
+            assert gloo(1, distilled, typed, config) == [None]
+            return
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launcher, "_TYPED", typed)
+            command(config)
+
+    scores = str(root / "scores")
+    done(measure_importance, ImportanceConfig, "scores", model=teacher, data=text, samples=4)
+    done(analyse_layers, LayersConfig, "layers", model=teacher, data=text, samples=2)
+    space = SpaceConfig(multiple=4, tensor=1)
+    budget = BudgetConfig(parameters=30e3)
+    done(search_shapes, SearchConfig, "found", model=teacher, scores=scores, budget=budget, space=space)
+    best = yaml.safe_load((root / "found/targets/rank_01.yaml").read_text())
+    done(prune_model, PruneConfig, "pruned", model=teacher, scores=scores, target=TargetConfig(**best))
+    done(
+        distilled,
+        DistillConfig,
+        "run",
+        teacher=teacher,
+        student=model_option(root / "pruned"),
+        data=text,
+        trainer=TrainerConfig(steps=4, global_batch_size=4, validation_samples=4),
+        optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=1),
+        logger=LoggerConfig(wandb="disabled"),
+    )
+    for name in ("model", "pruned", "run"):
+        done(evaluate, EvaluateConfig, f"evaluated/{name}", model=model_option(root / name), data=text, samples=4)
+    return root
+
+
+@pytest.fixture(scope="module")
+def written(chain, tmp_path_factory):
+    """Folder with the report of the chain."""
+    output = tmp_path_factory.mktemp("report") / "out"
+    report(ReportConfig(folders=str(chain), output=str(output)))
+    return output
+
+
+def test_the_page_validates_and_asks_for_nothing(written):
+    page = (written / "report.html").read_text()
+    parser = html5lib.HTMLParser(strict=True, namespaceHTMLElements=False)
+    tree = parser.parse(page)
+    elements = [one for one in tree.iter() if isinstance(one.tag, str)]
+    ids = [one.get("id") for one in elements if one.get("id")]
+    assert len(ids) == len(set(ids))
+    for one in elements:
+        assert one.tag not in ("script", "link", "iframe", "object", "base"), one.tag
+        for name, value in one.attrib.items():
+            if str(name).rpartition("}")[2] in ("src", "href", "srcset", "action", "data"):
+                assert value.startswith("#") or value.startswith("data:image/png;base64,"), value
+            assert all(target in ids for target in re.findall(r"url\(#(.*?)\)", value)), value
+    assert not re.search(r"@import|url\((?!#)", page)
+    drawings = [one for one in elements if one.tag.endswith("svg")]
+    assert len(drawings) > 12 and all(one[0].tag.endswith("title") and one[0].text for one in drawings)
+    tables = [one for one in elements if one.tag == "table"]
+    assert all(one.findall("./thead/tr/th[@scope='col']") and one.findall("./tbody/tr/th[@scope='row']") for one in tables)
+
+
+def test_the_report_says_what_the_folders_say(chain, written):
+    page, card = ((written / name).read_text() for name in ("report.html", "report.md"))
+    folders = find_folders([str(chain)])
+    assert {one.name for one in folders} >= {"model", "data", "scores", "layers", "found", "pruned", "run"}
+    for text in (page, card):
+        assert all(one.digest in text for one in folders)
+        for name in ("model", "pruned", "run"):
+            figures = json.loads((chain / "evaluated" / name / "results.json").read_text())
+            assert f"{figures['perplexity']:,.4g}" in text and f"{figures['loss']:,.4g}" in text
+    titles = re.findall(r"<h2>(.*?)</h2>", page)
+    assert titles == [
+        *("Models", "Results", "Recipe", "Training of run", "Candidates: found", "What was cut: pruned"),
+        *("Importance: scores", "layers: Single layers", "Cost", "Lineage", "Commands"),
+    ]
+    assert re.findall(r"^## (.*)$", card, re.M) == ["Models", "Results", "Recipe", "Cost", "Lineage", "Commands"]
+    commands = re.search(r"```\n(.*?)```", card, re.S)[1]
+    assert commands.index("launch/search_shapes.py") < commands.index("launch/prune_model.py")
+    assert commands.index("launch/prune_model.py") < commands.index("launch/distilled.py")
+    assert "/anywhere" not in commands
+
+
+def test_lineage_is_by_digest_wherever_folders_are(chain):
+    lineage = trace(find_folders([str(chain)]))
+    made_from = {name: {o: one.name for o, one in found.items()} for name, found in lineage.made_from.items()}
+    assert made_from["run"] == {"teacher": "model", "student": "pruned", "data": "data"}
+    assert made_from["evaluated/run"] == {"model": "run", "data": "data"}
+    assert made_from["found"] == {"model": "model", "scores": "scores"}
+    # The scores that a pruning was guided by stand in its command alone.
+    assert made_from["pruned"] == {"model": "model", "scores": "scores"} and lineage.by_path["pruned"] == {"scores"}
+    order = [one.name for one in lineage.folders]
+    for name, sources in made_from.items():
+        assert all(order.index(source) < order.index(name) for source in sources.values())
+    run = next(one for one in lineage.folders if one.name == "run")
+    assert lineage.origin(run).name == "model"
+
+
+def made(path: Path, files: dict[str, str], *, inputs=None, config=None, results=None, command="launch/x.py") -> Path:
+    """An output folder by the writer of all of them."""
+    with output_folder(path, command=command, config=config or {}, inputs=inputs or {}, resume=True) as out:
+        for name, text in files.items():
+            (out.path / name).write_text(text)
+        out.results = results or {}
+    return path
+
+
+def test_time_is_that_of_all_processes(tmp_path):
+    """A run logged every second step, continued on twice as many: 2 · 2 · 10 s on 2 processes, then 2 · 5 s on 4."""
+    lines = [
+        {"step": 2, "loss": 1.0, "tokens": 8, "step_seconds": 10.0, "tokens_per_second": 0.8, "tokens_per_second_per_gpu": 0.4},
+        {"step": 4, "loss": 1.0, "tokens": 8, "step_seconds": 10.0, "tokens_per_second": 0.8, "tokens_per_second_per_gpu": 0.4},
+        {"step": 6, "loss": 1.0, "tokens": 8, "step_seconds": 5.0, "tokens_per_second": 1.6, "tokens_per_second_per_gpu": 0.4},
+    ]
+    made(tmp_path / "run" / "model", {"x": ""}, results={"tokens": 48})
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made(tmp_path / "other", {"x": ""})
+    run, other = sorted(find_folders([str(tmp_path)]), key=lambda one: one.name, reverse=True)
+    assert run.name == "run" and process_seconds(run) == pytest.approx(120)
+    manifest = read_manifest(tmp_path / "other")
+    assert process_seconds(other) == manifest["seconds"] * manifest["processes"] and other.device == "cpu"
+
+
+def test_published_figures_stand_beside_models_of_those_sizes(tmp_path):
+    for name in ("llama3_1_8b", "llama3_1_minitron_4b_width"):
+        made(tmp_path / name, {SHAPE_FILE: (CONF / "model" / f"{name}.yaml").read_text()})
+        tasks = {"winogrande": {"acc": 0.701, "acc_stderr": 0.012, "fewshot": 0}, "hellaswag": {"acc_norm": 0.5, "fewshot": 10}}
+        digest = read_manifest(tmp_path / name)["digest"]
+        made(tmp_path / f"of_{name}", {"results.json": json.dumps({"tasks": tasks})}, inputs={"model": digest})
+    measured, published = results_section(trace(find_folders([str(tmp_path)]))).tables
+    assert ["winogrande, acc (0)", "0.701 ± 0.012", "0.701 ± 0.012"] in [row[:3] for row in measured.rows]
+    by_task = {row[0]: dict(zip(published.columns, row, strict=True)) for row in published.rows}
+    assert by_task["winogrande (5)"]["llama3_1_8b"] == "70.1 with 0" and by_task["hellaswag (10)"]["llama3_1_8b"] == "50.0"
+    assert by_task["winogrande (5)"]["Llama-3.1-Minitron 4B width, published"] == "73.5"
+    assert "Llama-3.1-Minitron 4B depth, published" in published.columns and "Minitron 4B, published" not in published.columns
+
+
+def test_a_file_is_written_again_but_nobody_elses(chain, tmp_path):
+    page = tmp_path / "page.html"
+    for _ in range(2):
+        report(ReportConfig(folders=[str(chain / "data"), str(chain / "pruned")], output=str(page)))
+    assert "What was cut: pruned" in page.read_text()
+    assert [one.name for one in tmp_path.iterdir()] == ["page.html"]
+    page.write_text("<p>mine</p>")
+    with pytest.raises(UserError, match=r"page.html exists and is not a report"):
+        report(ReportConfig(folders=str(chain), output=str(page)))
+    assert page.read_text() == "<p>mine</p>"
+
+
+def test_what_cannot_be_reported_is_refused(chain, written, tmp_path):
+    def refused(*folders: Path, says: str) -> None:
+        with pytest.raises(UserError, match=says) as error:
+            report(ReportConfig(folders=[str(one) for one in folders], output=str(tmp_path / "out")))
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "nowhere", says="does not exist")
+    refused(chain, tmp_path / "empty", says="no folder in it has a manifest")
+    refused(written, says="only reports")
+    for damage, says in (("command: [", "cannot be read"), ("digest: sha256:0\nfiles: {}\n", "command is missing")):
+        folder = made(tmp_path / f"damaged{len(says)}", {"x": ""})
+        (folder / "manifest.yaml").write_text(damage)
+        refused(chain, folder, says=says)
+    folder = made(tmp_path / "found", {"candidates.yaml": "candidates: 3\n"})
+    refused(folder, says=r"candidates.yaml is damaged")
+    made(tmp_path / "run" / "model", {"x": ""})
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    refused(tmp_path / "run", says=r"metrics.jsonl, line 2 is damaged")
+
+
+def test_columns_of_numbers_stand_to_the_right():
+    rows = [["a", "1,024", "12.5 %", "0.7 ± 0.1", "9/3"], ["b", "–", "1.2×", "−3e-05", "30 × 2"]]
+    assert Table(["", "x", "y", "z", "w"], rows).classes == ["short", "number", "number", "number", "short"]
