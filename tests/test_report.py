@@ -29,10 +29,11 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF
 from minitron_megatron.report.folders import find_folders
 from minitron_megatron.report.lineage import trace
-from minitron_megatron.report.models import results_section
+from minitron_megatron.report.models import results_section, student, throughput_section
 from minitron_megatron.report.page import Table
 from minitron_megatron.report.report import report
 from minitron_megatron.report.training import process_seconds
+from minitron_megatron.report.trials import find_trials, trial_section
 from tests.tiny import data_folder, data_option, hf_model, imported, model_option
 
 
@@ -118,7 +119,9 @@ def test_the_page_validates_and_asks_for_nothing(written):
     drawings = [one for one in elements if one.tag.endswith("svg")]
     assert len(drawings) > 12 and all(one[0].tag.endswith("title") and one[0].text for one in drawings)
     tables = [one for one in elements if one.tag == "table"]
-    assert all(one.findall("./thead/tr/th[@scope='col']") and one.findall("./tbody/tr/th[@scope='row']") for one in tables)
+    assert all(
+        one.findall("./thead/tr/th[@scope='col']") and one.findall("./tbody/tr/th[@scope='row']") for one in tables
+    )
 
 
 def test_the_report_says_what_the_folders_say(chain, written):
@@ -169,9 +172,30 @@ def made(path: Path, files: dict[str, str], *, inputs=None, config=None, results
 def test_time_is_that_of_all_processes(tmp_path):
     """A run logged every second step, continued on twice as many: 2 · 2 · 10 s on 2 processes, then 2 · 5 s on 4."""
     lines = [
-        {"step": 2, "loss": 1.0, "tokens": 8, "step_seconds": 10.0, "tokens_per_second": 0.8, "tokens_per_second_per_gpu": 0.4},
-        {"step": 4, "loss": 1.0, "tokens": 8, "step_seconds": 10.0, "tokens_per_second": 0.8, "tokens_per_second_per_gpu": 0.4},
-        {"step": 6, "loss": 1.0, "tokens": 8, "step_seconds": 5.0, "tokens_per_second": 1.6, "tokens_per_second_per_gpu": 0.4},
+        {
+            "step": 2,
+            "loss": 1.0,
+            "tokens": 8,
+            "step_seconds": 10.0,
+            "tokens_per_second": 0.8,
+            "tokens_per_second_per_gpu": 0.4,
+        },
+        {
+            "step": 4,
+            "loss": 1.0,
+            "tokens": 8,
+            "step_seconds": 10.0,
+            "tokens_per_second": 0.8,
+            "tokens_per_second_per_gpu": 0.4,
+        },
+        {
+            "step": 6,
+            "loss": 1.0,
+            "tokens": 8,
+            "step_seconds": 5.0,
+            "tokens_per_second": 1.6,
+            "tokens_per_second_per_gpu": 0.4,
+        },
     ]
     made(tmp_path / "run" / "model", {"x": ""}, results={"tokens": 48})
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -185,15 +209,87 @@ def test_time_is_that_of_all_processes(tmp_path):
 def test_published_figures_stand_beside_models_of_those_sizes(tmp_path):
     for name in ("llama3_1_8b", "llama3_1_minitron_4b_width"):
         made(tmp_path / name, {SHAPE_FILE: (CONF / "model" / f"{name}.yaml").read_text()})
-        tasks = {"winogrande": {"acc": 0.701, "acc_stderr": 0.012, "fewshot": 0}, "hellaswag": {"acc_norm": 0.5, "fewshot": 10}}
+        tasks = {
+            "winogrande": {"acc": 0.701, "acc_stderr": 0.012, "fewshot": 0},
+            "hellaswag": {"acc_norm": 0.5, "fewshot": 10},
+        }
         digest = read_manifest(tmp_path / name)["digest"]
         made(tmp_path / f"of_{name}", {"results.json": json.dumps({"tasks": tasks})}, inputs={"model": digest})
     measured, published = results_section(trace(find_folders([str(tmp_path)]))).tables
     assert ["winogrande, acc (0)", "0.701 ± 0.012", "0.701 ± 0.012"] in [row[:3] for row in measured.rows]
     by_task = {row[0]: dict(zip(published.columns, row, strict=True)) for row in published.rows}
-    assert by_task["winogrande (5)"]["llama3_1_8b"] == "70.1 with 0" and by_task["hellaswag (10)"]["llama3_1_8b"] == "50.0"
+    assert (
+        by_task["winogrande (5)"]["llama3_1_8b"] == "70.1 with 0" and by_task["hellaswag (10)"]["llama3_1_8b"] == "50.0"
+    )
     assert by_task["winogrande (5)"]["Llama-3.1-Minitron 4B width, published"] == "73.5"
-    assert "Llama-3.1-Minitron 4B depth, published" in published.columns and "Minitron 4B, published" not in published.columns
+    assert (
+        "Llama-3.1-Minitron 4B depth, published" in published.columns
+        and "Minitron 4B, published" not in published.columns
+    )
+
+
+def test_candidates_that_were_tried_and_throughput_are_shown_as_their_commands_write_them(tmp_path):
+    shape = (CONF / "model" / "smollm2_135m.yaml").read_text()
+    sizes = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2}
+    kl = {1: {"10": 0.5, "20": 0.4}, 3: {"10": 0.3, "20": 0.2}, 2: {"10": 0.9}}
+    candidates = [
+        {
+            "place": place,
+            "rank": rank,
+            **sizes,
+            "parameters": 100 + rank,
+            "predicted_loss": rank / 10,
+            "validation_kl": kl[rank],
+        }
+        for place, rank in enumerate((3, 1, 2), start=1)
+    ]
+    found = {
+        "rungs": [10, 20],
+        "steps_run": 50,
+        "steps_of_all": 60,
+        "rank_correlation_with_prediction": {"10": -0.5, "20": None},
+    }
+    tried = tmp_path / "tried"
+    for rank in (1, 2, 3):
+        made(
+            tried / "candidates" / f"rank_{rank:02d}" / "distilled" / "model",
+            {SHAPE_FILE: shape},
+            inputs={"student": str(rank)},
+        )
+    (tried / "settings.json").write_text("{}")
+    (tried / "results.json").write_text(json.dumps({**found, "winner": {"rank": 3}, "candidates": candidates}))
+    rows = [
+        {"model": "a", "engine": "vllm", "batch": 8, "tokens_per_second": 1234.5, "ratio": 1.0},
+        {
+            "model": "b",
+            "engine": "vllm",
+            "batch": 8,
+            "tokens_per_second": None,
+            "ratio": None,
+            "error": "out of memory",
+        },
+    ]
+    made(tmp_path / "rates", {"results.json": json.dumps(rows)})
+    given = [str(tmp_path)]
+    lineage, trials = trace(find_folders(given)), find_trials(given)
+    assert student(lineage, trials).name == "tried/candidates/rank_03/distilled/model"
+    (table,) = trial_section(trials[0]).tables
+    assert [row[:2] + row[-2:] for row in table.rows] == [
+        ["1", "3", "0.3000", "0.2000"],
+        ["2", "1", "0.5000", "0.4000"],
+        ["3", "2", "0.9000", "–"],
+    ]
+    assert "after step 10: -0.50" in trial_section(trials[0]).text
+    section = throughput_section(lineage)
+    assert [
+        dict(zip(section.tables[0].columns, row, strict=True))["tokens per second"] for row in section.tables[0].rows
+    ] == [
+        "1234.5",
+        "–",
+    ]
+    (tried / "results.json").write_text('{"candidates": []}')
+    with pytest.raises(UserError, match=r"results.json is damaged"):
+        find_trials(given)
 
 
 def test_a_file_is_written_again_but_nobody_elses(chain, tmp_path):

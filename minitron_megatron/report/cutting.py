@@ -51,10 +51,13 @@ def _importance(folder: RunFolder, scores: Scores) -> Section:
         Figure("Hidden channels, as each layer sees them", plots.heat_map(hidden, "hidden channel")),
         Figure("Layers by Block Influence", plots.bars(scores.layers, "layer", "1 − cosine(input, output)")),
     ]
-    text = f"Measured on {how.get('samples', 0):,} samples ({how.get('tokens', 0):,} tokens)"
-    if "sequence_aggregation" in how:
-        text += f"; aggregation: {how['sequence_aggregation']} over tokens, {how['batch_aggregation']} over samples"
-    return Section(f"Importance: {folder.name}", text + ".", figures=figures)
+    text = ""
+    if "samples" in how:
+        text = (
+            f"Measured on {how['samples']:,} samples ({how['tokens']:,} tokens); aggregation: {how['sequence_aggregation']} over "
+            f"tokens, {how['batch_aggregation']} over samples."
+        )
+    return Section(f"Importance: {folder.name}", text, figures=figures)
 
 
 def layer_sections(lineage: Lineage) -> list[Section]:

@@ -141,10 +141,15 @@ def find_folders(given: Sequence[str]) -> list[RunFolder]:
     ]
 
 
+def look_into(names: Sequence[str]) -> list[str]:
+    """Those of a folder's folders that may have outputs in them."""
+    return sorted(name for name in names if name not in _NOT_LOOKED_INTO and not name.startswith("."))
+
+
 def _manifests(root: Path) -> list[Path]:
     found = []
     for where, inside, files in os.walk(root):
-        inside[:] = sorted(name for name in inside if name not in _NOT_LOOKED_INTO and not name.startswith("."))
+        inside[:] = look_into(inside)
         if MANIFEST in files:
             found.append(Path(where))
     return found

@@ -17,6 +17,7 @@ from minitron_megatron.report import plots
 from minitron_megatron.report.folders import RESULTS, RunFolder
 from minitron_megatron.report.lineage import Lineage, short
 from minitron_megatron.report.page import Figure, Section, Table
+from minitron_megatron.report.trials import Trial
 
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
 # Figures of an evaluation that are no score, and options that do not say what was measured.
@@ -41,12 +42,18 @@ def teacher_of(lineage: Lineage, model: RunFolder) -> RunFolder:
     return lineage.source(model, "teacher") or lineage.origin(model)
 
 
-def student(lineage: Lineage) -> RunFolder | None:
-    """The model that all was done for: the last that was distilled, else the last pruned, else the last there is."""
+def student(lineage: Lineage, trials: Sequence[Trial] = ()) -> RunFolder | None:
+    """The model that all was done for: the last that was distilled, else the last pruned, else the last there is.
+
+    Candidates of a trial count where there is nothing else, and then the best of them.
+    """
     models = lineage.models()
-    for option in ("teacher", "plan"):
-        if chosen := [one for one in models if option in one.inputs]:
-            return chosen[-1]
+    others = [one for one in models if not any(trial.has(one) for trial in trials)]
+    winners = [one for one in models if any(trial.won(one) for trial in trials)]
+    for option in ("student", "plan"):
+        for among in (others, winners):
+            if chosen := [one for one in among if option in one.inputs]:
+                return chosen[-1]
     return models[-1] if models else None
 
 
@@ -232,8 +239,9 @@ def throughput_section(lineage: Lineage) -> Section | None:
         ]
         cells = [[_plain(row.get(column)) for column in columns] for row in rows]
         tables.append(Table([column.replace("_", " ") for column in columns], cells, folder.name))
-        rates = {_row_name(row): row["tokens_per_second"] for row in rows}
-        figures.append(Figure(f"{folder.name}: tokens a second", plots.rates(rates, "tokens a second")))
+        rates = {_row_name(row): row["tokens_per_second"] for row in rows if row["tokens_per_second"]}
+        if rates:
+            figures.append(Figure(f"{folder.name}: tokens a second", plots.rates(rates, "tokens a second")))
     return Section("Throughput", tables=tables, figures=figures, card=True) if tables else None
 
 

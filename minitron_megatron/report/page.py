@@ -63,14 +63,9 @@ class Section:
     commands: Sequence[str] = field(default_factory=list)
     card: bool = False
 
-    @property
-    def anchor(self) -> str:
-        """Its id in the page."""
-        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
-
 
 def write_page(file: Path, title: str, subtitle: str, sections: Sequence[Section]) -> None:
-    """Write the HTML page; text is escaped, SVG is taken as it is. Titles of sections must differ."""
+    """Write the HTML page; text is escaped, SVG is taken as it is."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

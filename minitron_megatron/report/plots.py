@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 BLUE, ORANGE, GREY = "#2f6fab", "#c8641b", "#8a8f98"
 # What these are called in a page, which has others of that name on dark paper.
@@ -65,6 +65,12 @@ def _legend_above(axes: Axes) -> None:
     axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
+def _whole_numbers(axes: Axes, label: str) -> None:
+    """An axis of steps, layers or heads."""
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 class _PlainNumbers(LogFormatter):
     """0.6 rather than 6e-01, at the places that matplotlib would mark."""
 
@@ -90,7 +96,7 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str
             _legend_above(axes)
         if log:
             _logarithmic(axes)
-        axes.set_xlabel(x)
+        _whole_numbers(axes, x)
         axes.set_ylabel(y)
 
     return svg(draw)
@@ -107,7 +113,7 @@ def importance_over_layers(scores: np.ndarray, unit: str) -> str:
         axes.plot(layers, middle, color=BLUE, linewidth=1.5, label="median")
         if (scores > 0).all():
             _logarithmic(axes)
-        axes.set_xlabel("layer")
+        _whole_numbers(axes, "layer")
         axes.set_ylabel(f"importance of {unit}")
         _legend_above(axes)
 
@@ -125,7 +131,7 @@ def heat_map(scores: np.ndarray, unit: str, cut: np.ndarray | None = None) -> st
         image = axes.imshow(relative, aspect="auto", origin="lower", cmap="viridis", norm=norm, extent=extent)
         if cut is not None:
             axes.plot(*np.nonzero(cut), "x", color=ORANGE, markersize=5, markeredgewidth=1.5)
-        axes.set_xlabel("layer")
+        _whole_numbers(axes, "layer")
         axes.set_ylabel(unit)
         bar = axes.figure.colorbar(image, label="share of the layer's highest")
         if wide:
@@ -171,7 +177,7 @@ def bars(values: np.ndarray, unit: str, label: str, cut: np.ndarray | None = Non
                 axes.bar(np.flatnonzero(where), values[where], color=colour, label=f"{what}: {where.sum()}")
         if cut is not None:
             axes.legend(frameon=False)
-        axes.set_xlabel(unit)
+        _whole_numbers(axes, unit)
         axes.set_ylabel(label)
 
     return svg(draw)
@@ -198,7 +204,7 @@ def curve_over_blocks(values: Sequence[float], whole: float | None, label: str) 
         if whole is not None:
             axes.axhline(whole, color=ORANGE, linewidth=1.0, linestyle="--", label="whole model")
             axes.legend(frameon=False)
-        axes.set_xlabel("first layer of the block")
+        _whole_numbers(axes, "first layer of the block")
         axes.set_ylabel(label)
 
     return svg(draw)
@@ -212,6 +218,52 @@ def front(points: Sequence[tuple[float, float]], ranked: Sequence[tuple[float, f
         axes.plot(*zip(*ranked, strict=True), "o", color=ORANGE, markersize=5, fillstyle="none", label="ranked")
         axes.set_xlabel(label)
         axes.set_ylabel(loss)
+        axes.legend(frameon=False)
+
+    return svg(draw)
+
+
+def rankings(before: Sequence[str], after: Sequence[str]) -> str:
+    """How an order became another: a line from each name's place on the left to its place on the right; the best is coloured."""
+
+    def draw(axes: Axes) -> None:
+        for place, name in enumerate(after):
+            color = BLUE if place == 0 else GREY
+            ends = [before.index(name) + 1, place + 1]
+            axes.plot([0, 1], ends, "o-", color=color, linewidth=2.0 if place == 0 else 1.0, markersize=5)
+            for x, y, side in ((-0.03, ends[0], "right"), (1.03, ends[1], "left")):
+                axes.text(
+                    x, y, f"{y}   {name}" if side == "left" else f"{name}   {y}", ha=side, va="center", color=color
+                )
+        axes.set_xlim(-0.9, 1.9)
+        axes.set_ylim(len(after) + 0.5, 0.2)
+        axes.text(-0.03, 0.4, "before, by prediction", ha="right")
+        axes.text(1.03, 0.4, "after, by KL", ha="left")
+        axes.set_axis_off()
+
+    return svg(draw, height=max(2.0, 0.6 + 0.36 * len(after)))
+
+
+def curves_by_name(curves: Mapping[str, Mapping[int, float]], label: str) -> str:
+    """A value over steps for each of several runs, best first; the best is coloured, the others have their places."""
+
+    def draw(axes: Axes) -> None:
+        for place, (name, points) in enumerate(curves.items(), start=1):
+            best = place == 1
+            axes.plot(
+                list(points),
+                list(points.values()),
+                "o-",
+                color=BLUE if best else GREY,
+                linewidth=2.0 if best else 1.0,
+                markersize=4,
+                label=name if best else None,
+            )
+            step, value = list(points.items())[-1]
+            axes.annotate(str(place), (step, value), xytext=(6, 0), textcoords="offset points", va="center")
+        axes.set_yscale("log")
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
         axes.legend(frameon=False)
 
     return svg(draw)

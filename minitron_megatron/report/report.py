@@ -8,6 +8,7 @@ is written again each time, as long as a report is what it replaces.
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from minitron_megatron.report.models import (
 )
 from minitron_megatron.report.page import MARK, Section, write_card, write_page
 from minitron_megatron.report.training import cost_section, recipe_section, training_sections
+from minitron_megatron.report.trials import Trial, find_trials, trial_section
 
 log = logging.getLogger(__name__)
 _WRITERS = {".html": write_page, ".md": write_card}
@@ -55,7 +57,8 @@ def report(cfg: ReportConfig) -> None:
     if not isinstance(given, list) or not given or not all(isinstance(one, str) for one in given):
         raise UserError(f"folders={cfg.folders} must be a folder, or a list of them: [outputs/a,outputs/b]")
     output = Path(cfg.output)
-    folders = find_folders([os.path.expanduser(one) for one in given])
+    given = [os.path.expanduser(one) for one in given]
+    folders, trials = find_folders(given), find_trials(given)
     inputs = {one.name: one.digest for one in folders}
     as_file = output.suffix in _WRITERS and not output.is_dir()
     config = resolved_config(cfg)
@@ -64,7 +67,7 @@ def report(cfg: ReportConfig) -> None:
     elif cfg.dry_run:
         check_output(output, config=config, inputs=inputs, resume=cfg.resume)
     lineage = trace(folders)
-    page = Page(*_title(lineage, cfg.title), sections_of(lineage))
+    page = Page(*_title(lineage, trials, cfg.title), sections_of(lineage, trials))
     if cfg.dry_run:
         rows = [
             [one.name, one.command, ", ".join(x.name for x in lineage.made_from[one.name].values())] for one in folders
@@ -102,7 +105,7 @@ def _check_file(output: Path, resume: bool) -> None:
         raise UserError(f"output={output} exists and resume=false: remove it or choose another output=")
 
 
-def sections_of(lineage: Lineage) -> list[Section]:
+def sections_of(lineage: Lineage, trials: Sequence[Trial] = ()) -> list[Section]:
     """The sections that there is something to say in, from what came out to how it was made."""
     found = [
         models_section(lineage),
@@ -111,6 +114,7 @@ def sections_of(lineage: Lineage) -> list[Section]:
         recipe_section(lineage),
         *training_sections(lineage),
         *search_sections(lineage),
+        *map(trial_section, trials),
         *cut_sections(lineage),
         *importance_sections(lineage),
         *layer_sections(lineage),
@@ -122,9 +126,9 @@ def sections_of(lineage: Lineage) -> list[Section]:
     return [section for section in found if section]
 
 
-def _title(lineage: Lineage, given: str | None) -> tuple[str, str]:
+def _title(lineage: Lineage, trials: Sequence[Trial], given: str | None) -> tuple[str, str]:
     """A heading and a line below it, of the model that all was done for."""
-    model = student(lineage)
+    model = student(lineage, trials)
     made = f"From the manifests of {len(lineage.folders)} folders."
     if model is None:
         return given or f"Report of {len(lineage.folders)} folders", made

@@ -1,0 +1,117 @@
+"""Candidates that were distilled for a while (launch/distill_candidates.py): whose folder has no manifest of its own."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron_megatron.checkpoints.folder import MANIFEST
+from minitron_megatron.errors import UserError
+from minitron_megatron.report import plots
+from minitron_megatron.report.folders import RESULTS, RunFolder, look_into
+from minitron_megatron.report.page import Figure, Section, Table
+
+SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of the candidates of a search, as its results.json has it."""
+
+    path: Path
+    found: dict[str, Any]
+
+    def has(self, folder: RunFolder) -> bool:
+        """Whether a folder is of one of its candidates."""
+        return folder.path.resolve().is_relative_to(self.path.resolve())
+
+    def won(self, folder: RunFolder) -> bool:
+        """Whether a folder is of the candidate that learned best."""
+        rank = f"rank_{self.found['winner']['rank']:02d}"
+        return self.has(folder) and rank in folder.path.resolve().relative_to(self.path.resolve()).parts
+
+
+def find_trials(given: Sequence[str]) -> list[Trial]:
+    """Every finished trial in or below the given folders. Raises UserError when one is damaged."""
+    found: dict[Path, Trial] = {}
+    for root in given:
+        for where, inside, files in os.walk(root):
+            inside[:] = look_into(inside)
+            if SETTINGS in files and RESULTS in files and MANIFEST not in files:
+                found[Path(where).resolve()] = Trial(Path(where), _read(Path(where) / RESULTS))
+    return list(found.values())
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        ranks = {one["rank"] for one in values["candidates"]}
+        if values["winner"]["rank"] not in ranks or not all(one["validation_kl"] for one in values["candidates"]):
+            raise ValueError("the winner, or the KL of a candidate, is missing")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is damaged ({error!r}): remove it and run launch/distill_candidates.py again"
+        ) from None
+    return values
+
+
+def trial_section(trial: Trial) -> Section:
+    """The candidates from the best to the worst, their order before, and their curves."""
+    try:
+        return _section(trial)
+    except (KeyError, TypeError, ValueError) as error:
+        file = trial.path / RESULTS
+        raise UserError(
+            f"{file} is damaged ({error!r}): remove it and run launch/distill_candidates.py again"
+        ) from None
+
+
+def _section(trial: Trial) -> Section:
+    found, rungs = trial.found, [str(step) for step in trial.found["rungs"]]
+    rows = [
+        [
+            str(one["place"]),
+            str(one["rank"]),
+            f"{one['num_layers']} × {one['hidden_size']} × {one['ffn_hidden_size']}",
+            f"{one['num_attention_heads']}/{one['num_query_groups']}",
+            f"{one['parameters']:,}",
+            f"{one['predicted_loss']:.4f}",
+            *(f"{one['validation_kl'][step]:.4f}" if step in one["validation_kl"] else "–" for step in rungs),
+        ]
+        for one in found["candidates"]
+    ]
+    names = {one["rank"]: f"{row[2]}, {row[3]}" for one, row in zip(found["candidates"], rows, strict=True)}
+    curves = {
+        names[one["rank"]]: {int(step): kl for step, kl in one["validation_kl"].items()} for one in found["candidates"]
+    }
+    columns = ["place", "rank before", "layers × hidden × ffn", "heads/kv", "parameters", "predicted loss"]
+    text = (
+        f"{found['steps_run']:,} optimizer steps; all candidates to the end would have taken {found['steps_of_all']:,}."
+    )
+    for step, value in found["rank_correlation_with_prediction"].items():
+        text += (
+            f" Rank correlation of the prediction with the KL after step {step}: {value:.2f}."
+            if value is not None
+            else ""
+        )
+    return Section(
+        f"Candidates tried: {trial.path.resolve().name}",
+        text,
+        [
+            Table(
+                [*columns, *(f"KL, step {step}" for step in rungs)],
+                rows,
+                "Validation KL in nats a token; – where it was out",
+            )
+        ],
+        [
+            Figure(
+                "Order before, by predicted loss, and after",
+                plots.rankings([names[r] for r in sorted(names)], list(curves)),
+            ),
+            Figure("Validation KL over steps", plots.curves_by_name(curves, "validation KL (nats a token)")),
+        ],
+        card=True,
+    )
