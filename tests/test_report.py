@@ -171,31 +171,10 @@ def made(path: Path, files: dict[str, str], *, inputs=None, config=None, results
 
 def test_time_is_that_of_all_processes(tmp_path):
     """A run logged every second step, continued on twice as many: 2 · 2 · 10 s on 2 processes, then 2 · 5 s on 4."""
+    of_all = {"loss": 1.0, "tokens": 8, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second_per_gpu": 0.4}
     lines = [
-        {
-            "step": 2,
-            "loss": 1.0,
-            "tokens": 8,
-            "step_seconds": 10.0,
-            "tokens_per_second": 0.8,
-            "tokens_per_second_per_gpu": 0.4,
-        },
-        {
-            "step": 4,
-            "loss": 1.0,
-            "tokens": 8,
-            "step_seconds": 10.0,
-            "tokens_per_second": 0.8,
-            "tokens_per_second_per_gpu": 0.4,
-        },
-        {
-            "step": 6,
-            "loss": 1.0,
-            "tokens": 8,
-            "step_seconds": 5.0,
-            "tokens_per_second": 1.6,
-            "tokens_per_second_per_gpu": 0.4,
-        },
+        {**of_all, "step": step, "step_seconds": seconds, "tokens_per_second": 8 / seconds}
+        for step, seconds in ((2, 10.0), (4, 10.0), (6, 5.0))
     ]
     made(tmp_path / "run" / "model", {"x": ""}, results={"tokens": 48})
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -210,7 +189,7 @@ def test_published_figures_stand_beside_models_of_those_sizes(tmp_path):
     for name in ("llama3_1_8b", "llama3_1_minitron_4b_width"):
         made(tmp_path / name, {SHAPE_FILE: (CONF / "model" / f"{name}.yaml").read_text()})
         tasks = {
-            "winogrande": {"acc": 0.701, "acc_stderr": 0.012, "fewshot": 0},
+            "winogrande": {"acc": 0.701, "acc_stderr": 0.012, "fewshot": 0, "questions": 9},
             "hellaswag": {"acc_norm": 0.5, "fewshot": 10},
         }
         digest = read_manifest(tmp_path / name)["digest"]
@@ -321,8 +300,11 @@ def test_what_cannot_be_reported_is_refused(chain, written, tmp_path):
     folder = made(tmp_path / "found", {"candidates.yaml": "candidates: 3\n"})
     refused(folder, says=r"candidates.yaml is damaged")
     made(tmp_path / "run" / "model", {"x": ""})
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n{"st')
-    refused(tmp_path / "run", says=r"metrics.jsonl, line 2 is damaged")
+    for line in ('{"st', '{"step": 2, "loss": 1.0}', "3"):
+        (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n' + line)
+        refused(tmp_path / "run", says=r"metrics.jsonl, line 2 is damaged")
+    folder = made(tmp_path / "judged", {"results.json": '{"loss": 1.0, "tasks": {"a": 1}}'}, inputs={"model": "x"})
+    refused(folder, says=r"results.json is damaged")
 
 
 def test_columns_of_numbers_stand_to_the_right():

@@ -18,6 +18,8 @@ METRICS, RESULTS = "metrics.jsonl", "results.json"
 REPORT_FILES = ("report.html", "report.md")
 # Folders inside outputs that hold no outputs themselves.
 _NOT_LOOKED_INTO = frozenset(("weights", "checkpoints", "wandb", "tokenizer", "huggingface"))
+# What every step of training leaves.
+_OF_A_STEP = ("step", "loss", "lr", "grad_norm", "tokens", "step_seconds")
 _LAUNCH = re.compile(r"(?:.*/)?launch/(\w+)\.py")
 
 
@@ -92,8 +94,9 @@ class RunFolder:
         for number, line in enumerate(_text(file).splitlines(), 1):
             try:
                 values = json.loads(line)
-                if not isinstance(values["step"], int):
-                    raise TypeError("step is no whole number")
+                needed = _OF_A_STEP if "loss" in values else ("step",)
+                if odd := [name for name in needed if not isinstance(values[name], int | float)]:
+                    raise TypeError(f"{odd[0]} is no number")
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{file}, line {number} is damaged ({error!r}): mend it, or leave the run out of folders="

@@ -64,7 +64,8 @@ def _by_path(folder: RunFolder, folders: Sequence[RunFolder]) -> dict[str, RunFo
         option, _, value = word.partition("=")
         option = option.partition(".")[0]
         for i, path in enumerate(value.strip("[]").split(",")):
-            known = option in folder.inputs and "," not in value
+            # A blend's digest is of several folders; a Hugging Face folder's may be of all its files.
+            known = option in folder.inputs and "," not in value and option != "hf"
             if option == "output" or known or "/" not in path:
                 continue
             there = [one for one in folders if one is not folder and _is_in(path, one)]

@@ -10,6 +10,7 @@ import yaml
 
 from minitron_megatron.config import flat
 from minitron_megatron.console import format_value
+from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.shape import ModelShape
@@ -22,18 +23,8 @@ from minitron_megatron.report.trials import Trial
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
 # Figures of an evaluation that are no score, and options that do not say what was measured.
 _NOT_SCORES = ("tokens", "seconds", "tasks")
-_HOW_NOT_WHAT = (
-    "output",
-    "model.",
-    "teacher.",
-    "parallel.",
-    "device",
-    "resume",
-    "verify",
-    "dry_run",
-    "trainer.",
-    "seed",
-)
+_OF_TASKS = ("fewshot", "questions")
+_HOW_NOT_WHAT = tuple("output model. hf teacher. parallel. device resume verify dry_run trainer. prompts seed".split())
 _NAMES = {"kl": "KL from the teacher", "agreement": "agreement with the teacher", "loss": "loss, nats a token"}
 
 
@@ -95,7 +86,7 @@ def models_section(lineage: Lineage) -> Section | None:
 
 def evaluations(lineage: Lineage) -> list[RunFolder]:
     """Folders of launch/evaluate.py."""
-    return [one for one in lineage.folders if one.has(RESULTS) and "model" in one.inputs and _scores(one)]
+    return [one for one in lineage.folders if one.has(RESULTS) and {"model", "hf"} & set(one.inputs) and _scores(one)]
 
 
 def results_section(lineage: Lineage) -> Section | None:
@@ -112,30 +103,37 @@ def results_section(lineage: Lineage) -> Section | None:
 def _setup(folder: RunFolder) -> str:
     """What two evaluations must share to stand in one table."""
     options = {k: v for k, v in flat(folder.config).items() if not k.startswith(_HOW_NOT_WHAT)}
-    return json.dumps([options, {k: v for k, v in folder.inputs.items() if k not in ("model", "teacher")}], default=str)
+    return json.dumps(
+        [options, {k: v for k, v in folder.inputs.items() if k not in ("model", "hf", "teacher")}], default=str
+    )
 
 
 def _scores(folder: RunFolder) -> dict[str, tuple[float, float | None]]:
-    """(value, standard error) by name, of loss and the like, and of each metric of each task."""
+    """(value, standard error) by name, of loss and the like, and of each metric of each task. Raises UserError."""
     values = folder.read_json(RESULTS)
     if not isinstance(values, dict):
         return {}
     found = {k: (v, None) for k, v in values.items() if k not in _NOT_SCORES and isinstance(v, int | float)}
-    for task, metrics in (values.get("tasks") or {}).items():
+    tasks = values.get("tasks") or {}
+    if not isinstance(tasks, dict) or not all(isinstance(metrics, dict) for metrics in tasks.values()):
+        raise UserError(f"{folder.path / RESULTS} is damaged (tasks are odd): evaluate the model again")
+    for task, metrics in tasks.items():
         shots = f" ({metrics['fewshot']})" if "fewshot" in metrics else ""
         for name, value in metrics.items():
-            if name != "fewshot" and not name.endswith("_stderr") and isinstance(value, int | float):
+            if name not in _OF_TASKS and not name.endswith("_stderr") and isinstance(value, int | float):
                 found[f"{task}, {name}{shots}"] = (value, metrics.get(f"{name}_stderr"))
     return found
 
 
 def _name_of_evaluated(lineage: Lineage, folder: RunFolder) -> str:
-    model = lineage.source(folder, "model")
-    return model.name if model else short(folder.inputs["model"])
+    model = lineage.source(folder, "model", "hf")
+    return model.name if model else short(folder.inputs.get("model") or folder.inputs["hf"])
 
 
 def _beside_teacher(lineage: Lineage, measured: Sequence[RunFolder]) -> Table:
-    columns = {_name_of_evaluated(lineage, one): _scores(one) for one in measured}
+    columns: dict[str, dict[str, tuple[float, float | None]]] = {}
+    for one in measured:
+        columns.setdefault(_name_of_evaluated(lineage, one), {}).update(_scores(one))
     models = {name: one for one in lineage.models() for name in columns if one.name == name}
     last = models[next(reversed(models))] if models else None
     teacher = teacher_of(lineage, last).name if last else None
@@ -213,7 +211,7 @@ def _published_tables(lineage: Lineage) -> list[Table]:
 
 def _in_percent(metrics: Mapping[str, Any] | None, how: Mapping[str, Any]) -> str:
     """Our figure of a published task, with the number of examples where it is another."""
-    value = next((v for k, v in (metrics or {}).items() if k.partition(",")[0] == how["metric"]), None)
+    value = next((v for k, v in (metrics or {}).items() if how["metric"] in (k, k.partition(",")[0])), None)
     if value is None:
         return "–"
     shots = metrics.get("fewshot", how["fewshot"])
