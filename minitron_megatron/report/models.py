@@ -29,8 +29,10 @@ _NAMES = {"kl": "KL from the teacher", "agreement": "agreement with the teacher"
 
 
 def teacher_of(lineage: Lineage, model: RunFolder) -> RunFolder:
-    """Whom a model is compared with: its teacher, else the model it was made from in the end."""
-    return lineage.source(model, "teacher") or lineage.origin(model)
+    """Whom a model is compared with: its teacher, else the model it was made from in the end; itself where that is not here."""
+    if "teacher" in model.inputs:
+        return lineage.source(model, "teacher") or model
+    return lineage.origin(model)
 
 
 def student(lineage: Lineage, trials: Sequence[Trial] = ()) -> RunFolder | None:

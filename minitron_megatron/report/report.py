@@ -14,13 +14,12 @@ from pathlib import Path
 
 from minitron_megatron.checkpoints.folder import check_output, output_folder
 from minitron_megatron.config import ReportConfig
-from minitron_megatron.console import print_table
+from minitron_megatron.console import print_table, speaks
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import count_parameters
-from minitron_megatron.parallel.layout import tool_job
 from minitron_megatron.report.cutting import cut_sections, importance_sections, layer_sections, search_sections
-from minitron_megatron.report.folders import REPORT_FILES, find_folders
+from minitron_megatron.report.folders import REPORT_FILES, RESULTS, find_folders
 from minitron_megatron.report.lineage import Lineage, commands_section, lineage_section, trace
 from minitron_megatron.report.models import (
     measurements_section,
@@ -52,14 +51,16 @@ class Page:
 
 
 def report(cfg: ReportConfig) -> None:
-    """Find, check, trace, write."""
+    """Find, check, trace, write. One process works; others of a torchrun job return."""
+    if not speaks():
+        return
     given = [cfg.folders] if isinstance(cfg.folders, str) else cfg.folders
     if not isinstance(given, list) or not given or not all(isinstance(one, str) for one in given):
         raise UserError(f"folders={cfg.folders} must be a folder, or a list of them: [outputs/a,outputs/b]")
     output = Path(cfg.output)
     given = [os.path.expanduser(one) for one in given]
     folders, trials = find_folders(given), find_trials(given)
-    inputs = {one.name: one.digest for one in folders}
+    inputs = {one.name: one.digest for one in folders} | {f"{one.path}/{RESULTS}": one.digest for one in trials}
     as_file = output.suffix in _WRITERS and not output.is_dir()
     config = resolved_config(cfg)
     if as_file:
@@ -81,10 +82,7 @@ def report(cfg: ReportConfig) -> None:
         partial.replace(output)
         log.info("%s: %d folders", output, len(folders))
         return
-    with (
-        tool_job(),
-        output_folder(output, command=command_line(), config=config, inputs=inputs, resume=cfg.resume) as out,
-    ):
+    with output_folder(output, command=command_line(), config=config, inputs=inputs, resume=cfg.resume) as out:
         if out.done:
             return
         for name in REPORT_FILES:

@@ -1,5 +1,6 @@
 """Candidates that were distilled for a while (launch/distill_candidates.py): whose folder has no manifest of its own."""
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -22,6 +23,11 @@ class Trial:
 
     path: Path
     found: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Of its results."""
+        return "sha256:" + hashlib.sha256((self.path / RESULTS).read_bytes()).hexdigest()
 
     def has(self, folder: RunFolder) -> bool:
         """Whether a folder is of one of its candidates."""
