@@ -743,17 +743,6 @@ class CompressConfig(CommandConfig):
 
 
 @dataclass
-class ReportConfig(CommandConfig):
-    """One page about a set of output folders: models, results, curves, what was cut, cost, lineage; and a model card."""
-
-    output: str = option(REQUIRED, "folder for report.html and report.md; or one file, NAME.html or NAME.md")
-    folders: Any = option(
-        REQUIRED, "an output folder or one that has some in it at any depth, or several: [outputs/a,outputs/b]"
-    )
-    title: str | None = option(None, "heading; by default the model's name and how much of its teacher it is")
-
-
-@dataclass
 class ClusterConfig(HardwareConfig):
     """A cluster: its hardware, what a job on it asks Slurm for, and how python is found on its nodes."""
 
@@ -839,6 +828,17 @@ class BenchmarkConfig(CommandConfig):
     micro_batch_size: int = option(1, "samples that run through the model at once")
 
 
+@dataclass
+class ReportConfig(CommandConfig):
+    """One page about a set of output folders: models, results, curves, what was cut, cost, lineage; and a model card."""
+
+    output: str = option(REQUIRED, "folder for report.html and report.md; or one file, NAME.html or NAME.md")
+    folders: Any = option(
+        REQUIRED, "an output folder or one that has some in it at any depth, or several: [outputs/a,outputs/b]"
+    )
+    title: str | None = option(None, "heading; by default the model's name and how much of its teacher it is")
+
+
 COMMANDS: dict[str, type[CommandConfig]] = {
     "demo": DemoConfig,
     "smollm2": Smollm2Config,
@@ -858,8 +858,8 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "export_hf": ExportHfConfig,
     "export_megatron": ExportMegatronConfig,
     "compress": CompressConfig,
-    "report": ReportConfig,
     "benchmark": BenchmarkConfig,
+    "report": ReportConfig,
     "submit": SubmitConfig,
 }
 # Options that name a model: by its folder, or by a preset of conf/model.
