@@ -136,3 +136,49 @@ def front(points: Sequence[tuple[float, float]], ranked: Sequence[tuple[float, f
         axes.legend(frameon=False)
 
     return svg(draw)
+
+
+def rankings(before: Sequence[str], after: Sequence[str]) -> str:
+    """How an order became another: a line from each name's place on the left to its place on the right; the best is coloured."""
+
+    def draw(axes: Axes) -> None:
+        for place, name in enumerate(after):
+            color = BLUE if place == 0 else GREY
+            ends = [before.index(name) + 1, place + 1]
+            axes.plot([0, 1], ends, "o-", color=color, linewidth=2.0 if place == 0 else 1.0, markersize=5)
+            for x, y, side in ((-0.03, ends[0], "right"), (1.03, ends[1], "left")):
+                axes.text(
+                    x, y, f"{y}   {name}" if side == "left" else f"{name}   {y}", ha=side, va="center", color=color
+                )
+        axes.set_xlim(-0.9, 1.9)
+        axes.set_ylim(len(after) + 0.5, 0.2)
+        axes.text(-0.03, 0.4, "before, by prediction", ha="right")
+        axes.text(1.03, 0.4, "after, by KL", ha="left")
+        axes.set_axis_off()
+
+    return svg(draw, height=max(2.0, 0.6 + 0.36 * len(after)))
+
+
+def curves_by_name(curves: Mapping[str, Mapping[int, float]], label: str) -> str:
+    """A value over steps for each of several runs, best first; the best is coloured, the others have their places."""
+
+    def draw(axes: Axes) -> None:
+        for place, (name, points) in enumerate(curves.items(), start=1):
+            best = place == 1
+            axes.plot(
+                list(points),
+                list(points.values()),
+                "o-",
+                color=BLUE if best else GREY,
+                linewidth=2.0 if best else 1.0,
+                markersize=4,
+                label=name if best else None,
+            )
+            step, value = list(points.items())[-1]
+            axes.annotate(str(place), (step, value), xytext=(6, 0), textcoords="offset points", va="center")
+        axes.set_yscale("log")
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.legend(frameon=False)
+
+    return svg(draw)
