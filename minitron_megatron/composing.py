@@ -118,7 +118,7 @@ def check_root(root: Path, mark: str, what: str, resume: bool) -> None:
         if not resume:
             raise UserError(f"output={root} has {what} in it and resume=false: remove it or choose another output=")
     elif any(root.iterdir()):
-        raise UserError(f"output={root} exists and is not {what}'s folder: choose another output=")
+        raise UserError(f"output={root} exists and is not the folder of {what}: choose another output=")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Candidates of a search: halving keeps the best of synthetic sets, whole runs that stop and go on, and mistakes refused at once."""
+"""Candidates of a search: halving keeps the best of synthetic sets, runs that stop and go on, and mistakes refused at once."""
 
 import json
 import math
@@ -20,7 +20,6 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF, compose
 from minitron_megatron.prune.prune import prune_model
 from minitron_megatron.search.search import search_shapes
-from minitron_megatron.stages import write_json
 from tests.test_prune import random_scores, write_scores
 from tests.test_train import exit_code, lines, untimed
 from tests.tiny import data_folder, hf_model, imported
@@ -197,8 +196,8 @@ def test_candidates_are_halved_and_a_killed_run_goes_on_where_it_was(gloo, folde
     monkeypatch.setattr(stages, "run_program", third := Here(gloo))
     assert run(*given) == found and third.ran == []
     for other, says in (
-        ("halving.factor=1", "holds candidates with rungs=[4, 8], not [8] (factor too)"),
-        ("distill.optim.lr=1e-3", "holds candidates with distill.optim.lr=0.01, not 0.001"),
+        ("halving.factor=1", "has candidates with rungs=[4, 8], not [8] (factor too)"),
+        ("distill.optim.lr=1e-3", "has candidates with distill.optim.lr=0.01, not 0.001"),
         ("resume=false", "has a distillation of candidates in it and resume=false"),
     ):
         with pytest.raises(UserError) as error:
@@ -225,7 +224,7 @@ def test_as_parts_side_by_side_they_find_the_same(gloo, folders, tmp_path, monke
         part("rung=1", "candidate=1")
     part("rung=0")
     part("rung=1", "candidate=2")
-    with pytest.raises(UserError, match="rung_1.json is not there: rung 1 of rank 1 was not run to its end"):
+    with pytest.raises(UserError, match="is not there: rung 1 of rank 1 was not run to its end"):
         part("rung=2", "candidate=1")
     part("rung=1", "candidate=1")
     assert not (tmp_path / "parts" / "results.json").exists()
@@ -240,3 +239,77 @@ def test_as_parts_side_by_side_they_find_the_same(gloo, folders, tmp_path, monke
     ):
         with pytest.raises(UserError, match=says):
             part(*wrong)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["found=nowhere"], "found=nowhere: nowhere does not exist"),
+        (["found={data}"], "has no candidates.yaml (it was made by"),
+        (["ranks=[1,99]"], "has ranks 1 to 20, not 99"),
+        (["ranks=[1]"], "must be two different ranks or more"),
+        (["cache=3"], "cache=3 must be true, false, or the output of launch/cache_teacher.py"),
+        (["cache=nowhere"], "rank 1, distill: nowhere does not exist"),
+        (
+            ["distill.distill.loss=jsd"],
+            "distill: distill.loss=jsd needs the teacher beside the student: give cache=false",
+        ),
+        (["distill.student=x"], "distill: student is set by the candidates and their distillation"),
+        (["cache_teacher.trainer.steps=3"], "cache_teacher: trainer.steps is set by"),
+        (["prune.target.hidden_size=16"], "prune: target.hidden_size is set by"),
+        (["distill.teacher=nowhere"], "distill: nowhere does not exist"),
+        (
+            ["distill.trainer.step=3"],
+            "rank 1, distill: unknown option 'trainer.step' of launch/distill.py: did you mean",
+        ),
+        (["distill.trainer.steps=null"], "distill: give either trainer.steps= or trainer.tokens="),
+        (["distill.trainer.validation_samples=0"], "distill: trainer.validation_samples=0: candidates are judged by"),
+        (["distill.trainer.global_batch_size=3", "processes=2"], "is not a multiple of 2"),
+        (["distill.trainer.steps=4000"], "distill: the run takes 512,000 tokens, and "),
+        (["cache_teacher.chunk_samples=0"], "cache_teacher: chunk_samples=0 must be above 0"),
+        (["distill.distill.top_k=9999"], "distill.top_k=9999"),
+        (["halving.steps=[9]"], "halving.steps=[9] must be whole numbers that rise from 1 to the 8 steps"),
+        (["rung=-1"], "rung=-1 must not be negative"),
+        (["candidate=1"], "rung= and candidate= go together"),
+        (["start=nonsense -n {{processes}}", "processes=2"], "there is no program 'nonsense' here"),
+        (["data.path=nowhere"], "nowhere does not exist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line_before_anything_runs(folders, tmp_path, monkeypatch, more, says):
+    monkeypatch.chdir(tmp_path)
+    found, data = folders
+    given = [word.format(found=found, data=data) for word in more]
+    instead = {word.partition("=")[0] for word in given}
+    kept = [word for word in words(folders, tmp_path / "out", "ranks=[1,20]") if word.partition("=")[0] not in instead]
+    with pytest.raises(UserError) as error:
+        distill_candidates(compose("distill_candidates", [*kept, *given]))
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_shows_every_command_and_writes_nothing(folders, tmp_path, capsys):
+    distill_candidates(compose("distill_candidates", words(folders, tmp_path / "out", "dry_run=true", "processes=2")))
+    printed = capsys.readouterr().out
+    assert "20 steps of 24: 17% less" in printed and "candidates of each rung: 3 2" in printed
+    assert printed.count("$ torchrun --nproc-per-node 2") == 7 and "trainer.stop_after" not in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_and_another_folder_are_told(folders, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    with pytest.raises(UserError, match="is not the folder of a distillation of candidates"):
+        run(*words(folders, tmp_path / "mine"))
+    found = tmp_path / "found"
+    shutil.copytree(folders[0], found)
+    values = yaml.safe_load((found / "manifest.yaml").read_text())
+    values["inputs"]["model"] = "blake3:another"
+    (found / "manifest.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match="is another one now: run"):
+        run(*words((found, folders[1]), tmp_path / "out"))
+    del values["config"]["scores"]
+    (found / "manifest.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match="is damaged"):
+        run(*words((found, folders[1]), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
