@@ -21,10 +21,8 @@ from minitron_megatron.launcher import CONF, compose
 from minitron_megatron.prune.prune import prune_model
 from minitron_megatron.search.search import search_shapes
 from tests.test_prune import random_scores, write_scores
-from tests.test_train import exit_code, lines, untimed
+from tests.test_train import exit_code, untimed
 from tests.tiny import data_folder, hf_model, imported
-
-STEPS = 8
 
 
 def halve(curves: dict[int, np.ndarray], factor: int, rungs: list[int]) -> tuple[list[int], int]:
@@ -118,6 +116,10 @@ def words(folders, output: Path, *more: str) -> list[str]:
     return [f"{key}={value}" for key, value in (own | dict(word.split("=", 1) for word in more)).items()]
 
 
+def start(given: list[str]) -> None:
+    distill_candidates(compose("distill_candidates", given))
+
+
 class Here:
     """Stands for starting processes: each stage runs in a warm worker; `at(number, config)` may stop it."""
 
@@ -134,12 +136,6 @@ class Here:
         return ended or 0, ""
 
 
-def run(*given: str) -> dict:
-    distill_candidates(compose("distill_candidates", list(given)))
-    output = Path(next(word for word in given if word.startswith("output=")).partition("=")[2])
-    return json.loads((output / "results.json").read_text())
-
-
 def killed(number: int):
     def at(ran: int, _) -> None:
         if ran == number:
@@ -148,22 +144,37 @@ def killed(number: int):
     return at
 
 
-def test_candidates_are_halved_and_a_killed_run_goes_on_where_it_was(gloo, folders, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_parts_side_by_side(gloo, folders, tmp_path, monkeypatch):
+    """One command, stopped in the middle; what is left is done as the tasks of job arrays do it, each beginning from files."""
     output = tmp_path / "out"
     given = words(folders, output)
+
+    def part(*which: str) -> None:
+        start([*given, *which])
+
     monkeypatch.setattr(stages, "run_program", first := Here(gloo, killed(5)))
     with pytest.raises(KeyboardInterrupt):
-        run(*given)
+        part()
     assert first.ran == [
         "cache_teacher out", "prune rank_01", "distill rank_01 4", "prune rank_10", "distill rank_10 4",
     ]  # fmt: skip
     monkeypatch.setattr(stages, "run_program", second := Here(gloo))
-    found = run(*given)
+    with pytest.raises(UserError, match="is not there: rung 1 of rank 20 was not run to its end"):
+        part("rung=2", "candidate=1")
+    part("rung=1", "candidate=3")
+    part("rung=2", "candidate=2")
+    with pytest.raises(UserError, match="candidate=3: rung 2 has 2 candidates"):
+        part("rung=2", "candidate=3")
+    assert not (output / "results.json").exists()
+    part("rung=2", "candidate=1")
+    found = json.loads((output / "results.json").read_text())
     losses = {one["rank"]: one["validation_kl"] for one in found["candidates"]}
     by_loss = sorted(losses, key=lambda rank: losses[rank]["4"])
-    assert second.ran == ["prune rank_20", "distill rank_20 4", *(f"distill rank_{r:02d} None" for r in by_loss[:2])]
+    best, other, out = by_loss
+    assert second.ran == ["prune rank_20", "distill rank_20 4", *(f"distill rank_{r:02d} None" for r in (other, best))]
     assert [one["rank"] for one in found["candidates"]] == [
-        *sorted(by_loss[:2], key=lambda rank: losses[rank]["8"]), by_loss[2],
+        *sorted((best, other), key=lambda rank: losses[rank]["8"]), out,
     ]  # fmt: skip
     assert (found["steps_run"], found["steps_of_all"], found["saving"]) == (20, 24, pytest.approx(1 / 6))
 
@@ -174,15 +185,10 @@ def test_candidates_are_halved_and_a_killed_run_goes_on_where_it_was(gloo, folde
         [*_stage_words(output, winner), f"student={found['winner']['pruned']}", f"output={tmp_path / 'whole'}"],
     )
     assert gloo(1, exit_code, whole) == [None]
-    at_the_rung = [
-        line["validation_loss"]
-        for line in lines(output / f"candidates/rank_{winner:02d}/distilled")
-        if "loss" not in line
-    ]
-    assert at_the_rung == [losses[winner]["4"], losses[winner]["8"]]
-    assert [line for line in untimed(output / f"candidates/rank_{winner:02d}/distilled") if "loss" in line] == [
-        line for line in untimed(tmp_path / "whole") if "loss" in line
-    ]
+    run = output / f"candidates/rank_{winner:02d}/distilled"
+    steps, judged = ([line for line in untimed(run) if ("loss" in line) is kind] for kind in (True, False))
+    assert steps == [line for line in untimed(tmp_path / "whole") if "loss" in line]
+    assert [line["validation_loss"] for line in judged] == [losses[winner]["4"], losses[winner]["8"]]
 
     # The losers' checkpoints are gone; the winner's plan prunes to it again.
     there = {one.parent.parent.name for one in output.glob("candidates/*/distilled/checkpoints")}
@@ -194,14 +200,15 @@ def test_candidates_are_halved_and_a_killed_run_goes_on_where_it_was(gloo, folde
 
     # Done: nothing runs; asked for otherwise: refused.
     monkeypatch.setattr(stages, "run_program", third := Here(gloo))
-    assert run(*given) == found and third.ran == []
+    part()
+    assert json.loads((output / "results.json").read_text()) == found and third.ran == []
     for other, says in (
         ("halving.factor=1", "has candidates with rungs=[4, 8], not [8] (factor too)"),
         ("distill.optim.lr=1e-3", "has candidates with distill.optim.lr=0.01, not 0.001"),
         ("resume=false", "has a distillation of candidates in it and resume=false"),
     ):
         with pytest.raises(UserError) as error:
-            run(*words(folders, output, other) if "lr" not in other else [*given, other])
+            part(other)
         assert says in str(error.value)
 
 
@@ -210,35 +217,6 @@ def _stage_words(output: Path, rank: int) -> list[str]:
     done = json.loads((output / f"candidates/rank_{rank:02d}/stages.json").read_text())
     given = done[f"rank {rank}, rung 2"]["what"]["command"][1:]
     return [word for word in given if not word.startswith(("student=", "output="))]
-
-
-def test_as_parts_side_by_side_they_find_the_same(gloo, folders, tmp_path, monkeypatch):
-    """What the tasks of job arrays do, each beginning from files alone."""
-    monkeypatch.setattr(stages, "run_program", Here(gloo))
-    given = words(folders, tmp_path / "parts", "ranks=[1,20]", "cache=false", "halving.steps=[4]")
-
-    def part(*which: str) -> None:
-        distill_candidates(compose("distill_candidates", [*given, *which]))
-
-    with pytest.raises(UserError, match="run the same with rung=0 first"):
-        part("rung=1", "candidate=1")
-    part("rung=0")
-    part("rung=1", "candidate=2")
-    with pytest.raises(UserError, match="is not there: rung 1 of rank 1 was not run to its end"):
-        part("rung=2", "candidate=1")
-    part("rung=1", "candidate=1")
-    assert not (tmp_path / "parts" / "results.json").exists()
-    part("rung=2", "candidate=1")
-    found = json.loads((tmp_path / "parts" / "results.json").read_text())
-    assert [len(one["validation_kl"]) for one in found["candidates"]] == [2, 1]
-    for wrong, says in (
-        (("rung=2", "candidate=2"), "candidate=2: rung 2 has 1 candidates"),
-        (("rung=3", "candidate=1"), "rung=3: there are 2, at steps 4, 8"),
-        (("rung=1",), "rung= and candidate= go together"),
-        (("candidate=1",), "rung= and candidate= go together"),
-    ):
-        with pytest.raises(UserError, match=says):
-            part(*wrong)
 
 
 @pytest.mark.parametrize(
@@ -271,6 +249,7 @@ def test_as_parts_side_by_side_they_find_the_same(gloo, folders, tmp_path, monke
         (["halving.steps=[9]"], "halving.steps=[9] must be whole numbers that rise from 1 to the 8 steps"),
         (["rung=-1"], "rung=-1 must not be negative"),
         (["candidate=1"], "rung= and candidate= go together"),
+        (["rung=1", "candidate=1"], "the teacher's cache is not there yet: run the same with rung=0 first"),
         (["start=nonsense -n {{processes}}", "processes=2"], "there is no program 'nonsense' here"),
         (["data.path=nowhere"], "nowhere does not exist"),
     ],
@@ -283,13 +262,13 @@ def test_mistakes_are_one_line_before_anything_runs(folders, tmp_path, monkeypat
     instead = {word.partition("=")[0] for word in given}
     kept = [word for word in words(folders, tmp_path / "out", "ranks=[1,20]") if word.partition("=")[0] not in instead]
     with pytest.raises(UserError) as error:
-        distill_candidates(compose("distill_candidates", [*kept, *given]))
+        start([*kept, *given])
     assert says in str(error.value) and "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_shows_every_command_and_writes_nothing(folders, tmp_path, capsys):
-    distill_candidates(compose("distill_candidates", words(folders, tmp_path / "out", "dry_run=true", "processes=2")))
+    start(words(folders, tmp_path / "out", "dry_run=true", "processes=2"))
     printed = capsys.readouterr().out
     assert "20 steps of 24: 17% less" in printed and "candidates of each rung: 3 2" in printed
     assert printed.count("$ torchrun --nproc-per-node 2") == 7 and "trainer.stop_after" not in printed
@@ -300,16 +279,16 @@ def test_damage_and_another_folder_are_told(folders, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
     with pytest.raises(UserError, match="is not the folder of a distillation of candidates"):
-        run(*words(folders, tmp_path / "mine"))
+        start(words(folders, tmp_path / "mine"))
     found = tmp_path / "found"
     shutil.copytree(folders[0], found)
     values = yaml.safe_load((found / "manifest.yaml").read_text())
     values["inputs"]["model"] = "blake3:another"
     (found / "manifest.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match="is another one now: run"):
-        run(*words((found, folders[1]), tmp_path / "out"))
+        start(words((found, folders[1]), tmp_path / "out"))
     del values["config"]["scores"]
     (found / "manifest.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match="is damaged"):
-        run(*words((found, folders[1]), tmp_path / "out"))
+        start(words((found, folders[1]), tmp_path / "out"))
     assert not (tmp_path / "out").exists()

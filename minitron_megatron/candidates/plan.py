@@ -184,6 +184,8 @@ def _own_options(cfg: DistillCandidatesConfig, searched: SearchFolder) -> tuple[
             "out for topk_kl"
         )
     own["distill.cache"] = str(Path(cfg.output) / CACHE) if cfg.cache is True else cfg.cache
+    if cfg.cache is not True and teacher is not None:
+        own["teacher"] = teacher  # compared with whom the cache is of
     return own, teacher
 
 

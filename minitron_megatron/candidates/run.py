@@ -28,6 +28,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.layout import world_size_from_env
 from minitron_megatron.stages import Stages, is_whole, start_words, write_json
 from minitron_megatron.train.checkpoint import find_checkpoints
+from minitron_megatron.train.run import schedule_of
 
 SETTINGS, STAGES_FILE = "settings.json", "stages.json"
 # A dry run says how many candidates a rung has; slurm/halving.sh reads it.
@@ -104,7 +105,7 @@ def _check_part(cfg: DistillCandidatesConfig, plan: Plan) -> None:
 
 
 def _warn(plan: Plan) -> None:
-    warmup = plan.candidates[0].distill.config.optim.warmup_steps
+    warmup = schedule_of(plan.candidates[0].distill.config).warmup
     if len(plan.rungs) > 1 and plan.rungs[0] < warmup:
         log.warning("the first rung, at step %d, is before the end of the warm-up at %d", plan.rungs[0], warmup)
 
