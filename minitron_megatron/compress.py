@@ -12,36 +12,33 @@ the first one starts.
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open_model_folder, read_manifest
+from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder, read_manifest
 from minitron_megatron.checkpoints.weights import check_weights
+from minitron_megatron.composing import Stage, check_data, check_root, compose_stage, flat_options, naming
 from minitron_megatron.config import (
-    COMMANDS,
     CompressConfig,
     RoundConfig,
     check,
-    flat,
     number_of_steps,
     options,
     tokens_of_run,
 )
 from minitron_megatron.console import console, print_table
-from minitron_megatron.data.datasets import Data, check_enough, data_digest, open_data
+from minitron_megatron.data.datasets import check_enough, data_digest
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.perplexity import RESULTS
-from minitron_megatron.launcher import compose
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.build import check_layout, check_sequence
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout, pick_device, world_size_from_env
 from minitron_megatron.prune.select import target_shape
-from minitron_megatron.stages import Stages, program_of, start_words, write_json
+from minitron_megatron.stages import Stages, start_words, write_json
 from minitron_megatron.train.distill import check_pair
 
 # Each stage's command and its folder, in order.
@@ -49,26 +46,8 @@ FOLDERS = {"importance": "scores", "prune": "pruned", "distill": "distilled", "e
 STAGES_FILE, SUMMARY = "stages.json", "chain.json"
 # What the chain sets itself. A plan's indices are those of one model, and stand for scores.
 _SET_BY_CHAIN = frozenset("model teacher student scores plan output resume dry_run hydra".split())
-# Options of the chain that every stage gets, where they are not the default anyway.
-_COMMON = ("seed", "device", "precision", "verify", "parallel", "data")
 # Stands for the model's folder in the command lines of a rehearsal by sizes alone.
 _NO_FOLDER = "MODEL"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One command of a round, with its options as words and as the config that they make."""
-
-    command: str
-    words: tuple[str, ...]
-    output: Path
-    processes: int
-    config: Any
-
-    @property
-    def file(self) -> str:
-        """Where the command is in the repository."""
-        return f"launch/{self.command}.py"
 
 
 @dataclass(frozen=True)
@@ -103,7 +82,7 @@ def compress(cfg: CompressConfig) -> None:
     rounds = plan_rounds(cfg, shape)
     for one in rounds:
         check_round(one, with_data=not rehearsal)
-    _check_root(root, cfg.resume)
+    check_root(root, STAGES_FILE, "a chain", cfg.resume)
     if folder:
         check_weights(folder)
     if cfg.dry_run:
@@ -171,53 +150,13 @@ def _compose(
 ) -> Stage:
     """A stage as its command will read it: the chain's options, over them the round's. Raises UserError."""
     with _named(written.name, stage):
-        own = {**_flat(getattr(cfg, stage), stage), **_flat(getattr(written, stage), stage)}
+        own = {**flat_options(getattr(cfg, stage), stage), **flat_options(getattr(written, stage), stage)}
         taken = [key for key in own if key.partition(".")[0] in _SET_BY_CHAIN]
         if taken:
             raise UserError(f"{taken[0]} is set by the chain: leave it out")
-        processes = _processes(cfg, own.pop("processes", cfg.processes))
-        if stage == "prune" and not own:
+        if stage == "prune" and not set(own) - {"processes"}:
             raise UserError("nothing to cut: give it a target, as in prune: {target: {hidden_size: …}}")
-        known = {o.name for o in options(COMMANDS[stage])}
-        given = {**inputs, **{key: value for key, value in _common(cfg).items() if key in known}, **own}
-        words = tuple(f"{key}={_word(value)}" for key, value in given.items())
-        return Stage(stage, words, output, processes, compose(stage, [*words, f"output={output}"]))
-
-
-def _flat(values: Any, stage: str) -> dict[str, Any]:
-    """A stage's options by their dotted names, however they are nested; of two of the same name the last counts."""
-    if not isinstance(values, Mapping):
-        raise UserError(f"{stage}={values} must be a mapping of options, as in {{samples: 64}}")
-    return flat(values)
-
-
-def _common(cfg: CompressConfig) -> dict[str, Any]:
-    """The chain's own options that are its stages' too, by their dotted names."""
-    given = {o.name: (attrgetter(o.name)(cfg), o.default) for o in options(CompressConfig)}
-    return {k: value for k, (value, default) in given.items() if k.partition(".")[0] in _COMMON and value != default}
-
-
-def _word(value: Any) -> str:
-    """A value as it is typed on a command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, list):
-        return f"[{','.join(map(_word, value))}]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _processes(cfg: CompressConfig, processes: Any) -> int:
-    """The number of processes of a stage, checked together with what starts them. Raises UserError."""
-    if type(processes) is not int or processes < 1:
-        raise UserError(f"processes={processes} must be a whole number of at least 1")
-    program, *_ = start_words(cfg.start, processes)
-    if program_of(program) is None:
-        raise UserError(f"start={cfg.start}: there is no program {program!r} here")
-    if "{processes}" not in cfg.start and processes not in (1, cfg.processes):
-        raise UserError(
-            f"processes={processes}, but start= always starts processes={cfg.processes}: write {{processes}} into start="
-        )
-    return processes
+        return compose_stage(cfg, stage, inputs, own, output)
 
 
 def check_round(one: Round, *, with_data: bool) -> None:
@@ -237,44 +176,16 @@ def check_round(one: Round, *, with_data: bool) -> None:
                 check_sequence(cfg.data.sequence_length, layout)
                 splits = [cfg.split] if stage.command == "evaluate" else splits
             if with_data:
-                data = _check_data(
+                data = check_data(
                     cfg, splits, one.target, cfg.first_sample + cfg.samples if stage.command == "importance" else 1
                 )
                 if stage.command == "distill":
                     check_enough(data, one.tokens, cfg.data.max_epochs)
 
 
-def _check_data(cfg: Any, splits: list[str], shape: ModelShape, samples: int) -> Data:
-    """The data. Raises UserError unless they have these splits, and the first of them so many whole samples."""
-    length = cfg.data.sequence_length
-    data, *_ = [open_data(cfg.data.path, split, shape, length) for split in splits]
-    tokens = data.tokens(splits[0])
-    if tokens < samples * length:
-        raise UserError(
-            f"{samples} samples of {length} tokens are asked for, the {splits[0]} split has {tokens} tokens: "
-            "lower samples= or data.sequence_length="
-        )
-    return data
-
-
-def _check_root(root: Path, resume: bool) -> None:
-    """Raise UserError when the output cannot be made, or is something else."""
-    if not root.is_dir():
-        check_output(root, config={}, inputs={}, resume=resume)
-    elif (root / STAGES_FILE).is_file():
-        if not resume:
-            raise UserError(f"output={root} has a chain in it and resume=false: remove it or choose another output=")
-    elif any(root.iterdir()):
-        raise UserError(f"output={root} exists and is not a chain's folder: choose another output=")
-
-
-@contextmanager
-def _named(round_name: str, stage: str = "") -> Iterator[None]:
+def _named(round_name: str, stage: str = "") -> AbstractContextManager[None]:
     """Put the names of round and stage before a mistake."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{_name(round_name, stage)}: {error}") from error
+    return naming(_name(round_name, stage))
 
 
 def _name(round_name: str, stage: str = "") -> str:

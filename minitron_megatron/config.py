@@ -159,6 +159,9 @@ class TrainerConfig:
         "tensor-parallel transfers of the trained model run beside its products; needs Transformer Engine and "
         "parallel.sequence",
     )
+    stop_after: int | None = option(
+        None, "validate, save and end after so many of the steps; the same command with more, or without it, goes on"
+    )
     save_interval: int = option(100, "steps between checkpoints")
     keep_last: int = option(2, "newest checkpoints to keep")
     keep_best: bool = option(False, "save at the lowest validation loss so far, and keep that checkpoint too")
@@ -743,6 +746,46 @@ class CompressConfig(CommandConfig):
 
 
 @dataclass
+class HalvingConfig:
+    """Which candidates are trained how long: successive halving (arXiv 1502.07943)."""
+
+    factor: int = option(
+        2,
+        "of the candidates that are judged together one in so many goes on, rounded up; 1: all are trained to the end",
+    )
+    steps: Any = option(
+        None,
+        "steps after which candidates are judged, as [100,200], before the end; if not given the last steps divided by factor, "
+        "as often as it takes to leave one",
+    )
+    keep_losers: bool = option(False, "keep the checkpoints of candidates that are out")
+
+
+@dataclass
+class DistillCandidatesConfig(CommandConfig):
+    """A short distillation of each shape that search found, the hopeless ones stopped early; the best by validation KL."""
+
+    found: str = option(REQUIRED, "shapes to try (the output of search)")
+    ranks: Any = option(None, "which of them, by their rank, as [1,3,7]; all that are ranked if not given")
+    data: ChainDataConfig = group(ChainDataConfig)
+    cache: Any = option(
+        True,
+        "true: the teacher answers once, on disk, for all candidates; false: it runs beside each; FOLDER: its answers are there "
+        "(the output of cache_teacher)",
+    )
+    cache_teacher: Any = option({}, "options of launch/cache_teacher.py, and processes")
+    prune: Any = option({}, "options of launch/prune.py, and processes")
+    distill: Any = option({}, "options of launch/distill.py, and processes; trainer.steps is the budget of a candidate")
+    halving: HalvingConfig = group(HalvingConfig)
+    rung: int | None = option(
+        None, "one part alone, for jobs side by side: 0 the teacher's cache, n the n-th rung of candidate="
+    )
+    candidate: int | None = option(None, "with rung=: the n-th of the candidates that are still in, best first")
+    processes: int = option(1, "processes of a stage, over all nodes")
+    start: str = option(CompressConfig.start, "what starts a stage of several processes")
+
+
+@dataclass
 class ClusterConfig(HardwareConfig):
     """A cluster: its hardware, what a job on it asks Slurm for, and how python is found on its nodes."""
 
@@ -858,6 +901,7 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "export_hf": ExportHfConfig,
     "export_megatron": ExportMegatronConfig,
     "compress": CompressConfig,
+    "distill_candidates": DistillCandidatesConfig,
     "benchmark": BenchmarkConfig,
     "report": ReportConfig,
     "submit": SubmitConfig,
@@ -914,12 +958,12 @@ _POSITIVE = frozenset(
     decay_share window stop_after recompute_num_layers bucket_size keep_last time_limit_minutes world_size nvlink_gpus
     memory_gib bf16_tflops fp8_tflops fp32_tflops memory_gb_s nvlink_gb_s network_gb_s host_gb_s launch_ms efficiency
     teacher_ahead logits_mib micro_batches parameters non_embedding_parameters flops_per_token latency_ms batch
-    weight_bytes cache_bytes multiple power keep""".split()
+    weight_bytes cache_bytes multiple power keep factor candidate""".split()
 )
 _NOT_NEGATIVE = frozenset(
     """min_lr warmup_steps warmup_tokens loss_factor grad_norm_factor weight_decay clip_grad validation_interval
     validation_samples seed first_sample fewshot keep_last_layers loss_samples gpus_per_node save_seconds
-    cross_entropy intermediate fp8_bf16_layers at_least layers hidden ffn heads""".split()
+    cross_entropy intermediate fp8_bf16_layers at_least layers hidden ffn heads rung""".split()
 )
 
 

@@ -8,6 +8,7 @@ second run passes it by. Asked for otherwise, its command runs again and says it
 
 import json
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -33,11 +34,16 @@ TORCHRUN_PORT = 29500
 SECONDS_FOR_LAST_WORDS = 10.0
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file whole or not at all; of jobs side by side that write the same one the last counts."""
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(file)
+    write_whole(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def start_words(start: str, processes: int) -> list[str]:
@@ -112,8 +118,25 @@ class Stages:
         self.done[name] = {"seconds": round(time.monotonic() - began, 1), "what": what}
         write_json(self.file, self.done)
 
-    def command(self, name: str, output: Path, file: str, *words: str, processes: int = 1) -> None:
-        """A stage that is one command, `file` being launch/NAME.py. Raises UserError with its name when it fails."""
+    def command(
+        self,
+        name: str,
+        output: Path,
+        file: str,
+        *words: str,
+        processes: int = 1,
+        whole: Callable[[Path], bool] = is_whole,
+    ) -> None:
+        """A stage that is one command. Raises UserError with its name when it fails.
+
+        Args:
+            name: of the stage.
+            output: of its command.
+            file: launch/NAME.py.
+            words: its options.
+            processes: how many of it.
+            whole: whether an output is what the stage is to make.
+        """
         options = [*words, *self.words, f"output={output}"]
         program, *start = start_words(self.start, processes)
         line = shlex.join([program, *start, file, *options])
@@ -129,11 +152,11 @@ class Stages:
             if status:
                 reason = reason or f"ended with status {status}; mend what it says and run the same command again"
                 raise UserError(f"{name}: {reason}")
-            if not is_whole(output):
+            if not whole(output):
                 raise UserError(f"{name}: stopped before its end; the same command continues it")
 
         what = {"command": [file, *options], "inputs": self.inputs}
-        self.run(name, output if is_whole(output) else output / MANIFEST, work, what)
+        self.run(name, output if whole(output) else output / MANIFEST, work, what)
 
 
 def run_program(program: list[str], processes: int) -> tuple[int, str]:

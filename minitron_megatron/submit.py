@@ -30,6 +30,7 @@ SCRIPT = "job.sh"
 # These start processes themselves, or are this one.
 _NOT_AS_A_JOB = {
     "compress": "slurm/compress.sh runs a chain on all nodes",
+    "distill_candidates": "slurm/distill_candidates.sh runs them on all nodes, slurm/halving.sh side by side",
     "demo": "it runs on one machine",
     "submit": "name the command that the job is to run",
 }

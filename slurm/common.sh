@@ -16,6 +16,9 @@ ACTIVATE=${ACTIVATE:-$ROOT/.venv/bin/activate}         # sourced on every node, 
 LOGS=${LOGS:-outputs/logs}                             # a log a node: JOB-NODE'S NUMBER-NODE'S NAME.log
 RESTARTS=${RESTARTS:-3}                                # how often in a row to start again without a new checkpoint
 readonly USER_MISTAKE=2 REQUEUE=75                     # exit statuses of launch/
+# This job to Slurm's programs. In an array the number of a task may be that of the whole, which would be signalled and requeued.
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+JOB=${JOB:-$SLURM_JOB_ID}
 
 # --- What PyTorch and NCCL read -------------------------------------------------------------------------------------
 
@@ -66,12 +69,12 @@ finished() { [ -e "$OUTPUT/manifest.yaml" ] || [ -e "$OUTPUT/model/manifest.yaml
 
 # What is whole under the output: it changes when a checkpoint is written.
 progress() {
-    [ ! -e "$OUTPUT" ] || find "$OUTPUT" -maxdepth 4 \( -name manifest.yaml -o -path '*/checkpoints/step_*' -prune \) 2> /dev/null | sort || true
+    [ ! -e "$OUTPUT" ] || find "$OUTPUT" -maxdepth 5 \( -name manifest.yaml -o -path '*/checkpoints/step_*' -prune \) 2> /dev/null | sort || true
 }
 
 # Whether Slurm still wants this job: not when it is cancelled, preempted or over its time.
 wanted() {
-    case $(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID" 2> /dev/null) in
+    case $(squeue --noheader --format=%T --jobs="$JOB" 2> /dev/null) in
         CANCELLED | COMPLETING | DEADLINE | NODE_FAIL | PREEMPTED | REQUEUE* | TIMEOUT) false ;;
         *) [ -z "$ended" ] ;;
     esac
@@ -79,7 +82,7 @@ wanted() {
 
 # What comes before a limit (#SBATCH --signal=B:USR1@…): the processes of all nodes save, and the job is requeued.
 stop=''
-trap 'stop=yes; scancel --signal=USR1 "$SLURM_JOB_ID" || true' USR1
+trap 'stop=yes; scancel --signal=USR1 "$JOB" || true' USR1
 # Slurm ends or requeues the job and has told every process itself.
 ended=''
 trap 'ended=yes' TERM
@@ -101,7 +104,7 @@ requeue() {
         exit 1
     fi
     echo "stopped before its end (status $status): requeued"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$JOB"
     exit 0
 }
 

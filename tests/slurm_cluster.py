@@ -98,11 +98,11 @@ class Cluster:
         """`sbatch words…` with more environment variables; gives the job's number."""
         return int(self.call("sbatch", "--parsable", *words, **variables))
 
-    def job(self, number: int) -> dict[str, str]:
-        """What Slurm knows of a job: JobState, Restarts, ExitCode, …"""
+    def job(self, number: int | str) -> dict[str, str]:
+        """What Slurm knows of a job, or of a task as "ARRAY_TASK": JobState, Restarts, ExitCode, …"""
         return dict(re.findall(r"(\S+?)=(\S*)", self.call("scontrol", "--oneliner", "show", "job", number)))
 
-    def wait(self, number: int, timeout: float = 600.0) -> dict[str, str]:
+    def wait(self, number: int | str, timeout: float = 600.0) -> dict[str, str]:
         """Wait for a job's end."""
         deadline = time.monotonic() + timeout
         while (job := self.job(number))["JobState"] not in FINISHED:

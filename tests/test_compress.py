@@ -387,7 +387,7 @@ def test_mistakes_and_failures_are_one_line_with_status_2(folders, tmp_path, mor
 def test_another_folder_is_left_alone(hydra, folders, tmp_path):
     (tmp_path / "chain").mkdir()
     (tmp_path / "chain" / "mine").touch()
-    with pytest.raises(UserError, match="is not a chain's folder"):
+    with pytest.raises(UserError, match="is not the folder of a chain"):
         rehearse(*words(folders, tmp_path / "chain")[1:])
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):

@@ -14,9 +14,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra import initialize_config_dir
 
+from minitron_megatron.launcher import CONF, compose
+from minitron_megatron.search.search import search_shapes
 from minitron_megatron.train.metrics import OF_THE_MACHINE
 from tests.slurm_cluster import PACKAGES, Cluster, missing_programs, slurm_cluster
+from tests.test_prune import random_scores, write_scores
 from tests.tiny import data_folder, hf_model, imported
 
 pytestmark = pytest.mark.slow
@@ -100,6 +104,13 @@ def pid_of_rank(rank: int, job: int) -> int:
     raise AssertionError(f"rank {rank} of job {job} does not run")
 
 
+@pytest.fixture
+def initialized():
+    """Configs can be composed."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def undisturbed(cluster, variables):
     """Metrics of a job that nothing happened to."""
@@ -180,6 +191,36 @@ def test_a_submitted_command_runs_as_its_rendered_script(cluster, variables):
     manifest = yaml.safe_load((output / "manifest.yaml").read_text())
     assert manifest["config"]["parallel"]["tensor"] == 2 and manifest["results"]["perplexity"] > 1
     assert len(list(cluster.folder.glob(f"it's a job_logs/{job}-*.log"))) == 2
+
+
+def test_candidates_side_by_side_are_arrays_that_wait_for_one_another(cluster, variables, initialized):
+    """slurm/halving.sh: of two candidates one goes on. The task that has the array's own number stops: it alone is requeued."""
+    scores = write_scores(random_scores(Path(variables["TEACHER"])), cluster.folder / "scores")
+    options = ["budget.parameters=50000", "budget.at_least=0.5", "space={multiple: 4, tensor: 1}", "keep=2"]
+    found, output = cluster.folder / "found", cluster.folder / "candidates"
+    words = [f"model={variables['TEACHER']}", f"scores={scores}", *options, f"output={found}"]
+    search_shapes(compose("search", words))
+    trainer = "{steps: 20, global_batch_size: 4, validation_samples: 4, save_interval: 2}"
+    distill = f"distill={{trainer: {trainer}, logger: {{wandb: disabled}}}}"
+    said = cluster.call(
+        "bash", ROOT / "slurm" / "halving.sh", distill, "cache=false", "halving.steps=[10]", "data.sequence_length=32",
+        "data.max_epochs=9", **variables, FOUND=str(found), OUTPUT=str(output), GPUS="1", SBATCH_TIMELIMIT="10",
+    )  # fmt: skip
+    prepared, *rungs = map(int, re.findall(r"(?:cache|rung \d) (\d+)", said))
+    after = [cluster.job(number)["Dependency"] for number in rungs]
+    assert [f"afterok:{number}" in text for number, text in zip([prepared, *rungs], after, strict=False)] == [
+        True,
+        True,
+    ]
+    wait_for_checkpoint(cluster, output / "candidates" / "rank_02" / "distilled")
+    assert cluster.job(f"{rungs[0]}_2")["JobId"] == str(rungs[0])
+    cluster.call("scancel", "--batch", "--signal=USR1", f"{rungs[0]}_2")
+    assert cluster.wait(f"{rungs[1]}_1")["JobState"] == "COMPLETED", cluster.logs()
+    restarts = {task: cluster.job(f"{rungs[0]}_{task}")["Restarts"] for task in (1, 2)}
+    assert restarts == {1: "0", 2: "1"}
+    results = json.loads((output / "results.json").read_text())
+    assert [len(one["validation_kl"]) for one in results["candidates"]] == [2, 1]
+    assert results["candidates"][0]["validation_kl"]["10"] <= results["candidates"][1]["validation_kl"]["10"]
 
 
 def test_the_road_is_a_chain_of_jobs(cluster):

@@ -63,12 +63,7 @@ def cache_teacher(cfg: CacheTeacherConfig) -> None:
     """Check everything, say how large it gets, run the teacher, write."""
     layout = Layout.from_config(cfg.parallel)
     folder = open_model_folder(cfg.teacher.folder("teacher"))
-    check_teacher(cfg, folder, layout)
-    masks = DocumentMasks(reset_attention=cfg.data.reset_attention_mask)
-    data = open_data(cfg.data.path, "train", folder.shape, cfg.data.sequence_length, masks)
-    check_enough(data, tokens_of_run(cfg), cfg.data.max_epochs)
-    windows = _windows(cfg, folder, data)
-    contents = contents_of(cfg, folder, data, windows)
+    data, windows, contents = plan_cache(cfg, folder, layout)
     inputs = {"model": folder.digest, "data": data.digest}
     device = pick_device(cfg.device)
     check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
@@ -99,6 +94,16 @@ def cache_teacher(cfg: CacheTeacherConfig) -> None:
     shown = ("train", "validation", "top_k", "tokens", "seconds", "tokens_per_second")
     rows = [[name, out.results[name]] for name in shown] + [["GiB", contents.total_bytes / 2**30]]
     print_table(f"{cfg.output}: a teacher's cache", ["", "value"], rows)
+
+
+def plan_cache(cfg: CacheTeacherConfig, folder: ModelFolder, layout: Layout) -> tuple[Data, Windows | None, Contents]:
+    """Everything checked, but for the output and its disk: data, windows of the validation split, what is going to be held."""
+    check_teacher(cfg, folder, layout)
+    masks = DocumentMasks(reset_attention=cfg.data.reset_attention_mask)
+    data = open_data(cfg.data.path, "train", folder.shape, cfg.data.sequence_length, masks)
+    check_enough(data, tokens_of_run(cfg), cfg.data.max_epochs)
+    windows = _windows(cfg, folder, data)
+    return data, windows, contents_of(cfg, folder, data, windows)
 
 
 def check_teacher(cfg: CacheTeacherConfig, folder: ModelFolder, layout: Layout) -> None:

@@ -261,7 +261,6 @@ def curves_by_name(curves: Mapping[str, Mapping[int, float]], label: str) -> str
             )
             step, value = list(points.items())[-1]
             axes.annotate(str(place), (step, value), xytext=(6, 0), textcoords="offset points", va="center")
-        axes.set_yscale("log")
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         axes.legend(frameon=False)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,10 @@ def trial_section(trial: Trial) -> Section:
         ) from None
 
 
-def _section(trial: Trial) -> Section:
-    found, rungs = trial.found, [str(step) for step in trial.found["rungs"]]
+def trial_table(found: Mapping[str, Any]) -> Table:
+    """The candidates of a results.json, from the best to the worst."""
+    rungs = [str(step) for step in found["rungs"]]
+    columns = ["place", "rank before", "layers × hidden × ffn", "heads/kv", "parameters", "predicted loss"]
     rows = [
         [
             str(one["place"]),
@@ -88,36 +90,46 @@ def _section(trial: Trial) -> Section:
         ]
         for one in found["candidates"]
     ]
-    names = {one["rank"]: f"{row[2]}, {row[3]}" for one, row in zip(found["candidates"], rows, strict=True)}
-    curves = {
-        names[one["rank"]]: {int(step): kl for step, kl in one["validation_kl"].items()} for one in found["candidates"]
-    }
-    columns = ["place", "rank before", "layers × hidden × ffn", "heads/kv", "parameters", "predicted loss"]
-    text = (
-        f"{found['steps_run']:,} optimizer steps; all candidates to the end would have taken {found['steps_of_all']:,}."
-    )
+    caption = "Validation KL in nats a token; – where it was out"
+    return Table([*columns, *(f"KL, step {step}" for step in rungs)], rows, caption)
+
+
+def trial_sentences(found: Mapping[str, Any]) -> list[str]:
+    """What halving saved, and what the prediction was worth."""
+    lines = [
+        f"{found['steps_run']:,} steps rather than the {found['steps_of_all']:,} of all {len(found['candidates'])} candidates "
+        f"to the end: {found['saving']:.0%} less."
+    ]
     for step, value in found["rank_correlation_with_prediction"].items():
-        text += (
-            f" Rank correlation of the prediction with the KL after step {step}: {value:.2f}."
-            if value is not None
-            else ""
-        )
+        if value is not None:
+            lines.append(f"Rank correlation of the predicted loss with the KL after step {step}: {value:.2f}.")
+    return lines
+
+
+def trial_plots(found: Mapping[str, Any]) -> dict[str, str]:
+    """SVG by name: `rankings`, the order before and after, and `kl`, each candidate's validation KL."""
+    shapes = {
+        one["rank"]: f"{row[2]}, {row[3]}"
+        for one, row in zip(found["candidates"], trial_table(found).rows, strict=True)
+    }
+    curves = {
+        shapes[one["rank"]]: {int(step): kl for step, kl in one["validation_kl"].items()} for one in found["candidates"]
+    }
+    return {
+        "rankings": plots.rankings([shapes[rank] for rank in sorted(shapes)], list(curves)),
+        "kl": plots.curves_by_name(curves, "validation KL (nats a token)"),
+    }
+
+
+def _section(trial: Trial) -> Section:
+    found, drawn = trial.found, trial_plots(trial.found)
     return Section(
         f"Candidates tried: {trial.path.resolve().name}",
-        text,
+        " ".join(trial_sentences(found)),
+        [trial_table(found)],
         [
-            Table(
-                [*columns, *(f"KL, step {step}" for step in rungs)],
-                rows,
-                "Validation KL in nats a token; – where it was out",
-            )
-        ],
-        [
-            Figure(
-                "Order before, by predicted loss, and after",
-                plots.rankings([names[r] for r in sorted(names)], list(curves)),
-            ),
-            Figure("Validation KL over steps", plots.curves_by_name(curves, "validation KL (nats a token)")),
+            Figure("Order before, by predicted loss, and after", drawn["rankings"]),
+            Figure("Validation KL over steps", drawn["kl"]),
         ],
         card=True,
     )

@@ -7,7 +7,7 @@ parameters.svg        … of each limited quantity: predicted loss against it
 
 import logging
 import shlex
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from minitron_megatron.checkpoints.folder import (
     output_folder,
     read_manifest,
 )
-from minitron_megatron.config import PruneOptions, SearchConfig
+from minitron_megatron.config import SearchConfig
 from minitron_megatron.console import console, print_table, speaks
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.layers import LayerAnalysis, load_layer_analysis
@@ -32,12 +32,12 @@ from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import tool_job
 from minitron_megatron.report import plots
 from minitron_megatron.search.budget import QUANTITIES, Budget
+from minitron_megatron.search.found import FILE, TARGETS, Source, target_file
 from minitron_megatron.search.predict import AXES, Predictor, make_predictor
 from minitron_megatron.search.scan import Found, scan
 from minitron_megatron.search.space import SIZES, Space, make_space, uniform
 
 log = logging.getLogger(__name__)
-FILE, TARGETS = "candidates.yaml", "targets"
 # Quantities as columns of the table, and those that are counts.
 _IN_SHORT = {
     "parameters": "parameters",
@@ -67,7 +67,7 @@ class Candidate:
     @property
     def file(self) -> str:
         """Its target file, inside the output; ranked shapes have one."""
-        return f"{TARGETS}/rank_{self.rank:02d}.yaml"
+        return target_file(self.rank)
 
     def to_yaml(self) -> dict[str, Any]:
         """As it stands in candidates.yaml."""
@@ -156,15 +156,10 @@ def candidates(budget: Budget, predictor: Predictor, found: Found) -> list[Candi
 def prune_command(cfg: SearchConfig, candidate: Candidate, layers_of_source: int) -> str:
     """The command that prunes the model to a ranked shape."""
     output = cfg.output.rstrip("/")
-    words = [f"model={cfg.model.path}", f"scores={cfg.scores}"]
-    # A layer analysis says which layers go: without any that go, prune refuses it.
-    if cfg.layers and candidate.target["num_layers"] < layers_of_source:
-        words.append(f"layers={cfg.layers}")
-    plain = asdict(PruneOptions())
-    own = {f.name: getattr(cfg.prune, f.name) for f in fields(cfg.prune)}
-    words += [f"prune.{name}={value}" for name, value in own.items() if value != plain[name]]
-    words += [f"target={output}/{candidate.file}", f"output={output}_rank_{candidate.rank:02d}"]
-    return shlex.join(["python", "launch/prune.py", *words])
+    source = Source(cfg.model.path, cfg.scores, cfg.layers, cfg.prune)
+    given = source.options(candidate.target, layers_of_source)
+    given |= {"target": f"{output}/{candidate.file}", "output": f"{output}_rank_{candidate.rank:02d}"}
+    return shlex.join(["python", "launch/prune.py", *(f"{name}={value}" for name, value in given.items())])
 
 
 def _write(

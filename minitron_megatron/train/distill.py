@@ -108,8 +108,12 @@ def open_cache(cfg: DistillConfig) -> Cache | None:
     """
     if cfg.distill.cache is None or (cfg.dry_run and cfg.student.path is None):
         return None
+    return check_cache(cfg, open_model_folder(cfg.student.folder("student")).shape)
+
+
+def check_cache(cfg: DistillConfig, student: ModelShape) -> Cache:
+    """The cached teacher of distill.cache, checked to be one for this run of such a student. Raises UserError."""
     cache, length = Cache.open(cfg.distill.cache), cfg.data.sequence_length
-    student = open_model_folder(cfg.student.folder("student")).shape
     masks = DocumentMasks(cfg.data.reset_attention_mask, cfg.data.eod_mask_loss)
     data = open_data(cfg.data.path, "train", student, length, masks)
     validation = cfg.trainer.validation_samples

@@ -83,7 +83,7 @@ log = logging.getLogger(__name__)
 _MAY_CHANGE = frozenset({"parallel", "device", "resume", "verify", "dry_run", "output", "logger", "cluster", "ddp"})
 _MAY_CHANGE_TOO = frozenset(
     f"trainer.{name}"
-    for name in """save_interval keep_last keep_best publish checkpoint_format async_save parallel_save parallel_load
+    for name in """stop_after save_interval keep_last keep_best publish checkpoint_format async_save parallel_save parallel_load
     time_limit_minutes recompute recompute_modules recompute_method recompute_num_layers cuda_graphs
     tp_comm_overlap""".split()
 ) | frozenset(
@@ -121,6 +121,7 @@ def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
     """Check everything, train or continue, publish.
 
     Ends with exit status 75 when it was stopped before the last step, by a signal or its time limit: saved, and to be continued.
+    With trainer.stop_after it ends there with status 0, saved and not published.
     """
     began = time.monotonic()
     layout = Layout.from_config(cfg.parallel)
@@ -171,7 +172,7 @@ def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
             training = _Run(cfg, recipe, job, folders, began)
             results = training.train(data)
             if results is None:
-                raise SystemExit(REQUEUE)
+                raise SystemExit(REQUEUE if training.asked_to_stop else 0)
             out.results = results
             source = folders[recipe.trained]
             out.digest = publish(out.path / WEIGHTS, source.shape, training.to_publish())
@@ -269,6 +270,12 @@ def _tensor_sizes_that_divide(shapes: Shapes, samples: int, layout: Layout) -> l
     return found
 
 
+def what_is_trained(cfg: TrainingConfig) -> dict[str, Any]:
+    """Options that a run has from beginning to end, by their dotted names."""
+    values = flat(resolved_config(cfg))
+    return {k: v for k, v in values.items() if k.split(".")[0] not in _MAY_CHANGE and k not in _MAY_CHANGE_TOO}
+
+
 def check_run_folder(run: Path, cfg: TrainingConfig) -> None:
     """Raise UserError when the output folder holds another run, or something else."""
     # A run killed in its first moments leaves this alone.
@@ -278,9 +285,8 @@ def check_run_folder(run: Path, cfg: TrainingConfig) -> None:
         raise UserError(f"output={run} exists and is not a run folder: choose another output=")
     if not cfg.resume:
         raise UserError(f"output={run} has a run in it and resume=false: remove it or choose another output=")
-    before, now = flat(load_yaml(run / "config.yaml")), flat(resolved_config(cfg))
-    what = [k for k in now if k.split(".")[0] not in _MAY_CHANGE and k not in _MAY_CHANGE_TOO]
-    differ = [k for k in what if before.get(k, now[k]) != now[k]]
+    before, now = flat(load_yaml(run / "config.yaml")), what_is_trained(cfg)
+    differ = [k for k in now if before.get(k, now[k]) != now[k]]
     longer = [k for k in differ if k in _MAY_GROW and None not in (before[k], now[k]) and now[k] > before[k]]
     differ = [k for k in differ if k not in longer]
     if differ:
@@ -316,6 +322,8 @@ class _Run:
     ) -> None:
         self.cfg, self.recipe, self.layout, self.began = cfg, recipe, job.layout, began
         self.schedule = schedule_of(cfg)
+        # Where this start of the run ends, and whether it was asked to end before.
+        self.end, self.asked_to_stop = min(self.schedule.steps, cfg.trainer.stop_after or self.schedule.steps), False
         self.folder = Path(cfg.output) / "checkpoints"
         self.shapes = {name: folder.shape for name, folder in folders.items()}
         self.saver = checkpoint.Saver(self.folder, job.layout, cfg.trainer)
@@ -348,17 +356,17 @@ class _Run:
         return loop, start
 
     def train(self, data: Data) -> dict[str, Any] | None:
-        """Train to the last step and save; gives the manifest's results, None when it was stopped before and saved."""
+        """Train to the end of this start and save; gives the manifest's results, None when there are steps left."""
         cfg, steps, length = self.cfg, self.schedule.steps, self.cfg.data.sequence_length
         count = steps * cfg.trainer.global_batch_size
         samples = training_samples(data, "train", sequence_length=length, seed=cfg.seed, count=count)
         windows = Windows(data, "validation", length) if cfg.trainer.validation_samples else None
         validation: dict[str, float] = {}
-        last, stopped = None, False
+        last, step = None, self.start - 1
         metrics = Metrics(Path(cfg.output), cfg.logger, resolved_config(cfg), steps, self.start, self.recipe.verb)
         try:
             with stop_on_signal(self.loop):
-                for step in range(self.start, steps):
+                for step in range(self.start, self.end):
                     self._look_at_the_clock()
                     last = self.loop.train_step(step, self.schedule, samples)
                     metrics.add(self.of_step.values(step + 1, last, self.loop.guard.skipped))
@@ -368,19 +376,22 @@ class _Run:
                         metrics.add({"step": step + 1, **measured})
                     self.saver.finish(wait=False)
                     self._save_if_due(step + 1, last.stop, measured)
-                    if last.stop and step + 1 < steps:
-                        stopped = True
+                    if last.stop and step + 1 < self.end:
+                        self.asked_to_stop = True
                         break
-            if windows is not None and not stopped and last is None:
-                # Continued from its last step: what it ended with is measured again.
+            if windows is not None and self.start == self.end:
+                # Continued from where it was to end: what it ended with is measured again.
                 validation = self._validate(windows)
-                metrics.add({"step": steps, **validation})
+                metrics.add({"step": self.end, **validation})
         finally:
             metrics.close()
         # The first process of a node that ends takes the others with it: rank 0 has its files written by now.
         collectives.barrier()
-        if stopped:
+        if self.asked_to_stop:
             log.warning("stopped at step %d of %d: the same command continues it", step + 1, steps)
+        elif self.end < steps:
+            log.info("step %d of %d: as far as trainer.stop_after=%d goes", step + 1, steps, cfg.trainer.stop_after)
+        if self.asked_to_stop or self.end < steps:
             return None
         return self._results(last, validation)
 
@@ -391,7 +402,7 @@ class _Run:
 
     def _validate_if_due(self, windows: Windows | None, done: int) -> dict[str, float]:
         interval = self.cfg.trainer.validation_interval
-        due = windows is not None and (done == self.schedule.steps or (interval and done % interval == 0))
+        due = windows is not None and (done == self.end or (interval and done % interval == 0))
         return self._validate(windows) if due else {}
 
     def _validate(self, windows: Windows) -> dict[str, float]:
@@ -405,7 +416,7 @@ class _Run:
             self.saver.finish()  # it may be the best one so far
             before = checkpoint.find_best(self.folder)
             best = measured["validation_loss"] if before is None or measured["validation_loss"] < before[1] else None
-        if best is None and not stop and done % trainer.save_interval and done < self.schedule.steps:
+        if best is None and not stop and done % trainer.save_interval and done < self.end:
             return
         gather_weights(self.loop.chunks)
         self.saver.save(
@@ -416,7 +427,7 @@ class _Run:
             objective=self.loop.objective.state_dict(),
             best=best,
         )
-        if stop or done == self.schedule.steps:
+        if stop or done == self.end:
             self.saver.finish()
 
     def _results(self, last: StepResult | None, validation: Mapping[str, float]) -> dict[str, Any]:

@@ -1,0 +1,251 @@
+"""`launch/distill_candidates.py`: prune every candidate, distill it to the next rung, judge, go on with the best.
+
+    teacher ─▶ cache ─┐
+    rank_01 ─▶ prune ─┴▶ distill to rung 1 ─▶ KL ─┐                  ┌─▶ distill to rung 2 ─▶ KL ─┐
+    rank_02 ─▶ prune ──▶ distill to rung 1 ─▶ KL ─┼─▶ who goes on? ──┴─▶ distill to rung 2 ─▶ KL ─┴─▶ …  ─▶ the winner
+    rank_03 ─▶ prune ──▶ distill to rung 1 ─▶ KL ─┘      out: its checkpoints go
+
+Every stage is a command of its own (stages.py), and a candidate's rung is done when its file is there: a second run goes on with
+the first that is not. All candidates have one schedule, that of the whole budget, the same samples in the same order, and the
+same validation samples. As jobs side by side (rung=, candidate=) each decides anew from the files of the rungs before.
+"""
+
+import json
+import logging
+import math
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from minitron_megatron.candidates import halving
+from minitron_megatron.candidates.plan import Candidate, Plan, make_plan
+from minitron_megatron.candidates.results import show, summary, write
+from minitron_megatron.composing import check_root
+from minitron_megatron.config import DistillCandidatesConfig
+from minitron_megatron.console import console, print_table
+from minitron_megatron.errors import UserError
+from minitron_megatron.parallel.layout import world_size_from_env
+from minitron_megatron.stages import Stages, is_whole, start_words, write_json
+from minitron_megatron.train.checkpoint import find_checkpoints
+from minitron_megatron.train.run import schedule_of
+
+SETTINGS, STAGES_FILE = "settings.json", "stages.json"
+# A dry run says how many candidates a rung has; slurm/halving.sh reads it.
+SIZES = "candidates of each rung:"
+log = logging.getLogger(__name__)
+
+
+def distill_candidates(cfg: DistillCandidatesConfig) -> None:
+    """Check everything, run what is not done of it, tell the best."""
+    if world_size_from_env() > 1:
+        raise UserError(
+            "start launch/distill_candidates.py with plain python: processes= and start= say how its stages start"
+        )
+    plan = make_plan(cfg)
+    check_root(plan.root, SETTINGS, "a distillation of candidates", cfg.resume)
+    _check_settings(plan)
+    _check_part(cfg, plan)
+    _warn(plan)
+    if cfg.dry_run:
+        _show_plan(cfg, plan)
+        return
+    if cfg.rung:
+        one = still_in(plan, cfg.rung)[cfg.candidate - 1]
+        _drop_losers(cfg, plan, cfg.rung)
+        run_rung(cfg, plan, one, cfg.rung)
+        if cfg.rung == len(plan.rungs) and all(one.after(cfg.rung).is_file() for one in still_in(plan, cfg.rung)):
+            _finish(cfg, plan)
+        return
+    _prepare(cfg, plan)
+    if cfg.rung is None:
+        for rung in range(1, len(plan.rungs) + 1):
+            _drop_losers(cfg, plan, rung)
+            for one in still_in(plan, rung):
+                run_rung(cfg, plan, one, rung)
+            _show_rung(plan, rung)
+        _finish(cfg, plan)
+
+
+def _check_settings(plan: Plan) -> None:
+    """Raise UserError when what is there was asked for otherwise."""
+    file = plan.root / SETTINGS
+    if not file.is_file():
+        return
+    before = _read(file)
+    # As they are read again.
+    now = json.loads(json.dumps(plan.settings))
+    differ = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if differ:
+        key, *others = differ
+        also = f" ({', '.join(others[:3])} too)" if others else ""
+        raise UserError(
+            f"output={plan.root} has candidates with {key}={before.get(key)}, not {now.get(key)}{also}: give the same, or "
+            "another output="
+        )
+
+
+def _check_part(cfg: DistillCandidatesConfig, plan: Plan) -> None:
+    """Raise UserError when rung= and candidate= name no part, or what it needs is not there."""
+    if cfg.rung is None and cfg.candidate is None:
+        return
+    if cfg.rung is None or bool(cfg.rung) != (cfg.candidate is not None):
+        raise UserError(
+            "rung= and candidate= go together: rung=0 alone is the teacher's cache, rung=1 candidate=1 the first"
+        )
+    if not cfg.rung or cfg.dry_run:
+        return
+    if cfg.rung > len(plan.rungs):
+        raise UserError(f"rung={cfg.rung}: there are {len(plan.rungs)}, at steps {', '.join(map(str, plan.rungs))}")
+    if not (plan.root / SETTINGS).is_file() or (plan.cache and not is_whole(plan.cache.output)):
+        raise UserError(f"rung={cfg.rung}: the teacher's cache is not there yet: run the same with rung=0 first")
+    there = len(still_in(plan, cfg.rung))
+    if cfg.candidate > there:
+        raise UserError(f"candidate={cfg.candidate}: rung {cfg.rung} has {there} candidates")
+
+
+def _warn(plan: Plan) -> None:
+    warmup = schedule_of(plan.candidates[0].distill.config).warmup
+    if len(plan.rungs) > 1 and plan.rungs[0] < warmup:
+        log.warning("the first rung, at step %d, is before the end of the warm-up at %d", plan.rungs[0], warmup)
+
+
+def still_in(plan: Plan, rung: int) -> list[Candidate]:
+    """The candidates that a rung trains, best first, by the files of the rungs before. Raises UserError where one is missing."""
+    by_rank = {one.rank: one for one in plan.candidates}
+    ranks = list(by_rank)
+    for before in range(1, rung):
+        losses = {rank: read_rung(by_rank[rank], before)["validation_loss"] for rank in ranks}
+        ranks = halving.survivors(losses, plan.factor)
+    return [by_rank[rank] for rank in ranks]
+
+
+def read_rung(one: Candidate, rung: int) -> dict[str, Any]:
+    """Step, validation_loss and validation_perplexity of a candidate after a rung. Raises UserError."""
+    file = one.after(rung)
+    if not file.is_file():
+        raise UserError(f"{file} is not there: rung {rung} of rank {one.rank} was not run to its end")
+    found = _read(file)
+    if not isinstance(found.get("validation_loss"), float):
+        raise UserError(f"{file} is damaged: remove it and run the same command again")
+    return found
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}): remove it and run the same command again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is damaged: remove it and run the same command again")
+    return found
+
+
+def _prepare(cfg: DistillCandidatesConfig, plan: Plan) -> None:
+    """What all candidates need: the settings, and the teacher's cache."""
+    plan.root.mkdir(parents=True, exist_ok=True)
+    if not (plan.root / SETTINGS).is_file():
+        write_json(plan.root / SETTINGS, plan.settings)
+    if plan.cache:
+        stage, stages = plan.cache, Stages(plan.root / STAGES_FILE, inputs=plan.inputs, start=cfg.start)
+        stages.command("the teacher's cache", stage.output, stage.file, *stage.words, processes=stage.processes)
+
+
+def run_rung(cfg: DistillCandidatesConfig, plan: Plan, one: Candidate, rung: int) -> None:
+    """Prune a candidate unless it is, distill it up to a rung, and write what it is then."""
+    step, name = plan.rungs[rung - 1], f"rank {one.rank}, rung {rung}"
+    if one.after(rung).is_file():
+        console().print(f"[dim]{name}: done before ({one.after(rung)})[/dim]")
+        return
+    one.folder.mkdir(parents=True, exist_ok=True)
+    stages = Stages(one.folder / STAGES_FILE, inputs=plan.inputs, start=cfg.start)
+    if not is_whole(one.prune.output):
+        prune = one.prune
+        stages.command(f"rank {one.rank}, prune", prune.output, prune.file, *prune.words, processes=prune.processes)
+    last = rung == len(plan.rungs)
+    stages.command(
+        name,
+        one.distill.output,
+        one.distill.file,
+        *plan.words(one, rung),
+        processes=one.distill.processes,
+        whole=lambda run: _reached(run, step, published=last),
+    )
+    write_json(one.after(rung), {**validation_after(one.distill.output, step), "seconds": stages.seconds[name]})
+
+
+def _reached(run: Path, step: int, *, published: bool) -> bool:
+    """Whether a run was validated after a step, and what it was then is saved."""
+    if validation_after(run, step) is None:
+        return False
+    saved = find_checkpoints(run / "checkpoints")
+    return is_whole(run) if published else bool(saved) and saved[-1][0] >= step
+
+
+def validation_after(run: Path, step: int) -> dict[str, Any] | None:
+    """What a run's metrics say of its validation after a step; None if nothing."""
+    file, found = run / "metrics.jsonl", None
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            break  # a killed run's last line
+        if values.get("step") == step and "validation_loss" in values:
+            found = values
+    return found
+
+
+def _drop_losers(cfg: DistillCandidatesConfig, plan: Plan, rung: int) -> None:
+    """Remove the checkpoints of candidates that a rung does not train any more."""
+    if cfg.halving.keep_losers:
+        return
+    ranks = {one.rank for one in still_in(plan, rung)}
+    for one in plan.candidates:
+        if one.rank not in ranks:
+            shutil.rmtree(one.distill.output / "checkpoints", ignore_errors=True)
+
+
+def _finish(cfg: DistillCandidatesConfig, plan: Plan) -> None:
+    """Results into the output, and onto the screen."""
+    after: dict[int, list[dict[str, Any]]] = {one.rank: [] for one in plan.candidates}
+    for rung in range(1, len(plan.rungs) + 1):
+        for one in still_in(plan, rung):
+            after[one.rank].append(read_rung(one, rung))
+    found = summary(plan, after)
+    write(plan, found)
+    if not cfg.halving.keep_losers:
+        for one in plan.candidates:
+            if one.rank != found["winner"]["rank"]:
+                shutil.rmtree(one.distill.output / "checkpoints", ignore_errors=True)
+    show(plan, found)
+
+
+def _show_rung(plan: Plan, rung: int) -> None:
+    losses = {one.rank: read_rung(one, rung)["validation_loss"] for one in still_in(plan, rung)}
+    go_on = halving.survivors(losses, plan.factor)
+    order = sorted(losses, key=lambda rank: (losses[rank] if math.isfinite(losses[rank]) else math.inf, rank))
+    last = rung == len(plan.rungs)
+    rows = [[rank, losses[rank], "" if last else "goes on" if rank in go_on else "out"] for rank in order]
+    title = f"Rung {rung} of {len(plan.rungs)}, after {plan.rungs[rung - 1]} steps"
+    print_table(title, ["rank before", "validation KL", ""], rows)
+
+
+def _show_plan(cfg: DistillCandidatesConfig, plan: Plan) -> None:
+    """The dry run's tables and every command line."""
+    rows = [
+        [one.rank, " × ".join(map(str, one.ranked.target.values())), one.parameters, one.ranked.predicted_loss]
+        for one in plan.candidates
+    ]
+    columns = ["rank", "layers × hidden × ffn × heads × groups", "parameters", "predicted loss"]
+    print_table(f"would be distilled in {plan.root}", columns, rows)
+    rungs = [[i, step, size] for i, (step, size) in enumerate(zip(plan.rungs, plan.sizes, strict=True), start=1)]
+    print_table("rungs", ["rung", "up to step", "candidates"], rungs)
+    saved = 1 - plan.steps_run / plan.steps_of_all
+    screen = console()
+    screen.print(f"{plan.steps_run:,} steps of {plan.steps_of_all:,}: {saved:.0%} less", highlight=False)
+    screen.print(f"{SIZES} {' '.join(map(str, plan.sizes))}", highlight=False)
+    stages = [plan.cache] if plan.cache else []
+    stages += [stage for one in plan.candidates for stage in (one.prune, one.distill)]
+    for stage in stages:
+        words = [*start_words(cfg.start, stage.processes), stage.file, *stage.words, f"output={stage.output}"]
+        screen.print(f"$ {shlex.join(words)}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,86 @@
+"""The folder that `launch/search.py` writes, read again: which shapes it ranked, and how each is cut from the model."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron_megatron.checkpoints.folder import load_yaml, read_manifest
+from minitron_megatron.config import PruneOptions
+from minitron_megatron.errors import UserError
+from minitron_megatron.search.space import SIZES
+
+FILE, TARGETS = "candidates.yaml", "targets"
+
+
+def target_file(rank: int) -> str:
+    """The target of a ranked shape, inside the folder."""
+    return f"{TARGETS}/rank_{rank:02d}.yaml"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the shapes are cut from, and how heads, groups and layers go."""
+
+    model: str
+    scores: str
+    layers: str | None
+    prune: PruneOptions
+
+    def options(self, target: Mapping[str, int], layers_of_source: int) -> dict[str, Any]:
+        """Options of launch/prune.py for a shape, without target and output."""
+        given = {"model": self.model, "scores": self.scores}
+        # A layer analysis says which layers go: without any that go, prune refuses it.
+        if self.layers and target["num_layers"] < layers_of_source:
+            given["layers"] = self.layers
+        plain = asdict(PruneOptions())
+        return given | {f"prune.{k}": v for k, v in asdict(self.prune).items() if v != plain[k]}
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A ranked shape: its sizes as options of `target`, and what it was predicted to lose."""
+
+    rank: int
+    target: dict[str, int]
+    predicted_loss: float
+
+
+@dataclass(frozen=True)
+class SearchFolder:
+    """A whole search: where from, what was ranked, and the digests of folder and model."""
+
+    path: Path
+    source: Source
+    ranked: list[Ranked]
+    digest: str
+    model_digest: str
+
+    def target(self, one: Ranked) -> Path:
+        """The file that `target=` takes."""
+        return self.path / target_file(one.rank)
+
+
+def read_search(path: Path | str) -> SearchFolder:
+    """Read the output of launch/search.py. Raises UserError where it is missing, damaged or something else."""
+    path, manifest = Path(path), read_manifest(path)
+    if FILE not in manifest["files"]:
+        made = manifest.get("command", "another command")
+        raise UserError(f"{path} has no {FILE} (it was made by {made}): give the output of launch/search.py")
+    try:
+        config, listed = manifest["config"], load_yaml(path / FILE)["candidates"]
+        source = Source(config["model"]["path"], config["scores"], config["layers"], PruneOptions(**config["prune"]))
+        ranked = [
+            Ranked(int(one["rank"]), {name: int(one[name]) for name in SIZES}, float(one["predicted_loss"]))
+            for one in listed
+            if "rank" in one
+        ]
+        model = manifest["inputs"]["model"]
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is damaged ({reason}): run launch/search.py again") from None
+    missing = [one.rank for one in ranked if target_file(one.rank) not in manifest["files"]]
+    if missing or not ranked:
+        what = f"no {target_file(missing[0])}" if missing else "no ranked shape"
+        raise UserError(f"{path} has {what}: run launch/search.py again")
+    return SearchFolder(path, source, ranked, manifest["digest"], model)

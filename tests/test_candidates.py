@@ -1,0 +1,294 @@
+"""Candidates of a search: halving keeps the best of synthetic sets, runs that stop and go on, and mistakes refused at once."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hydra import initialize_config_dir
+from scipy.stats import spearmanr
+
+from minitron_megatron import stages
+from minitron_megatron.candidates import halving
+from minitron_megatron.candidates.run import distill_candidates
+from minitron_megatron.checkpoints.folder import open_model_folder
+from minitron_megatron.distill.cache_teacher import cache_teacher
+from minitron_megatron.errors import UserError
+from minitron_megatron.launcher import CONF, compose
+from minitron_megatron.prune.prune import prune_model
+from minitron_megatron.search.search import search_shapes
+from tests.test_prune import random_scores, write_scores
+from tests.test_train import exit_code, untimed
+from tests.tiny import data_folder, hf_model, imported
+
+
+def halve(curves: dict[int, np.ndarray], factor: int, rungs: list[int]) -> tuple[list[int], int]:
+    """Ranks from best to worst, and the steps that were taken; curves are losses by step, from 1."""
+    still, reached, taken = sorted(curves), {rank: [] for rank in curves}, 0
+    for before, step in zip([0, *rungs], rungs, strict=False):
+        for rank in still:
+            reached[rank].append(float(curves[rank][step - 1]))
+            taken += step - before
+        still = halving.survivors({rank: reached[rank][-1] for rank in still}, factor)
+    return halving.final_order(reached), taken
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [2, 3, 6, 16, 27])
+def test_halving_keeps_the_true_best_where_curves_do_not_cross_after_the_first_rung(count, factor):
+    draw, steps = np.random.default_rng(count * 10 + factor), 64
+    rungs = halving.rungs(count, factor, steps)
+    at = np.arange(1, steps + 1)
+    ends = draw.permutation(count) + 1.0
+    # Until the first rung anything; from there on every curve falls, in the order in which they end.
+    curves = {
+        rank: np.where(at < rungs[0], draw.random(steps) * 99, ends[rank - 1] * (1 + np.exp(-at / 16)))
+        for rank in range(1, count + 1)
+    }
+    order, taken = halve(curves, factor, rungs)
+    sizes = halving.sizes(count, factor, len(rungs))
+    assert order[0] == 1 + int(ends.argmin())
+    assert taken == halving.steps_run(sizes, rungs) and rungs[-1] == steps and sizes[-1] >= min(count, 2)
+    assert (taken < count * steps) == (len(rungs) > 1) == (1 < factor < count)
+    if len(rungs) > 1:
+        assert halving.kept(sizes[-1], factor) == 1
+        # What can happen, and the reason for a first rung that is late enough.
+        curves[order[0]][rungs[0] - 1] = 1e3
+        assert halve(curves, factor, rungs)[0][0] != order[0]
+
+
+def test_the_arithmetic_of_rungs():
+    assert halving.rungs(6, 2, 40) == [10, 20, 40] and halving.sizes(6, 2, 3) == [6, 3, 2]
+    assert halving.steps_run([6, 3, 2], [10, 20, 40]) == 130
+    assert halving.rungs(6, 2, 40, [5, 40]) == [5, 40] and halving.rungs(6, 2, 40, []) == [40]
+    assert halving.rungs(9, 3, 2) == [1, 2]
+    for wrong in ([0], [20, 10], [10, 10], [41], [1.5], ["ten"], [True]):
+        with pytest.raises(UserError, match="must be whole numbers that rise from 1 to the 40 steps"):
+            halving.rungs(6, 2, 40, wrong)
+
+
+def test_equal_losses_go_by_rank_and_what_is_no_number_is_worst():
+    assert halving.survivors({3: 1.0, 2: math.nan, 1: 1.0, 4: 0.5}, 2) == [4, 1]
+    assert halving.survivors({1: math.nan, 2: math.inf, 3: 9.0}, 1) == [3, 1, 2]
+    assert halving.final_order({1: [0.1], 2: [2.0, 1.0], 3: [2.0, 0.9], 4: [0.05]}) == [3, 2, 4, 1]
+
+
+def test_rank_correlation_is_spearmans():
+    draw = np.random.default_rng(0)
+    for _ in range(5):
+        one, other = draw.integers(0, 5, (2, 9)).astype(float)
+        assert halving.rank_correlation(one, other) == pytest.approx(spearmanr(one, other).statistic)
+    assert halving.rank_correlation([1, 2], [1, 2]) is None and halving.rank_correlation([1, 1, 1], [1, 2, 3]) is None
+
+
+@pytest.fixture(scope="module")
+def hydra():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, hydra):
+    """(shapes that were found, data)."""
+    folder = tmp_path_factory.mktemp("candidates")
+    model = imported(hf_model(), folder)
+    scores = write_scores(random_scores(model), folder / "scores")
+    budget = ["budget.parameters=50000", "budget.at_least=0.5", "space={multiple: 4, tensor: 1}", "keep=20"]
+    search_shapes(compose("search", [f"model={model}", f"scores={scores}", *budget, f"output={folder / 'found'}"]))
+    return folder / "found", data_folder(folder, model)
+
+
+def words(folders, output: Path, *more: str) -> list[str]:
+    found, data = folders
+    distill = "steps: 8, global_batch_size: 4, validation_samples: 4, save_interval: 1"
+    own = {
+        "found": found,
+        "ranks": "[1,10,20]",
+        "data.path": data,
+        "data.sequence_length": 32,
+        "distill": f"{{trainer: {{{distill}}}, optim: {{lr: 1e-2, warmup_steps: 2}}, logger: {{wandb: disabled}}}}",
+        "distill.distill.top_k": 50,
+        "output": output,
+    }
+    return [f"{key}={value}" for key, value in (own | dict(word.split("=", 1) for word in more)).items()]
+
+
+def start(given: list[str]) -> None:
+    distill_candidates(compose("distill_candidates", given))
+
+
+class Here:
+    """Stands for starting processes: each stage runs in a warm worker; `at(number, config)` may stop it."""
+
+    def __init__(self, gloo, at=lambda number, config: None) -> None:
+        self.gloo, self.at, self.ran = gloo, at, []
+
+    def __call__(self, program: list[str], processes: int) -> tuple[int, str]:
+        name, config = Path(program[1]).stem, compose(Path(program[1]).stem, program[2:])
+        self.at(len(self.ran), config)
+        stop = f" {config.trainer.stop_after}" if name == "distill" else ""
+        self.ran.append(f"{name} {Path(config.output).parent.name}{stop}")
+        run = {"cache_teacher": cache_teacher, "prune": prune_model, "distill": exit_code}[name]
+        (ended,) = self.gloo(1, run, config)
+        return ended or 0, ""
+
+
+def killed(number: int):
+    def at(ran: int, _) -> None:
+        if ran == number:
+            raise KeyboardInterrupt
+
+    return at
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_parts_side_by_side(gloo, folders, tmp_path, monkeypatch):
+    """One command, stopped in the middle; what is left is done as the tasks of job arrays do it, each beginning from files."""
+    output = tmp_path / "out"
+    given = words(folders, output)
+
+    def part(*which: str) -> None:
+        start([*given, *which])
+
+    monkeypatch.setattr(stages, "run_program", first := Here(gloo, killed(5)))
+    with pytest.raises(KeyboardInterrupt):
+        part()
+    assert first.ran == [
+        "cache_teacher out", "prune rank_01", "distill rank_01 4", "prune rank_10", "distill rank_10 4",
+    ]  # fmt: skip
+    monkeypatch.setattr(stages, "run_program", second := Here(gloo))
+    with pytest.raises(UserError, match="is not there: rung 1 of rank 20 was not run to its end"):
+        part("rung=2", "candidate=1")
+    part("rung=1", "candidate=3")
+    part("rung=2", "candidate=2")
+    with pytest.raises(UserError, match="candidate=3: rung 2 has 2 candidates"):
+        part("rung=2", "candidate=3")
+    assert not (output / "results.json").exists()
+    part("rung=2", "candidate=1")
+    found = json.loads((output / "results.json").read_text())
+    losses = {one["rank"]: one["validation_kl"] for one in found["candidates"]}
+    by_loss = sorted(losses, key=lambda rank: losses[rank]["4"])
+    best, other, out = by_loss
+    assert second.ran == ["prune rank_20", "distill rank_20 4", *(f"distill rank_{r:02d} None" for r in (other, best))]
+    assert [one["rank"] for one in found["candidates"]] == [
+        *sorted((best, other), key=lambda rank: losses[rank]["8"]), out,
+    ]  # fmt: skip
+    assert (found["steps_run"], found["steps_of_all"], found["saving"]) == (20, 24, pytest.approx(1 / 6))
+
+    # Judged at a rung or not, training is the same: the winner's run beside one without a stop.
+    winner = found["winner"]["rank"]
+    whole = compose(
+        "distill",
+        [*_stage_words(output, winner), f"student={found['winner']['pruned']}", f"output={tmp_path / 'whole'}"],
+    )
+    assert gloo(1, exit_code, whole) == [None]
+    run = output / f"candidates/rank_{winner:02d}/distilled"
+    steps, judged = ([line for line in untimed(run) if ("loss" in line) is kind] for kind in (True, False))
+    assert steps == [line for line in untimed(tmp_path / "whole") if "loss" in line]
+    assert [line["validation_loss"] for line in judged] == [losses[winner]["4"], losses[winner]["8"]]
+
+    # The losers' checkpoints are gone; the winner's plan prunes to it again.
+    there = {one.parent.parent.name for one in output.glob("candidates/*/distilled/checkpoints")}
+    assert there == {f"rank_{winner:02d}"}
+    plan = [f"model={found['model']}", f"plan={output / 'plan.yaml'}", f"output={tmp_path / 'again'}"]
+    gloo(1, prune_model, compose("prune", plan))
+    assert open_model_folder(tmp_path / "again").digest == open_model_folder(found["winner"]["pruned"]).digest
+    assert "<svg" in (output / "report.html").read_text() and (output / "rankings.svg").is_file()
+
+    # Done: nothing runs; asked for otherwise: refused.
+    monkeypatch.setattr(stages, "run_program", third := Here(gloo))
+    part()
+    assert json.loads((output / "results.json").read_text()) == found and third.ran == []
+    for other, says in (
+        ("halving.factor=1", "has candidates with rungs=[4, 8], not [8] (factor too)"),
+        ("distill.optim.lr=1e-3", "has candidates with distill.optim.lr=0.01, not 0.001"),
+        ("resume=false", "has a distillation of candidates in it and resume=false"),
+    ):
+        with pytest.raises(UserError) as error:
+            part(other)
+        assert says in str(error.value)
+
+
+def _stage_words(output: Path, rank: int) -> list[str]:
+    """The options that a candidate's distillation was given, but for models and places."""
+    done = json.loads((output / f"candidates/rank_{rank:02d}/stages.json").read_text())
+    given = done[f"rank {rank}, rung 2"]["what"]["command"][1:]
+    return [word for word in given if not word.startswith(("student=", "output="))]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["found=nowhere"], "found=nowhere: nowhere does not exist"),
+        (["found={data}"], "has no candidates.yaml (it was made by"),
+        (["ranks=[1,99]"], "has ranks 1 to 20, not 99"),
+        (["ranks=[1]"], "must be two different ranks or more"),
+        (["cache=3"], "cache=3 must be true, false, or the output of launch/cache_teacher.py"),
+        (["cache=nowhere"], "rank 1, distill: nowhere does not exist"),
+        (
+            ["distill.distill.loss=jsd"],
+            "distill: distill.loss=jsd needs the teacher beside the student: give cache=false",
+        ),
+        (["distill.student=x"], "distill: student is set by the candidates and their distillation"),
+        (["cache_teacher.trainer.steps=3"], "cache_teacher: trainer.steps is set by"),
+        (["prune.target.hidden_size=16"], "prune: target.hidden_size is set by"),
+        (["distill.teacher=nowhere"], "distill: nowhere does not exist"),
+        (
+            ["distill.trainer.step=3"],
+            "rank 1, distill: unknown option 'trainer.step' of launch/distill.py: did you mean",
+        ),
+        (["distill.trainer.steps=null"], "distill: give either trainer.steps= or trainer.tokens="),
+        (["distill.trainer.validation_samples=0"], "distill: trainer.validation_samples=0: candidates are judged by"),
+        (["distill.trainer.global_batch_size=3", "processes=2"], "is not a multiple of 2"),
+        (["distill.trainer.steps=4000"], "distill: the run takes 512,000 tokens, and "),
+        (["cache_teacher.chunk_samples=0"], "cache_teacher: chunk_samples=0 must be above 0"),
+        (["distill.distill.top_k=9999"], "distill.top_k=9999"),
+        (["halving.steps=[9]"], "halving.steps=[9] must be whole numbers that rise from 1 to the 8 steps"),
+        (["rung=-1"], "rung=-1 must not be negative"),
+        (["candidate=1"], "rung= and candidate= go together"),
+        (["rung=1", "candidate=1"], "the teacher's cache is not there yet: run the same with rung=0 first"),
+        (["start=nonsense -n {{processes}}", "processes=2"], "there is no program 'nonsense' here"),
+        (["data.path=nowhere"], "nowhere does not exist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line_before_anything_runs(folders, tmp_path, monkeypatch, more, says):
+    monkeypatch.chdir(tmp_path)
+    found, data = folders
+    given = [word.format(found=found, data=data) for word in more]
+    instead = {word.partition("=")[0] for word in given}
+    kept = [word for word in words(folders, tmp_path / "out", "ranks=[1,20]") if word.partition("=")[0] not in instead]
+    with pytest.raises(UserError) as error:
+        start([*kept, *given])
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_shows_every_command_and_writes_nothing(folders, tmp_path, capsys):
+    start(words(folders, tmp_path / "out", "dry_run=true", "processes=2"))
+    printed = capsys.readouterr().out
+    assert "20 steps of 24: 17% less" in printed and "candidates of each rung: 3 2" in printed
+    assert printed.count("$ torchrun --nproc-per-node 2") == 7 and "trainer.stop_after" not in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_and_another_folder_are_told(folders, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    with pytest.raises(UserError, match="is not the folder of a distillation of candidates"):
+        start(words(folders, tmp_path / "mine"))
+    found = tmp_path / "found"
+    shutil.copytree(folders[0], found)
+    values = yaml.safe_load((found / "manifest.yaml").read_text())
+    values["inputs"]["model"] = "blake3:another"
+    (found / "manifest.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match="is another one now: run"):
+        start(words((found, folders[1]), tmp_path / "out"))
+    del values["config"]["scores"]
+    (found / "manifest.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match="is damaged"):
+        start(words((found, folders[1]), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
