@@ -226,6 +226,7 @@ def test_candidates_that_were_tried_and_throughput_are_shown_as_their_commands_w
         "rungs": [10, 20],
         "steps_run": 50,
         "steps_of_all": 60,
+        "saving": 10 / 60,
         "rank_correlation_with_prediction": {"10": -0.5, "20": None},
     }
     tried = tmp_path / "tried"
