@@ -427,7 +427,9 @@ class ImportNemoConfig(CommandConfig):
 
     nemo: str = option(REQUIRED, "NeMo 2 checkpoint folder, .nemo archive, or folder that one was unpacked in")
     tokenizer: str | None = option(None, "folder with a Hugging Face tokenizer, instead of the checkpoint's own")
-    vocab_size: int | None = option(None, "tokens, where further rows of the embedding are padding; all rows if not given")
+    vocab_size: int | None = option(
+        None, "tokens, where further rows of the embedding are padding; all rows if not given"
+    )
 
 
 @dataclass

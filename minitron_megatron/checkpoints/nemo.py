@@ -4,7 +4,8 @@
     weights/         torch_dist (or zarr), module.…       model_weights/      torch_dist or zarr, model.…
     context/         io.json, model.yaml, tokenizer       model_config.yaml
 
-The keys are those of our own weights with a prefix. What NeMo's loader would execute (io.json, common.pt, extra state) is not read.
+The keys are those of our own weights with a prefix. What NeMo's loader would execute (io.json, common.pt, extra state) stays
+unread.
 """
 
 import json
@@ -98,19 +99,20 @@ class NemoFolder:
                 f"{where} has neither {CONTEXT}/{MODEL_FILE} (NeMo 2) nor {NEMO1_CONFIG} (.nemo): give a whole NeMo checkpoint"
             )
         self.config, fields = _read_config(self.root, where)
-        # Sizes of the config first: a checkpoint that is not supported is told before its weights are looked at.
-        key = next(slots(shape_from_nemo(fields, vocab_size or 1, "float32", vocab_size))).key
+        # Without the embedding yet: a config that is not supported is told before the weights are looked at.
+        first = shape_from_nemo(fields, 1, "float32", None)
         self.stored = _stored(self.root, where)
         self.tensors = dict(self.stored.tensors)
-        self.prefix, embedding = self._embedding(key(shape_from_nemo(fields, 1, "float32", None)))
-        (self.rows, *_), dtype = embedding
+        self.prefix, ((self.rows, *_), dtype) = self._embedding(next(slots(first)).key(first))
         self.shape = shape_from_nemo(fields, self.rows, torch_name(dtype), vocab_size)
 
     def _embedding(self, key: str) -> tuple[str, tuple[tuple[int, ...], torch.dtype]]:
         for prefix in _PREFIXES:
             if prefix + key in self.tensors:
                 return prefix, self.tensors[prefix + key]
-        raise UserError(f"{self.where}: its weights have no {PREFIX}{key}: it is not a checkpoint of Megatron-core's GPT model")
+        raise UserError(
+            f"{self.where}: its weights have no {PREFIX}{key}: it is not a checkpoint of Megatron-core's GPT model"
+        )
 
     def check(self) -> None:
         """Every tensor of the table is there with its shape and one dtype, and nothing else is. Raises UserError."""
@@ -124,7 +126,9 @@ class NemoFolder:
             if found[0] != shape:
                 raise UserError(f"{self.where}: {key} is {found[0]}, its config makes it {shape}")
             if torch_name(found[1]) != self.shape.dtype:
-                raise UserError(f"{self.where}: {key} is {torch_name(found[1])}, others are {self.shape.dtype}: store one dtype")
+                raise UserError(
+                    f"{self.where}: {key} is {torch_name(found[1])}, others are {self.shape.dtype}: store one dtype"
+                )
             wanted.add(key)
         # A tied model's last stage may have stored its copy, and without a prefix optimizer states lie beside the weights.
         spare = {self.prefix + str(slot.row.tied_path) for slot in slots(self.shape) if slot.row.tied_path}
@@ -187,8 +191,8 @@ def _stored(root: Path, where: str) -> _Tensors:
             return ZarrArrays(folder)
     if next(root.rglob("*.ckpt"), None):
         raise UserError(
-            f"{where}: its weights are pickles of tensor-parallel ranks (model_weights.ckpt), older than distributed checkpoints: "
-            "save it as one with NeMo 1 (model.dist_ckpt_format=torch_dist), or take its Hugging Face version"
+            f"{where}: its weights are pickles of tensor-parallel ranks (model_weights.ckpt), older than distributed "
+            "checkpoints: save it as one with NeMo 1 (model.dist_ckpt_format=torch_dist), or take its Hugging Face version"
         )
     raise UserError(f"{where} has no weights as torch_dist or zarr: give a whole NeMo checkpoint")
 
@@ -207,7 +211,9 @@ def _open_archive(path: Path, scratch: Path) -> Archive:
     """Judge an archive, and unpack what says what it is into `scratch`. Raises UserError."""
     archive = Archive(path)
     if archive.need(_is_index) > _LARGEST_INDEX:
-        raise UserError(f"{path}: its configs and indices take more than {_LARGEST_INDEX // 2**20} MiB: that is no model")
+        raise UserError(
+            f"{path}: its configs and indices take more than {_LARGEST_INDEX // 2**20} MiB: that is no model"
+        )
     archive.extract(scratch, _is_index)
     for name in archive.sizes:
         if name.endswith(".ckpt"):
@@ -222,7 +228,9 @@ def import_nemo(cfg: ImportNemoConfig) -> None:
     if not path.exists():
         raise UserError(f"nemo={path} does not exist: give a NeMo 2 checkpoint folder or a .nemo archive")
     if cfg.tokenizer is not None and not any((Path(cfg.tokenizer) / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"tokenizer={cfg.tokenizer} has none of {', '.join(TOKENIZER_FILES)}: give a Hugging Face tokenizer")
+        raise UserError(
+            f"tokenizer={cfg.tokenizer} has none of {', '.join(TOKENIZER_FILES)}: give a Hugging Face tokenizer"
+        )
     with tool_job(), tempfile.TemporaryDirectory(prefix="nemo-") as scratch:
         archive = _open_archive(path, Path(scratch)) if path.is_file() else None
         source = NemoFolder(Path(scratch) if archive else path, str(path), cfg.vocab_size)

@@ -204,16 +204,31 @@ _SAFE_GLOBALS = {
 }
 
 
-# megatron.core 0.15's own index: torch's, with a field more about optimizer states.
-_MEGATRONS_METADATA = ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata")
+class _Ignored:
+    """What stands for parts of an index that no reader needs."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+# Indices of megatron.core 0.15: torch's, with fields more about optimizer states and the plans by which it was written.
+_MEGATRON, _PLANNER = "megatron.core.dist_checkpointing.strategies.torch", "torch.distributed.checkpoint.planner"
+_STAND_INS: dict[tuple[str, str], type] = {
+    (_MEGATRON, "MCoreMetadata"): Metadata,
+    (_MEGATRON, "MCoreSavePlan"): _Ignored,
+    **{(_PLANNER, name): _Ignored for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")},
+}
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     """torch writes `.metadata` as a pickle and reads it with bare pickle.load: allow its own data classes alone."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == _MEGATRONS_METADATA:
-            return Metadata
+        if (module, name) in _STAND_INS:
+            return _STAND_INS[module, name]
         if (module, name) in _SAFE_GLOBALS or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):

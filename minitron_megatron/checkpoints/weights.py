@@ -141,7 +141,9 @@ def write_weights(
     alone = collectives.world_size() == 1
     with progress(description, need // collectives.world_size(), unit="B") as advance:
         everything = list(chunks(shape)) if pieces is None else pieces
-        planner = _StreamPlanner(everything, shape.dtype, fill, advance, {COMMON_STATE: {}} if objects is None else objects)
+        planner = _StreamPlanner(
+            everything, shape.dtype, fill, advance, {COMMON_STATE: {}} if objects is None else objects
+        )
         # Nothing ahead of what is being written: one chunk at a time, also where there is a GPU.
         writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
         try:

@@ -52,9 +52,8 @@ class ZarrArrays:
         """The region of `key` at `offsets` with extent `sizes`, in the dtype on disk. Raises UserError."""
         if key not in self.tensors:
             raise UserError(f"{self.folder / key} is no uncompressed zarr array of version 2: convert it to torch_dist")
-        shape, dtype = self.tensors[key]
         chunks = self.chunks[key]
-        out = torch.empty(tuple(sizes), dtype=dtype)
+        out = torch.empty(tuple(sizes), dtype=self.tensors[key][1])
         bits = as_bits(out)
         stops = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
         ranges = [range(o // c, -(-stop // c)) for o, stop, c in zip(offsets, stops, chunks, strict=True)]

@@ -79,7 +79,9 @@ def check_nemo_class(shape: ModelShape, where: str) -> NemoClass:
 def config_fields(shape: ModelShape) -> dict[str, Any]:
     """Arguments of NeMo's config class for a shape: plain values only, whatever the class's defaults are."""
     traits = TRAITS[shape.family]
-    scaling = {_ROPE_SCALING[name]: value for name, value in vars(shape.rope_scaling).items()} if shape.rope_scaling else {}
+    scaling = (
+        {_ROPE_SCALING[name]: value for name, value in vars(shape.rope_scaling).items()} if shape.rope_scaling else {}
+    )
     return {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -183,7 +185,9 @@ class _Fiddle:
         metadata = Symbol("fiddle._src.config", "BuildableTraverserMetadata").pyref()
         about = {
             "fn_or_cls": value.target.pyref(),
-            "argument_names": self._ref("tuple", {"type": Symbol("builtins", "tuple").pyref(), "items": names, "metadata": None}),
+            "argument_names": self._ref(
+                "tuple", {"type": Symbol("builtins", "tuple").pyref(), "items": names, "metadata": None}
+            ),
             **{
                 name: self._ref("dict", {"type": Symbol("builtins", "dict").pyref(), "items": [], "metadata": of_dict})
                 for name in ("argument_tags", "argument_history")
@@ -255,7 +259,9 @@ def fields_of_nemo2(config: Mapping[str, Any], where: str) -> Fields:
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: config is missing")
     window = values.get("window_size")
-    whole = isinstance(window, list) and window and type(window[0]) is int and window[0] >= (values.get("seq_length") or 0)
+    whole = (
+        isinstance(window, list) and window and type(window[0]) is int and window[0] >= (values.get("seq_length") or 0)
+    )
     if window is not None and not whole:
         raise UserError(f"{where}: window_size={shown(window)} is not supported: only attention to all tokens is")
     values = {
@@ -296,9 +302,13 @@ def fields_of_nemo1(config: Mapping[str, Any], where: str) -> Fields:
         return known[value]
 
     if not config.get("mcore_gpt"):
-        raise UserError(f"{where}: mcore_gpt is not true: its layers are older than Megatron-core's; convert it with NeMo 1")
+        raise UserError(
+            f"{where}: mcore_gpt is not true: its layers are older than Megatron-core's; convert it with NeMo 1"
+        )
     if config.get("window_size") is not None:
-        raise UserError(f"{where}: window_size={shown(config['window_size'])} is not supported: only attention to all tokens is")
+        raise UserError(
+            f"{where}: window_size={shown(config['window_size'])} is not supported: only attention to all tokens is"
+        )
     normalization, zero_centered = one_of("normalization", _NEMO1_NORMS, "layernorm")
     activation, gated = one_of("activation", _NEMO1_ACTIVATIONS, "gelu")
     scaling = {_ROPE_SCALING[name]: value for name, value in vars(ROPE_SCALING).items()}
@@ -360,7 +370,8 @@ def shape_from_nemo(fields: Fields, rows: int, dtype: str, vocab_size: int | Non
 def _check_features(fields: Fields) -> None:
     for name in _ABSENT:
         if fields.values.get(name):
-            raise UserError(f"{fields.where}: {name}={shown(fields.values[name])} is not supported: the model computes something else")
+            value = shown(fields.values[name])
+            raise UserError(f"{fields.where}: {name}={value} is not supported: the model computes something else")
     for name, only in {"position_embedding_type": "rope", "softmax_type": "vanilla"}.items():
         if fields.values.get(name, only) != only:
             raise UserError(f"{fields.where}: {name}={shown(fields.values[name])} is not supported: only {only!r} is")
