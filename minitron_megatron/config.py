@@ -425,6 +425,17 @@ class ImportHfConfig(CommandConfig):
 
 
 @dataclass
+class ImportNemoConfig(CommandConfig):
+    """A NeMo 2 checkpoint folder, or a .nemo archive, into a model folder."""
+
+    nemo: str = option(REQUIRED, "NeMo 2 checkpoint folder, .nemo archive, or folder that one was unpacked in")
+    tokenizer: str | None = option(None, "folder with a Hugging Face tokenizer, instead of the checkpoint's own")
+    vocab_size: int | None = option(
+        None, "tokens, where further rows of the embedding are padding; all rows if not given"
+    )
+
+
+@dataclass
 class RandomModelConfig(CommandConfig):
     """A model folder with random weights of a preset's shape: for rehearsals and benchmarks."""
 
@@ -705,6 +716,13 @@ class ExportMegatronConfig(CommandConfig):
 
 
 @dataclass
+class ExportNemoConfig(CommandConfig):
+    """A model folder into a NeMo 2 checkpoint folder."""
+
+    model: ModelConfig = group(ModelConfig)
+
+
+@dataclass
 class RoundConfig:
     """A round of a chain: its name and teacher, and each stage's options where they differ from the chain's."""
 
@@ -886,6 +904,7 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "demo": DemoConfig,
     "smollm2": Smollm2Config,
     "import_hf": ImportHfConfig,
+    "import_nemo": ImportNemoConfig,
     "random_model": RandomModelConfig,
     "prepare_data": PrepareDataConfig,
     "adopt_data": AdoptDataConfig,
@@ -900,6 +919,7 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "evaluate": EvaluateConfig,
     "export_hf": ExportHfConfig,
     "export_megatron": ExportMegatronConfig,
+    "export_nemo": ExportNemoConfig,
     "compress": CompressConfig,
     "distill_candidates": DistillCandidatesConfig,
     "benchmark": BenchmarkConfig,

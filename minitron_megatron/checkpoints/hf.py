@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 # What travels beside the weights: the source's own config (its keys that are no sizes) and its tokenizer.
 HF_FILES = "huggingface"
 _CONFIG_FILES = ("config.json", "generation_config.json")
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -168,8 +168,8 @@ def import_hf(cfg: ImportHfConfig) -> None:
             out.digest = write_weights(out.path / WEIGHTS, shape, partial(fill_from_hf, source), "import")
             if collectives.is_rank_zero():
                 write_shape(out.path, shape)
-                _copy(source.path, out.path / HF_FILES, _CONFIG_FILES)
-                _copy(source.path, out.path / TOKENIZER, _TOKENIZER_FILES)
+                copy_files(source.path, out.path / HF_FILES, _CONFIG_FILES)
+                copy_files(source.path, out.path / TOKENIZER, TOKENIZER_FILES)
             out.results = {"parameters": count_parameters(shape), "seconds": round(time.monotonic() - began, 2)}
         print_shape(f"{cfg.output}: imported from {cfg.hf}", shape, out.results)
 
@@ -194,7 +194,8 @@ def print_shape(title: str, shape: ModelShape, results: dict[str, Any] | None = 
     print_table(title, ["", "value"], rows)
 
 
-def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
+def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
+    """Copy those of the named files that are there; the target is made if there is one."""
     present = [name for name in names if (source / name).is_file()]
     if present:
         target.mkdir()

@@ -35,7 +35,9 @@ from minitron_megatron.parallel.layout import tool_job
 
 RELEASE, TRACKER, ARGUMENTS = "release", "latest_checkpointed_iteration.txt", "arguments.sh"
 # Where older Megatron-LM looks for what is not a tensor (0.15 does; later ones do, too, where the file is there).
-_COMMON_FILE = "common.pt"
+COMMON_FILE = "common.pt"
+# What Megatron's loaders are told of the keys: layers are stacked under one.
+CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 _TOKENIZER_MODEL = "--tokenizer-model"
 
 
@@ -77,16 +79,16 @@ def _write_release(target: Path, folder: ModelFolder, arguments: Arguments) -> N
 
     objects: dict[str, Any] = {}
     if collectives.is_rank_zero():
-        objects = {COMMON_STATE: common_state(folder.shape, arguments), **_no_extra_state(folder.shape)}
+        objects = {COMMON_STATE: common_state(folder.shape, arguments), **no_extra_state(folder.shape)}
     digest = write_weights(target, folder.shape, fill, "export", objects)
     # It is that of shape and content, and both are to be the same.
     if digest != folder.digest:
         raise UserError(f"{folder.path}: the weights differ from the digest in manifest.yaml; make the folder again")
     if collectives.is_rank_zero():
-        torch.save(objects[COMMON_STATE], target / _COMMON_FILE)
+        torch.save(objects[COMMON_STATE], target / COMMON_FILE)
 
 
-def _no_extra_state(shape: ModelShape) -> dict[str, Any]:
+def no_extra_state(shape: ModelShape, prefix: str = "") -> dict[str, Any]:
     """Empty extra state (FP8 scales) of modules that may have some: Megatron-LM's loader takes none of them for missing."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
@@ -95,7 +97,7 @@ def _no_extra_state(shape: ModelShape) -> dict[str, Any]:
         for key, stacked in extra_state_keys(shape).items()
         for layer in (range(shape.num_layers) if stacked else (0,))
     ]
-    return {ShardedObject(key, None, total, offset).unique_key: None for key, offset, total in places}
+    return {ShardedObject(prefix + key, None, total, offset).unique_key: None for key, offset, total in places}
 
 
 def common_state(shape: ModelShape, arguments: Arguments) -> dict[str, Any]:
@@ -113,8 +115,7 @@ def common_state(shape: ModelShape, arguments: Arguments) -> dict[str, Any]:
         "checkpoint_version": 3.0,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
-        # Layers are stacked under one key.
-        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+        "content_metadata": CONTENT,
     }
 
 

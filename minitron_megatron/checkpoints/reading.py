@@ -52,6 +52,12 @@ class WeightReader:
         self.boxes: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.file: IO[bytes] | None = None
 
+    @property
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every tensor, by key."""
+        stored = self.metadata.state_dict_metadata.items()
+        return {k: (tuple(v.size), v.properties.dtype) for k, v in stored if isinstance(v, TensorStorageMetadata)}
+
     def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
         """The region of `key` at `offsets` with extent `sizes`, in the dtype on disk."""
         out = torch.empty(tuple(sizes), dtype=self._stored(key).properties.dtype)
@@ -198,10 +204,31 @@ _SAFE_GLOBALS = {
 }
 
 
+class _Ignored:
+    """What stands for parts of an index that no reader needs."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+# Indices of megatron.core 0.15: torch's, with fields more about optimizer states and the plans by which it was written.
+_MEGATRON, _PLANNER = "megatron.core.dist_checkpointing.strategies.torch", "torch.distributed.checkpoint.planner"
+_STAND_INS: dict[tuple[str, str], type] = {
+    (_MEGATRON, "MCoreMetadata"): Metadata,
+    (_MEGATRON, "MCoreSavePlan"): _Ignored,
+    **{(_PLANNER, name): _Ignored for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")},
+}
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """torch writes `.metadata` as a pickle and reads it with bare pickle.load: allow its own data classes alone."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _STAND_INS:
+            return _STAND_INS[module, name]
         if (module, name) in _SAFE_GLOBALS or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):

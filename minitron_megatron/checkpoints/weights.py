@@ -58,7 +58,8 @@ COMMON_STATE = "common_state/shard_0_1"
 class Chunk:
     """What is written in one piece: rows `start` to `stop` of a slot's first dimension, stored under `key`.
 
-    `lead` is the slot's place along the leading dimension of stacked layers, empty where layers are not stacked.
+    `lead` is the slot's place along the leading dimension of stacked layers, empty where layers are not stacked; `whole` is
+    the global shape of what is stored under the key.
     """
 
     slot: Slot
@@ -67,6 +68,7 @@ class Chunk:
     shape: tuple[int, ...]
     key: str
     lead: tuple[int, ...]
+    whole: tuple[int, ...]
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -82,15 +84,22 @@ class Chunk:
 Filler = Callable[[Chunk, torch.Tensor], None]
 
 
-def chunks(shape: ModelShape) -> Iterator[Chunk]:
-    """Every chunk of a model, in data-flow order, the same for every layout."""
+def chunks(shape: ModelShape, prefix: str = "", padded: bool = True) -> Iterator[Chunk]:
+    """Every chunk of a model, in data-flow order, the same for every layout.
+
+    `prefix` goes before every key; without `padded` the vocabulary has its own rows alone.
+    """
     itemsize = getattr(torch, shape.dtype).itemsize
     for slot in slots(shape):
         rows, *rest = slot.shape(shape)
+        if not padded and "vocab" in slot.row.axes:
+            rows = shape.vocab_size
+        lead, stacked = slot.lead(shape), slot.stored_shape(shape)[: len(slot.lead(shape))]
         step = max(1, BLOCK_BYTES // (itemsize * torch.Size(rest).numel()))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            yield Chunk(slot, start, stop, (stop - start, *rest), slot.key(shape), slot.lead(shape))
+            size, key = (stop - start, *rest), prefix + slot.key(shape)
+            yield Chunk(slot, start, stop, size, key, lead, (*stacked, rows, *rest))
 
 
 def stored_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -105,7 +114,12 @@ def total_bytes(shape: ModelShape) -> int:
 
 
 def write_weights(
-    folder: Path, shape: ModelShape, fill: Filler, description: str, objects: Mapping[str, Any] | None = None
+    folder: Path,
+    shape: ModelShape,
+    fill: Filler,
+    description: str,
+    objects: Mapping[str, Any] | None = None,
+    pieces: Sequence[Chunk] | None = None,
 ) -> str:
     """Write a model's weights, every rank its share of the chunks; `fill` is called for one chunk at a time.
 
@@ -116,6 +130,7 @@ def write_weights(
             that held another chunk before; padded vocabulary rows must become zero.
         description: what the progress bar is called.
         objects: what else rank 0 writes, by key; Megatron's empty common state if not given.
+        pieces: what is written; the model's chunks if not given.
 
     Returns:
         A digest of the content on rank 0 (and on all others) that does not depend on the number of ranks.
@@ -125,7 +140,10 @@ def write_weights(
     check_space(folder, need, str(folder))
     alone = collectives.world_size() == 1
     with progress(description, need // collectives.world_size(), unit="B") as advance:
-        planner = _StreamPlanner(shape, fill, advance, {COMMON_STATE: {}} if objects is None else objects)
+        everything = list(chunks(shape)) if pieces is None else pieces
+        planner = _StreamPlanner(
+            everything, shape.dtype, fill, advance, {COMMON_STATE: {}} if objects is None else objects
+        )
         # Nothing ahead of what is being written: one chunk at a time, also where there is a GPU.
         writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
         try:
@@ -181,11 +199,16 @@ class _StreamPlanner(SavePlanner):
     """
 
     def __init__(
-        self, shape: ModelShape, fill: Filler, on_chunk: Callable[[int], None], objects: Mapping[str, Any]
+        self,
+        pieces: Sequence[Chunk],
+        dtype: str,
+        fill: Filler,
+        on_chunk: Callable[[int], None],
+        objects: Mapping[str, Any],
     ) -> None:
-        self.shape, self.fill, self.on_chunk, self.objects = shape, fill, on_chunk, objects
+        self.pieces, self.fill, self.on_chunk, self.objects = pieces, fill, on_chunk, objects
         self.memory = np.empty(0, np.uint8)
-        self.dtype = getattr(torch, shape.dtype)
+        self.dtype = getattr(torch, dtype)
         self.chunks: dict[MetadataIndex, Chunk] = {}
         self.digests: dict[tuple[str, tuple[int, ...]], str] = {}
 
@@ -193,7 +216,7 @@ class _StreamPlanner(SavePlanner):
         pass
 
     def create_local_plan(self) -> SavePlan:
-        mine = [c for i, c in enumerate(chunks(self.shape)) if i % collectives.world_size() == collectives.rank()]
+        mine = [c for i, c in enumerate(self.pieces) if i % collectives.world_size() == collectives.rank()]
         largest = max((torch.Size(chunk.shape).numel() for chunk in mine), default=0)
         self.memory = np.empty(largest * self.dtype.itemsize, np.uint8)
         items = []
@@ -203,7 +226,7 @@ class _StreamPlanner(SavePlanner):
             data = TensorWriteData(
                 chunk=ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)),
                 properties=TensorProperties(dtype=self.dtype),
-                size=torch.Size(chunk.slot.stored_shape(self.shape)),
+                size=torch.Size(chunk.whole),
             )
             items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
         if collectives.is_rank_zero():

@@ -391,6 +391,10 @@ class Slot:
         path = self.row.te_path or self.row.path
         return path.replace(".{layer}", "") if shape.uniform else path.format(layer=self.layer)
 
+    def numbered_key(self) -> str:
+        """Key of this layer's tensor alone, as Megatron writes it where layers are not stacked though they could be."""
+        return (self.row.te_path or self.row.path).format(layer=self.layer)
+
     def stored_shape(self, shape: ModelShape) -> tuple[int, ...]:
         """Global shape of what is stored under the key."""
         return (*((shape.num_layers,) if self.stacked(shape) else ()), *self.shape(shape))

@@ -1,0 +1,75 @@
+"""Reads the zarr form of Megatron's distributed checkpoints, which NeMo wrote before torch_dist, as plain bytes.
+
+    module.decoder.layers.mlp.linear_fc1.weight/.zarray     JSON: shape, chunks, dtype ("bfloat16", "<f4"), no compressor
+    module.decoder.layers.mlp.linear_fc1.weight/0.1.0       one chunk, C order, as large as the others also at the edge
+
+Megatron wrote version 2, uncompressed: with anything else there the array is refused. No library is needed, and NumPy's memory
+maps read no more than is asked for.
+"""
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minitron_megatron.checkpoints.reading import as_bits
+from minitron_megatron.errors import UserError
+
+_DTYPES = {"<f4": torch.float32, "bfloat16": torch.bfloat16, "<f2": torch.float16}
+HEADER = ".zarray"
+
+
+class ZarrArrays:
+    """The arrays of a folder: `tensors` has their shapes and dtypes by key, `read` gives any region of one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.chunks: dict[str, tuple[int, ...]] = {}
+        self.separators: dict[str, str] = {}
+        self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for header in sorted(folder.glob(f"*/{HEADER}")):
+            self._open(header)
+
+    def _open(self, header: Path) -> None:
+        key = header.parent.name
+        try:
+            values = json.loads(header.read_bytes())
+            shape, chunks = (tuple(map(int, values[name])) for name in ("shape", "chunks"))
+            plain = values["zarr_format"] == 2 and values["compressor"] is None and not values["filters"]
+            dtype = _DTYPES.get(values["dtype"]) if isinstance(values["dtype"], str) else None
+            sane = len(shape) == len(chunks) and min((*shape, *chunks), default=1) >= 1 and values["order"] == "C"
+            separator = values.get("dimension_separator", ".")
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise UserError(f"{header} is damaged ({error!r}): make the checkpoint again") from None
+        if plain and sane and separator in (".", "/") and dtype is not None:
+            self.tensors[key] = shape, dtype
+            self.chunks[key], self.separators[key] = chunks, separator
+
+    def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """The region of `key` at `offsets` with extent `sizes`, in the dtype on disk. Raises UserError."""
+        if key not in self.tensors:
+            raise UserError(f"{self.folder / key} is no uncompressed zarr array of version 2: convert it to torch_dist")
+        chunks = self.chunks[key]
+        out = torch.empty(tuple(sizes), dtype=self.tensors[key][1])
+        bits = as_bits(out)
+        stops = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
+        ranges = [range(o // c, -(-stop // c)) for o, stop, c in zip(offsets, stops, chunks, strict=True)]
+        for place in itertools.product(*ranges):
+            low = [max(i * c, o) for i, c, o in zip(place, chunks, offsets, strict=True)]
+            high = [min((i + 1) * c, stop) for i, c, stop in zip(place, chunks, stops, strict=True)]
+            chunk = self._chunk(key, place, bits.dtype)
+            here = tuple(slice(a - i * c, b - i * c) for a, b, i, c in zip(low, high, place, chunks, strict=True))
+            bits[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets, strict=True))] = chunk[here]
+        return out
+
+    def _chunk(self, key: str, place: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        file = self.folder / key / self.separators[key].join(map(str, place))
+        try:
+            if file.stat().st_size == int(np.prod(self.chunks[key])) * dtype.itemsize:
+                return np.memmap(file, dtype, "r", shape=self.chunks[key])
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error.strerror}): make the checkpoint again") from None
+        raise UserError(f"{file} is damaged (it has another size than the others): make the checkpoint again")
