@@ -16,6 +16,8 @@ from minitron_megatron.errors import UserError
 _COPY_BYTES = 4 * 2**20
 # Room that a file takes however small it is, so that millions of empty ones count.
 _BLOCK = 4096
+# Names are held in memory; a checkpoint's archive has some thousands.
+_MOST_MEMBERS = 10**6
 # A header that goes before another (long names, pax records) is held in memory: real ones are of some hundred bytes.
 _LONGEST_HEADER = 2**20
 _HEADERS_BEFORE = (
@@ -89,6 +91,8 @@ class Archive:
                         raise self._hostile(name, "is a file and a folder")
                     if member.isreg() and name in seen:
                         raise self._hostile(name, "is in it twice")
+                    if len(seen) >= _MOST_MEMBERS:
+                        raise self._hostile(name, f"is one of more than {_MOST_MEMBERS:,} files and folders")
                     seen[name] = member.isdir()
                     seen.update(dict.fromkeys(folders, True))
                     room -= member.size + _BLOCK
