@@ -692,6 +692,9 @@ class ExportHfConfig(CommandConfig):
 
     model: ModelConfig = group(ModelConfig)
     max_shard_gb: float = option(5.0, "largest file of weights, in GB (10^9 bytes)")
+    results: list[str] = option([], "evaluations of this model (outputs of evaluate) for its card")
+    base_model: str | None = option(None, "for the card: the source's name on Hugging Face; its cache's if not given")
+    license: str | None = option(None, "for the card: Hugging Face's identifier of the license, as llama3.1")
 
 
 @dataclass
