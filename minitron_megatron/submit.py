@@ -32,6 +32,7 @@ _NOT_AS_A_JOB = {
     "compress": "slurm/compress.sh runs a chain on all nodes",
     "demo": "it runs on one machine",
     "submit": "name the command that the job is to run",
+    "throughput": "it starts its processes itself, on one machine",
 }
 # Only these take a model's sizes alone outside of a dry run.
 _WITHOUT_WEIGHTS = ("random_model", "benchmark")

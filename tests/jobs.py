@@ -40,6 +40,8 @@ from minitron_megatron.models.objective import NextToken
 from minitron_megatron.parallel.layout import Layout, model_parallel
 from minitron_megatron.prune.live import Side, cut_live, local_tensors
 from minitron_megatron.prune.plan import read_plan
+from minitron_megatron.throughput.engines import megatron
+from minitron_megatron.throughput.work import Work
 from minitron_megatron.train.distill import intermediate_loss, load_teacher
 from minitron_megatron.train.loop import Trainer
 from minitron_megatron.train.run import publish
@@ -369,3 +371,10 @@ def save_in_layout(model: str, checkpoint: str, weights: str, layout: dict, engi
     dist_checkpointing.save(state, checkpoint)
     dist.barrier()
     return publish(Path(weights) / WEIGHTS, folder.shape, Path(checkpoint))
+
+
+def throughput_rows(work: dict) -> list[dict]:
+    """The rows that Megatron's engine hands over on this rank."""
+    rows: list[dict] = []
+    megatron(Work(**work), rows.append)
+    return rows

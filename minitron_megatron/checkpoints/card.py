@@ -19,7 +19,7 @@ import yaml
 from minitron_megatron.checkpoints.folder import ModelFolder, load_yaml, read_manifest
 from minitron_megatron.checkpoints.lineage import Step, find_step, lineage, teachers
 from minitron_megatron.config import ExportHfConfig
-from minitron_megatron.console import format_value
+from minitron_megatron.console import markdown_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.families import FAMILIES
@@ -262,12 +262,4 @@ def _words(versions: Mapping[str, str]) -> str:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table; rows without a value are left out."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        if row[1] is not None:
-            lines.append("| " + " | ".join(_cell(value) for value in row) + " |")
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    return " ".join(format_value(value).split()).replace("|", "\\|")
+    return markdown_table(columns, [row for row in rows if row[1] is not None])
