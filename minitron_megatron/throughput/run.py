@@ -218,7 +218,9 @@ class _Measuring:
             tensorrt_llm.write_requests(work, batch, files / tensorrt_llm.requests_file(source.name, batch))
             words = tensorrt_llm.command(work, source.name, batch, files, self.cfg.tensorrt_llm.image)
             self._program(source, work, words, tensorrt_llm.environment(), lambda row: None)
-            add(tensorrt_llm.read_report(files / tensorrt_llm.report_file(source.name, batch), work, batch))
+            report = files / tensorrt_llm.report_file(source.name, batch)
+            add(tensorrt_llm.read_report(report, work, batch))
+            report.rename(self.folder / LOGS / f"{work.engine}_{report.name}")
 
     def _program(
         self, source: Source, work: Work, words: list[str], environment: Mapping[str, str], add: Callable[[Row], object]
