@@ -6,6 +6,7 @@
 A killed command goes on with the rows that are missing.
 """
 
+import contextlib
 import difflib
 import json
 import logging
@@ -32,13 +33,13 @@ from minitron_megatron.parallel.layout import Layout, pick_device, world_size_fr
 from minitron_megatron.stages import ROOT, outlive, program_of, start_words
 from minitron_megatron.throughput import tensorrt_llm
 from minitron_megatron.throughput.show import COLUMNS, best_rows, table_rows, write_results
-from minitron_megatron.throughput.sources import Source, check_room, check_sources, open_sources
+from minitron_megatron.throughput.sources import MADE, Source, check_room, check_sources, open_sources
 from minitron_megatron.throughput.work import Work
 
 log = logging.getLogger(__name__)
 WORKER = "minitron_megatron.throughput.work"
 ENGINES = ("megatron", "transformers", "vllm", "tensorrt_llm")
-ROWS, LOGS = "rows.jsonl", "logs"
+ROWS, LOGS, REQUESTS = "rows.jsonl", "logs", "requests"
 Row = dict[str, Any]
 
 
@@ -165,21 +166,27 @@ class _Measuring:
 
     def run(self) -> list[Row]:
         """Measure what is missing; gives all rows."""
-        jobs = [(source, engine) for engine in self.cfg.engine for source in self.sources]
-        total = len(jobs) * len(self.cfg.batch)
+        total = len(self.sources) * len(self.cfg.engine) * len(self.cfg.batch)
         with progress("throughput", total, unit="measurements", done=len(self.rows)) as advance:
-            for source, engine in jobs:
+            for source, engine in [(source, engine) for source in self.sources for engine in self.cfg.engine]:
                 work = _work(self.cfg, source, engine, self.device, self.folder)
                 done = {row["batch"] for row in self.rows if (row["model"], row["engine"]) == (source.name, engine)}
                 work = replace(work, batches=[batch for batch in work.batches if batch not in done])
                 if work.batches:
-                    source.prepare(engine, self.folder)
+                    self._prepare(source, engine)
                     run = self._trtllm_bench if engine == "tensorrt_llm" else self._worker
                     run(source, work, lambda row, s=source, w=work: (self._add(s, w, row), advance(1)))
-        for made in ("exports", "imports", "requests"):
-            shutil.rmtree(self.folder / made, ignore_errors=True)
+                if engine == self.cfg.engine[-1]:
+                    source.clear(self.folder)
+        shutil.rmtree(self.folder / REQUESTS, ignore_errors=True)
         self.file.unlink()
         return self.rows
+
+    def _prepare(self, source: Source, engine: str) -> None:
+        """The form that an engine reads; what the commands that make it show goes to a log."""
+        log_file = self.folder / LOGS / f"{MADE}_{source.name}.log"
+        with open(log_file, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+            source.prepare(engine, self.folder)
 
     def _add(self, source: Source, work: Work, row: Row) -> None:
         """Keep a row, with what it is of."""
@@ -195,7 +202,7 @@ class _Measuring:
 
     def _worker(self, source: Source, work: Work, add: Callable[[Row], object]) -> None:
         """A process, or with Megatron as many as the layout has, that measures every batch size."""
-        request = self.folder / "requests" / f"{work.engine}_{source.name}.json"
+        request = self.folder / REQUESTS / f"{work.engine}_{source.name}.json"
         request.parent.mkdir(exist_ok=True)
         request.write_text(json.dumps(asdict(work)), encoding="utf-8")
         parallel = self.cfg.parallel
@@ -213,7 +220,7 @@ class _Measuring:
     def _trtllm_bench(self, source: Source, work: Work, add: Callable[[Row], object]) -> None:
         """A run of trtllm-bench for each batch size."""
         for batch in work.batches:
-            files = self.folder / "requests"
+            files = self.folder / REQUESTS
             files.mkdir(exist_ok=True)
             tensorrt_llm.write_requests(work, batch, files / tensorrt_llm.requests_file(source.name, batch))
             words = tensorrt_llm.command(work, source.name, batch, files, self.cfg.tensorrt_llm.image)
@@ -263,7 +270,7 @@ def _say_what_would_be(cfg: ThroughputConfig, sources: Sequence[Source], device:
         for source in sources:
             work = _work(cfg, source, "tensorrt_llm", device, made)
             for batch in work.batches:
-                words = tensorrt_llm.command(work, source.name, batch, made / "requests", cfg.tensorrt_llm.image)
+                words = tensorrt_llm.command(work, source.name, batch, made / REQUESTS, cfg.tensorrt_llm.image)
                 console().print(shlex.join(words), markup=False, highlight=False, soft_wrap=True)
 
 

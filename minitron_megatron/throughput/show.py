@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.console import markdown_table
-from minitron_megatron.report.plots import grouped_bars
 
 RESULTS, TABLE, PLOT = "results.json", "table.md", "throughput.svg"
 COLUMNS = ("engine", "batch", "model", "tokens/s", "ratio", "seconds", "GiB")
@@ -68,6 +67,8 @@ def _figure(value: float | None, form: str, otherwise: str = "") -> str:
 
 def _plot(rows: Sequence[Row], models: Sequence[str]) -> str:
     """A group of bars for each engine and batch, a bar a model, its ratio over it."""
+    from minitron_megatron.report.plots import grouped_bars
+
     groups = list(dict.fromkeys((row["engine"], row["batch"]) for row in rows))
     found = {(row["engine"], row["batch"], row["model"]): row for row in rows}
     values, labels = {}, {}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from minitron_megatron.parallel.layout import Layout
 
 # Engines that read a model folder; the others read Hugging Face's.
 OURS = frozenset({"megatron"})
+# In the output, while it is made: models in the other form.
+MADE = "converted"
 _NAME = re.compile(r"[\w.-]+")
 
 
@@ -38,7 +41,7 @@ class Source:
 
     def form(self, engine: str, made: Path) -> Path:
         """The folder that an engine reads; where the model is in the other form, a place under `made` for it."""
-        return self.path if self.fits(engine) else made / ("imports" if engine in OURS else "exports") / self.name
+        return self.path if self.fits(engine) else made / MADE / self.name
 
     def prepare(self, engine: str, made: Path) -> None:
         """Make the form that an engine reads, unless it is there."""
@@ -49,6 +52,12 @@ class Source:
             export_hf(ExportHfConfig(model=ModelConfig(path=str(self.path)), output=output))
         else:
             import_hf(ImportHfConfig(hf=str(self.path), output=output))
+
+    def clear(self, made: Path) -> None:
+        """Remove what `prepare` made."""
+        shutil.rmtree(made / MADE / self.name, ignore_errors=True)
+        if (made / MADE).is_dir() and not any((made / MADE).iterdir()):
+            (made / MADE).rmdir()
 
 
 def open_sources(models: object) -> list[Source]:
@@ -101,11 +110,9 @@ def check_sources(cfg: ThroughputConfig, sources: Sequence[Source], layout: Layo
 
 
 def check_room(cfg: ThroughputConfig, sources: Sequence[Source]) -> None:
-    """Raise UserError where the disk has no room for the forms that are made on the way."""
-    need = sum(
-        total_bytes(source.shape)
-        for source in sources
-        for ours in {engine in OURS for engine in cfg.engine}
-        if source.ours != ours
+    """Raise UserError where the disk has no room for a form that is made on the way: one model's at a time."""
+    need = max(
+        (total_bytes(source.shape) for source in sources if not all(map(source.fits, cfg.engine))),
+        default=0,
     )
-    check_space(Path(cfg.output), need, "the models in the form of the other engines", why="removed in the end")
+    check_space(Path(cfg.output), need, "a model in the form of another engine")
