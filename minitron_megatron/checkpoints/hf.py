@@ -40,7 +40,6 @@ from minitron_megatron.checkpoints.weights import (
 )
 from minitron_megatron.config import ExportHfConfig, ImportHfConfig
 from minitron_megatron.console import print_table, progress
-from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import Slot, count_parameters, slots
@@ -317,11 +316,17 @@ def _generation_config(config: dict[str, Any], folder: ModelFolder) -> dict[str,
     """Where a source has none: the tokens that begin, end and pad a text, by its config, or else by its tokenizer."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     found = {name: config.get(name) for name in names}
-    if found["eos_token_id"] is None:
+    if found["eos_token_id"] is None and folder.tokenizer_path.is_dir():
+        from transformers import AutoTokenizer
+
         try:
-            tokenizer = load_tokenizer(folder.path)
-        except UserError as error:
-            log.info("generation_config.json names no end of text: %s", error)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder.tokenizer_path, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # a tokenizer's files can be wrong in as many ways as transformers has loaders
+            log.warning(
+                "generation_config.json names no end of text: %s cannot be loaded (%s)", folder.tokenizer_path, error
+            )
         else:
             found = {name: getattr(tokenizer, name) for name in names}
     return {name: value for name, value in found.items() if value is not None}
