@@ -706,6 +706,9 @@ class ExportHfConfig(CommandConfig):
 
     model: ModelConfig = group(ModelConfig)
     max_shard_gb: float = option(5.0, "largest file of weights, in GB (10^9 bytes)")
+    results: list[str] = option([], "evaluations of this model (outputs of evaluate) for its card")
+    base_model: str | None = option(None, "for the card: the source's name on Hugging Face; its cache's if not given")
+    license: str | None = option(None, "for the card: Hugging Face's identifier of the license, as llama3.1")
 
 
 @dataclass
@@ -720,6 +723,41 @@ class ExportNemoConfig(CommandConfig):
     """A model folder into a NeMo 2 checkpoint folder."""
 
     model: ModelConfig = group(ModelConfig)
+
+
+@dataclass
+class VllmConfig:
+    """engine=vllm."""
+
+    python: str | None = option(None, "python of an environment that has vLLM; this one if not given")
+
+
+@dataclass
+class TensorrtLlmConfig:
+    """engine=tensorrt_llm: trtllm-bench, where it is on the PATH, else in docker."""
+
+    image: str = option("nvcr.io/nvidia/tensorrt-llm/release:1.2.1", "image that has trtllm-bench")
+
+
+@dataclass
+class ThroughputConfig(CommandConfig):
+    """Tokens a second of models that generate, in several engines, and over those of the first model."""
+
+    models: Any = option(
+        {}, "what to measure, {name: folder, …}: model folders or Hugging Face ones; the first is the reference"
+    )
+    engine: list[str] = option(
+        ["megatron", "transformers"],
+        "engines: megatron, transformers, vllm, tensorrt_llm; forms they need are made on the way",
+    )
+    input_length: int = option(1024, "tokens of a prompt")
+    output_length: int = option(128, "tokens that follow it, whatever they are")
+    batch: list[int] = option([1, 8, 32], "prompts at once, each number measured on its own")
+    repeats: int = option(3, "timed passes, of which the median counts")
+    warmup: int = option(1, "passes before them")
+    start: str = option("torchrun --nproc-per-node {processes}", "what starts Megatron in several processes")
+    vllm: VllmConfig = group(VllmConfig)
+    tensorrt_llm: TensorrtLlmConfig = group(TensorrtLlmConfig)
 
 
 @dataclass
@@ -920,6 +958,7 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "export_hf": ExportHfConfig,
     "export_megatron": ExportMegatronConfig,
     "export_nemo": ExportNemoConfig,
+    "throughput": ThroughputConfig,
     "compress": CompressConfig,
     "distill_candidates": DistillCandidatesConfig,
     "benchmark": BenchmarkConfig,
@@ -978,12 +1017,12 @@ _POSITIVE = frozenset(
     decay_share window stop_after recompute_num_layers bucket_size keep_last time_limit_minutes world_size nvlink_gpus
     memory_gib bf16_tflops fp8_tflops fp32_tflops memory_gb_s nvlink_gb_s network_gb_s host_gb_s launch_ms efficiency
     teacher_ahead logits_mib micro_batches parameters non_embedding_parameters flops_per_token latency_ms batch
-    weight_bytes cache_bytes multiple power keep factor candidate""".split()
+    weight_bytes cache_bytes multiple power keep factor candidate input_length output_length""".split()
 )
 _NOT_NEGATIVE = frozenset(
     """min_lr warmup_steps warmup_tokens loss_factor grad_norm_factor weight_decay clip_grad validation_interval
     validation_samples seed first_sample fewshot keep_last_layers loss_samples gpus_per_node save_seconds
-    cross_entropy intermediate fp8_bf16_layers at_least layers hidden ffn heads rung""".split()
+    cross_entropy intermediate fp8_bf16_layers at_least layers hidden ffn heads rung warmup""".split()
 )
 
 

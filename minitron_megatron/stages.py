@@ -176,15 +176,15 @@ def run_program(program: list[str], processes: int) -> tuple[int, str]:
     child = subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
-    with _outlive(child):
+    with outlive(child):
         child.wait()
     listener.join(SECONDS_FOR_LAST_WORDS)
     return child.returncode, reasons[0] if reasons else ""
 
 
 @contextmanager
-def _outlive(child: subprocess.Popen) -> Iterator[None]:
-    """Let a stage end first when this process is asked to: SIGTERM is passed on, Ctrl-C reaches it from the terminal.
+def outlive(child: subprocess.Popen) -> Iterator[None]:
+    """Let a child end first when this process is asked to: SIGTERM is passed on, Ctrl-C reaches it from the terminal.
 
     Raises KeyboardInterrupt then: no other stage starts.
     """

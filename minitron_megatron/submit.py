@@ -33,6 +33,7 @@ _NOT_AS_A_JOB = {
     "distill_candidates": "slurm/distill_candidates.sh runs them on all nodes, slurm/halving.sh side by side",
     "demo": "it runs on one machine",
     "submit": "name the command that the job is to run",
+    "throughput": "it starts its processes itself, on one machine",
 }
 # Only these take a model's sizes alone outside of a dry run.
 _WITHOUT_WEIGHTS = ("random_model", "benchmark")

@@ -35,10 +35,13 @@ from minitron_megatron.importance.variants import contiguous_blocks
 from minitron_megatron.models.axes import Place, axis_table, slots, tensor_parallel_keep
 from minitron_megatron.models.build import build_model_chunks
 from minitron_megatron.models.forward import forward_only
+from minitron_megatron.models.generation import generate
 from minitron_megatron.models.objective import NextToken
 from minitron_megatron.parallel.layout import Layout, model_parallel
 from minitron_megatron.prune.live import Side, cut_live, local_tensors
 from minitron_megatron.prune.plan import read_plan
+from minitron_megatron.throughput.engines import megatron
+from minitron_megatron.throughput.work import Work
 from minitron_megatron.train.distill import intermediate_loss, load_teacher
 from minitron_megatron.train.loop import Trainer
 from minitron_megatron.train.run import publish
@@ -170,6 +173,15 @@ def trainer(
 def logits_of_documents(path: str, tokens: torch.Tensor, documents: torch.Tensor, layout: dict) -> torch.Tensor | None:
     """The same of documents that share samples and do not see each other."""
     return logits(path, tokens, layout, documents=documents)
+
+
+def generated(path: str, prompts: list[list[int]], samplings: list, layout: dict) -> list[list[list[int]]]:
+    """Answers to prompts by each way of sampling, two prompts at a time; sequence parallelism is as it was afterwards."""
+    folder, chunks = build(path, layout)
+    before = [getattr(m, "sequence_parallel", None) for chunk in chunks for m in chunk.modules()]
+    answers = [generate(chunks, full_layout(layout), folder.shape, prompts, how, batch_size=2) for how in samplings]
+    assert [getattr(m, "sequence_parallel", None) for chunk in chunks for m in chunk.modules()] == before
+    return answers
 
 
 class Tokens:
@@ -359,3 +371,10 @@ def save_in_layout(model: str, checkpoint: str, weights: str, layout: dict, engi
     dist_checkpointing.save(state, checkpoint)
     dist.barrier()
     return publish(Path(weights) / WEIGHTS, folder.shape, Path(checkpoint))
+
+
+def throughput_rows(work: dict) -> list[dict]:
+    """The rows that Megatron's engine hands over on this rank."""
+    rows: list[dict] = []
+    megatron(Work(**work), rows.append)
+    return rows

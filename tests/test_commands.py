@@ -221,7 +221,7 @@ def test_the_whole_road_under_torchrun(folders, tmp_path):
             "parallel.sequence=true",
         ),
         ("evaluate", f"model={tmp_path / 'distill'}", f"data.path={data}", length, "split=validation"),
-        ("export_hf", f"model={tmp_path / 'distill'}"),
+        ("export_hf", f"model={tmp_path / 'distill'}", f"results=[{tmp_path / 'evaluate'}]"),
     ]
     for name, *words in stages:
         done = run(name, *words, f"output={tmp_path / name}", processes=2)
@@ -231,6 +231,9 @@ def test_the_whole_road_under_torchrun(folders, tmp_path):
     from transformers import AutoModelForCausalLM
 
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "export_hf").config.hidden_size == 16
+    card = (tmp_path / "export_hf" / "README.md").read_text()
+    assert all(f"python launch/{name}.py" in card.replace(f"{ROOT}/", "") for name in ("prune", "distill"))
+    assert "| calibration | 4 samples of 32 tokens |" in card and "| steps | 3 |" in card and "| perplexity |" in card
     again = run("prune", *stages[1][1:], f"output={tmp_path / 'prune'}")
     assert again.returncode == 0 and "complete already" in again.stdout
 

@@ -19,6 +19,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from minitron_megatron.checkpoints import card
 from minitron_megatron.checkpoints.folder import (
     SHAPE_FILE,
     TOKENIZER,
@@ -51,7 +52,8 @@ log = logging.getLogger(__name__)
 
 # What travels beside the weights: the source's own config (its keys that are no sizes) and its tokenizer.
 HF_FILES = "huggingface"
-_CONFIG_FILES = ("config.json", "generation_config.json")
+GENERATION = "generation_config.json"
+_CONFIG_FILES = ("config.json", GENERATION)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -262,7 +264,8 @@ def export_hf(cfg: ExportHfConfig) -> None:
         files = plan_shards(shape, int(cfg.max_shard_gb * 1e9))
         if cfg.verify:
             verify_digest(folder)
-        inputs = {"model": folder.digest}
+        results = card.read_results(cfg.results, folder)
+        inputs = {"model": folder.digest, **{f"results {one.path}": one.digest for one in results}}
         if cfg.dry_run:
             check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
             print_shape(f"{folder.path} would be exported into {len(files)} files", shape)
@@ -276,6 +279,8 @@ def export_hf(cfg: ExportHfConfig) -> None:
             _write_shards(out.path, folder, files)
             if collectives.is_rank_zero():
                 _write_companions(out.path, folder, files)
+                text = card.model_card(cfg, folder, results)
+                (out.path / card.FILE).write_text(text, encoding="utf-8")
             out.results = {"parameters": count_parameters(shape), "seconds": round(time.monotonic() - began, 2)}
         print_shape(f"{cfg.output}: exported from {folder.path}", shape, {"files": len(files), **out.results})
 
@@ -294,8 +299,11 @@ def _write_companions(target: Path, folder: ModelFolder, files: dict[str, dict[s
     source = folder.path / HF_FILES
     own = _read_json(source / "config.json") if (source / "config.json").is_file() else {}
     (target / "config.json").write_text(json.dumps(hf_config(folder.shape, own), indent=2) + "\n", encoding="utf-8")
-    if (source / "generation_config.json").is_file():
-        shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
+    if (source / GENERATION).is_file():
+        shutil.copyfile(source / GENERATION, target / GENERATION)
+    else:
+        values = _generation_config(own, folder)
+        (target / GENERATION).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if folder.tokenizer_path.is_dir():
         shutil.copytree(folder.tokenizer_path, target, dirs_exist_ok=True)
     if len(files) > 1:
@@ -303,3 +311,23 @@ def _write_companions(target: Path, folder: ModelFolder, files: dict[str, dict[s
         weight_map = {name: file for file, tensors in files.items() for name in tensors}
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _generation_config(config: dict[str, Any], folder: ModelFolder) -> dict[str, Any]:
+    """Where a source has none: the tokens that begin, end and pad a text, by its config, or else by its tokenizer."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    found = {name: config.get(name) for name in names}
+    if found["eos_token_id"] is None and folder.tokenizer_path.is_dir():
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder.tokenizer_path, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # a tokenizer's files can be wrong in as many ways as transformers has loaders
+            log.warning(
+                "generation_config.json names no end of text: %s cannot be loaded (%s)", folder.tokenizer_path, error
+            )
+        else:
+            found = {name: getattr(tokenizer, name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}

@@ -71,6 +71,14 @@ def gather_over_pipeline(value: Any) -> list[Any]:
     return gathered
 
 
+def gather_over_data_parallel(value: Any) -> list[Any]:
+    """Small control data of every data-parallel rank, by rank, on each of them."""
+    ps = _groups()
+    gathered: list[Any] = [None] * ps.get_data_parallel_world_size()
+    dist.all_gather_object(gathered, value, group=ps.get_data_parallel_group())
+    return gathered
+
+
 def move_between_stages(
     tensor: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype, *, source: int, target: int
 ) -> torch.Tensor | None:

@@ -196,6 +196,25 @@ def rates(values: Mapping[str, float], label: str) -> str:
     return svg(draw, height=0.9 + 0.32 * len(values))
 
 
+def grouped_bars(
+    groups: Sequence[str], values: Mapping[str, Sequence[float]], labels: Mapping[str, Sequence[str]], unit: str
+) -> str:
+    """For each group a bar of every series, with a label over it; `values` and `labels` have one a group, by series."""
+
+    def draw(axes: Axes) -> None:
+        places, width = np.arange(len(groups)), 0.8 / len(values)
+        for i, (name, heights) in enumerate(values.items()):
+            where = places + (i - (len(values) - 1) / 2) * width
+            drawn = axes.bar(where, heights, width * 0.92, color=(BLUE, ORANGE, GREY)[i % 3], label=name)
+            axes.bar_label(drawn, labels[name], padding=2, fontsize=8, color=GREY)
+        axes.set_xticks(places, groups)
+        axes.set_ylabel(unit)
+        axes.margins(y=0.12)
+        axes.legend(frameon=False)
+
+    return svg(draw, width=max(4.0, 1.2 * len(groups) * max(1, len(values) / 2) + 1.5))
+
+
 def curve_over_blocks(values: Sequence[float], whole: float | None, label: str) -> str:
     """A value for each first layer of a removed block; `whole` is the whole model's."""
 

@@ -1,0 +1,1 @@
+"""How fast models generate, in Megatron, transformers, vLLM and TensorRT-LLM."""
