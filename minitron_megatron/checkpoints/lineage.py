@@ -30,6 +30,7 @@ _KINDS = (
     _Kind("pruned", frozenset({"model", "target", "drop_layers"}), "model.path"),
     _Kind("exported", frozenset({"model", "max_shard_gb"}), "model.path"),
     _Kind("imported", frozenset({"hf"}), "hf"),
+    _Kind("imported from NeMo", frozenset({"nemo"}), "nemo"),
 )
 
 
