@@ -34,7 +34,7 @@ from minitron_megatron.config import (
 from minitron_megatron.console import console, print_table
 from minitron_megatron.data.datasets import Data, check_enough, data_digest, open_data
 from minitron_megatron.errors import UserError
-from minitron_megatron.evaluate.perplexity import RESULTS
+from minitron_megatron.evaluate.evaluate import RESULTS
 from minitron_megatron.launcher import compose
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.build import check_layout, check_sequence
