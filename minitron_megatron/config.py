@@ -28,9 +28,9 @@ def option(default: Any, doc: str, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def group(kind: type) -> Any:
-    """A nested config."""
-    return field(default_factory=kind)
+def group(kind: type, doc: str = "") -> Any:
+    """A nested config; a model that a command can do without has its line of documentation here."""
+    return field(default_factory=kind, metadata={"doc": doc})
 
 
 @dataclass
@@ -690,12 +690,15 @@ class EvaluateConfig(CommandConfig):
     hf: str | None = option(
         None, "in place of model=: a Hugging Face folder, judged on tasks= by the harness's own transformers backend"
     )
-    teacher: ModelConfig = group(ModelConfig)
+    teacher: ModelConfig = group(
+        ModelConfig, "model folder that model= is compared with on the data: KL divergence, agreement"
+    )
     data: EvaluateDataConfig = group(EvaluateDataConfig)
     split: str = option("validation", "which split", ("train", "validation"))
     samples: int | None = option(None, "at most so many windows of data.sequence_length tokens; all if not given")
     tasks: Any = option(
-        [], "tasks or groups of lm-evaluation-harness, or paths of task files: [name,…], or with examples {name: 5, …}"
+        None,
+        "tasks or groups of lm-evaluation-harness, or paths of task files: [name,…], or with examples {name: 5, …}",
     )
     fewshot: int | None = option(
         None, "examples before each question of tasks that tasks= gives no number for; the task's own if not given"

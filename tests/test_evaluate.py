@@ -1,19 +1,20 @@
 """launch/evaluate.py: the same figures in every layout, and the same answers as lm-evaluation-harness's own backend."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from minitron_megatron.checkpoints.folder import open_model_folder
+from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
 from minitron_megatron.checkpoints.hf import export_hf
 from minitron_megatron.config import BatchConfig, EvaluateConfig, EvaluateDataConfig, ExportHfConfig, ModelConfig
 from minitron_megatron.data.datasets import Windows, open_data
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.evaluate import evaluate
-from minitron_megatron.evaluate.harness import wanted_tasks
+from minitron_megatron.evaluate.harness import load
 from tests.test_commands import error_of, run
 from tests.test_layers import TASK, WORDS, question
 from tests.test_models import names
@@ -39,11 +40,14 @@ doc_to_text: ""
 doc_to_target: "{{{{text}}}}"
 metric_list: [{{metric: word_perplexity}}]
 """
+NEXT = TASK.replace("multiple_choice", "loglikelihood").replace(
+    "{{metric: acc}}, {{metric: acc_norm}}", "{{metric: perplexity}}, {{metric: acc}}"
+)
+NEXT += "num_fewshot: 0\n"
 LAYOUTS = [
     (2, {"tensor": 2, "sequence": True}),
     (2, {"pipeline": 2}),
-    (2, {}),
-    (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    pytest.param(2, {}, marks=pytest.mark.slow),
 ]
 
 
@@ -58,7 +62,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tasks(made, tmp_path_factory):
-    """Task files: choices of a word, of single tokens, generated text (some answers right), perplexity of whole texts."""
+    """Task files: choices of words, of single tokens, what follows, generated text (some right), perplexity of whole texts."""
     (student, _), (path, _), _ = made
     folder = tmp_path_factory.mktemp("tasks")
     from minitron_megatron.data.tokenizer import load_tokenizer
@@ -81,8 +85,11 @@ def tasks(made, tmp_path_factory):
     ]
     letters = [{**q, "choices": ["a", "b", "c", "d"], "answer": i % 4} for i, q in enumerate(questions)]
     long = [{"text": " ".join(WORDS * n)} for n in (1, 8)]
-    documents = {"words": questions, "letters": letters, "write": written, "read": long}
-    templates = {"words": TASK, "letters": TASK, "write": WRITE, "read": READ}
+    # What is most probable comes out as such, and what is not does not.
+    following = [{"context": t, "choices": [], "answer": a[:2]} for t, a in zip(texts, answers, strict=True)]
+    following += [{"context": q["context"], "choices": [], "answer": q["choices"][0]} for q in questions]
+    documents = {"words": questions, "letters": letters, "write": written, "read": long, "next": following}
+    templates = {"words": TASK, "letters": TASK, "write": WRITE, "read": READ, "next": NEXT}
     files = {}
     for name, lines in documents.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -127,7 +134,11 @@ def wanted(made):
     }
 
 
-@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS, ids=names)
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [*LAYOUTS, pytest.param(2, {"pipeline": 2, "virtual_pipeline": 2}, marks=pytest.mark.slow)],
+    ids=names,
+)
 def test_loss_and_divergence_are_those_of_whole_logits_in_every_layout(gloo, made, wanted, tmp_path, ranks, layout):
     _, (path, teacher), data = made
     found = run_in(gloo, ranks, layout, config(path, tmp_path / "out", data, teacher=ModelConfig(path=str(teacher))))
@@ -148,15 +159,97 @@ def by_transformers(made, tasks, tmp_path_factory):
     return results(folder / "out")
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(1, {}), *LAYOUTS[:3]], ids=names)
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [pytest.param(1, {}, marks=pytest.mark.slow), *LAYOUTS],
+    ids=names,
+)
 def test_tasks_say_what_the_harness_says_of_the_exported_folder(
     gloo, made, tasks, by_transformers, tmp_path, ranks, layout
 ):
     _, (path, _), data = made
     cfg = config(path, tmp_path / "out", data, tasks=list(tasks.values()), fewshot=1, prompts=2)
     found = run_in(gloo, ranks, layout, cfg)
-    assert {**found["tasks"], "read": 0} == {**by_transformers["tasks"], "read": 0}
-    read = found["tasks"]["read"]["word_perplexity"]
-    assert read == pytest.approx(by_transformers["tasks"]["read"]["word_perplexity"], rel=1e-5)
-    assert 0 < found["tasks"]["write"]["exact_match"] < 1 and found["tasks"]["words"]["fewshot"] == 1
+    theirs = by_transformers["tasks"]
+    assert found["tasks"].keys() == theirs.keys() == set(tasks)
+    for name, figures in found["tasks"].items():
+        # Whatever is no count of right answers comes out of log-likelihoods.
+        assert figures == pytest.approx(theirs[name], rel=1e-5), name
+        assert {key: figures[key] for key in figures if key.startswith(("acc", "exact"))} == {
+            key: theirs[name][key] for key in theirs[name] if key.startswith(("acc", "exact"))
+        }
+    assert 0 < theirs["write"]["exact_match"] < 1 and 0 < theirs["next"]["acc"] < 1 and theirs["words"]["fewshot"] == 1
     assert found["lm_eval"] == by_transformers["lm_eval"] and found["loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "nothing to evaluate: give data.path="),
+        ({"tasks": {"winogrande": -1}}, "must be a list of names, or {name: examples"),
+        ({"tasks": [["winogrande"]]}, "must be a list of names"),
+        ({"tasks": "winogrande", "teacher": ModelConfig(path="x")}, "teacher= is compared on data: give data.path="),
+        ({"tasks": "winogrande", "hf": "x"}, "hf= and model=: a Hugging Face folder is judged on tasks= alone"),
+        (
+            {"tasks": "winogrande", "hf": "x", "model": ModelConfig()},
+            "hf=x has no config.json with .safetensors weights",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, options, says):
+    cfg = EvaluateConfig(**{"output": str(tmp_path / "out"), "model": ModelConfig(path="y"), **options})
+    with pytest.raises(UserError, match=says) as error:
+        evaluate(cfg)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_task_that_runs_what_a_model_writes_must_be_confirmed(made, tasks, tmp_path, monkeypatch):
+    """Before the task's own code runs: here it would fail."""
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    file = tmp_path / "code.yaml"
+    file.write_text(Path(tasks["write"]).read_text() + "unsafe_code: true\nprocess_results: !function code.judge\n")
+    with pytest.raises(UserError, match="runs code that the model writes: set confirm_run_unsafe_code=true"):
+        load({str(file): 0}, fewshot=None, seed=1)
+    assert "HF_ALLOW_CODE_EVAL" not in os.environ
+    (tmp_path / "code.py").write_text(
+        "import os\nallowed = os.environ['HF_ALLOW_CODE_EVAL']\ndef judge(doc, said): pass\n"
+    )
+    loaded = load({str(file): 2}, fewshot=None, seed=1, unsafe=True)
+    assert loaded.tasks["write"].get_config("num_fewshot") == 2
+
+
+def test_examples_of_each_task_and_groups(tasks, tmp_path):
+    """A number of its own goes before fewshot=; a group gives its tasks, and says what enters its figure."""
+    group = tmp_path / "both.yaml"
+    group.write_text(
+        f"group: both\ntask: [{tasks['words']}, {tasks['letters']}]\naggregate_metric_list: [{{metric: acc}}]\n"
+    )
+    loaded = load({str(group): 3, tasks["write"]: None}, fewshot=1, seed=1)
+    assert {name: t.get_config("num_fewshot") for name, t in loaded.tasks.items()} == {
+        "words": 3,
+        "letters": 3,
+        "write": 1,
+    }
+    assert loaded.part_of == {"words": "both", "letters": "both"}
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun(made, tasks, tmp_path):
+    """Data, teacher and tasks at once, planned first; unknown tasks end with one line and status 2; the suite is known."""
+    _, (path, teacher), data = made
+    words = ("evaluate", f"model={path}", f"teacher={teacher}", f"data.path={data}", "data.sequence_length=32")
+    words = (*words, f"tasks={{{tasks['words']}:2,{tasks['write']}:0}}", "limit=4", f"output={tmp_path / 'out'}")
+    plan = run(*words, "dry_run=true")
+    assert plan.returncode == 0 and "words, write" in plan.stdout and not (tmp_path / "out").exists(), plan.stderr
+    done = run(*words, "parallel.pipeline=2", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "exact_match" in done.stdout and "agreement" in done.stdout
+    found = results(tmp_path / "out")
+    assert found["tasks"]["words"]["fewshot"] == 2 and found["tasks"]["words"]["questions"] == 4 and found["kl"] > 0
+    assert read_manifest(tmp_path / "out")["inputs"].keys() == {"model", "teacher", "data"}
+    assert "complete already" in run(*words).stdout
+    unknown = run("evaluate", f"model={path}", "tasks=[winograde]", f"output={tmp_path / 'no'}")
+    assert "did you mean winogrande?" in error_of(unknown) and not (tmp_path / "no").exists()
+    suite = run("evaluate", f"model={path}", "suite=article", "dry_run=true", f"output={tmp_path / 'no'}")
+    # The first of its tasks whose data are not here.
+    assert "tasks=[winogrande]: the task or its data cannot be loaded here" in error_of(suite)

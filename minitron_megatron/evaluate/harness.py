@@ -18,8 +18,11 @@ import numpy as np
 
 from minitron_megatron.data.questions import lengths, margin
 from minitron_megatron.errors import UserError
+from minitron_megatron.launcher import CONF
 
 log = logging.getLogger(__name__)
+# Tasks that the harness does not have.
+OWN = CONF / "lm_eval"
 _METRICS = {"none": "acc", "characters": "acc_norm", "bytes": "acc_bytes"}
 
 
@@ -87,8 +90,9 @@ class Loaded:
 
 
 def wanted_tasks(tasks: Any) -> dict[str, int | None]:
-    """Examples by name for what `tasks=` says: a list of names, or a mapping. Raises UserError."""
-    given = dict.fromkeys(tasks) if isinstance(tasks, list) and all(isinstance(n, str) for n in tasks) else tasks
+    """Examples by name for what `tasks=` says: a name, a list of them, or a mapping. Raises UserError."""
+    names = [tasks] if isinstance(tasks, str) else tasks or []
+    given = dict.fromkeys(names) if isinstance(names, list) and all(isinstance(n, str) for n in names) else names
     fine = isinstance(given, dict) and all(
         isinstance(name, str) and (shots is None or (type(shots) is int and shots >= 0))
         for name, shots in given.items()
@@ -136,7 +140,7 @@ def _each(
     random.seed(seed)
     np.random.seed(seed)
     # Reading the index of its 14,000 tasks takes seconds.
-    manager = TaskManager(include_defaults=not all(Path(name).is_file() for name, _ in wanted))
+    manager = TaskManager(include_path=OWN, include_defaults=not all(Path(name).is_file() for name, _ in wanted))
     for name, shots in wanted:
         loaded = _load(manager, name, unsafe)
         for task in loaded["tasks"].values():
@@ -156,17 +160,21 @@ def _set_examples(task: Any, shots: int | None) -> None:
 
 
 def _load(manager: Any, name: str, unsafe: bool) -> dict[str, Any]:
+    from lm_eval.tasks._index import TaskIndex
+
     if not Path(name).is_file() and name not in manager.all_tasks:
         near = difflib.get_close_matches(name, manager.all_tasks, n=1)
         hint = f"did you mean {near[0]}?" if near else "give a name of lm-evaluation-harness, or a task file"
         raise UserError(f"tasks=[{name}] is no task of lm-evaluation-harness: {hint}")
-    entry = manager.task_index.get(name)
-    if entry is not None and (entry.cfg or {}).get("unsafe_code"):
-        # Loading such a task runs code already, to see whether it may.
-        _check_unsafe(name, unsafe)
     try:
+        entry = manager.task_index.get(name) or TaskIndex.entry_from_path(Path(name))
+        if entry is not None and (entry.cfg or {}).get("unsafe_code"):
+            # Loading such a task runs code already, to see whether it may.
+            _check_unsafe(name, unsafe)
         with offline():
             return manager.load([name])
+    except UserError:
+        raise
     except Exception as error:  # tasks are programs of their own, with as many ways to fail
         raise UserError(
             f"tasks=[{name}]: the task or its data cannot be loaded here ({' '.join(str(error).split())[:160]}): put the "
