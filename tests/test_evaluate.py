@@ -14,7 +14,7 @@ from minitron_megatron.config import BatchConfig, EvaluateConfig, EvaluateDataCo
 from minitron_megatron.data.datasets import Windows, open_data
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.evaluate import evaluate
-from minitron_megatron.evaluate.harness import load
+from minitron_megatron.evaluate.harness import Loaded, load
 from tests.test_commands import error_of, run
 from tests.test_layers import TASK, WORDS, question
 from tests.test_models import names
@@ -207,30 +207,33 @@ def test_a_task_that_runs_what_a_model_writes_must_be_confirmed(made, tasks, tmp
     """Before the task's own code runs: here it would fail."""
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     file = tmp_path / "code.yaml"
-    file.write_text(Path(tasks["write"]).read_text() + "unsafe_code: true\nprocess_results: !function code.judge\n")
+    file.write_text(Path(tasks["write"]).read_text() + "unsafe_code: true\nprocess_results: !function judging.judge\n")
     with pytest.raises(UserError, match="runs code that the model writes: set confirm_run_unsafe_code=true"):
         load({str(file): 0}, fewshot=None, seed=1)
     assert "HF_ALLOW_CODE_EVAL" not in os.environ
-    (tmp_path / "code.py").write_text(
+    (tmp_path / "judging.py").write_text(
         "import os\nallowed = os.environ['HF_ALLOW_CODE_EVAL']\ndef judge(doc, said): pass\n"
     )
     loaded = load({str(file): 2}, fewshot=None, seed=1, unsafe=True)
     assert loaded.tasks["write"].get_config("num_fewshot") == 2
 
 
-def test_examples_of_each_task_and_groups(tasks, tmp_path):
-    """A number of its own goes before fewshot=; a group gives its tasks, and says what enters its figure."""
-    group = tmp_path / "both.yaml"
-    group.write_text(
-        f"group: both\ntask: [{tasks['words']}, {tasks['letters']}]\naggregate_metric_list: [{{metric: acc}}]\n"
-    )
-    loaded = load({str(group): 3, tasks["write"]: None}, fewshot=1, seed=1)
-    assert {name: t.get_config("num_fewshot") for name, t in loaded.tasks.items()} == {
-        "words": 3,
-        "letters": 3,
-        "write": 1,
-    }
-    assert loaded.part_of == {"words": "both", "letters": "both"}
+def test_a_tasks_own_number_of_examples_goes_before_fewshot(tasks):
+    loaded = load({tasks["words"]: 3, tasks["write"]: None}, fewshot=1, seed=1)
+    assert {name: t.get_config("num_fewshot") for name, t in loaded.tasks.items()} == {"words": 3, "write": 1}
+
+
+def test_parts_of_a_group_are_told_from_what_stands_alone():
+    from types import SimpleNamespace
+
+    from lm_eval.api.group import Group
+
+    whole = Group("whole", aggregate_metric_list=[SimpleNamespace(metric="acc")])
+    inner, part, lone = Group("inner"), SimpleNamespace(task_name="part"), SimpleNamespace(task_name="lone")
+    inner.add(part)
+    whole.add(inner)
+    loaded = Loaded({"part": part, "lone": lone}, {"whole": whole, "inner": inner})
+    assert loaded.part_of == {"part": "whole", "inner": "whole"}
 
 
 @pytest.mark.slow

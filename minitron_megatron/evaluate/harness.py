@@ -160,15 +160,16 @@ def _set_examples(task: Any, shots: int | None) -> None:
 
 
 def _load(manager: Any, name: str, unsafe: bool) -> dict[str, Any]:
-    from lm_eval.tasks._index import TaskIndex
+    from lm_eval.tasks._yaml_loader import load_yaml
 
     if not Path(name).is_file() and name not in manager.all_tasks:
         near = difflib.get_close_matches(name, manager.all_tasks, n=1)
         hint = f"did you mean {near[0]}?" if near else "give a name of lm-evaluation-harness, or a task file"
         raise UserError(f"tasks=[{name}] is no task of lm-evaluation-harness: {hint}")
     try:
-        entry = manager.task_index.get(name) or TaskIndex.entry_from_path(Path(name))
-        if entry is not None and (entry.cfg or {}).get("unsafe_code"):
+        entry = manager.task_index.get(name)
+        said = entry.cfg if entry else load_yaml(Path(name), resolve_func=False)
+        if (said or {}).get("unsafe_code"):
             # Loading such a task runs code already, to see whether it may.
             _check_unsafe(name, unsafe)
         with offline():
