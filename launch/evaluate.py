@@ -1,4 +1,4 @@
-"""Perplexity of a model on a data folder. `python launch/evaluate.py --help` lists the options."""
+"""Perplexity, distance to a teacher, tasks of lm-evaluation-harness. `python launch/evaluate.py --help` lists the options."""
 
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.launcher import command
@@ -6,7 +6,7 @@ from minitron_megatron.launcher import command
 
 def main(cfg: EvaluateConfig) -> None:
     """Heavy imports wait until the options are checked."""
-    from minitron_megatron.evaluate.perplexity import evaluate
+    from minitron_megatron.evaluate.evaluate import evaluate
 
     evaluate(cfg)
 

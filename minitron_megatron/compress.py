@@ -32,7 +32,7 @@ from minitron_megatron.config import (
 from minitron_megatron.console import console, print_table
 from minitron_megatron.data.datasets import check_enough, data_digest
 from minitron_megatron.errors import UserError
-from minitron_megatron.evaluate.perplexity import RESULTS
+from minitron_megatron.evaluate.evaluate import RESULTS
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.build import check_layout, check_sequence
 from minitron_megatron.models.shape import ModelShape

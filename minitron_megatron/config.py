@@ -28,9 +28,9 @@ def option(default: Any, doc: str, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def group(kind: type) -> Any:
-    """A nested config."""
-    return field(default_factory=kind)
+def group(kind: type, doc: str = "") -> Any:
+    """A nested config; a model that a command can do without has its line of documentation here."""
+    return field(default_factory=kind, metadata={"doc": doc})
 
 
 @dataclass
@@ -690,13 +690,36 @@ def tokens_of_run(cfg: TrainingConfig | CacheTeacherConfig) -> int:
 
 
 @dataclass
+class EvaluateDataConfig(DataConfig):
+    """Tokenised text for the perplexity."""
+
+    path: Any = option(None, "data folder or blend, for loss, perplexity and teacher=")
+
+
+@dataclass
 class EvaluateConfig(CommandConfig):
-    """Perplexity of a model on a data folder."""
+    """Perplexity of a model on a data folder, its KL divergence to a teacher there, and tasks of lm-evaluation-harness."""
 
     model: ModelConfig = group(ModelConfig)
-    data: DataConfig = group(DataConfig)
+    hf: str | None = option(
+        None, "in place of model=: a Hugging Face folder, judged on tasks= by the harness's own transformers backend"
+    )
+    teacher: ModelConfig = group(
+        ModelConfig, "model folder that model= is compared with on the data: KL divergence, agreement"
+    )
+    data: EvaluateDataConfig = group(EvaluateDataConfig)
     split: str = option("validation", "which split", ("train", "validation"))
     samples: int | None = option(None, "at most so many windows of data.sequence_length tokens; all if not given")
+    tasks: Any = option(
+        None,
+        "tasks or groups of lm-evaluation-harness, or paths of task files: [name,…], or with examples {name: 5, …}",
+    )
+    fewshot: int | None = option(
+        None, "examples before each question of tasks that tasks= gives no number for; the task's own if not given"
+    )
+    limit: int | None = option(None, "at most so many questions of each task; all if not given")
+    prompts: int = option(16, "tasks that generate: prompts that a data-parallel rank answers at once")
+    confirm_run_unsafe_code: bool = option(False, "run what the model writes, for tasks that judge it so, such as mbpp")
     trainer: BatchConfig = group(BatchConfig)
 
 
@@ -1017,7 +1040,7 @@ _POSITIVE = frozenset(
     decay_share window stop_after recompute_num_layers bucket_size keep_last time_limit_minutes world_size nvlink_gpus
     memory_gib bf16_tflops fp8_tflops fp32_tflops memory_gb_s nvlink_gb_s network_gb_s host_gb_s launch_ms efficiency
     teacher_ahead logits_mib micro_batches parameters non_embedding_parameters flops_per_token latency_ms batch
-    weight_bytes cache_bytes multiple power keep factor candidate input_length output_length""".split()
+    weight_bytes cache_bytes multiple power keep factor candidate input_length output_length prompts""".split()
 )
 _NOT_NEGATIVE = frozenset(
     """min_lr warmup_steps warmup_tokens loss_factor grad_norm_factor weight_decay clip_grad validation_interval

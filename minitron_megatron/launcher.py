@@ -363,9 +363,12 @@ def _shown(config_class: type[CommandConfig]) -> list[Option]:
         first, dot, last = o.name.partition(".")
         if dot and first in MODEL_OPTIONS:
             if last == "path":
-                shown.insert(
-                    0, Option(first, "str", REQUIRED, "model folder, or a preset where weights are not needed", ())
-                )
+                doc = config_class.__dataclass_fields__[first].metadata["doc"]
+                if doc:
+                    shown.append(Option(first, "str", None, doc, ()))
+                else:
+                    doc = "model folder, or a preset where weights are not needed"
+                    shown.insert(0, Option(first, "str", REQUIRED, doc, ()))
             elif last == "engine":
                 shown.append(o)
             continue

@@ -6,7 +6,7 @@ Brings the rooms together: samples (data), variants in one pass (importance), lm
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,9 @@ def analyse_layers(cfg: LayersConfig) -> None:
     with measuring(cfg, layout, folder, data, inputs) as out:
         if out.done:
             return
-        sources, requests = _on_rank_zero(lambda: _sources(cfg, folder, file))
+        made = collectives.from_rank_zero(lambda: _sources(cfg, folder, file))
+        sources, requests = made or (None, [])
+        requests = collectives.broadcast_object(requests)
         flat = [request for of_source in requests for request in of_source]
         measured = LayerMeasurement(folder, layout, cfg, blocks).measure(data, count, flat)
         _check_finite(measured, folder)
@@ -98,22 +100,6 @@ def _sources(
         raise UserError(f"questions= and tasks= have {twice} twice: leave one out")
     tokenizer = load_tokenizer(folder.path)
     return sources, [encode_all(tokenizer, source, folder.shape.max_position_embeddings) for source in sources]
-
-
-def _on_rank_zero(
-    make: Callable[[], tuple[list[QuestionSource], list[list[Request]]]],
-) -> tuple[list[QuestionSource] | None, list[list[Request]]]:
-    """Sources on rank 0 alone, which reads files and the harness; their requests, or what is wrong, on every rank."""
-    sources, requests, problem = None, [], None
-    if collectives.is_rank_zero():
-        try:
-            sources, requests = make()
-        except UserError as error:
-            problem = str(error)
-    problem, requests = collectives.broadcast_object((problem, requests))
-    if problem is not None:
-        raise UserError(problem)
-    return sources, requests
 
 
 def _check_finite(measured: Measured, folder: ModelFolder) -> None:

@@ -19,7 +19,7 @@ def measuring(
     cfg: CommandConfig,
     layout: Layout,
     folder: ModelFolder,
-    data: Data,
+    data: Data | None,
     inputs: Mapping[str, str],
     *,
     continues: bool = False,
@@ -29,7 +29,7 @@ def measuring(
     Args:
         cfg: the command's options.
         layout: of the model.
-        folder, data: what is read.
+        folder, data: what is read; None where there are no data.
         inputs: digests of it, for the manifest.
         continues: whether a killed command's folder is continued (checkpoints/folder.py).
 
@@ -39,7 +39,8 @@ def measuring(
     with parallel_job(layout, seed=cfg.seed, device=cfg.device):
         if cfg.verify:
             verify_digest(folder)
-            verify_data(data)
+            if data is not None:
+                verify_data(data)
         with output_folder(
             cfg.output,
             command=command_line(),

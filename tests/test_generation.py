@@ -48,11 +48,11 @@ def wanted(model):
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
-        (1, {}),
+        pytest.param(1, {}, marks=pytest.mark.slow),
         (2, {"tensor": 2, "sequence": True}),
-        (2, {"pipeline": 2}),
+        pytest.param(2, {"pipeline": 2}, marks=pytest.mark.slow),
         (2, {"pipeline": 2, "virtual_pipeline": 2}),
-        (2, {}),
+        pytest.param(2, {}, marks=pytest.mark.slow),
     ],
     ids=names,
 )

@@ -229,7 +229,7 @@ def test_all_three_judges_find_layers_that_do_nothing(planted, tmp_path):
 
 def test_the_whole_models_loss_is_what_evaluate_measures(plain, tmp_path):
     from minitron_megatron.config import EvaluateConfig
-    from minitron_megatron.evaluate.perplexity import evaluate
+    from minitron_megatron.evaluate.evaluate import evaluate
 
     _, path, data, _ = plain
     analyse_layers(config(path, data, tmp_path / "layers", block=3))

@@ -35,7 +35,7 @@ from minitron_megatron.config import (
     number_of_steps,
 )
 from minitron_megatron.errors import UserError
-from minitron_megatron.evaluate.perplexity import evaluate
+from minitron_megatron.evaluate.evaluate import evaluate
 from minitron_megatron.models.axes import flops_per_token, slots
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train import checkpoint

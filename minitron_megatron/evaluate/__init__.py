@@ -1,1 +1,1 @@
-"""Judging a model: perplexity on a data folder."""
+"""Judging a model: perplexity, distance to a teacher, tasks of lm-evaluation-harness."""

@@ -1,74 +1,100 @@
-"""Perplexity of a model on a split: every token once, over the full vocabulary, the same number in any layout."""
+"""Loss and perplexity on a split, and the distance to a teacher there: every token once, the same numbers in any layout."""
 
-import json
+import itertools
 import math
-import time
+from collections.abc import Sequence
 
-from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open_model_folder
-from minitron_megatron.checkpoints.weights import check_weights, load_model
+import torch
+
+from minitron_megatron.checkpoints.folder import ModelFolder
+from minitron_megatron.checkpoints.weights import load_model
 from minitron_megatron.config import EvaluateConfig
-from minitron_megatron.console import print_table, progress
-from minitron_megatron.data.datasets import Data, MicroBatches, Windows, open_data
+from minitron_megatron.console import progress
+from minitron_megatron.data.datasets import Data, MicroBatches, Windows
+from minitron_megatron.distill.losses import DistillationLoss, Divergence
+from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.errors import UserError
-from minitron_megatron.launcher import resolved_config
-from minitron_megatron.measuring import measuring
-from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype, pick_engine
-from minitron_megatron.models.loss import summed_loss
+from minitron_megatron.models.build import build_model_chunks, model_dtype
+from minitron_megatron.models.forward import labels_of
+from minitron_megatron.models.loss import summed_loss, summed_terms
+from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import Layout, pick_device
+from minitron_megatron.parallel.layout import Layout
 
-RESULTS = "results.json"
-
-
-def evaluate(cfg: EvaluateConfig) -> None:
-    """`launch/evaluate.py`: loss and perplexity into results.json of the output folder."""
-    layout = Layout.from_config(cfg.parallel)
-    folder = open_model_folder(cfg.model.folder("model"))
-    check_layout(folder.shape, layout)
-    check_sequence(cfg.data.sequence_length, layout)
-    check_weights(folder)
-    data = open_data(cfg.data.path, cfg.split, folder.shape, cfg.data.sequence_length)
-    windows = Windows(data, cfg.split, cfg.data.sequence_length)
-    count = min(len(windows), cfg.samples or len(windows))
-    inputs = {"model": folder.digest, "data": data.digest}
-    device = pick_device(cfg.device)
-    if cfg.dry_run:
-        check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
-        print_table("would be evaluated", ["", "value"], [["model", str(folder.path)], ["windows", count]])
-        return
-    pick_engine(cfg.model.engine, layout, model_dtype(folder.shape, cfg.precision), device)
-    with measuring(cfg, layout, folder, data, inputs) as out:
-        if out.done:
-            return
-        out.results = measure(folder, data, layout, cfg, count)
-        if collectives.is_rank_zero():
-            (out.path / RESULTS).write_text(json.dumps(out.results, indent=2) + "\n", encoding="utf-8")
-    print_table(f"{folder.path} on {cfg.data.path}, {cfg.split}", ["", "value"], list(out.results.items()))
+# Micro-batches a stage whose final states of the teacher are kept at once, where there is a pipeline.
+_AHEAD = 4
 
 
-def measure(folder: ModelFolder, data: Data, layout: Layout, cfg: EvaluateConfig, count: int) -> dict[str, float]:
-    """Mean negative log likelihood (nats a token), perplexity and tokens over the first `count` windows."""
+def perplexity(
+    chunks: Sequence[torch.nn.Module],
+    shape: ModelShape,
+    teacher: ModelFolder | None,
+    data: Data,
+    layout: Layout,
+    cfg: EvaluateConfig,
+    count: int,
+) -> dict[str, float]:
+    """Mean negative log likelihood (nats a token), perplexity and tokens over the first `count` windows, on every rank.
 
-    began = time.monotonic()
-    chunks = build_model_chunks(folder.shape, layout, model_dtype(folder.shape, cfg.precision), cfg.model.engine)
-    load_model(chunks, folder)
+    With a teacher also `kl`, the mean of KL(teacher ‖ model) in nats a token over the whole vocabulary, and `agreement`, the
+    share of tokens whose most probable successor is the same. Raises UserError where the loss is not finite.
+    """
     windows = Windows(data, cfg.split, cfg.data.sequence_length)
     batches = MicroBatches.of_this_rank(windows, range(count), cfg.trainer.micro_batch_size, layout)
-
-    with progress("evaluate", len(batches) * len(chunks), unit="micro-batches") as advance:
-        nll, tokens = summed_loss(
-            chunks,
-            batches,
-            micro_batch_size=cfg.trainer.micro_batch_size,
-            sequence_length=cfg.data.sequence_length,
-            vocab_size=folder.shape.vocab_size,
-            before=lambda batch: advance(1),
-        )
+    size = {"micro_batch_size": cfg.trainer.micro_batch_size, "sequence_length": cfg.data.sequence_length}
+    with progress("perplexity", len(batches) * len(chunks), unit="micro-batches") as advance:
+        size["before"] = lambda batch: advance(1)
+        if teacher is None:
+            nll, tokens = summed_loss(chunks, batches, vocab_size=shape.vocab_size, **size)
+            compared = {}
+        else:
+            beside = _teacher(teacher, layout, cfg)
+            nll, kl, agreed, tokens = _with_teacher(chunks, beside, batches, shape.vocab_size, layout, size)
+            compared = {"kl": kl / tokens, "agreement": agreed / tokens}
     if not math.isfinite(nll):
-        raise UserError(f"model={folder.path}: the loss is {nll}; the weights or precision= are at fault")
-    return {
-        "loss": nll / tokens,
-        "perplexity": math.exp(min(nll / tokens, 700)),
-        "tokens": int(tokens),
-        "seconds": round(time.monotonic() - began, 2),
-    }
+        raise UserError(f"model={cfg.model.path}: the loss is {nll}; the weights or precision= are at fault")
+    loss = nll / tokens
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": int(tokens), **compared}
+
+
+def check_teacher(teacher: ModelShape, model: ModelShape) -> None:
+    """Raise UserError unless both say how probable each of the same tokens is."""
+    if teacher.vocab_size != model.vocab_size:
+        raise UserError(
+            f"teacher= has a vocabulary of {teacher.vocab_size}, model= of {model.vocab_size}: their distributions can only be "
+            "compared over the same one; leave teacher= out"
+        )
+
+
+def _teacher(folder: ModelFolder, layout: Layout, cfg: EvaluateConfig) -> Teacher:
+    """The teacher with its weights, in the model's layout."""
+    frozen = build_model_chunks(folder.shape, layout, model_dtype(folder.shape, cfg.precision), cfg.teacher.engine)
+    load_model(frozen, folder)
+    return Teacher(frozen, pipelined=layout.pipeline > 1)
+
+
+def _with_teacher(
+    chunks: Sequence[torch.nn.Module],
+    teacher: Teacher,
+    batches: MicroBatches,
+    vocab_size: int,
+    layout: Layout,
+    size: dict,
+) -> list[float]:
+    """Sums of the negative log likelihood, the divergence and the agreement over all tokens, and their number.
+
+    With a pipeline the teacher runs some micro-batches, then the model the same ones.
+    """
+    over = {"vocab_size": vocab_size, "group": collectives.tensor_parallel_group()}
+
+    def loss(batch: dict[str, torch.Tensor]) -> DistillationLoss:
+        targets = teacher.targets(batch, "evaluate")
+        return DistillationLoss(targets, Divergence(), labels=labels_of(batch), measure=True, **over)
+
+    names, sums = ("cross_entropy", "divergence", "agreement"), [0.0] * 4
+    remaining = iter(batches)
+    while some := list(itertools.islice(remaining, _AHEAD * layout.pipeline)):
+        here = [{name: tensor.to(torch.cuda.current_device()) for name, tensor in batch.items()} for batch in some]
+        teacher.run_ahead(here)
+        sums = [a + b for a, b in zip(sums, summed_terms(chunks, here, names, loss, **size), strict=True)]
+    return sums

@@ -1,11 +1,11 @@
-"""The loss of a live model in any layout: negative log likelihood, summed over tokens in float64."""
+"""Figures of a live model in any layout, summed over tokens in float64: negative log likelihood, and whatever a loss gives."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 
 from minitron_megatron.models.forward import Batch, forward_only, labels_of
-from minitron_megatron.models.head import Head, terms_of
+from minitron_megatron.models.head import Head, LossOfRows, terms_of
 from minitron_megatron.models.objective import CrossEntropy
 from minitron_megatron.parallel import collectives
 
@@ -21,14 +21,50 @@ def summed_loss(
 ) -> tuple[float, float]:
     """(sum of the negative log likelihood in nats, tokens) over all ranks' micro-batches, the same on every rank."""
     group = collectives.tensor_parallel_group()
+    nll, tokens = summed_terms(
+        chunks,
+        batches,
+        ("loss",),
+        lambda batch: CrossEntropy(labels_of(batch), vocab_size=vocab_size, group=group),
+        micro_batch_size=micro_batch_size,
+        sequence_length=sequence_length,
+        before=before,
+    )
+    return nll, tokens
+
+
+def summed_terms(
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[Batch],
+    names: Sequence[str],
+    loss: Callable[[Batch], LossOfRows],
+    *,
+    micro_batch_size: int,
+    sequence_length: int,
+    before: Callable[[Batch], None] = lambda batch: None,
+) -> list[float]:
+    """Terms of a loss by name, each summed over the tokens that count in all ranks' micro-batches, and how many these are.
+
+    Args:
+        chunks: this rank's model chunks.
+        batches: micro-batches of this data-parallel rank, as many on every rank.
+        names: terms that `loss` gives.
+        loss: makes terms of logits (models/head.py), of a micro-batch on this device; asked on the last stage, in order.
+        micro_batch_size, sequence_length: of the micro-batches.
+        before: called on every stage and chunk before it runs a micro-batch.
+
+    Returns:
+        As many sums as names, and the tokens; the same on every rank.
+    """
+    group = collectives.tensor_parallel_group()
 
     def collect(
         batch: Batch, *, hidden_states: torch.Tensor, output_layer: object, output_weight: object
     ) -> torch.Tensor:
-        head = Head.of(hidden_states, output_layer, output_weight, group)
-        nll = terms_of(head, CrossEntropy(labels_of(batch), vocab_size=vocab_size, group=group))["loss"]
+        terms = terms_of(Head.of(hidden_states, output_layer, output_weight, group), loss(batch))
         mask = batch["loss_mask"].t()
-        return torch.stack(((nll * mask).sum(dtype=torch.float64), mask.sum(dtype=torch.float64)))
+        sums = [(terms[name] * mask).sum(dtype=torch.float64) for name in names]
+        return torch.stack((*sums, mask.sum(dtype=torch.float64)))
 
     collected = forward_only(
         chunks,
@@ -39,6 +75,5 @@ def summed_loss(
         collect=collect,
         before=before,
     )
-    mine = sum((c.cpu() for c in collected), torch.zeros(2, dtype=torch.float64))
-    nll, tokens = collectives.sum_from_last_stage(mine.tolist())
-    return nll, tokens
+    mine = sum((c.cpu() for c in collected), torch.zeros(len(names) + 1, dtype=torch.float64))
+    return collectives.sum_from_last_stage(mine.tolist())

@@ -3,11 +3,13 @@
 Tensors are reduced in place and returned. Object collectives pickle: small control data only, never weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from minitron_megatron.errors import UserError
 
 
 def rank() -> int:
@@ -133,6 +135,20 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def from_rank_zero[T](make: Callable[[], T]) -> T | None:
+    """What rank 0 makes, there, and None elsewhere; what is wrong is raised as UserError on every rank."""
+    made, problem = None, None
+    if is_rank_zero():
+        try:
+            made = make()
+        except UserError as error:
+            problem = str(error)
+    problem = broadcast_object(problem)
+    if problem is not None:
+        raise UserError(problem)
+    return made
 
 
 def barrier() -> None:

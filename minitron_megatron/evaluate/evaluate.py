@@ -1,0 +1,210 @@
+"""What a model is worth: loss and distance to a teacher on a split, and tasks of lm-evaluation-harness; into results.json.
+
+model=FOLDER    in any layout, without an export: data.path= (perplexity), teacher= (KL), tasks= (evaluate/adapter.py)
+hf=FOLDER       an exported folder, in one process: tasks= alone, by the harness's own transformers backend
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open_model_folder, output_folder
+from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest
+from minitron_megatron.config import EvaluateConfig
+from minitron_megatron.console import print_table
+from minitron_megatron.data.datasets import Data, Windows, open_data
+from minitron_megatron.data.tokenizer import load_tokenizer
+from minitron_megatron.errors import UserError
+from minitron_megatron.evaluate.perplexity import check_teacher, perplexity
+from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.measuring import measuring
+from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype, pick_engine
+from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.layout import Layout, pick_device, world_size_from_env
+
+RESULTS = "results.json"
+
+
+def evaluate(cfg: EvaluateConfig) -> None:
+    """`launch/evaluate.py`: results.json in the output folder, and a table."""
+    _check_asked(cfg)
+    if cfg.hf is not None:
+        _evaluate_hf(cfg)
+        return
+    layout = Layout.from_config(cfg.parallel)
+    folder = open_model_folder(cfg.model.folder("model"))
+    teacher = open_model_folder(cfg.teacher.folder("teacher")) if cfg.teacher.path else None
+    for one in (folder, *([teacher] if teacher else [])):
+        check_layout(one.shape, layout)
+        check_weights(one)
+    if teacher:
+        check_teacher(teacher.shape, folder.shape)
+    data, count = _open_data(cfg, folder, layout)
+    if cfg.tasks:
+        load_tokenizer(folder.path)
+    device = pick_device(cfg.device)
+    digests = {"model": folder, "teacher": teacher, "data": data}
+    inputs = {name: there.digest for name, there in digests.items() if there is not None}
+    if cfg.dry_run:
+        _dry_run(cfg, inputs, {"model": str(folder.path), **({"windows": count} if data else {})})
+        return
+    for option, one in (("model", folder), ("teacher", teacher)):
+        if one is not None:
+            pick_engine(getattr(cfg, option).engine, layout, model_dtype(one.shape, cfg.precision), device, option)
+    with measuring(cfg, layout, folder, data, inputs) as out:
+        if out.done:
+            return
+        if cfg.verify and teacher:
+            verify_digest(teacher)
+        out.results = _measured(cfg, layout, folder, teacher, data, count)
+        _write(out.path, out.results)
+    _show(f"{folder.path}" + (f" on {cfg.data.path}, {cfg.split}" if data else ""), out.results)
+
+
+def _check_asked(cfg: EvaluateConfig) -> None:
+    """Raise UserError where what is asked for does not go together."""
+    from minitron_megatron.evaluate.harness import wanted_tasks
+
+    wanted_tasks(cfg.tasks)
+    if cfg.data.path is None and not cfg.tasks:
+        raise UserError("nothing to evaluate: give data.path= (perplexity), tasks=, or both")
+    if cfg.teacher.path is not None and cfg.data.path is None:
+        raise UserError(
+            "teacher= is compared on data: give data.path=, or leave teacher= out (evaluate it as model= on tasks=)"
+        )
+    if cfg.hf is None:
+        return
+    for name, given in (("model", cfg.model.path), ("data.path", cfg.data.path)):
+        if given is not None:
+            raise UserError(
+                f"hf= and {name}=: a Hugging Face folder is judged on tasks= alone, without either; give it to "
+                "launch/import_hf.py for the rest"
+            )
+    if world_size_from_env() > 1:
+        raise UserError(
+            "hf= runs in one process, as transformers does: start it with plain python, or import it and use model="
+        )
+
+
+def _open_data(cfg: EvaluateConfig, folder: ModelFolder, layout: Layout) -> tuple[Data | None, int]:
+    """The data, if any, and how many windows of them."""
+    if cfg.data.path is None:
+        return None, 0
+    check_sequence(cfg.data.sequence_length, layout)
+    data = open_data(cfg.data.path, cfg.split, folder.shape, cfg.data.sequence_length)
+    windows = len(Windows(data, cfg.split, cfg.data.sequence_length))
+    return data, min(windows, cfg.samples or windows)
+
+
+def _dry_run(cfg: EvaluateConfig, inputs: Mapping[str, str], found: Mapping[str, Any]) -> None:
+    check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
+    rows = [[name, value] for name, value in found.items()]
+    if cfg.tasks and int(os.environ.get("RANK", "0")) == 0:
+        loaded = _load(cfg)
+        rows += [
+            ["tasks", ", ".join(loaded.tasks)],
+            ["questions", sum(_questions(cfg, t) for t in loaded.tasks.values())],
+        ]
+    print_table("would be evaluated", ["", "value"], rows)
+
+
+def _questions(cfg: EvaluateConfig, task: Any) -> int:
+    return min(len(task.eval_docs), cfg.limit or len(task.eval_docs))
+
+
+def _load(cfg: EvaluateConfig) -> Any:
+    from minitron_megatron.evaluate.harness import load, wanted_tasks
+
+    wanted = wanted_tasks(cfg.tasks)
+    loaded = load(wanted, fewshot=cfg.fewshot, seed=cfg.seed, unsafe=cfg.confirm_run_unsafe_code)
+    writing = next((name for name, task in loaded.tasks.items() if task.OUTPUT_TYPE == "generate_until"), None)
+    if writing and cfg.parallel.context > 1:
+        raise UserError(
+            f"tasks=[{writing}] generates text, which parallel.context={cfg.parallel.context} cannot: use parallel.tensor"
+        )
+    return loaded
+
+
+def _measured(
+    cfg: EvaluateConfig,
+    layout: Layout,
+    folder: ModelFolder,
+    teacher: ModelFolder | None,
+    data: Data | None,
+    count: int,
+) -> dict[str, Any]:
+    """All figures, the same on every rank. Tasks are loaded first: what is wrong with them is known before weights are read."""
+    began = time.monotonic()
+    loaded = collectives.from_rank_zero(lambda: _load(cfg)) if cfg.tasks else None
+    chunks = build_model_chunks(folder.shape, layout, model_dtype(folder.shape, cfg.precision), cfg.model.engine)
+    load_model(chunks, folder)
+    found: dict[str, Any] = {}
+    if cfg.tasks:
+        found = _tasks(cfg, layout, folder, chunks, loaded)
+    if data is not None:
+        found = {**perplexity(chunks, folder.shape, teacher, data, layout, cfg, count), **found}
+    return {**found, "seconds": round(time.monotonic() - began, 2)}
+
+
+def _tasks(cfg: EvaluateConfig, layout: Layout, folder: ModelFolder, chunks: Any, loaded: Any) -> dict[str, Any]:
+    """What tasks say of a live model, on every rank."""
+    from minitron_megatron.evaluate.adapter import MegatronLM, Ranks
+    from minitron_megatron.evaluate.run_tasks import run_tasks
+
+    ranks = Ranks(
+        chunks,
+        layout,
+        folder.shape,
+        load_tokenizer(folder.path),
+        tokens_at_once=cfg.trainer.micro_batch_size * cfg.data.sequence_length,
+        prompts_at_once=cfg.prompts,
+        seed=cfg.seed,
+    )
+    found = ranks.on_rank_zero(lambda: run_tasks(MegatronLM(ranks), loaded, cfg))
+    return collectives.broadcast_object(found)
+
+
+def _evaluate_hf(cfg: EvaluateConfig) -> None:
+    """Tasks on a Hugging Face folder."""
+    from minitron_megatron.evaluate.hf import check_folder, digest_of, load_hf
+    from minitron_megatron.evaluate.run_tasks import run_tasks
+
+    folder = Path(cfg.hf)
+    check_folder(folder)
+    inputs = {"hf": digest_of(folder)}
+    if cfg.dry_run:
+        _dry_run(cfg, inputs, {"hf": str(folder)})
+        return
+    how = {"command": command_line(), "config": resolved_config(cfg), "inputs": inputs, "resume": cfg.resume}
+    with output_folder(cfg.output, **how) as out:
+        if out.done:
+            return
+        began, loaded = time.monotonic(), _load(cfg)
+        found = run_tasks(load_hf(folder, cfg), loaded, cfg)
+        out.results = {**found, "seconds": round(time.monotonic() - began, 2)}
+        _write(out.path, out.results)
+    _show(str(folder), out.results)
+
+
+def _write(folder: Path, results: Mapping[str, Any]) -> None:
+    if collectives.is_rank_zero():
+        (folder / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def _show(title: str, results: Mapping[str, Any]) -> None:
+    """Figures, then each task that is no part of a group's figure."""
+    plain = [[name, value] for name, value in results.items() if not isinstance(value, dict | list)]
+    print_table(title, ["", "value"], plain)
+    rows = []
+    for name, task in results.get("tasks", {}).items():
+        if "part_of" in task:
+            continue
+        about = {key: task.get(key, "") for key in ("fewshot", "questions")}
+        for metric, value in task.items():
+            if metric not in about and not metric.endswith("_stderr"):
+                rows.append([name, *about.values(), metric, value, task.get(f"{metric}_stderr", "")])
+    if rows:
+        print_table("tasks", ["task", "examples", "questions", "metric", "value", "±"], rows)

@@ -1,0 +1,258 @@
+"""launch/evaluate.py: the same figures in every layout, and the same answers as lm-evaluation-harness's own backend."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
+from minitron_megatron.checkpoints.hf import export_hf
+from minitron_megatron.config import BatchConfig, EvaluateConfig, EvaluateDataConfig, ExportHfConfig, ModelConfig
+from minitron_megatron.data.datasets import Windows, open_data
+from minitron_megatron.errors import UserError
+from minitron_megatron.evaluate.evaluate import evaluate
+from minitron_megatron.evaluate.harness import Loaded, load
+from tests.test_commands import error_of, run
+from tests.test_layers import TASK, WORDS, question
+from tests.test_models import names
+from tests.tiny import data_folder, hf_model, imported, model_option
+
+WRITE = """task: write
+dataset_path: json
+dataset_kwargs: {{data_files: {{train: {file}, validation: {file}}}}}
+output_type: generate_until
+training_split: train
+validation_split: validation
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{target}}}}"
+metric_list: [{{metric: exact_match, aggregation: mean}}]
+generation_kwargs: {{until: [{stop}], max_gen_toks: 12, do_sample: false}}
+"""
+READ = """task: read
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {file}}}}}
+output_type: loglikelihood_rolling
+validation_split: validation
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: word_perplexity}}]
+"""
+NEXT = TASK.replace("multiple_choice", "loglikelihood").replace(
+    "{{metric: acc}}, {{metric: acc_norm}}", "{{metric: perplexity}}, {{metric: acc}}"
+)
+NEXT += "num_fewshot: 0\n"
+LAYOUTS = [
+    (2, {"tensor": 2, "sequence": True}),
+    (2, {"pipeline": 2}),
+    pytest.param(2, {}, marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(student and teacher of transformers, their folders, data): the teacher is another model of other sizes."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    student, teacher = hf_model(1), hf_model(2, hidden_size=48, num_hidden_layers=5)
+    paths = imported(student, folder / "student"), imported(teacher, folder / "teacher")
+    return (student, teacher), paths, data_folder(folder / "data", paths[0])
+
+
+@pytest.fixture(scope="module")
+def tasks(made, tmp_path_factory):
+    """Task files: choices of words, of single tokens, what follows, generated text (some right), perplexity of whole texts."""
+    (student, _), (path, _), _ = made
+    folder = tmp_path_factory.mktemp("tasks")
+    from minitron_megatron.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    questions = [question(i) for i in range(1, 9)]
+    texts = [" ".join(WORDS[: 4 + 3 * i]) for i in range(5)]
+    answers = []
+    for text in texts:
+        ids = torch.tensor([tokenizer.encode(text)])
+        out = student.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=1)[0, ids.shape[1] :]
+        answers.append(tokenizer.decode(out, skip_special_tokens=True))
+    # A stop that is in an answer, over tokens' borders.
+    stop = next(
+        a[i : i + 2] for a in answers for i in range(3, len(a) - 1) if a[i : i + 2].isascii() and a[i : i + 2].isalnum()
+    )
+    written = [
+        {"text": t, "target": a.split(stop)[0] if i % 2 else "no"}
+        for i, (t, a) in enumerate(zip(texts, answers, strict=True))
+    ]
+    letters = [{**q, "choices": ["a", "b", "c", "d"], "answer": i % 4} for i, q in enumerate(questions)]
+    long = [{"text": " ".join(WORDS * n)} for n in (1, 8)]
+    # What is most probable comes out as such, and what is not does not.
+    following = [{"context": t, "choices": [], "answer": a[:2]} for t, a in zip(texts, answers, strict=True)]
+    following += [{"context": q["context"], "choices": [], "answer": q["choices"][0]} for q in questions]
+    documents = {"words": questions, "letters": letters, "write": written, "read": long, "next": following}
+    templates = {"words": TASK, "letters": TASK, "write": WRITE, "read": READ, "next": NEXT}
+    files = {}
+    for name, lines in documents.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        file = folder / f"{name}.yaml"
+        file.write_text(templates[name].format(name=name, file=folder / f"{name}.jsonl", stop=json.dumps(stop)))
+        files[name] = str(file)
+    return files
+
+
+def config(path, output, data=None, **options) -> EvaluateConfig:
+    options = {"trainer": BatchConfig(micro_batch_size=2), **options}
+    given = EvaluateDataConfig(path=None if data is None else str(data), sequence_length=32)
+    return EvaluateConfig(output=str(output), model=model_option(path), data=given, **options)
+
+
+def results(folder) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def run_in(gloo, ranks, layout, cfg) -> dict:
+    for name, value in layout.items():
+        setattr(cfg.parallel, name, value)
+    gloo(ranks, evaluate, cfg)
+    return results(Path(cfg.output))
+
+
+@pytest.fixture(scope="module")
+def wanted(made):
+    """Loss, KL and agreement out of transformers' whole logits, in float64."""
+    (student, teacher), (path, _), data = made
+    windows = Windows(open_data(str(data), "validation", open_model_folder(path).shape, 32), "validation", 32)
+    samples = [windows[i] for i in range(len(windows))]
+    tokens, labels, mask = (torch.stack([s[n] for s in samples]) for n in ("tokens", "labels", "loss_mask"))
+    with torch.no_grad():
+        q, p = (m(tokens).logits.double().log_softmax(-1) for m in (student, teacher))
+    count = mask.sum()
+    return {
+        "loss": float(-(q.gather(-1, labels[..., None])[..., 0] * mask).sum() / count),
+        "kl": float(((p.exp() * (p - q)).sum(-1) * mask).sum() / count),
+        "agreement": float(((p.argmax(-1) == q.argmax(-1)) * mask).sum() / count),
+        "tokens": int(count),
+    }
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [*LAYOUTS, pytest.param(2, {"pipeline": 2, "virtual_pipeline": 2}, marks=pytest.mark.slow)],
+    ids=names,
+)
+def test_loss_and_divergence_are_those_of_whole_logits_in_every_layout(gloo, made, wanted, tmp_path, ranks, layout):
+    _, (path, teacher), data = made
+    found = run_in(gloo, ranks, layout, config(path, tmp_path / "out", data, teacher=ModelConfig(path=str(teacher))))
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value, rel=1e-5), name
+    assert found["perplexity"] == pytest.approx(np.exp(wanted["loss"]), rel=1e-5) and found["kl"] > 0.01
+
+
+@pytest.fixture(scope="module")
+def by_transformers(made, tasks, tmp_path_factory):
+    """What the harness's own backend says of the exported folder, through the same command."""
+    _, (path, _), _ = made
+    folder = tmp_path_factory.mktemp("by_transformers")
+    export_hf(ExportHfConfig(model=model_option(path), output=str(folder / "hf")))
+    cfg = config(path, folder / "out", tasks=list(tasks.values()), fewshot=1, hf=str(folder / "hf"))
+    cfg.model = ModelConfig()
+    evaluate(cfg)
+    return results(folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [pytest.param(1, {}, marks=pytest.mark.slow), *LAYOUTS],
+    ids=names,
+)
+def test_tasks_say_what_the_harness_says_of_the_exported_folder(
+    gloo, made, tasks, by_transformers, tmp_path, ranks, layout
+):
+    _, (path, _), data = made
+    cfg = config(path, tmp_path / "out", data, tasks=list(tasks.values()), fewshot=1, prompts=2)
+    found = run_in(gloo, ranks, layout, cfg)
+    theirs = by_transformers["tasks"]
+    assert found["tasks"].keys() == theirs.keys() == set(tasks)
+    for name, figures in found["tasks"].items():
+        # Whatever is no count of right answers comes out of log-likelihoods.
+        assert figures == pytest.approx(theirs[name], rel=1e-5), name
+        assert {key: figures[key] for key in figures if key.startswith(("acc", "exact"))} == {
+            key: theirs[name][key] for key in theirs[name] if key.startswith(("acc", "exact"))
+        }
+    assert 0 < theirs["write"]["exact_match"] < 1 and 0 < theirs["next"]["acc"] < 1 and theirs["words"]["fewshot"] == 1
+    assert found["lm_eval"] == by_transformers["lm_eval"] and found["loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "nothing to evaluate: give data.path="),
+        ({"tasks": {"winogrande": -1}}, "must be a list of names, or {name: examples"),
+        ({"tasks": [["winogrande"]]}, "must be a list of names"),
+        ({"tasks": "winogrande", "teacher": ModelConfig(path="x")}, "teacher= is compared on data: give data.path="),
+        ({"tasks": "winogrande", "hf": "x"}, "hf= and model=: a Hugging Face folder is judged on tasks= alone"),
+        (
+            {"tasks": "winogrande", "hf": "x", "model": ModelConfig()},
+            "hf=x has no config.json with .safetensors weights",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, options, says):
+    cfg = EvaluateConfig(**{"output": str(tmp_path / "out"), "model": ModelConfig(path="y"), **options})
+    with pytest.raises(UserError, match=says) as error:
+        evaluate(cfg)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_task_that_runs_what_a_model_writes_must_be_confirmed(made, tasks, tmp_path, monkeypatch):
+    """Before the task's own code runs: here it would fail."""
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    file = tmp_path / "code.yaml"
+    file.write_text(Path(tasks["write"]).read_text() + "unsafe_code: true\nprocess_results: !function judging.judge\n")
+    with pytest.raises(UserError, match="runs code that the model writes: set confirm_run_unsafe_code=true"):
+        load({str(file): 0}, fewshot=None, seed=1)
+    assert "HF_ALLOW_CODE_EVAL" not in os.environ
+    (tmp_path / "judging.py").write_text(
+        "import os\nallowed = os.environ['HF_ALLOW_CODE_EVAL']\ndef judge(doc, said): pass\n"
+    )
+    loaded = load({str(file): 2}, fewshot=None, seed=1, unsafe=True)
+    assert loaded.tasks["write"].get_config("num_fewshot") == 2
+
+
+def test_a_tasks_own_number_of_examples_goes_before_fewshot(tasks):
+    loaded = load({tasks["words"]: 3, tasks["write"]: None}, fewshot=1, seed=1)
+    assert {name: t.get_config("num_fewshot") for name, t in loaded.tasks.items()} == {"words": 3, "write": 1}
+
+
+def test_parts_of_a_group_are_told_from_what_stands_alone():
+    from types import SimpleNamespace
+
+    from lm_eval.api.group import Group
+
+    whole = Group("whole", aggregate_metric_list=[SimpleNamespace(metric="acc")])
+    inner, part, lone = Group("inner"), SimpleNamespace(task_name="part"), SimpleNamespace(task_name="lone")
+    inner.add(part)
+    whole.add(inner)
+    loaded = Loaded({"part": part, "lone": lone}, {"whole": whole, "inner": inner})
+    assert loaded.part_of == {"part": "whole", "inner": "whole"}
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun(made, tasks, tmp_path):
+    """Data, teacher and tasks at once, planned first; unknown tasks end with one line and status 2; the suite is known."""
+    _, (path, teacher), data = made
+    words = ("evaluate", f"model={path}", f"teacher={teacher}", f"data.path={data}", "data.sequence_length=32")
+    words = (*words, f"tasks={{{tasks['words']}:2,{tasks['write']}:0}}", "limit=4", f"output={tmp_path / 'out'}")
+    plan = run(*words, "dry_run=true")
+    assert plan.returncode == 0 and "words, write" in plan.stdout and not (tmp_path / "out").exists(), plan.stderr
+    done = run(*words, "parallel.pipeline=2", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "exact_match" in done.stdout and "agreement" in done.stdout
+    found = results(tmp_path / "out")
+    assert found["tasks"]["words"]["fewshot"] == 2 and found["tasks"]["words"]["questions"] == 4 and found["kl"] > 0
+    assert read_manifest(tmp_path / "out")["inputs"].keys() == {"model", "teacher", "data"}
+    assert "complete already" in run(*words).stdout
+    unknown = run("evaluate", f"model={path}", "tasks=[winograde]", f"output={tmp_path / 'no'}")
+    assert "did you mean winogrande?" in error_of(unknown) and not (tmp_path / "no").exists()
+    suite = run("evaluate", f"model={path}", "suite=article", "dry_run=true", f"output={tmp_path / 'no'}")
+    # The first of its tasks whose data are not here.
+    assert "tasks=[winogrande]: the task or its data cannot be loaded here" in error_of(suite)
