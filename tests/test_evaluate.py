@@ -223,17 +223,15 @@ def test_a_tasks_own_number_of_examples_goes_before_fewshot(tasks):
     assert {name: t.get_config("num_fewshot") for name, t in loaded.tasks.items()} == {"words": 3, "write": 1}
 
 
-def test_parts_of_a_group_are_told_from_what_stands_alone():
-    from types import SimpleNamespace
-
+def test_parts_of_a_group_are_told_from_what_stands_alone(tasks):
     from lm_eval.api.group import Group
 
-    whole = Group("whole", aggregate_metric_list=[SimpleNamespace(metric="acc")])
-    inner, part, lone = Group("inner"), SimpleNamespace(task_name="part"), SimpleNamespace(task_name="lone")
-    inner.add(part)
+    loaded = load({tasks["words"]: 0, tasks["write"]: 0}, fewshot=None, seed=1)
+    whole, inner = Group("whole", aggregate_metric_list=[{"metric": "acc"}]), Group("inner")
+    inner.add(loaded.tasks["words"])
     whole.add(inner)
-    loaded = Loaded({"part": part, "lone": lone}, {"whole": whole, "inner": inner})
-    assert loaded.part_of == {"part": "whole", "inner": "whole"}
+    found = Loaded(loaded.tasks, {"whole": whole, "inner": inner}).part_of
+    assert found == {"words": "whole", "inner": "whole"}
 
 
 @pytest.mark.slow
