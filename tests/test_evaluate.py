@@ -236,7 +236,7 @@ def test_parts_of_a_group_are_told_from_what_stands_alone(tasks):
 
 @pytest.mark.slow
 def test_the_command_under_torchrun(made, tasks, tmp_path):
-    """Data, teacher and tasks at once, planned first; unknown tasks end with one line and status 2; the suite is known."""
+    """Data, teacher and tasks at once, planned first; unknown tasks end with one line and status 2."""
     _, (path, teacher), data = made
     words = ("evaluate", f"model={path}", f"teacher={teacher}", f"data.path={data}", "data.sequence_length=32")
     words = (*words, f"tasks={{{tasks['words']}:2,{tasks['write']}:0}}", "limit=4", f"output={tmp_path / 'out'}")
@@ -251,6 +251,3 @@ def test_the_command_under_torchrun(made, tasks, tmp_path):
     assert "complete already" in run(*words).stdout
     unknown = run("evaluate", f"model={path}", "tasks=[winograde]", f"output={tmp_path / 'no'}")
     assert "did you mean winogrande?" in error_of(unknown) and not (tmp_path / "no").exists()
-    suite = run("evaluate", f"model={path}", "suite=article", "dry_run=true", f"output={tmp_path / 'no'}")
-    # The first of its tasks whose data are not here.
-    assert "tasks=[winogrande]: the task or its data cannot be loaded here" in error_of(suite)
