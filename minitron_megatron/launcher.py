@@ -87,6 +87,8 @@ def command(main: Callable[[Any], None], name: str) -> None:
             show_help(name, config_class)
         return
     _quiet()
+    # Python puts a script's folder first, where evaluate.py would stand for Hugging Face's package of that name.
+    sys.path[:] = [place for place in sys.path if Path(place).resolve() != CONF.parent / "launch"]
     try:
         check_words(arguments, name, config_class)
         _hydra(main, name, config_class, [_rewrite(word, config_class) for word in arguments])

@@ -223,22 +223,20 @@ def test_a_tasks_own_number_of_examples_goes_before_fewshot(tasks):
     assert {name: t.get_config("num_fewshot") for name, t in loaded.tasks.items()} == {"words": 3, "write": 1}
 
 
-def test_parts_of_a_group_are_told_from_what_stands_alone():
-    from types import SimpleNamespace
-
+def test_parts_of_a_group_are_told_from_what_stands_alone(tasks):
     from lm_eval.api.group import Group
 
-    whole = Group("whole", aggregate_metric_list=[SimpleNamespace(metric="acc")])
-    inner, part, lone = Group("inner"), SimpleNamespace(task_name="part"), SimpleNamespace(task_name="lone")
-    inner.add(part)
+    loaded = load({tasks["words"]: 0, tasks["write"]: 0}, fewshot=None, seed=1)
+    whole, inner = Group("whole", aggregate_metric_list=[{"metric": "acc"}]), Group("inner")
+    inner.add(loaded.tasks["words"])
     whole.add(inner)
-    loaded = Loaded({"part": part, "lone": lone}, {"whole": whole, "inner": inner})
-    assert loaded.part_of == {"part": "whole", "inner": "whole"}
+    found = Loaded(loaded.tasks, {"whole": whole, "inner": inner}).part_of
+    assert found == {"words": "whole", "inner": "whole"}
 
 
 @pytest.mark.slow
 def test_the_command_under_torchrun(made, tasks, tmp_path):
-    """Data, teacher and tasks at once, planned first; unknown tasks end with one line and status 2; the suite is known."""
+    """Data, teacher and tasks at once, planned first; unknown tasks end with one line and status 2."""
     _, (path, teacher), data = made
     words = ("evaluate", f"model={path}", f"teacher={teacher}", f"data.path={data}", "data.sequence_length=32")
     words = (*words, f"tasks={{{tasks['words']}:2,{tasks['write']}:0}}", "limit=4", f"output={tmp_path / 'out'}")
@@ -253,6 +251,3 @@ def test_the_command_under_torchrun(made, tasks, tmp_path):
     assert "complete already" in run(*words).stdout
     unknown = run("evaluate", f"model={path}", "tasks=[winograde]", f"output={tmp_path / 'no'}")
     assert "did you mean winogrande?" in error_of(unknown) and not (tmp_path / "no").exists()
-    suite = run("evaluate", f"model={path}", "suite=article", "dry_run=true", f"output={tmp_path / 'no'}")
-    # The first of its tasks whose data are not here.
-    assert "tasks=[winogrande]: the task or its data cannot be loaded here" in error_of(suite)
