@@ -48,7 +48,7 @@ def distilled(words: list[str], cfg: DistillConfig) -> None:
 @pytest.fixture(scope="module")
 def chain(gloo, tmp_path_factory):
     """The folder of a whole chain: model, data, scores, layers, found, pruned, run, and an evaluation of each model."""
-    from minitron_megatron.evaluate.perplexity import evaluate
+    from minitron_megatron.evaluate.evaluate import evaluate
     from minitron_megatron.importance.measure import measure_importance
     from minitron_megatron.layer_analysis import analyse_layers
     from minitron_megatron.prune.prune import prune_model
