@@ -40,7 +40,8 @@ _SIZES = (
     "rope_theta",
     "tied_embeddings",
 )
-_TRAINING = {
+# Options of a training run that make its recipe, by what they are called.
+RECIPE = {
     "distill.loss": "loss",
     "distill.temperature": "temperature",
     "distill.top_k": "top-K",
@@ -210,7 +211,7 @@ def _calibration(step: Step) -> list[list[Any]]:
 def _training(step: Step) -> list[list[Any]]:
     teacher = step.of("teacher.path")
     rows = [["teacher", f"{teacher} ({step.inputs.get('teacher')})"]] if teacher else []
-    for option, name in _TRAINING.items():
+    for option, name in RECIPE.items():
         value = step.of(option)
         shown_if = _ONLY_IF.get(option)
         if value in (None, "none") or (option in _IDLE and not value):

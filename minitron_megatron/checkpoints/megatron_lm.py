@@ -14,24 +14,21 @@ The keys are those of the model folder, so its chunks are copied as they are, on
 import argparse
 import shlex
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minitron_megatron.checkpoints.folder import TOKENIZER, ModelFolder, check_output, open_model_folder, output_folder
-from minitron_megatron.checkpoints.hf import print_shape
+from minitron_megatron.checkpoints.exporting import export_for
+from minitron_megatron.checkpoints.folder import TOKENIZER, ModelFolder
 from minitron_megatron.checkpoints.reading import WeightReader
-from minitron_megatron.checkpoints.weights import COMMON_STATE, Chunk, check_weights, verify_digest, write_weights
+from minitron_megatron.checkpoints.weights import COMMON_STATE, Chunk, write_weights
 from minitron_megatron.config import ExportMegatronConfig
 from minitron_megatron.errors import UserError
-from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import count_parameters, extra_state_keys
 from minitron_megatron.models.megatron_lm import Arguments, check_expressible, model_arguments, words
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import tool_job
 
 RELEASE, TRACKER, ARGUMENTS = "release", "latest_checkpointed_iteration.txt", "arguments.sh"
 # Where older Megatron-LM looks for what is not a tensor (0.15 does; later ones do, too, where the file is there).
@@ -43,31 +40,15 @@ _TOKENIZER_MODEL = "--tokenizer-model"
 
 def export_megatron(cfg: ExportMegatronConfig) -> None:
     """`launch/export_megatron.py`: a model folder into a checkpoint that Megatron-LM loads."""
-    with tool_job():
-        folder = open_model_folder(cfg.model.folder("model"))
-        check_weights(folder)
-        check_expressible(folder.shape, str(folder.path))
-        if cfg.verify:
-            verify_digest(folder)
-        config, inputs = resolved_config(cfg), {"model": folder.digest}
-        if cfg.dry_run:
-            check_output(cfg.output, config=config, inputs=inputs, resume=cfg.resume)
-            print_shape(f"{folder.path} would be exported for Megatron-LM", folder.shape)
-            return
-        with output_folder(cfg.output, command=command_line(), config=config, inputs=inputs, resume=cfg.resume) as out:
-            if out.done:
-                return
-            began = time.monotonic()
-            # As Megatron-LM stores it, the tokenizer's path is an absolute one: where the folder will be.
-            arguments = all_arguments(folder, Path(cfg.output).absolute())
-            _write_release(out.path / RELEASE, folder, arguments)
-            if collectives.is_rank_zero():
-                _write_companions(out.path, folder, arguments)
-            out.results = {
-                "parameters": count_parameters(folder.shape),
-                "seconds": round(time.monotonic() - began, 2),
-            }
-        print_shape(f"{cfg.output}: exported from {folder.path} for Megatron-LM", folder.shape, out.results)
+
+    def write(target: Path, folder: ModelFolder) -> None:
+        # As Megatron-LM stores it, the tokenizer's path is an absolute one: where the folder will be.
+        arguments = all_arguments(folder, Path(cfg.output).absolute())
+        _write_release(target / RELEASE, folder, arguments)
+        if collectives.is_rank_zero():
+            _write_companions(target, folder, arguments)
+
+    export_for("Megatron-LM", cfg, check_expressible, write)
 
 
 def _write_release(target: Path, folder: ModelFolder, arguments: Arguments) -> None:

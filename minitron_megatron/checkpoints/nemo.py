@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from minitron_megatron.checkpoints.archive import Archive
+from minitron_megatron.checkpoints.exporting import export_for
 from minitron_megatron.checkpoints.folder import (
     TOKENIZER,
     WEIGHTS,
@@ -28,7 +29,6 @@ from minitron_megatron.checkpoints.folder import (
     check_output,
     check_space,
     load_yaml,
-    open_model_folder,
     output_folder,
 )
 from minitron_megatron.checkpoints.hf import TOKENIZER_FILES, copy_files, print_shape, write_shape
@@ -37,10 +37,8 @@ from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.checkpoints.weights import (
     COMMON_STATE,
     Chunk,
-    check_weights,
     chunks,
     total_bytes,
-    verify_digest,
     write_weights,
 )
 from minitron_megatron.checkpoints.zarr_arrays import HEADER, ZarrArrays
@@ -280,27 +278,13 @@ def _copy_tokenizer(cfg: ImportNemoConfig, source: NemoFolder, target: Path) -> 
 
 def export_nemo(cfg: ExportNemoConfig) -> None:
     """`launch/export_nemo.py`: a model folder into a NeMo 2 checkpoint folder."""
-    with tool_job():
-        folder = open_model_folder(cfg.model.folder("model"))
-        check_weights(folder)
-        check_nemo_class(folder.shape, str(folder.path))
-        if cfg.verify:
-            verify_digest(folder)
-        config, inputs = resolved_config(cfg), {"model": folder.digest}
-        if cfg.dry_run:
-            check_output(cfg.output, config=config, inputs=inputs, resume=cfg.resume)
-            print_shape(f"{folder.path} would be exported for NeMo 2", folder.shape)
-            return
-        with output_folder(cfg.output, command=command_line(), config=config, inputs=inputs, resume=cfg.resume) as out:
-            if out.done:
-                return
-            began = time.monotonic()
-            _write_weights(out.path / WEIGHTS, folder)
-            if collectives.is_rank_zero():
-                _write_context(out.path / CONTEXT, folder)
-            seconds = round(time.monotonic() - began, 2)
-            out.results = {"parameters": count_parameters(folder.shape), "seconds": seconds}
-        print_shape(f"{cfg.output}: exported from {folder.path} for NeMo 2", folder.shape, out.results)
+    export_for("NeMo 2", cfg, check_nemo_class, _write_checkpoint)
+
+
+def _write_checkpoint(target: Path, folder: ModelFolder) -> None:
+    _write_weights(target / WEIGHTS, folder)
+    if collectives.is_rank_zero():
+        _write_context(target / CONTEXT, folder)
 
 
 def _write_weights(target: Path, folder: ModelFolder) -> None:

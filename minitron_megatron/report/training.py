@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from minitron_megatron.checkpoints.card import RECIPE
 from minitron_megatron.config import flat
 from minitron_megatron.console import format_value
 from minitron_megatron.report import plots
@@ -9,24 +10,6 @@ from minitron_megatron.report.folders import RunFolder
 from minitron_megatron.report.lineage import Lineage
 from minitron_megatron.report.page import Figure, Section, Table
 
-# Options that make a recipe, by what they are called; those of other commands are not in a run's config.
-_RECIPE = {
-    "distill.loss": "distance from the teacher",
-    "distill.temperature": "temperature",
-    "distill.cross_entropy": "weight of the labels' cross entropy",
-    "distill.intermediate": "weight of the losses on intermediate states",
-    "data.sequence_length": "tokens of a sample",
-    "trainer.global_batch_size": "samples of a step",
-    "optim.lr": "peak learning rate",
-    "optim.min_lr": "learning rate at the end",
-    "optim.schedule": "schedule",
-    "optim.warmup_steps": "warm-up steps",
-    "optim.warmup_tokens": "warm-up tokens",
-    "optim.weight_decay": "weight decay",
-    "optim.adam_beta2": "Adam's second decay",
-    "optim.clip_grad": "largest gradient norm",
-    "trainer.fp8": "FP8",
-}
 _FOUND = {"steps": "steps", "skipped": "skipped steps", "tokens": "tokens", "loss": "loss of the last step"}
 _FOUND |= {"validation_loss": "validation loss", "validation_perplexity": "validation perplexity"}
 # Terms of a step that have a plot of their own, or none.
@@ -47,7 +30,7 @@ def recipe_section(lineage: Lineage) -> Section | None:
     if not trained:
         return None
     options = [flat(one.config) for one in trained]
-    rows = [[name, *(_value(one.get(key)) for one in options)] for key, name in _RECIPE.items()]
+    rows = [[name, *(_value(one.get(key)) for one in options)] for key, name in RECIPE.items()]
     rows += [[name, *(_value(one.results.get(key)) for one in trained)] for key, name in _FOUND.items()]
     shown = [row for row in rows if any(cell not in ("–", "none", "0") for cell in row[1:])]
     return Section("Recipe", tables=[Table(["", *(one.name for one in trained)], shown)], card=True)
