@@ -6,6 +6,8 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3.12
 UV := .venv/bin/python -m uv
 READY := .venv/.ready
+# Two files of tests at once: one alone uses a core, and what it starts (at most four ranks) 4 GiB.
+AT_ONCE := -n 2 --dist loadfile
 
 .PHONY: help setup demo test test-slow lint lock clean
 
@@ -28,10 +30,10 @@ demo: $(READY) ## SmolLM2-135M to a student of 60 % of its size, on this machine
 	.venv/bin/python launch/demo.py output=outputs/demo
 
 test: $(READY) ## the tests, under 10 minutes
-	.venv/bin/python -m pytest -m "not slow and not gpu"
+	.venv/bin/python -m pytest $(AT_ONCE) -m "not slow and not gpu"
 
 test-slow: $(READY) ## the slow tests: whole commands under torchrun, larger models
-	.venv/bin/python -m pytest -m "slow and not gpu"
+	.venv/bin/python -m pytest $(AT_ONCE) -m "slow and not gpu"
 
 lint: $(READY) ## ruff: rules and format
 	.venv/bin/ruff check .

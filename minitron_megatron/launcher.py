@@ -106,8 +106,8 @@ def _stop(message: str, status: int) -> None:
     if speaks():
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
-        # torchrun ends all ranks with the first: rank 0 needs the time to say why.
-        time.sleep(2)
+        # torchrun ends all ranks with the first: rank 0 needs the time to say why, on a busy machine too.
+        time.sleep(20)
     sys.exit(status)
 
 

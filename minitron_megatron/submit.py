@@ -48,8 +48,10 @@ def submit(cfg: SubmitConfig) -> None:
     config = compose(name, words)
     check_job(cfg)
     if cfg.submit and not cfg.dry_run and name not in _WITHOUT_WEIGHTS:
+        # The rehearsal takes a preset for a model, and knows which ones the command can do without.
         for option in (option for option in MODEL_OPTIONS if hasattr(config, option)):
-            getattr(config, option).folder(option)
+            if getattr(config, option).num_layers is not None:
+                getattr(config, option).folder(option)
     rehearse(name, [*words, *_hardware_words(config, cfg.cluster, words)], cfg.nodes * processes_per_node(cfg.cluster))
     script = render(cfg, name, words, config)
     if cfg.dry_run or not cfg.submit:

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 
 # Tiny models: threads that wait for one another cost more than they save, in this process and in those it starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Files of tests that run beside one another start torchrun on ports of their own.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ.setdefault("PET_MASTER_PORT", str(29510 + int(worker.removeprefix("gw"))))
 
 import pytest
 
