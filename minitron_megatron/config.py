@@ -513,15 +513,19 @@ class MergeScoresConfig(CommandConfig):
 
 @dataclass
 class BudgetConfig:
-    """What a pruned model may cost at most; one of the five limits, or several at once."""
+    """What a pruned model may cost at most; one of the six limits, or several at once."""
 
     parameters: float | None = option(None, "parameters, embeddings included")
     non_embedding_parameters: float | None = option(None, "parameters without embeddings and output matrix")
     memory_gib: float | None = option(None, "GiB of weights, and of the key-value cache of budget.batch full sequences")
     flops_per_token: float | None = option(None, "operations of a token's forward pass in budget.context tokens")
     latency_ms: float | None = option(None, "milliseconds, estimated from the shapes of budget.table")
+    tokens_per_second: float | None = option(
+        None, "at least so many tokens a second, estimated likewise; in place of latency_ms"
+    )
     table: str | None = option(
-        None, "CSV of measured shapes of this architecture: the sizes that vary, and latency_ms; see docs/search.md"
+        None,
+        "CSV of measured shapes of this architecture: the sizes that vary, and latency_ms or tokens_per_second (docs/search.md)",
     )
     at_least: float = option(0.9, "share of a limit that a shape must use, so that small ones are not listed")
     batch: int = option(1, "memory_gib: sequences in the key-value cache")
@@ -1039,7 +1043,7 @@ _POSITIVE = frozenset(
     num_query_groups vocab_size adam_eps top_k chunk_samples processes nodes processes_per_node decay_steps decay_tokens
     decay_share window stop_after recompute_num_layers bucket_size keep_last time_limit_minutes world_size nvlink_gpus
     memory_gib bf16_tflops fp8_tflops fp32_tflops memory_gb_s nvlink_gb_s network_gb_s host_gb_s launch_ms efficiency
-    teacher_ahead logits_mib micro_batches parameters non_embedding_parameters flops_per_token latency_ms batch
+    teacher_ahead logits_mib micro_batches parameters non_embedding_parameters flops_per_token latency_ms tokens_per_second batch
     weight_bytes cache_bytes multiple power keep factor candidate input_length output_length prompts""".split()
 )
 _NOT_NEGATIVE = frozenset(

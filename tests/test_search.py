@@ -282,6 +282,12 @@ def test_latency_comes_back_out_of_a_table(shape, tmp_path):
     numbers = every_number(space)
     expected = [milliseconds(shape.resized(**space.target(n))) for n in numbers.tolist()]
     assert budget.cost("latency_ms", space.lengths(numbers)) == pytest.approx(expected, rel=1e-6)
+    # The same as tokens a second: a faster shape is within the limit, a slower one is not.
+    rates = [f"{row.rpartition(',')[0]},{1000 / float(row.rpartition(',')[2])!r}" for row in rows]
+    file.write_text("\n".join(["num_layers,hidden_size,num_query_groups,tokens_per_second", *rates]) + "\n")
+    as_rate = Budget.of(shape, BudgetConfig(tokens_per_second=500.0, table=str(file)))
+    assert as_rate.limits == {"latency_ms": 2.0}
+    assert as_rate.cost("latency_ms", space.lengths(numbers)) == pytest.approx(expected, rel=1e-6)
     noisy = np.abs(np.random.default_rng(0).normal(1, 0.5, 6))
     assert (fit(np.random.default_rng(1).random((6, 4)), noisy) >= 0).all()
 
@@ -394,7 +400,8 @@ def test_a_dry_run_counts_and_writes_nothing(source, scores_folder, tmp_path, mo
         (["space.widths=3"], "unknown option 'space.widths' of launch/search.py"),
         (["rank.weights.hiden=3"], "did you mean rank.weights.hidden?"),
         (["rank.weights={layers:0,hidden:0,ffn:0,heads:0}"], "rank.weights are all 0"),
-        (["budget.latency_ms=3"], "budget.table= and budget.latency_ms= go together"),
+        (["budget.latency_ms=3"], "budget.table= and budget.latency_ms= (or tokens_per_second=) go together"),
+        (["budget.latency_ms=3", "budget.tokens_per_second=9"], "say the same: give one of them"),
         (["keep=0"], "keep=0 must be above 0"),
         (["scores=null"], "scores= is missing: give the output of launch/importance.py"),
         (["layers=nowhere"], "nowhere does not exist"),

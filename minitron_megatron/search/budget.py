@@ -10,7 +10,7 @@ from minitron_megatron.config import BudgetConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import Sizes, cached_values, count_parameters, flops_per_token
 from minitron_megatron.models.shape import ModelShape
-from minitron_megatron.search.latency import Latency, read_latency
+from minitron_megatron.search.latency import MILLISECONDS, Latency, read_latency
 
 # Each is an option of budget with the limit; what they are in words.
 QUANTITIES = {
@@ -35,13 +35,23 @@ class Budget:
     def of(cls, source: ModelShape, options: BudgetConfig) -> "Budget":
         """The limits that were given; `source` must be uniform. Raises UserError where there is none, or a table is wrong."""
         limits = {name: getattr(options, name) for name in QUANTITIES if getattr(options, name) is not None}
+        column, rate = "latency_ms", options.tokens_per_second
+        if rate is not None:
+            if "latency_ms" in limits:
+                raise UserError("budget.latency_ms= and budget.tokens_per_second= say the same: give one of them")
+            # As time a token, of which there may be so much at most.
+            column, limits["latency_ms"] = "tokens_per_second", MILLISECONDS / rate
         if not limits:
-            raise UserError(f"no budget: give at least one of {', '.join(f'budget.{name}=' for name in QUANTITIES)}")
+            names = ", ".join(f"budget.{name}=" for name in (*QUANTITIES, "tokens_per_second"))
+            raise UserError(f"no budget: give at least one of {names}")
         if not 0 <= options.at_least <= 1:
             raise UserError(f"budget.at_least={options.at_least} must be from 0 to 1: it is a share of the limit")
-        if (options.table is None) != (options.latency_ms is None):
-            raise UserError("budget.table= and budget.latency_ms= go together: measured shapes, and the limit")
-        return cls(source, options, limits, read_latency(Path(options.table), source) if options.table else None)
+        if (options.table is None) != ("latency_ms" not in limits):
+            raise UserError(
+                "budget.table= and budget.latency_ms= (or tokens_per_second=) go together: measured shapes, and the limit"
+            )
+        table = read_latency(Path(options.table), source, column) if options.table else None
+        return cls(source, options, limits, table)
 
     @property
     def quantities(self) -> list[str]:

@@ -21,7 +21,8 @@ from minitron_megatron.models.axes import Sizes, cached_values, count_parameters
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.search.space import SIZES
 
-MEASURED = "latency_ms"
+# Of a second: tokens a second are taken as the time of one.
+MILLISECONDS = 1000.0
 _TERMS = 4
 
 
@@ -40,8 +41,10 @@ class Latency:
         return sum(c * term for c, term in zip(self.coefficients.tolist(), _terms(self.source, sizes), strict=True))
 
 
-def read_latency(file: Path, source: ModelShape) -> Latency:
-    """Fit a CSV of measured shapes: columns are sizes (those that are missing are the source's) and latency_ms.
+def read_latency(file: Path, source: ModelShape, measured_as: str = "latency_ms") -> Latency:
+    """Fit a CSV of measured shapes: columns are sizes (those that are missing are the source's) and what was measured.
+
+    That is latency_ms, or tokens_per_second, which is fitted as milliseconds a token.
 
     Raises:
         UserError: the file is missing or no such table, a shape is impossible, or there are fewer than 5.
@@ -52,13 +55,13 @@ def read_latency(file: Path, source: ModelShape) -> Latency:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"budget.table={file} cannot be read ({error})") from None
     columns = set(rows[0]) if rows else set()
-    if MEASURED not in columns or columns - {*SIZES, MEASURED}:
-        raise UserError(f"budget.table={file} must have the columns {MEASURED} and sizes: {', '.join(SIZES)}")
+    if measured_as not in columns or columns - {*SIZES, measured_as}:
+        raise UserError(f"budget.table={file} must have the columns {measured_as} and sizes: {', '.join(SIZES)}")
     if len(rows) <= _TERMS:
         raise UserError(
             f"budget.table={file} has {len(rows)} shapes: measure {_TERMS + 1} or more, different on every axis"
         )
-    read = [_row(file, line, row, source) for line, row in enumerate(rows, 2)]
+    read = [_row(file, line, row, source, measured_as) for line, row in enumerate(rows, 2)]
     terms = np.array([_terms(shape, {}) for shape, _ in read], np.float64)
     measured = np.array([value for _, value in read])
     return Latency(
@@ -70,17 +73,20 @@ def read_latency(file: Path, source: ModelShape) -> Latency:
     )
 
 
-def _row(file: Path, line: int, row: Mapping[str, str], source: ModelShape) -> tuple[ModelShape, float]:
+def _row(
+    file: Path, line: int, row: Mapping[str, str], source: ModelShape, measured_as: str
+) -> tuple[ModelShape, float]:
+    """A shape and its milliseconds."""
     try:
-        value = float(row[MEASURED])
+        value = float(row[measured_as])
         shape = source.resized(**{name: int(row[name]) for name in SIZES if name in row})
     except (ValueError, TypeError):
         raise UserError(f"budget.table={file}, line {line}: every column needs a number") from None
     except UserError as error:
         raise UserError(f"budget.table={file}, line {line}: {error}") from None
     if not 0 < value < math.inf:
-        raise UserError(f"budget.table={file}, line {line}: {MEASURED}={value} must be a number above 0")
-    return shape, value
+        raise UserError(f"budget.table={file}, line {line}: {measured_as}={value} must be a number above 0")
+    return shape, value if measured_as == "latency_ms" else MILLISECONDS / value
 
 
 def _terms(shape: ModelShape, sizes: Sizes) -> tuple[object, ...]:
