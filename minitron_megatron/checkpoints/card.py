@@ -8,7 +8,7 @@ Nothing is guessed: a license or a base model that neither the options nor the i
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,16 +208,18 @@ def _calibration(step: Step) -> list[list[Any]]:
     ]
 
 
+def counts(option: str, of: Callable[[str], Any]) -> bool:
+    """Whether an option of RECIPE did something in a run, `of` giving the run's options."""
+    value, only_if = of(option), _ONLY_IF.get(option)
+    if value in (None, "none") or (option in _IDLE and not value):
+        return False
+    return only_if is None or of(only_if[0]) == only_if[1]
+
+
 def _training(step: Step) -> list[list[Any]]:
     teacher = step.of("teacher.path")
     rows = [["teacher", f"{teacher} ({step.inputs.get('teacher')})"]] if teacher else []
-    for option, name in RECIPE.items():
-        value = step.of(option)
-        shown_if = _ONLY_IF.get(option)
-        if value in (None, "none") or (option in _IDLE and not value):
-            continue
-        if shown_if is None or step.of(shown_if[0]) == shown_if[1]:
-            rows.append([name, value])
+    rows += [[name, step.of(option)] for option, name in RECIPE.items() if counts(option, step.of)]
     rows.append(["digest of the data", step.inputs.get("data")])
     return rows + [[name, step.results.get(key)] for key, name in _FOUND.items()]
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from minitron_megatron.checkpoints.card import RECIPE
+from minitron_megatron.checkpoints.card import RECIPE, counts
 from minitron_megatron.config import flat
 from minitron_megatron.console import format_value
 from minitron_megatron.report import plots
@@ -30,7 +30,10 @@ def recipe_section(lineage: Lineage) -> Section | None:
     if not trained:
         return None
     options = [flat(one.config) for one in trained]
-    rows = [[name, *(_value(one.get(key)) for one in options)] for key, name in RECIPE.items()]
+    rows = [
+        [name, *(_value(one.get(key) if counts(key, one.get) else None) for one in options)]
+        for key, name in RECIPE.items()
+    ]
     rows += [[name, *(_value(one.results.get(key)) for one in trained)] for key, name in _FOUND.items()]
     shown = [row for row in rows if any(cell not in ("–", "none", "0") for cell in row[1:])]
     return Section("Recipe", tables=[Table(["", *(one.name for one in trained)], shown)], card=True)
