@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder, read_manifest
+from minitron_megatron.checkpoints.folder import RESULTS, ModelFolder, open_model_folder, read_manifest
 from minitron_megatron.checkpoints.weights import check_weights
 from minitron_megatron.composing import Stage, check_data, check_root, compose_stage, flat_options, naming
 from minitron_megatron.config import (
@@ -32,7 +32,6 @@ from minitron_megatron.config import (
 from minitron_megatron.console import console, print_table
 from minitron_megatron.data.datasets import check_enough, data_digest
 from minitron_megatron.errors import UserError
-from minitron_megatron.evaluate.evaluate import RESULTS
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.build import check_layout, check_sequence
 from minitron_megatron.models.shape import ModelShape

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minitron_megatron.checkpoints.folder import RESULTS
 from minitron_megatron.config import CommandConfig, DemoConfig
 from minitron_megatron.console import console, print_table
 from minitron_megatron.errors import UserError
@@ -175,7 +176,7 @@ def _show(stages: Stages, root: Path, at: dict[str, Path]) -> None:
     )
     samples = json.loads(file.read_text())
     stages.command("report", root / "report", "launch/report.py", f"folders={root}", f"title={TITLE}")
-    results = {name: json.loads((root / f"evaluate_{name}" / "results.json").read_text()) for name in MODELS}
+    results = {name: json.loads((root / f"evaluate_{name}" / RESULTS).read_text()) for name in MODELS}
     summary: dict[str, Any] = {
         "parameters": {name: count_parameters(open_model_folder(at[name]).shape) for name in MODELS},
         "perplexity": {name: results[name]["perplexity"] for name in MODELS},

@@ -17,7 +17,7 @@ from minitron_megatron.benchmark.prune import pruning_over_copying
 from minitron_megatron.benchmark.scaling import Scaling, show
 from minitron_megatron.benchmark.step import distillation_step, foreseen_step
 from minitron_megatron.benchmark.throughput import forward_throughput
-from minitron_megatron.checkpoints.folder import check_output, output_folder
+from minitron_megatron.checkpoints.folder import RESULTS, check_output, output_folder
 from minitron_megatron.config import BenchmarkConfig
 from minitron_megatron.console import print_table, progress
 from minitron_megatron.launcher import command_line, resolved_config
@@ -25,7 +25,6 @@ from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.hardware import hardware
 from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
 
-RESULTS = "results.json"
 # In a job of one layout; scaling has jobs of its own (scaling.py).
 MEASURES: dict[str, Callable[[BenchmarkConfig, Layout], dict[str, float]]] = {
     "importance": hooks_over_forward,

@@ -9,13 +9,14 @@ import yaml
 
 from minitron_megatron.candidates import halving
 from minitron_megatron.candidates.plan import Candidate, Plan
+from minitron_megatron.checkpoints.folder import RESULTS
 from minitron_megatron.console import console, print_table
 from minitron_megatron.prune.plan import FILE as PLAN
 from minitron_megatron.report.page import write_page
 from minitron_megatron.report.trials import Trial, trial_plots, trial_section, trial_sentences, trial_table
 from minitron_megatron.stages import write_json, write_whole
 
-RESULTS, REPORT = "results.json", "report.html"
+REPORT = "report.html"
 TARGET = "target.yaml"
 
 

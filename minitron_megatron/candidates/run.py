@@ -21,6 +21,7 @@ from typing import Any
 from minitron_megatron.candidates import halving
 from minitron_megatron.candidates.plan import Candidate, Plan, make_plan
 from minitron_megatron.candidates.results import show, summary, write
+from minitron_megatron.checkpoints.folder import METRICS
 from minitron_megatron.composing import check_root
 from minitron_megatron.config import DistillCandidatesConfig
 from minitron_megatron.console import console, print_table
@@ -184,7 +185,7 @@ def _reached(run: Path, step: int, *, published: bool) -> bool:
 
 def validation_after(run: Path, step: int) -> dict[str, Any] | None:
     """What a run's metrics say of its validation after a step; None if nothing."""
-    file, found = run / "metrics.jsonl", None
+    file, found = run / METRICS, None
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
             values = json.loads(line)
@@ -199,9 +200,13 @@ def _drop_losers(cfg: DistillCandidatesConfig, plan: Plan, rung: int) -> None:
     """Remove the checkpoints of candidates that a rung does not train any more."""
     if cfg.halving.keep_losers:
         return
-    ranks = {one.rank for one in still_in(plan, rung)}
+    _drop_checkpoints(plan, {one.rank for one in still_in(plan, rung)})
+
+
+def _drop_checkpoints(plan: Plan, keep: set[int]) -> None:
+    """Remove those of all candidates but some, by their ranks."""
     for one in plan.candidates:
-        if one.rank not in ranks:
+        if one.rank not in keep:
             shutil.rmtree(one.distill.output / "checkpoints", ignore_errors=True)
 
 
@@ -214,9 +219,7 @@ def _finish(cfg: DistillCandidatesConfig, plan: Plan) -> None:
     found = summary(plan, after)
     write(plan, found)
     if not cfg.halving.keep_losers:
-        for one in plan.candidates:
-            if one.rank != found["winner"]["rank"]:
-                shutil.rmtree(one.distill.output / "checkpoints", ignore_errors=True)
+        _drop_checkpoints(plan, {found["winner"]["rank"]})
     show(plan, found)
 
 

@@ -16,30 +16,20 @@ from typing import Any
 import jinja2
 import yaml
 
-from minitron_megatron.checkpoints.folder import ModelFolder, load_yaml, read_manifest
+from minitron_megatron.checkpoints.folder import RESULTS, ModelFolder, load_yaml, read_manifest
 from minitron_megatron.checkpoints.lineage import Step, find_step, lineage, teachers
 from minitron_megatron.config import ExportHfConfig
 from minitron_megatron.console import markdown_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.families import FAMILIES
+from minitron_megatron.models.shape import SIZES
 
 FILE, TEMPLATE = "README.md", "model_card.md.jinja"
 _PLAN = "plan.yaml"
 # A folder of Hugging Face's download cache says which repository it is of.
 _HUB_CACHE = re.compile(r"(?:^|/)models--([\w.-]+?)--([\w.-]+)/snapshots/")
-_SIZES = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "head_dim",
-    "vocab_size",
-    "max_position_embeddings",
-    "rope_theta",
-    "tied_embeddings",
-)
+_SIZES = (*SIZES, "rope_theta", "tied_embeddings")
 # Options of a training run that make its recipe, by what they are called.
 RECIPE = {
     "distill.loss": "loss",
@@ -90,7 +80,7 @@ def read_results(paths: Sequence[str], folder: ModelFolder) -> list[Measured]:
     found = []
     for path in map(Path, paths):
         manifest = read_manifest(path)
-        file = path / "results.json"
+        file = path / RESULTS
         digest = (manifest.get("inputs") or {}).get("model")
         if not file.is_file() or digest is None:
             raise UserError(f"results={path} is not an evaluation: give the output of launch/evaluate.py")

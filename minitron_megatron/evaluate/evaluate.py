@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open_model_folder, output_folder
+from minitron_megatron.checkpoints.folder import RESULTS, ModelFolder, check_output, open_model_folder, output_folder
 from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.console import print_table
@@ -24,8 +24,6 @@ from minitron_megatron.measuring import measuring
 from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype, pick_engine
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout, pick_device, world_size_from_env
-
-RESULTS = "results.json"
 
 
 def evaluate(cfg: EvaluateConfig) -> None:

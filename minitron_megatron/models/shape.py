@@ -15,7 +15,7 @@ from minitron_megatron.errors import UserError
 # and each shard stays a multiple of 128, which tensor cores like.
 VOCAB_MULTIPLE = 128 * 8
 DTYPES = ("float32", "bfloat16")
-_SIZES = (
+SIZES = (
     "num_layers",
     "hidden_size",
     "ffn_hidden_size",
@@ -78,7 +78,7 @@ class ModelShape:
         """Check what no layout and no checkpoint could repair."""
         if isinstance(self.ffn_hidden_size, list | tuple):
             self._set_ffn_of_layers(tuple(self.ffn_hidden_size))
-        for name in _SIZES:
+        for name in SIZES:
             value = getattr(self, name)
             for size in value if isinstance(value, tuple) else (value,):
                 if type(size) is not int or not 1 <= size < 2**31:

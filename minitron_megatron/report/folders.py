@@ -10,11 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import MANIFEST, SHAPE_FILE, load_yaml, read_manifest
+from minitron_megatron.checkpoints.folder import MANIFEST, METRICS, SHAPE_FILE, load_yaml, read_manifest
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.shape import ModelShape
 
-METRICS, RESULTS = "metrics.jsonl", "results.json"
 REPORT_FILES = ("report.html", "report.md")
 # Folders inside outputs that hold no outputs themselves.
 _NOT_LOOKED_INTO = frozenset(("weights", "checkpoints", "wandb", "tokenizer", "huggingface"))

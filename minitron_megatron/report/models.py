@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from minitron_megatron.checkpoints.folder import RESULTS
 from minitron_megatron.config import flat
 from minitron_megatron.console import format_value
 from minitron_megatron.errors import UserError
@@ -15,7 +16,7 @@ from minitron_megatron.launcher import CONF
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.report import plots
-from minitron_megatron.report.folders import RESULTS, RunFolder
+from minitron_megatron.report.folders import RunFolder
 from minitron_megatron.report.lineage import Lineage, short
 from minitron_megatron.report.page import Figure, Section, Table
 from minitron_megatron.report.trials import Trial

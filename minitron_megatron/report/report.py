@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitron_megatron.checkpoints.folder import check_output, output_folder
+from minitron_megatron.checkpoints.folder import RESULTS, check_output, output_folder
 from minitron_megatron.config import ReportConfig
 from minitron_megatron.console import print_table, speaks
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.report.cutting import cut_sections, importance_sections, layer_sections, search_sections
-from minitron_megatron.report.folders import REPORT_FILES, RESULTS, find_folders
+from minitron_megatron.report.folders import REPORT_FILES, find_folders
 from minitron_megatron.report.lineage import Lineage, commands_section, lineage_section, trace
 from minitron_megatron.report.models import (
     measurements_section,

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import MANIFEST
+from minitron_megatron.checkpoints.folder import MANIFEST, RESULTS
 from minitron_megatron.errors import UserError
 from minitron_megatron.report import plots
-from minitron_megatron.report.folders import RESULTS, RunFolder, look_into
+from minitron_megatron.report.folders import RunFolder, look_into
 from minitron_megatron.report.page import Figure, Section, Table
 
 SETTINGS = "settings.json"

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minitron_megatron.checkpoints.folder import RESULTS
 from minitron_megatron.console import markdown_table
 
-RESULTS, TABLE, PLOT = "results.json", "table.md", "throughput.svg"
+TABLE, PLOT = "table.md", "throughput.svg"
 COLUMNS = ("engine", "batch", "model", "tokens/s", "ratio", "seconds", "GiB")
 Row = dict[str, Any]
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from minitron_megatron.checkpoints.folder import METRICS
 from minitron_megatron.config import HardwareConfig, LoggerConfig
 from minitron_megatron.console import SECONDS_BETWEEN_LINES, console, speaks
 from minitron_megatron.models.graphs import peak_memory
@@ -98,7 +99,7 @@ class Metrics:
         self.interval, self.steps = options.interval, steps
         if not self.active:
             return
-        self.file = folder / "metrics.jsonl"
+        self.file = folder / METRICS
         _cut_back(self.file, start)
         self.out = open(self.file, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run, closed by close())
         self.wandb = _start_wandb(folder, options, config)
