@@ -6,3 +6,8 @@ The launcher prints it as ``error: …`` on rank 0 and exits with status 2 on ev
 
 class UserError(Exception):
     """Something the user can put right: a wrong option, a missing file, a layout that does not divide."""
+
+
+def in_one_line(error: BaseException, most: int | None = None) -> str:
+    """What another program says, as part of such a message: no line breaks, at most so many characters."""
+    return " ".join(str(error).split())[:most]

@@ -26,7 +26,7 @@ import torch
 import yaml
 
 from minitron_megatron import __version__
-from minitron_megatron.errors import UserError
+from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 
@@ -111,7 +111,7 @@ def load_yaml(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())})") from None
+        raise UserError(f"{file} cannot be read ({in_one_line(error)})") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} is not a mapping of keys to values")
     return values

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from minitron_megatron.errors import UserError
+from minitron_megatron.errors import UserError, in_one_line
 
 PLAIN, LINES, ROWS = (".txt", ".md", ".rst"), (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst"), (".parquet",)
 KNOWN = PLAIN + LINES + ROWS
@@ -54,7 +54,7 @@ def documents(file: Path, key: str) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 (byte {error.start}): convert it first") from None
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{file} cannot be read ({in_one_line(error, 200)})") from None
 
 
 def _open(file: Path) -> IO[str]:
@@ -102,7 +102,7 @@ def _parquet_rows(file: Path, key: str) -> Iterator[str]:
                         raise UserError(f"{file}: row {number} has no text in column {key!r}")
                     yield text
     except pyarrow.ArrowException as error:
-        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{file} cannot be read ({in_one_line(error, 200)})") from None
 
 
 def _check_column(file: Path, schema: Any, key: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.checkpoints.folder import SHAPE_FILE, TOKENIZER, load_yaml
-from minitron_megatron.errors import UserError
+from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.models.shape import ModelShape
 
 
@@ -21,7 +21,7 @@ def load_tokenizer(folder: Path | str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a tokenizer's files can be wrong in as many ways as transformers has loaders
-        raise UserError(f"{path}: the tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{path}: the tokenizer cannot be loaded ({in_one_line(error, 200)})") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no end-of-sequence token, which ends each document")
     return tokenizer

@@ -39,7 +39,7 @@ from safetensors.numpy import save
 from minitron_megatron.checkpoints.folder import read_manifest, verify_files
 from minitron_megatron.data.datasets import Data
 from minitron_megatron.distill.losses import Divergence, TopK
-from minitron_megatron.errors import UserError
+from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.models.forward import Batch
 from minitron_megatron.parallel import collectives
 
@@ -320,7 +320,7 @@ def _read(folder: Path, contents: Contents, chunk: Chunk, numbers: Sequence[int]
                 raise UserError(f"{file} is damaged: its {odd} are {slices[odd].get_shape()}, not {shapes[odd]}")
             rows = [[slices[name][n - chunk.first : n - chunk.first + 1] for name in shapes] for n in numbers]
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{file} is damaged ({' '.join(str(error).split())}): make the cache again") from None
+        raise UserError(f"{file} is damaged ({in_one_line(error)}): make the cache again") from None
     for number, (*of_sample, wanted) in zip(numbers, rows, strict=True):
         if contents.checksum(chunk.split, number, *of_sample) != wanted[0]:
             raise UserError(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from minitron_megatron.data.questions import lengths, margin
-from minitron_megatron.errors import UserError
+from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.launcher import CONF
 
 log = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def _load(manager: Any, name: str, unsafe: bool) -> dict[str, Any]:
         raise
     except Exception as error:  # tasks are programs of their own, with as many ways to fail
         raise UserError(
-            f"tasks=[{name}]: the task or its data cannot be loaded here ({' '.join(str(error).split())[:160]}): put the "
+            f"tasks=[{name}]: the task or its data cannot be loaded here ({in_one_line(error, 160)}): put the "
             "dataset into the Hugging Face cache of this machine (docs/evaluation.md), or leave the task out"
         ) from None
 
@@ -197,7 +197,7 @@ def _build(task: Any, name: str, limit: int | None) -> HarnessTask:
         return HarnessTask(task, limit)
     except Exception as error:  # see _load
         raise UserError(
-            f"tasks=[{name}]: its questions cannot be made ({' '.join(str(error).split())[:160]}): mend the task or its "
+            f"tasks=[{name}]: its questions cannot be made ({in_one_line(error, 160)}): mend the task or its "
             "data, or lower fewshot="
         ) from None
 

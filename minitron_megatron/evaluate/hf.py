@@ -8,7 +8,7 @@ from typing import Any
 from minitron_megatron.checkpoints.folder import joint_digest
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.data.tokenizer import load_tokenizer
-from minitron_megatron.errors import UserError
+from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.parallel.layout import pick_device
 
 _DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
@@ -55,6 +55,4 @@ def load_hf(folder: Path, cfg: EvaluateConfig) -> Any:
             use_safetensors=True,
         )
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"hf={folder} cannot be loaded by transformers ({' '.join(str(error).split())[:200]})"
-        ) from None
+        raise UserError(f"hf={folder} cannot be loaded by transformers ({in_one_line(error, 200)})") from None

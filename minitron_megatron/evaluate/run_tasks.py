@@ -4,7 +4,7 @@ from importlib.metadata import version
 from typing import Any
 
 from minitron_megatron.config import EvaluateConfig
-from minitron_megatron.errors import UserError
+from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.evaluate.harness import Loaded, offline
 
 # Draws for the standard error of metrics that are no means; the harness's own 100,000 take minutes a metric.
@@ -28,7 +28,7 @@ def run_tasks(lm: Any, loaded: Loaded, cfg: EvaluateConfig) -> dict[str, Any]:
         raise
     except Exception as error:  # tasks are programs of their own, with as many ways to fail
         raise UserError(
-            f"tasks={list(loaded.tasks)}: {type(error).__name__} ({' '.join(str(error).split())[:200]}): mend the task or its "
+            f"tasks={list(loaded.tasks)}: {type(error).__name__} ({in_one_line(error, 200)}): mend the task or its "
             "data, lower fewshot=, or leave it out"
         ) from error
     parts = loaded.part_of
