@@ -279,6 +279,7 @@ def load_weights(chunks_of_model: Sequence[torch.nn.Module], weights: Path, grou
     # All chunks at once: Megatron checks that together the ranks read every tensor just once.
     metadata = {"dp_cp_group": groups.dp_cp} if groups else None
     wanted = {f"chunk{i}": sharded_weights(chunk, metadata) for i, chunk in enumerate(chunks_of_model)}
+    _round_whole(wanted)
     try:
         with safe_reading():
             loaded = dist_checkpointing.load(wanted, str(weights))
@@ -290,6 +291,19 @@ def load_weights(chunks_of_model: Sequence[torch.nn.Module], weights: Path, grou
         missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
         if missing or result.unexpected_keys:
             raise UserError(f"{weights} does not fit the model: {(missing + list(result.unexpected_keys))[0]}")
+
+
+def _round_whole(wanted: dict[str, dict[str, Any]]) -> None:
+    """Have weights that a model keeps in FP8 read into CPU memory, to be rounded as whole matrices when they are put in place.
+
+    Megatron would read a matrix into FP8 in pieces, a gate and its up projection apart and every chunk of a file, each rounded
+    by a scale of its own, where the matrix has one for all: that of the last piece.
+    """
+    from megatron.core.fp8_utils import is_float8tensor
+
+    for tensor in (tensor for state in wanted.values() for tensor in state.values()):
+        if is_float8tensor(tensor.data):
+            tensor.data = torch.empty(tensor.data.shape, dtype=tensor.data.dtype, device="cpu")
 
 
 def check_weights(folder: ModelFolder) -> None:
