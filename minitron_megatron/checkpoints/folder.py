@@ -272,11 +272,12 @@ def _finish(
 
 def _cost(output: Output) -> dict[str, Any]:
     """What an output took: seconds from its beginning, in so many processes, each on such a device."""
+    # A process that only read and wrote files has not touched its GPU; nor may one that works on the CPU.
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "seconds": round(time.monotonic() - output.began, 2),
         "processes": collectives.world_size(),
-        # A process that only read and wrote files has not touched its GPU.
-        "device": torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu",
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     }
 
 
