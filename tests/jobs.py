@@ -209,9 +209,9 @@ def loss_and_gradients(
         {name: tensor.to(here) for name, tensor in batch.items()}
         for batch in trained.micro_batches(Tokens(tokens), range(len(tokens)))
     ]
-    terms, _, _ = trained.forward_backward(batches)
+    terms, counted, _ = trained.forward_backward(batches)
     modules = [chunk.module for chunk in trained.chunks]
-    return terms["loss"], _placed(folder.shape, modules, lambda parameter: parameter.main_grad.float())
+    return terms["loss"], _placed(folder.shape, modules, lambda parameter: parameter.main_grad.float() / counted)
 
 
 def training_losses(

@@ -53,11 +53,11 @@ def states_and_gradients(teacher, student, tokens, layout, micro_batch_size, ask
         # The first pass is for α.
         for chunk in trained.chunks:
             chunk.zero_grad_buffer()
-        terms, _, _ = trained.forward_backward(batches)
+        terms, counted, _ = trained.forward_backward(batches)
     modules = [chunk.module for chunk in trained.chunks]
-    placed = jobs._placed(folder.shape, modules, lambda parameter: parameter.main_grad.float())
+    placed = jobs._placed(folder.shape, modules, lambda parameter: parameter.main_grad.float() / counted)
     weights = [projection.weight for projection in trained.objective.intermediate.projections]
-    return terms, placed, [(w.detach(), w.main_grad.clone()) for w in weights]
+    return terms, placed, [(w.detach(), w.main_grad / counted) for w in weights]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """One training step after another, through Megatron's schedules: any pipeline, any split of the batch, one result.
 
-    step:  micro-batches ─▶ objective prepares ─▶ forward and backward ─▶ sums over ranks ─▶ spike guard ─▶ AdamW
+    step:  micro-batches ─▶ objective prepares ─▶ forward and backward ─▶ sums over ranks ─▶ spike guard ─▶ division, AdamW
                             (a teacher ahead)     (objective: terms)
 
 Where an objective prepares only so many micro-batches at once, forward and backward go in rounds of them (rounds.py).
@@ -27,7 +27,7 @@ from minitron_megatron.models.objective import VALIDATION_TERMS, Objective
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.guard import SpikeGuard
-from minitron_megatron.train.optimizer import gather_weights, gradient_norm, set_learning_rate
+from minitron_megatron.train.optimizer import apply_gradients, gather_weights, gradient_norm, set_learning_rate
 from minitron_megatron.train.rounds import Rounds
 from minitron_megatron.train.schedule import Schedule
 
@@ -86,11 +86,11 @@ class Trainer:
             self.forward_backward(batches)
         self._drop_gradients()
         terms, tokens, stop = self.forward_backward(batches, measure=self._measures(step, schedule.steps))
-        lr, grad_norm = schedule.learning_rate(step), gradient_norm(self.optimizer)
+        lr, grad_norm = schedule.learning_rate(step), gradient_norm(self.optimizer, tokens)
         taken = self.guard.takes(step, terms["loss"], grad_norm)
         if taken:
             set_learning_rate(self.optimizer, lr, self.cfg.optim.weight_decay)
-            self.optimizer.step()
+            apply_gradients(self.optimizer, tokens, grad_norm)
         return StepResult(terms, grad_norm, lr, tokens, time.monotonic() - began, data_seconds, taken, stop)
 
     def _capture_once(self, micro_batches: int) -> None:
@@ -116,7 +116,7 @@ class Trainer:
         return (step + 1) % self.cfg.logger.interval == 0 or step + 1 == steps
 
     def forward_backward(self, batches: list[Batch], *, measure: bool = False) -> tuple[dict[str, float], int, bool]:
-        """Gradients of a step's micro-batches.
+        """Gradients of a step's micro-batches: sums over the tokens of all ranks, which nothing has divided yet.
 
         Returns:
             The mean of every term over all ranks' tokens, the number of those, and whether some rank was asked to stop;

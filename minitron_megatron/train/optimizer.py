@@ -1,7 +1,8 @@
 """Megatron's data-parallel wrapper and distributed optimizer around a model's chunks.
 
 Gradients are accumulated and reduced in float32 (`ddp.grad_reduce_in_fp32`); bf16 models have float32 master weights, and every
-optimizer state is spread over the data-parallel ranks.
+optimizer state is spread over the data-parallel ranks. Gradients are sums over tokens until `apply_gradients`, which divides and
+clips a rank's share of them in one pass.
 """
 
 from collections.abc import Sequence
@@ -147,13 +148,34 @@ def gather_weights(chunks: Sequence[Any]) -> None:
             chunk.start_param_sync(force_sync=True)
 
 
-def gradient_norm(optimizer: Any) -> float:
-    """Norm of the step's gradients over all ranks, before clipping; the same on every rank. Nothing is changed.
+def gradient_norm(optimizer: Any, tokens: int) -> float:
+    """Norm of the mean loss's gradients over all ranks, before clipping; the same on every rank. Nothing is changed.
 
-    Megatron's `step` makes it again: the gradients are read once more, a thousandth of a step.
+    `tokens` is what the sums of gradients are to be divided by.
     """
     optimizer.prepare_grads()
-    return float(optimizer.get_grad_norm())
+    return float(optimizer.get_grad_norm()) / tokens
+
+
+def apply_gradients(optimizer: Any, tokens: int, grad_norm: float) -> None:
+    """Update the parameters by what `gradient_norm` has read, divided by `tokens` and clipped to `optim.clip_grad`.
+
+    Megatron's finalize_model_grads would divide every rank's whole buffer, and its optimizer's `step` make the norm again and
+    clip in a pass of its own.
+    """
+    from megatron.core.optimizer.clip_grads import multi_tensor_applier, multi_tensor_scale_impl
+
+    config = optimizer.config
+    # Megatron's own rule of clipping.
+    clip = min(1.0, config.clip_grad / (grad_norm + 1e-6)) if config.clip_grad > 0 else 1.0
+    name = "decoupled_grad" if config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 else "grad"
+    held = [getattr(parameter, name, None) for parameter in optimizer.get_parameters()]
+    # A rank of many may have no share.
+    gradients = [gradient.detach() for gradient in held if gradient is not None]
+    if gradients:
+        overflow = torch.zeros(1, dtype=torch.int, device=gradients[0].device)
+        multi_tensor_applier(multi_tensor_scale_impl, overflow, [gradients, gradients], clip / tokens)
+    optimizer.step_with_ready_grads()
 
 
 def set_learning_rate(optimizer: Any, lr: float, weight_decay: float) -> None:
