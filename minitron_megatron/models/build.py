@@ -176,6 +176,12 @@ def _have_transformer_engine() -> bool:
     return HAVE_TE
 
 
+def _have_fused_rotation() -> bool:
+    from megatron.core.transformer.attention import HAVE_FUSED_QKV_ROPE
+
+    return HAVE_FUSED_QKV_ROPE
+
+
 def _fusions(te: bool, traits: Traits) -> dict[str, bool]:
     """Which of an engine's fused kernels to use."""
     return {
@@ -184,6 +190,8 @@ def _fusions(te: bool, traits: Traits) -> dict[str, bool]:
         "bias_activation_fusion": False,
         "bias_dropout_fusion": te,
         "apply_rope_fusion": te,
+        # Takes queries, keys and values apart on the way; norms of heads come between.
+        "fused_single_qkv_rope": te and not traits.qk_norm and _have_fused_rotation(),
         # These belong to apex and to Megatron's own attention.
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,

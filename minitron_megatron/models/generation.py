@@ -28,6 +28,8 @@ from minitron_megatron.parallel.layout import Layout
 
 # Attributes of Megatron's and Transformer Engine's modules that split the sequence.
 _SPLITTING = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+# Of a config: queries, keys and values are rotated at once, before keys could be put beside those of the cache.
+_ROTATION = "fused_single_qkv_rope"
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def generate(
     model = _Model(chunks, layout, shape)
     mine: dict[int, list[int]] = {}
     # Not inference mode: Megatron keeps rotary embeddings, and those made in it could not be trained with.
-    with torch.no_grad(), _evaluating(chunks), _whole_sequences(chunks):
+    with torch.no_grad(), _evaluating(chunks), _with_a_cache(chunks):
         for numbers in batches[ps.get_data_parallel_rank() :: layout.data]:
             answers = _answer(model, numbers, [prompts[number] for number in numbers], sampling)
             mine |= dict(zip(numbers, answers, strict=True))
@@ -232,15 +234,20 @@ def _evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _whole_sequences(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Without sequence parallelism. (Megatron's own switch remembers modules by the address of a model that may be gone.)"""
+def _with_a_cache(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Without what a cache does not go with: sequence parallelism and one rotation of queries, keys and values.
+
+    Megatron's own switch of sequence parallelism remembers modules by the address of a model that may be gone.
+    """
     modules = [module for chunk in chunks for module in chunk.modules()]
     configs = [module.config for module in modules if hasattr(module, "config")]
-    split = [(it, name) for it in modules + configs for name in _SPLITTING if getattr(it, name, False) is True]
-    for it, name in split:
+    on = [
+        (it, name) for it in modules + configs for name in (*_SPLITTING, _ROTATION) if getattr(it, name, False) is True
+    ]
+    for it, name in on:
         setattr(it, name, False)
     try:
         yield
     finally:
-        for it, name in split:
+        for it, name in on:
             setattr(it, name, True)
