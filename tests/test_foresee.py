@@ -279,14 +279,19 @@ FP8 = {"fp8": "delayed", "teacher_fp8": "tensorwise", "teacher_head_fp8": True}
         (32, 8192, Layout(tensor=4, sequence=True, world_size=4), {"overlap": True}, 5.0898, 26.3, True),
         (32, 8192, Layout(tensor=2, pipeline=2, sequence=True, world_size=4), {}, 3.8244, 33.3, False),
         (32, 4096, Layout(), FP8, 1.277, 86.2, True),
-        (32, 4096, Layout(), {**FP8, "cuda_graphs": True}, 1.0183, None, False),
+        (32, 4096, Layout(), {**FP8, "cuda_graphs": True}, 1.0108, None, False),
         (32, 8192, Layout(), {**FP8, "cuda_graphs": True}, 2.2136, None, False),
+        (4, 4096, Layout(), {"cuda_graphs": True}, None, 26.10, False),
+        (8, 4096, Layout(), {"cuda_graphs": True}, None, 35.44, False),
+        (4, 8192, Layout(), {"cuda_graphs": True}, None, 31.66, False),
+        (8, 8192, Layout(), {"cuda_graphs": True}, None, 42.61, False),
+        (8, 4096, Layout(), {**FP8, "cuda_graphs": True}, None, 34.81, False),
     ],
     ids=str,
 )
 def test_steps_take_what_was_measured_on_h200s(hydra, layers, length, layout, step, seconds, gib, waits):
     """Four micro-batches a GPU, as in docs/benchmarks.md: seconds to 10 %, and launches waited for where GPUs were seen to;
-    memory of the fullest rank to 3 %, but for what graphs work in."""
+    memory of the fullest rank to 3 %, with what graphs work in."""
     options = ["output=x", f"sequence_length={length}", f"model.num_layers={layers}", f"target.num_layers={layers}"]
     cfg = compose(
         "benchmark", ["benchmark=scaling", *options, *(f"step.{name}={value}" for name, value in step.items())]
@@ -295,7 +300,7 @@ def test_steps_take_what_was_measured_on_h200s(hydra, layers, length, layout, st
     teacher, student = case.shapes
     run = replace(case.run, cluster=HardwareConfig(gpu="h200"))
     found = forecast(run, layout, Models(student, "te", teacher, "te", lambda one: one))
-    assert found.step.total == pytest.approx(seconds, rel=0.1)
+    assert seconds is None or found.step.total == pytest.approx(seconds, rel=0.1)
     assert (found.step.seconds["waiting for launches"] > 0) == waits
     assert gib is None or found.gib == pytest.approx(gib, rel=0.03)
 

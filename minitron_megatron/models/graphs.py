@@ -51,11 +51,15 @@ def check_graphs_device(wanted: bool, engine: str, dtype: torch.dtype, option: s
 
 
 def peak_memory(wanted: bool) -> int:
-    """Bytes of this GPU that tensors took at the most; where there are graphs, that torch reserved.
+    """Bytes of this GPU that tensors took at the most, and where there are graphs what these work in.
 
-    What graphs work in counts as free when they have been captured, though nothing else can have it.
+    That counts as free when they have been captured, though nothing else can have it.
     """
-    return torch.cuda.max_memory_reserved() if wanted else torch.cuda.max_memory_allocated()
+    most = torch.cuda.max_memory_allocated()
+    if not wanted:
+        return most
+    pools = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0)]
+    return most + sum(segment["total_size"] - segment["allocated_size"] for segment in pools)
 
 
 @contextmanager
@@ -119,10 +123,16 @@ def _helper() -> type:
     from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 
     class Helper(TECudaGraphHelper):
-        """Megatron's, without copies of gradients that are placeholders: matrices' are added up within the products."""
+        """Megatron's, less what it copies for nothing.
+
+        Gradients that are placeholders (matrices' are added up within the products), and for every layer a mask [s, s] that a
+        causal kernel does not look at.
+        """
 
         def _get_cuda_graph_input_data(self) -> tuple[Any, dict[str, Any]]:
             arguments, options = super()._get_cuda_graph_input_data()
+            for given in options["sample_kwargs"]:
+                given.pop("attention_mask", None)
             return arguments, {**options, "clone_param_grads_on_return": False}
 
     return Helper

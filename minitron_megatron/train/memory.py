@@ -6,6 +6,7 @@
                                                 feed-forward, no dropout, norms in place of LayerNorm where they are
     × in flight                                 micro-batches between their forward and backward pass on this stage
     work                                        what is alive only while one layer, or the loss, runs
+    graphs                                      the work of layers again, where nothing else can have it meanwhile
 
 Per layer the paper has s·b·h·(34 + 5·a·s/h) bytes in 16-bit; here every saved tensor is listed.
 """
@@ -261,6 +262,8 @@ def memory_of_stage(stage: Stage, plan: Plan) -> dict[str, int]:
     if plan.teacher:
         found["teacher weights"] = _teacher_weights(stage, plan)
         found["teacher hidden states"] = _kept_states(stage, plan)
+    if plan.cuda_graphs:
+        found["what CUDA graphs work in"] = _work_of_graphs(stage, plan, flying)
     return found
 
 
@@ -314,9 +317,12 @@ def _kept_states(stage: Stage, plan: Plan) -> int:
 
 
 def _work(stage: Stage, plan: Plan) -> int:
-    """The largest of what is alive for a moment: the loss, a layer's backward pass, a layer of the teacher."""
-    passes = [_layer_work(plan.student, stage.student, plan, plan.how, backward=True)]
-    if plan.teacher:
+    """The largest of what is alive for a moment: the loss, a layer's backward pass, a layer of the teacher.
+
+    Layers that are CUDA graphs work in memory of their own.
+    """
+    passes = [] if plan.cuda_graphs else [_layer_work(plan.student, stage.student, plan, plan.how, backward=True)]
+    if plan.teacher and not plan.cuda_graphs:
         passes.append(_layer_work(plan.teacher, stage.teacher, plan.of_teacher, plan.teacher_how, backward=False))
     # A matrix's gradient: Transformer Engine's linears add theirs to the float32 one as they make it, of the embedding and
     # of local layers' it is made in the model's dtype first, and of the output matrix autograd wants one to throw away.
@@ -324,7 +330,27 @@ def _work(stage: Stage, plan: Plan) -> int:
     matrix = max(held, default=0) * plan.how.dtype.itemsize
     if stage.student[-1].head:
         passes.append(_loss_bytes(plan))
-    return max(passes) + matrix
+    return max(passes, default=0) + matrix
+
+
+def _work_of_graphs(stage: Stage, plan: Plan, flying: int) -> int:
+    """What captured layers work in, theirs for good; measured on H200s (docs/benchmarks.md).
+
+    Of the student a layer's backward pass, in which what attention works in does not take the place of what the feed-forward
+    block has kept; a copy of each layer's input beside the output before it, for the micro-batches in flight; and gradients at
+    either end. Of the teacher all that one layer makes, and what goes in and comes out.
+    """
+    layers, item = sum(len(chunk.layers) for chunk in stage.student), plan.how.dtype.itemsize
+    sizes = _Sizes.of(plan.student, 0, plan.layout, plan.batch)
+    work = _layer_work(plan.student, stage.student, plan, plan.how, backward=True, captured=True)
+    copies = (layers * flying // len(stage.student) + 2) * sizes.residual * item
+    if not plan.teacher:
+        return work + copies
+    own, how = plan.of_teacher, plan.teacher_how
+    widest = _widest(plan.teacher, stage.teacher)
+    ends = 2 * _Sizes.of(plan.teacher, widest, own.layout, own.batch).residual * how.dtype.itemsize
+    made = layer_bytes(plan.teacher, widest, own.layout, own.batch, Arithmetic(how.dtype, how.engine))
+    return work + copies + made + _gathered(plan.teacher, own, how) + ends
 
 
 def _loss_bytes(plan: Plan) -> int:
@@ -337,23 +363,37 @@ def _loss_bytes(plan: Plan) -> int:
     return (2 if plan.teacher else 1) * logits * item + 2 * states * item + 3 * 4 * min(BLOCK_ELEMENTS, logits)
 
 
-def _layer_work(shape: ModelShape, chunks: Sequence[Chunk], plan: Plan, how: Arithmetic, *, backward: bool) -> int:
+def _widest(shape: ModelShape, chunks: Sequence[Chunk]) -> int:
+    """The layer of chunks with the widest feed-forward block."""
+    return max((layer for chunk in chunks for layer in chunk.layers), key=lambda layer: shape.ffn_of_layers[layer])
+
+
+def _gathered(shape: ModelShape, plan: Plan, how: Arithmetic) -> int:
+    """Bytes of the residual stream, not split, that goes into a layer and of the one that comes out."""
+    return 2 * plan.batch.tokens * shape.hidden_size * how.dtype.itemsize
+
+
+def _layer_work(
+    shape: ModelShape, chunks: Sequence[Chunk], plan: Plan, how: Arithmetic, *, backward: bool, captured: bool = False
+) -> int:
     """Bytes of the tensors of one layer that are alive at once: in a backward pass gradients, beside a recomputed layer.
 
-    Attention's backward pass begins when what the layer kept of its feed-forward block is gone.
+    Attention's backward pass begins when what the layer kept of its feed-forward block is gone; `captured` in a graph, each
+    of both has memory of its own.
     """
-    widest = max((layer for chunk in chunks for layer in chunk.layers), key=lambda layer: shape.ffn_of_layers[layer])
+    widest = _widest(shape, chunks)
     sizes, item = _Sizes.of(shape, widest, plan.layout, plan.batch), how.dtype.itemsize
     inner = (3 if TRAITS[shape.family].gated else 2) * sizes.ffn * item
     # Unfused attention makes scores, their masked and float32 forms one after another.
     scores = sizes.scores * (4 + 2 * item) if how.engine == "local" else 0
-    attention = _attention_work(shape, sizes, how) - _mlp_bytes(shape, sizes, how) if backward else 0
-    gathered = 2 * plan.batch.tokens * shape.hidden_size * item
+    attention = _attention_work(shape, sizes, how) if backward else 0
+    alive = inner + attention if captured else max(inner, scores, attention - _mlp_bytes(shape, sizes, how))
+    gathered = _gathered(shape, plan, how)
     plain = Arithmetic(how.dtype, how.engine, fused_norms=how.fused_norms)
     again = layer_bytes(shape, widest, plan.layout, plan.batch, plain) if backward and how.recompute != "none" else 0
     if how.recompute == "selective":
         again -= layer_bytes(shape, widest, plan.layout, plan.batch, how)
-    return max(inner, scores, attention) + gathered + again
+    return alive + gathered + again
 
 
 def _attention_work(shape: ModelShape, sizes: _Sizes, how: Arithmetic) -> int:
