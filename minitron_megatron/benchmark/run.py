@@ -78,11 +78,14 @@ def benchmark(cfg: BenchmarkConfig) -> None:
 
 def _foresee(cfg: BenchmarkConfig, layout: Layout, device: torch.device) -> None:
     """What would be measured; a step in several layouts with what is said of each on the GPUs of `cluster=`."""
-    if cfg.measure != "scaling":
-        print_table("would be measured", ["", "value"], [["measure", cfg.measure], ["layout", str(layout)]])
-        return
     # It plans a job for GPUs wherever it runs, unless a CPU is asked for.
     there = device if cfg.device == "cpu" else torch.device("cuda")
+    if cfg.measure != "scaling":
+        rows = [["measure", cfg.measure], ["layout", str(layout)]]
+        if cfg.measure in FORESEEN and there.type == "cuda":
+            rows += [["GPU", hardware(cfg.cluster).gpu], *FORESEEN[cfg.measure](cfg, layout).items()]
+        print_table("would be measured", ["", "value"], rows)
+        return
     scaling = Scaling(cfg, layout.world_size, there, check_device=device.type == there.type)
     with progress("foresee", len(scaling.all_cases), unit="layouts") as advance:
         rows = []

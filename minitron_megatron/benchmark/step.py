@@ -1,13 +1,16 @@
-"""A distillation step between random models: time, memory and what the dry run says of both; beside it one with ModelOpt's loss.
+"""A distillation step between random models: time, memory and what the dry run says of both; beside it ModelOpt's.
 
 Everything is what `launch/distill.py` runs (Megatron's schedule, data parallelism and optimizer, the loss), on random tokens.
+ModelOpt's is its loss of whole logits in bf16, in Megatron's own step: its division of gradients, its clipping, its settings of
+rotary embeddings; layers, schedule and AdamW are ours.
 """
 
 import gc
+import itertools
 import statistics
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -37,13 +40,17 @@ from minitron_megatron.models.fp8 import check_fp8_device
 from minitron_megatron.models.graphs import check_graphs_device, peak_memory
 from minitron_megatron.models.head import Summed
 from minitron_megatron.models.shape import ModelShape
-from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.hardware import gpu_of, hardware, peak_flops
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.distill import build_teacher, check_pair, teacher_layout
 from minitron_megatron.train.foresee import Models, forecast
-from minitron_megatron.train.loop import Trainer
-from minitron_megatron.train.optimizer import check_state_precision, training_fields, wrap_and_optimize
+from minitron_megatron.train.loop import StepResult, Trainer
+from minitron_megatron.train.optimizer import (
+    check_state_precision,
+    set_learning_rate,
+    training_fields,
+    wrap_and_optimize,
+)
 from minitron_megatron.train.overlap import check_overlap_device, user_buffers
 from minitron_megatron.train.schedule import Schedule
 
@@ -127,23 +134,49 @@ def foreseen_step(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]:
 def distillation_step(cfg: BenchmarkConfig, layout: Layout) -> dict[str, Any]:
     """Median seconds of a step of `model=` teaching its `target=`, tokens/s and MFU of a GPU, peak GiB.
 
-    With `peers`, on one GPU, the same with ModelOpt's loss over whole logits, and how much faster ours is.
+    With `peers`, on one GPU, ModelOpt's step in bf16 before it, and how much faster and smaller ours is.
     """
     case = Case.of(cfg, layout)
+    beside = cfg.peers and can_run("modelopt") and layout.world_size == 1
+    theirs = _modelopts_figures(case) if beside else {}
     with case.buffers():
-        trainer = case.trainer()
-        found = figures(case, timed(case, trainer))
-    if cfg.peers and can_run("modelopt") and layout.world_size == 1:
-        trainer.objective = _ModelOpt(trainer.objective.teacher, case.shapes[1].vocab_size)
-        try:
-            theirs = figures(case, timed(case, trainer))
-        except torch.OutOfMemoryError:
-            return {**found, "modelopt": "out of memory"}
-        found |= {f"modelopt_{name}": value for name, value in theirs.items() if name not in ("tokens", "loss")}
-        found["tokens_per_second_over_modelopt"] = theirs["seconds"] / found["seconds"]
-        if "peak_gib" in found:
-            found["peak_over_modelopt"] = found["peak_gib"] / theirs["peak_gib"]
+        found = figures(case, timed(case, case.trainer()))
+    if not beside:
+        return found
+    if not theirs:
+        return {**found, "modelopt": "out of memory"}
+    found |= {f"modelopt_{name}": value for name, value in theirs.items() if name != "tokens"}
+    found["tokens_per_second_over_modelopt"] = theirs["seconds"] / found["seconds"]
+    if "peak_gib" in found:
+        found["peak_over_modelopt"] = found["peak_gib"] / theirs["peak_gib"]
     return found
+
+
+def _modelopts_figures(case: Case) -> dict[str, float]:
+    """Those of ModelOpt's step of the same models, in bf16 whatever ours is in; none where it does not fit."""
+    step = replace(
+        case.cfg.step, fp8="none", fp8_bf16_layers=0, teacher_fp8="none", teacher_head_fp8=False, cuda_graphs=False
+    )
+    case = replace(case, cfg=replace(case.cfg, step=step))
+    # Before any model is there: ModelOpt keeps errors of its optional imports, and with them the frames that they passed.
+    theirs = _modelopts_trainer(case, modelopt_loss())
+    try:
+        return figures(case, timed(case, theirs))
+    except torch.OutOfMemoryError:
+        return {}
+    finally:
+        let_go(theirs)
+
+
+def _modelopts_trainer(case: Case, loss: Any) -> Trainer:
+    """A case's models with ModelOpt's loss, in Megatron's own step."""
+    ours = case.trainer()
+    teacher = ours.objective.teacher
+    for module in (module for chunk in (*ours.chunks, *teacher.chunks) for module in chunk.modules()):
+        if hasattr(module, "config"):
+            module.config.fused_single_qkv_rope = False
+    objective = _ModelOpt(teacher, case.shapes[1].vocab_size, loss)
+    return _MegatronsTrainer(ours.chunks, ours.optimizer, objective, ours.layout, ours.cfg)
 
 
 def _run_config(case: Case) -> DistillConfig:
@@ -191,18 +224,18 @@ def _trainer(case: Case) -> Trainer:
 
 
 def timed(case: Case, trainer: Trainer) -> Timed:
-    """Run the case's steps, after three to warm up."""
+    """Run the case's steps, one after another as in training, after three to warm up.
+
+    A step lasts until the next one can begin: what the GPU still does then, the next one waits for.
+    """
     cfg = case.cfg
     samples = RandomTokens(case.shapes[1].vocab_size, cfg.sequence_length, cfg.seed)
     schedule = Schedule.of_run(trainer.cfg.optim, 1000, 1)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    found, losses = [], []
+    ends, losses = [], []
     for step in range(cfg.repeats + 3):
-        torch.cuda.synchronize()
-        collectives.barrier()
-        began = time.perf_counter()
         if cfg.step.optimizer:
             losses.append(trainer.train_step(step, schedule, samples).loss)
         else:
@@ -210,10 +243,11 @@ def timed(case: Case, trainer: Trainer) -> Timed:
             here = torch.cuda.current_device()
             terms, *_ = trainer.forward_backward([{name: t.to(here) for name, t in batch.items()} for batch in batches])
             losses.append(terms["loss"])
-        torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
+        ends.append(time.perf_counter())
+    torch.cuda.synchronize()
+    found = [after - before for before, after in itertools.pairwise(ends)]
     peak = peak_memory(cfg.step.cuda_graphs) / 2**30 if torch.cuda.is_available() else 0.0
-    return Timed(statistics.median(found[3:]), peak, losses[0])
+    return Timed(statistics.median(found[2:]), peak, losses[0])
 
 
 def let_go(trainer: Trainer) -> None:
@@ -268,12 +302,33 @@ class RandomTokens:
         }
 
 
+class _MegatronsTrainer(Trainer):
+    """A trainer whose step ends as Megatron's own loop does: gradients divided in their buffers, then the optimizer's `step`."""
+
+    def train_step(self, step: int, schedule: Schedule, samples: Any) -> StepResult:
+        """Optimizer step `step` (from 0) of a schedule."""
+        began, size = time.monotonic(), self.cfg.trainer.global_batch_size
+        here = torch.cuda.current_device()
+        batches = [
+            {name: tensor.to(here) for name, tensor in batch.items()}
+            for batch in self.micro_batches(samples, range(step * size, (step + 1) * size))
+        ]
+        self._drop_gradients()
+        terms, tokens, stop = self.forward_backward(batches)
+        for chunk in self.chunks:
+            chunk.scale_gradients(torch.tensor(1 / tokens, device=here))
+        lr = schedule.learning_rate(step)
+        set_learning_rate(self.optimizer, lr, self.cfg.optim.weight_decay)
+        _, grad_norm, _ = self.optimizer.step()
+        return StepResult(terms, float(grad_norm), lr, tokens, time.monotonic() - began, 0.0, True, stop)
+
+
 class _ModelOpt(Distillation):
     """ModelOpt's loss of whole logits, in the same loop with the same models."""
 
-    def __init__(self, teacher: Teacher, vocab_size: int) -> None:
+    def __init__(self, teacher: Teacher, vocab_size: int, loss: Any) -> None:
         super().__init__(teacher, DistillOptions(), vocab_size)
-        self.loss = modelopt_loss()
+        self.loss = loss
 
     def __call__(
         self, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, batch: Batch, *, measure: bool
