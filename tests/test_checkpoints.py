@@ -18,7 +18,7 @@ from minitron_megatron.checkpoints.folder import open_model_folder, output_folde
 from minitron_megatron.checkpoints.hf import HfFolder, export_hf, import_hf
 from minitron_megatron.checkpoints.random_model import make_random_model
 from minitron_megatron.checkpoints.reading import WeightReader, read_metadata, safe_reading
-from minitron_megatron.checkpoints.weights import check_weights, chunks, verify_digest
+from minitron_megatron.checkpoints.weights import _check_rounding, check_weights, chunks, verify_digest
 from minitron_megatron.config import ExportHfConfig, ImportHfConfig, ModelConfig, RandomModelConfig
 from minitron_megatron.errors import UserError
 from tests import jobs
@@ -337,3 +337,21 @@ def test_a_checkpoint_that_lacks_bytes_or_chunks_is_told(quarters, tmp_path):
         reader.read("layers.w", (0, 0, 0), WHOLE.shape)
     with pytest.raises(UserError, match="incomplete"):
         WeightReader(quarters).read("layers.w", (0, 0, 0), (3, 25, 10))
+
+
+class InFp8(torch.nn.Parameter):
+    """A parameter with the one method of Transformer Engine's FP8 tensors that loading asks for."""
+
+    def dequantize(self):
+        return self.data
+
+
+def test_a_matrix_in_fp8_that_is_not_the_one_that_was_read_is_told(monkeypatch):
+    """As where every piece of it is rounded by a scale of its own; what e4m3 rounds off is not."""
+    monkeypatch.setattr("megatron.core.fp8_utils.is_float8tensor", lambda tensor: isinstance(tensor, InFp8))
+    exact, chunk = torch.randn(64, 32, generator=torch.Generator().manual_seed(1)), torch.nn.Linear(32, 64, bias=False)
+    chunk.weight = InFp8(exact.to(torch.float8_e4m3fn).float())
+    _check_rounding(chunk, {"weight": exact}, Path("weights"))
+    chunk.weight.data[:32] *= 2
+    with pytest.raises(UserError, match=r"weights: weight in FP8 is 7\d% off, where e4m3 rounds off 2.7%"):
+        _check_rounding(chunk, {"weight": exact}, Path("weights"))

@@ -50,6 +50,8 @@ from minitron_megatron.parallel import collectives
 
 # Largest chunk, and all the memory that writing takes.
 BLOCK_BYTES = 64 * 2**20
+# ‖rounded − exact‖ / ‖exact‖ of a matrix in e4m3, as found for random ones, and what is no rounding any more.
+USUAL_ROUNDING, LARGEST_ROUNDING = 0.027, 0.1
 # Key of what is not a tensor; in Megatron's format, a list of one object.
 COMMON_STATE = "common_state/shard_0_1"
 
@@ -291,6 +293,28 @@ def load_weights(chunks_of_model: Sequence[torch.nn.Module], weights: Path, grou
         missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
         if missing or result.unexpected_keys:
             raise UserError(f"{weights} does not fit the model: {(missing + list(result.unexpected_keys))[0]}")
+        _check_rounding(chunk, loaded[f"chunk{i}"], weights)
+
+
+@torch.no_grad()
+def _check_rounding(chunk: torch.nn.Module, exact: dict[str, Any], weights: Path) -> None:
+    """Raise UserError where a matrix that is kept in FP8 is no longer the one that was read."""
+    from megatron.core.fp8_utils import is_float8tensor
+
+    for name, parameter in chunk.named_parameters():
+        if is_float8tensor(parameter):
+            error = rounding_error(parameter.dequantize(), exact[name])
+            if not error <= LARGEST_ROUNDING:
+                raise UserError(
+                    f"{weights}: {name} in FP8 is {error:.0%} off, where e4m3 rounds off {USUAL_ROUNDING:.1%}: its numbers "
+                    "are of too many sizes for their scale; use blockwise scaling, or none"
+                )
+
+
+def rounding_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """‖found − exact‖ / ‖exact‖."""
+    exact = exact.to(found.device, torch.float32)
+    return float(torch.linalg.vector_norm(found.float() - exact) / torch.linalg.vector_norm(exact).clamp_min(1e-30))
 
 
 def _round_whole(wanted: dict[str, dict[str, Any]]) -> None:
