@@ -8,6 +8,10 @@ class UserError(Exception):
     """Something the user can put right: a wrong option, a missing file, a layout that does not divide."""
 
 
+class Diverged(UserError):
+    """A run that ended because its loss or its gradients only spike, or are no numbers any more."""
+
+
 def in_one_line(error: BaseException, most: int | None = None) -> str:
     """What another program says, as part of such a message: no line breaks, at most so many characters."""
     return " ".join(str(error).split())[:most]

@@ -20,6 +20,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF, compose
 from minitron_megatron.prune.prune import prune_model
 from minitron_megatron.search.search import search_shapes
+from tests.pool import WorkerError
 from tests.test_prune import random_scores, write_scores
 from tests.test_train import exit_code, untimed
 from tests.tiny import data_folder, hf_model, imported
@@ -210,6 +211,47 @@ def test_a_killed_run_goes_on_as_parts_side_by_side(gloo, folders, tmp_path, mon
         with pytest.raises(UserError) as error:
             part(other)
         assert says in str(error.value)
+
+
+class OneDiverges(Here):
+    """Rank 10 learns at a rate at which nothing does."""
+
+    def __call__(self, program: list[str], processes: int) -> tuple[int, str]:
+        try:
+            return super().__call__(program, processes)
+        except WorkerError as error:
+            assert "a row that cannot be taken" in str(error)
+            return 2, "it has diverged"
+
+
+@pytest.mark.slow
+def test_candidates_that_diverge_are_out_and_the_others_go_on(gloo, folders, tmp_path, monkeypatch):
+    """Also where so few are left that it goes on: it is tried again, and is never the winner. Where all do, it is told."""
+
+    def spoil(wrong: tuple[str, ...]):
+        def at(ran: int, config) -> None:
+            if any(f"/{rank}/distilled" in str(config.output) for rank in wrong):
+                config.optim.lr = 1e30
+
+        return at
+
+    output = tmp_path / "out"
+    given = words(folders, output, "distill.guard.stop_after=2", "distill.optim.warmup_steps=0", "halving.factor=2")
+    monkeypatch.setattr(stages, "run_program", OneDiverges(gloo, spoil(("rank_01", "rank_10"))))
+    start(given)
+    found = json.loads((output / "results.json").read_text())
+    first, second, third = found["candidates"]
+    assert found["winner"]["rank"] == first["rank"] == 20 and first["diverged"] is None
+    assert {second["rank"], third["rank"]} == {1, 10}
+    assert second["validation_kl"] == {"4": None, "8": None} and third["validation_kl"] == {"4": None}
+    assert all("that cannot be taken" in one["diverged"] for one in (second, third))
+    assert "diverged" in (output / "report.html").read_text()
+
+    monkeypatch.setattr(stages, "run_program", OneDiverges(gloo, spoil(("rank_01", "rank_10", "rank_20"))))
+    with pytest.raises(
+        UserError, match=r"rung 1: every candidate has diverged \(rank 1 at step \d+: .*lower distill.optim.lr"
+    ):
+        start([*(word for word in given if not word.startswith("output=")), f"output={tmp_path / 'none'}"])
 
 
 def _stage_words(output: Path, rank: int) -> list[str]:

@@ -1,5 +1,6 @@
 """What became of the candidates: a table, their order before and after, what halving saved, and the winner's plan."""
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -38,7 +39,12 @@ def summary(plan: Plan, after: Mapping[int, Sequence[Mapping[str, Any]]]) -> dic
             "parameters": by_rank[rank].parameters,
             "predicted_loss": by_rank[rank].ranked.predicted_loss,
             "steps": plan.rungs[len(reached[rank]) - 1],
-            "validation_kl": dict(zip(map(str, plan.rungs), reached[rank], strict=False)),
+            # None where it had diverged.
+            "validation_kl": {
+                str(step): loss if math.isfinite(loss) else None
+                for step, loss in zip(plan.rungs, reached[rank], strict=False)
+            },
+            "diverged": after[rank][-1].get("diverged"),
             "validation_perplexity": after[rank][-1].get("validation_perplexity"),
             "seconds": round(sum(one.get("seconds", 0.0) for one in after[rank]), 1),
         }

@@ -7,7 +7,8 @@
 
 Every stage is a command of its own (stages.py), and a candidate's rung is done when its file is there: a second run goes on with
 the first that is not. All candidates have one schedule, that of the whole budget, the same samples in the same order, and the
-same validation samples. As jobs side by side (rung=, candidate=) each decides anew from the files of the rungs before.
+same validation samples. One that diverges has an infinite loss from there on, and the others go on. As jobs side by side (rung=,
+candidate=) each decides anew from the files of the rungs before.
 """
 
 import json
@@ -15,13 +16,15 @@ import logging
 import math
 import shlex
 import shutil
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from minitron_megatron.candidates import halving
 from minitron_megatron.candidates.plan import Candidate, Plan, make_plan
 from minitron_megatron.candidates.results import show, summary, write
-from minitron_megatron.checkpoints.folder import METRICS
+from minitron_megatron.checkpoints.folder import DIVERGED, METRICS
 from minitron_megatron.composing import check_root
 from minitron_megatron.config import DistillCandidatesConfig
 from minitron_megatron.console import console, print_table
@@ -112,21 +115,41 @@ def _warn(plan: Plan) -> None:
 
 
 def still_in(plan: Plan, rung: int) -> list[Candidate]:
-    """The candidates that a rung trains, best first, by the files of the rungs before. Raises UserError where one is missing."""
+    """The candidates that a rung trains, best first, by the files of the rungs before.
+
+    Raises UserError where one is missing, or after a rung in which all have diverged.
+    """
     by_rank = {one.rank: one for one in plan.candidates}
     ranks = list(by_rank)
     for before in range(1, rung):
-        losses = {rank: read_rung(by_rank[rank], before)["validation_loss"] for rank in ranks}
+        losses = _losses(plan, [by_rank[rank] for rank in ranks], before)
         ranks = halving.survivors(losses, plan.factor)
     return [by_rank[rank] for rank in ranks]
 
 
+def _losses(plan: Plan, candidates: Sequence[Candidate], rung: int) -> dict[int, float]:
+    """Validation loss after a rung, by rank. Raises UserError where one is missing, or all have diverged."""
+    found = {one.rank: read_rung(one, rung) for one in candidates}
+    if all("diverged" in after for after in found.values()):
+        rank, after = next(iter(found.items()))
+        raise UserError(
+            f"rung {rung}: every candidate has diverged (rank {rank} at {after['diverged']}): lower distill.optim.lr, in another "
+            "output="
+        )
+    return {rank: after["validation_loss"] for rank, after in found.items()}
+
+
 def read_rung(one: Candidate, rung: int) -> dict[str, Any]:
-    """Step, validation_loss and validation_perplexity of a candidate after a rung. Raises UserError."""
+    """Step, validation_loss and validation_perplexity of a candidate after a rung. Raises UserError.
+
+    Of one that has diverged, why, and an infinite loss.
+    """
     file = one.after(rung)
     if not file.is_file():
         raise UserError(f"{file} is not there: rung {rung} of rank {one.rank} was not run to its end")
     found = _read(file)
+    if isinstance(found.get("diverged"), str):
+        found["validation_loss"] = math.inf
     if not isinstance(found.get("validation_loss"), float):
         raise UserError(f"{file} is damaged: remove it and run the same command again")
     return found
@@ -163,15 +186,26 @@ def run_rung(cfg: DistillCandidatesConfig, plan: Plan, one: Candidate, rung: int
     if not is_whole(one.prune.output):
         prune = one.prune
         stages.command(f"rank {one.rank}, prune", prune.output, prune.file, *prune.words, processes=prune.processes)
-    last = rung == len(plan.rungs)
-    stages.command(
-        name,
-        one.distill.output,
-        one.distill.file,
-        *plan.words(one, rung),
-        processes=one.distill.processes,
-        whole=lambda run: _reached(run, step, published=last),
-    )
+    last, why, began = rung == len(plan.rungs), one.distill.output / DIVERGED, time.monotonic()
+    # Of another try.
+    why.unlink(missing_ok=True)
+    try:
+        stages.command(
+            name,
+            one.distill.output,
+            one.distill.file,
+            *plan.words(one, rung),
+            processes=one.distill.processes,
+            whole=lambda run: _reached(run, step, published=last),
+        )
+    except UserError:
+        if not why.is_file():
+            raise
+        reason = why.read_text(encoding="utf-8").strip()
+        console().print(f"{name}: diverged at {reason}", markup=False, highlight=False)
+        seconds = round(time.monotonic() - began, 1)
+        write_json(one.after(rung), {"step": step, "diverged": reason, "seconds": seconds})
+        return
     write_json(one.after(rung), {**validation_after(one.distill.output, step), "seconds": stages.seconds[name]})
 
 
@@ -216,6 +250,8 @@ def _finish(cfg: DistillCandidatesConfig, plan: Plan) -> None:
     for rung in range(1, len(plan.rungs) + 1):
         for one in still_in(plan, rung):
             after[one.rank].append(read_rung(one, rung))
+    # There is a winner where not all have diverged.
+    _losses(plan, still_in(plan, len(plan.rungs)), len(plan.rungs))
     found = summary(plan, after)
     write(plan, found)
     if not cfg.halving.keep_losers:
@@ -224,11 +260,18 @@ def _finish(cfg: DistillCandidatesConfig, plan: Plan) -> None:
 
 
 def _show_rung(plan: Plan, rung: int) -> None:
-    losses = {one.rank: read_rung(one, rung)["validation_loss"] for one in still_in(plan, rung)}
+    losses = _losses(plan, still_in(plan, rung), rung)
     go_on = halving.survivors(losses, plan.factor)
     order = sorted(losses, key=lambda rank: (losses[rank] if math.isfinite(losses[rank]) else math.inf, rank))
     last = rung == len(plan.rungs)
-    rows = [[rank, losses[rank], "" if last else "goes on" if rank in go_on else "out"] for rank in order]
+    rows = [
+        [
+            rank,
+            losses[rank] if math.isfinite(losses[rank]) else "diverged",
+            "" if last else "goes on" if rank in go_on else "out",
+        ]
+        for rank in order
+    ]
     title = f"Rung {rung} of {len(plan.rungs)}, after {plan.rungs[rung - 1]} steps"
     print_table(title, ["rank before", "validation KL", ""], rows)
 

@@ -33,6 +33,8 @@ from minitron_megatron.parallel import collectives
 MANIFEST, SHAPE_FILE, WEIGHTS, TOKENIZER = "manifest.yaml", "model.yaml", "weights", "tokenizer"
 # In outputs: what a command that measures found, and a line for each step of a training run.
 RESULTS, METRICS = "results.json", "metrics.jsonl"
+# Of a run that the spike guard ended: why, in a line.
+DIVERGED = "diverged.txt"
 log = logging.getLogger(__name__)
 
 # Keys of the resolved config that do not change what is computed: the same output may be asked for in another layout.

@@ -264,10 +264,15 @@ def rankings(before: Sequence[str], after: Sequence[str]) -> str:
 
 
 def curves_by_name(curves: Mapping[str, Mapping[int, float]], label: str) -> str:
-    """A value over steps for each of several runs, best first; the best is coloured, the others have their places."""
+    """A value over steps for each of several runs, best first; the best is coloured, the others have their places.
+
+    A run may have none.
+    """
 
     def draw(axes: Axes) -> None:
         for place, (name, points) in enumerate(curves.items(), start=1):
+            if not points:
+                continue
             best = place == 1
             axes.plot(
                 list(points),

@@ -86,12 +86,18 @@ def trial_table(found: Mapping[str, Any]) -> Table:
             f"{one['num_attention_heads']}/{one['num_query_groups']}",
             f"{one['parameters']:,}",
             f"{one['predicted_loss']:.4f}",
-            *(f"{one['validation_kl'][step]:.4f}" if step in one["validation_kl"] else "–" for step in rungs),
+            *(_kl(one["validation_kl"], step) for step in rungs),
         ]
         for one in found["candidates"]
     ]
-    caption = "Validation KL in nats a token; – where it was out"
+    caption = "Validation KL in nats a token; – where it was out, or had diverged"
     return Table([*columns, *(f"KL, step {step}" for step in rungs)], rows, caption)
+
+
+def _kl(by_step: Mapping[str, float | None], step: str) -> str:
+    if step not in by_step:
+        return "–"
+    return "diverged" if by_step[step] is None else f"{by_step[step]:.4f}"
 
 
 def trial_sentences(found: Mapping[str, Any]) -> list[str]:
@@ -113,7 +119,8 @@ def trial_plots(found: Mapping[str, Any]) -> dict[str, str]:
         for one, row in zip(found["candidates"], trial_table(found).rows, strict=True)
     }
     curves = {
-        shapes[one["rank"]]: {int(step): kl for step, kl in one["validation_kl"].items()} for one in found["candidates"]
+        shapes[one["rank"]]: {int(step): kl for step, kl in one["validation_kl"].items() if kl is not None}
+        for one in found["candidates"]
     }
     return {
         "rankings": plots.rankings([shapes[rank] for rank in sorted(shapes)], list(curves)),

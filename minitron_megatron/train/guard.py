@@ -11,7 +11,7 @@ import statistics
 from typing import Any
 
 from minitron_megatron.config import GuardConfig
-from minitron_megatron.errors import UserError
+from minitron_megatron.errors import Diverged
 
 # A median of nearly nothing bounds nothing: a student that is its teacher has losses of rounding errors.
 SMALLEST_MEDIAN = 1e-6
@@ -27,7 +27,7 @@ class SpikeGuard:
         self.skipped, self.in_a_row = 0, 0
 
     def takes(self, step: int, loss: float, grad_norm: float) -> bool:
-        """Whether to take a step (from 0) of this mean loss and gradient norm. Raises UserError after too many in a row."""
+        """Whether to take a step (from 0) of this mean loss and gradient norm. Raises Diverged after too many in a row."""
         options = self.options
         reason = self._spike("loss", loss, options.loss_factor, self.losses)
         reason = reason or self._spike("gradient norm", grad_norm, options.grad_norm_factor, self.grad_norms)
@@ -39,7 +39,7 @@ class SpikeGuard:
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if not options.enabled or self.in_a_row >= options.stop_after:
             times = f", the {self.in_a_row}th step in a row that cannot be taken" if self.in_a_row > 1 else ""
-            raise UserError(f"step {step + 1}: {reason}{times}; lower optim.lr or use precision=fp32")
+            raise Diverged(f"step {step + 1}: {reason}{times}; lower optim.lr or use precision=fp32")
         return False
 
     def _spike(self, name: str, value: float, factor: float, before: list[float]) -> str | None:

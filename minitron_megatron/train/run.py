@@ -21,7 +21,14 @@ from typing import Any
 import torch
 import yaml
 
-from minitron_megatron.checkpoints.folder import WEIGHTS, ModelFolder, load_yaml, open_model_folder, output_folder
+from minitron_megatron.checkpoints.folder import (
+    DIVERGED,
+    WEIGHTS,
+    ModelFolder,
+    load_yaml,
+    open_model_folder,
+    output_folder,
+)
 from minitron_megatron.checkpoints.hf import copy_companions, write_shape
 from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.checkpoints.weights import Chunk, check_weights, load_model, verify_digest, write_weights
@@ -44,7 +51,7 @@ from minitron_megatron.data.datasets import (
     training_samples,
     verify_data,
 )
-from minitron_megatron.errors import UserError
+from minitron_megatron.errors import Diverged, UserError
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import count_parameters, flops_per_token
 from minitron_megatron.models.build import (
@@ -165,12 +172,18 @@ def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
                 return
             if collectives.is_rank_zero():
                 (run / "checkpoints").mkdir(exist_ok=True)
+                (run / DIVERGED).unlink(missing_ok=True)
                 (run / "config.yaml").write_text(
                     yaml.safe_dump(resolved_config(cfg), sort_keys=False), encoding="utf-8"
                 )
             collectives.barrier()
             training = _Run(cfg, recipe, job, folders, began)
-            results = training.train(data)
+            try:
+                results = training.train(data)
+            except Diverged as error:
+                if collectives.is_rank_zero():
+                    (run / DIVERGED).write_text(f"{error}\n", encoding="utf-8")
+                raise
             if results is None:
                 raise SystemExit(REQUEUE if training.asked_to_stop else 0)
             out.results = results
