@@ -9,6 +9,7 @@ from megatron.core import parallel_state as ps
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minitron_megatron.benchmark.step import MegatronsTrainer
 from minitron_megatron.checkpoints.folder import WEIGHTS, open_model_folder
 from minitron_megatron.checkpoints.hf import export_hf, import_hf
 from minitron_megatron.checkpoints.weights import load_model
@@ -132,19 +133,20 @@ def trainer(
 ):
     """A Trainer that distills, or predicts the next token where there is no teacher; without an optimizer gradients are whole.
 
-    `how` has options of the trainer, and those of `ddp` and `distill`.
+    `how` has options of the trainer, and those of `ddp`, `optim` and `distill`.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
     from minitron_megatron.train.optimizer import recomputation, wrap_and_optimize
 
     ddp, of_distill = DdpConfig(**how.pop("ddp", {})), DistillOptions(**how.pop("distill", {}))
+    optim = {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 2, **how.pop("optim", {})}
     cfg = DistillConfig(
         output="",
         precision="fp32",
         data=data_option(Path(), 32),
         trainer=TrainerConfig(steps=4, global_batch_size=8, micro_batch_size=micro_batch_size, **how),
-        optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
+        optim=OptimConfig(**optim),
         ddp=ddp,
         distill=of_distill,
     )
@@ -222,9 +224,15 @@ def training_losses(
     micro_batch_size: int,
     steps: int,
     how: dict | None = None,
+    as_megatron: bool = False,
 ):
-    """(loss, gradient norm) of each of some optimizer steps of 8 samples; `how` has options of ddp and recomputation."""
+    """(loss, gradient norm) of each of some optimizer steps of 8 samples; `how` has options of `trainer`.
+
+    With `as_megatron` gradients are divided and clipped by Megatron itself.
+    """
     _, trained = trainer(teacher, student, layout, micro_batch_size, optimizer=True, **(how or {}))
+    if as_megatron:
+        trained = MegatronsTrainer(trained.chunks, trained.optimizer, trained.objective, trained.layout, trained.cfg)
     schedule = Schedule.of_run(trained.cfg.optim, steps, 8 * 32)
     results = [trained.train_step(step, schedule, Tokens(tokens)) for step in range(steps)]
     return [(r.loss, r.grad_norm) for r in results]

@@ -176,7 +176,7 @@ def _modelopts_trainer(case: Case, loss: Any) -> Trainer:
         if hasattr(module, "config"):
             module.config.fused_single_qkv_rope = False
     objective = _ModelOpt(teacher, case.shapes[1].vocab_size, loss)
-    return _MegatronsTrainer(ours.chunks, ours.optimizer, objective, ours.layout, ours.cfg)
+    return MegatronsTrainer(ours.chunks, ours.optimizer, objective, ours.layout, ours.cfg)
 
 
 def _run_config(case: Case) -> DistillConfig:
@@ -302,7 +302,7 @@ class RandomTokens:
         }
 
 
-class _MegatronsTrainer(Trainer):
+class MegatronsTrainer(Trainer):
     """A trainer whose step ends as Megatron's own loop does: gradients divided in their buffers, then the optimizer's `step`."""
 
     def train_step(self, step: int, schedule: Schedule, samples: Any) -> StepResult:
