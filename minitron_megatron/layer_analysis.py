@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open_model_folder
+from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
 from minitron_megatron.checkpoints.weights import check_weights
 from minitron_megatron.config import LayersConfig
 from minitron_megatron.console import format_value, print_table, speaks
@@ -29,9 +29,10 @@ from minitron_megatron.importance.layers import (
     check_blocks,
 )
 from minitron_megatron.importance.variants import Block, contiguous_blocks, layer_passes
-from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.launcher import command_line
 from minitron_megatron.measuring import measuring
 from minitron_megatron.models.build import check_layout, check_sequence, model_dtype, pick_engine
+from minitron_megatron.outputs import check_command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout, pick_device
 from minitron_megatron.report.layers import JUDGE_NAMES, layer_report
@@ -60,7 +61,7 @@ def analyse_layers(cfg: LayersConfig) -> None:
         load_tokenizer(folder.path)
     device = pick_device(cfg.device)
     if cfg.dry_run:
-        check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
+        check_command_output(cfg, inputs)
         if speaks():
             _print_plan(cfg, folder, blocks, count, _sources(cfg, folder, file)[1])
         return

@@ -6,11 +6,11 @@ processes in their layout ─▶ verify=true: weights and data against their dig
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from minitron_megatron.checkpoints.folder import ModelFolder, Output, output_folder
+from minitron_megatron.checkpoints.folder import ModelFolder, Output
 from minitron_megatron.checkpoints.weights import verify_digest
 from minitron_megatron.config import CommandConfig
 from minitron_megatron.data.datasets import Data, verify_data
-from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.outputs import command_output
 from minitron_megatron.parallel.layout import Layout, parallel_job
 
 
@@ -41,12 +41,5 @@ def measuring(
             verify_digest(folder)
             if data is not None:
                 verify_data(data)
-        with output_folder(
-            cfg.output,
-            command=command_line(),
-            config=resolved_config(cfg),
-            inputs=inputs,
-            resume=cfg.resume,
-            continues=continues,
-        ) as out:
+        with command_output(cfg, inputs, continues=continues) as out:
             yield out

@@ -17,10 +17,10 @@ from minitron_megatron.benchmark.prune import pruning_over_copying
 from minitron_megatron.benchmark.scaling import Scaling, show
 from minitron_megatron.benchmark.step import distillation_step, foreseen_step
 from minitron_megatron.benchmark.throughput import forward_throughput
-from minitron_megatron.checkpoints.folder import RESULTS, check_output, output_folder
+from minitron_megatron.checkpoints.folder import RESULTS
 from minitron_megatron.config import BenchmarkConfig
 from minitron_megatron.console import print_table, progress
-from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.hardware import hardware
 from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
@@ -43,16 +43,15 @@ FORESEEN: dict[str, Callable[[BenchmarkConfig, Layout], dict[str, float]]] = {"s
 
 def benchmark(cfg: BenchmarkConfig) -> None:
     """Measure `measure=` on this machine, rank 0 writing what it found."""
-    layout, config = Layout.from_config(cfg.parallel), resolved_config(cfg)
-    device = pick_device(cfg.device)
+    layout, device = Layout.from_config(cfg.parallel), pick_device(cfg.device)
     if cfg.dry_run:
-        check_output(cfg.output, config=config, inputs={}, resume=cfg.resume)
+        check_command_output(cfg, {})
         _foresee(cfg, layout, device)
         return
     scaling = Scaling(cfg, layout.world_size, device) if cfg.measure == "scaling" else None
     if scaling:
         # Before its job, which measures a row before its ranks meet.
-        check_output(cfg.output, config=config, inputs={}, resume=cfg.resume)
+        check_command_output(cfg, {})
         job, measure = scaling.job(), scaling.measure
     else:
         job = parallel_job(layout, seed=cfg.seed, device=cfg.device)
@@ -62,7 +61,7 @@ def benchmark(cfg: BenchmarkConfig) -> None:
     planned = foreseen(cfg, layout) if foreseen else {}
     with (
         job,
-        output_folder(cfg.output, command=command_line(), config=config, inputs={}, resume=cfg.resume) as out,
+        command_output(cfg, {}) as out,
     ):
         if out.done:
             return

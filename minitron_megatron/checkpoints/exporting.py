@@ -4,13 +4,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open_model_folder, output_folder
+from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
 from minitron_megatron.checkpoints.hf import print_shape
 from minitron_megatron.checkpoints.weights import check_weights, verify_digest
 from minitron_megatron.config import ExportMegatronConfig, ExportNemoConfig
-from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel.layout import tool_job
 
 
@@ -34,12 +34,12 @@ def export_for(
         check(folder.shape, str(folder.path))
         if cfg.verify:
             verify_digest(folder)
-        config, inputs = resolved_config(cfg), {"model": folder.digest}
+        inputs = {"model": folder.digest}
         if cfg.dry_run:
-            check_output(cfg.output, config=config, inputs=inputs, resume=cfg.resume)
+            check_command_output(cfg, inputs)
             print_shape(f"{folder.path} would be exported for {program}", folder.shape)
             return
-        with output_folder(cfg.output, command=command_line(), config=config, inputs=inputs, resume=cfg.resume) as out:
+        with command_output(cfg, inputs) as out:
             if out.done:
                 return
             began = time.monotonic()

@@ -26,10 +26,8 @@ from minitron_megatron.checkpoints.folder import (
     TOKENIZER,
     WEIGHTS,
     ModelFolder,
-    check_output,
     check_space,
     load_yaml,
-    output_folder,
 )
 from minitron_megatron.checkpoints.hf import TOKENIZER_FILES, copy_files, print_shape, write_shape
 from minitron_megatron.checkpoints.megatron_lm import COMMON_FILE, CONTENT, no_extra_state
@@ -45,7 +43,6 @@ from minitron_megatron.checkpoints.zarr_arrays import HEADER, ZarrArrays
 from minitron_megatron.config import ExportNemoConfig, ImportNemoConfig
 from minitron_megatron.console import progress
 from minitron_megatron.errors import UserError
-from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import Slot, count_parameters, slots
 from minitron_megatron.models.nemo import (
     Fields,
@@ -58,6 +55,7 @@ from minitron_megatron.models.nemo import (
     torch_name,
 )
 from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import tool_job
 
@@ -233,12 +231,11 @@ def import_nemo(cfg: ImportNemoConfig) -> None:
         archive = _open_archive(path, Path(scratch)) if path.is_file() else None
         source = NemoFolder(Path(scratch) if archive else path, str(path), cfg.vocab_size)
         source.check()
-        config = resolved_config(cfg)
-        check_output(cfg.output, config=config, inputs={}, resume=cfg.resume)
+        check_command_output(cfg, {})
         if cfg.dry_run:
             print_shape(f"{path} would be imported", source.shape)
             return
-        with output_folder(cfg.output, command=command_line(), config=config, inputs={}, resume=cfg.resume) as out:
+        with command_output(cfg, {}) as out:
             if out.done:
                 return
             began = time.monotonic()

@@ -9,13 +9,13 @@ from functools import partial
 
 import torch
 
-from minitron_megatron.checkpoints.folder import WEIGHTS, check_output, output_folder
+from minitron_megatron.checkpoints.folder import WEIGHTS
 from minitron_megatron.checkpoints.hf import print_shape, write_shape
 from minitron_megatron.checkpoints.weights import Chunk, write_weights
 from minitron_megatron.config import RandomModelConfig
-from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import tool_job
 
@@ -37,12 +37,10 @@ def make_random_model(cfg: RandomModelConfig) -> None:
     with tool_job():
         shape = ModelShape.from_dict(cfg.model.sizes("model"), "model")
         if cfg.dry_run:
-            check_output(cfg.output, config=resolved_config(cfg), inputs={}, resume=cfg.resume)
+            check_command_output(cfg, {})
             print_shape("would be made", shape)
             return
-        with output_folder(
-            cfg.output, command=command_line(), config=resolved_config(cfg), inputs={}, resume=cfg.resume
-        ) as out:
+        with command_output(cfg, {}) as out:
             if out.done:
                 return
             began = time.monotonic()

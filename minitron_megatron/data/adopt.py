@@ -8,13 +8,13 @@ import os
 import shutil
 from pathlib import Path
 
-from minitron_megatron.checkpoints.folder import TOKENIZER, Output, check_output, output_folder
+from minitron_megatron.checkpoints.folder import TOKENIZER, Output
 from minitron_megatron.config import AdoptDataConfig
 from minitron_megatron.console import print_table, speaks
 from minitron_megatron.data.indexed import Split, beside, open_split
 from minitron_megatron.data.tokenizer import check_vocabulary, load_tokenizer, tokenizer_digest, tokenizer_path
 from minitron_megatron.errors import UserError
-from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.outputs import check_command_output, command_output
 
 log = logging.getLogger(__name__)
 
@@ -31,15 +31,13 @@ def adopt_data(cfg: AdoptDataConfig) -> None:
     vocabulary = check_vocabulary(folder, tokenizer)
     inputs = {"tokenizer": tokenizer_digest(files), **{name: _stamp(split) for name, split in splits.items()}}
     if cfg.dry_run:
-        check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
+        check_command_output(cfg, inputs)
         _print("would be adopted", splits)
         return
     for name, split in splits.items():
         split.check_ids(vocabulary, f"{name}={split.prefix}", whole=True)
         _check_ends(split, name, tokenizer.eos_token_id)
-    with output_folder(
-        cfg.output, command=command_line(), config=resolved_config(cfg), inputs=inputs, resume=cfg.resume
-    ) as out:
+    with command_output(cfg, inputs) as out:
         if out.done:
             return
         shutil.copytree(files, out.path / TOKENIZER)

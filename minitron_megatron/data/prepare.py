@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minitron_megatron.checkpoints.folder import TOKENIZER, Output, check_output, output_folder
+from minitron_megatron.checkpoints.folder import TOKENIZER, Output
 from minitron_megatron.config import PrepareDataConfig
 from minitron_megatron.console import print_table, progress, speaks
 from minitron_megatron.data.indexed import SplitWriter, token_dtype
@@ -40,7 +40,7 @@ from minitron_megatron.data.tokenizer import (
     vocabulary_size,
 )
 from minitron_megatron.errors import UserError
-from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.outputs import check_command_output, command_output
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "validation")
@@ -120,17 +120,10 @@ def prepare_data(cfg: PrepareDataConfig) -> None:
     check_vocabulary(tokenizer_folder, tokenizer)
     digests = {"tokenizer": tokenizer_digest(tokenizer_path(tokenizer_folder)), **{str(f): _stamp(f) for f in files}}
     if cfg.dry_run:
-        check_output(cfg.output, config=resolved_config(cfg), inputs=digests, resume=cfg.resume)
+        check_command_output(cfg, digests)
         _dry_run(files, cfg)
         return
-    with output_folder(
-        cfg.output,
-        command=command_line(),
-        config=resolved_config(cfg),
-        inputs=digests,
-        resume=cfg.resume,
-        continues=True,
-    ) as out:
+    with command_output(cfg, digests, continues=True) as out:
         if out.done:
             return
         shutil.copytree(tokenizer_path(tokenizer_folder), out.path / TOKENIZER, dirs_exist_ok=True)

@@ -18,7 +18,6 @@ import torch
 from minitron_megatron.checkpoints.folder import (
     ModelFolder,
     Output,
-    check_output,
     check_space,
     joint_digest,
     open_model_folder,
@@ -40,7 +39,6 @@ from minitron_megatron.data.datasets import (
 from minitron_megatron.distill.cache import Chunk, Contents, check_chunk, write_chunk
 from minitron_megatron.distill.losses import TopK, check_top_k, top_k
 from minitron_megatron.errors import UserError
-from minitron_megatron.launcher import resolved_config
 from minitron_megatron.measuring import measuring
 from minitron_megatron.models.axes import flops_per_token
 from minitron_megatron.models.build import (
@@ -52,6 +50,7 @@ from minitron_megatron.models.build import (
     pick_engine,
 )
 from minitron_megatron.models.forward import Batch, forward_only
+from minitron_megatron.outputs import check_command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.hardware import hardware, peak_flops
 from minitron_megatron.parallel.layout import Layout, pick_device
@@ -66,7 +65,7 @@ def cache_teacher(cfg: CacheTeacherConfig) -> None:
     data, windows, contents = plan_cache(cfg, folder, layout)
     inputs = {"model": folder.digest, "data": data.digest}
     device = pick_device(cfg.device)
-    check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
+    check_command_output(cfg, inputs)
     check_room(Path(cfg.output), contents.total_bytes)
     if cfg.dry_run:
         _dry_run(folder, contents, layout)

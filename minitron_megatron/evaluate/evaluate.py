@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import RESULTS, ModelFolder, check_output, open_model_folder, output_folder
+from minitron_megatron.checkpoints.folder import RESULTS, ModelFolder, open_model_folder
 from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.console import print_table
@@ -19,9 +19,9 @@ from minitron_megatron.data.datasets import Data, Windows, open_data
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.perplexity import check_teacher, perplexity
-from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.measuring import measuring
 from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype, pick_engine
+from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout, pick_device, world_size_from_env
 
@@ -98,7 +98,7 @@ def _open_data(cfg: EvaluateConfig, folder: ModelFolder, layout: Layout) -> tupl
 
 
 def _dry_run(cfg: EvaluateConfig, inputs: Mapping[str, str], found: Mapping[str, Any]) -> None:
-    check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
+    check_command_output(cfg, inputs)
     rows = [[name, value] for name, value in found.items()]
     if cfg.tasks and int(os.environ.get("RANK", "0")) == 0:
         loaded = _load(cfg)
@@ -176,8 +176,7 @@ def _evaluate_hf(cfg: EvaluateConfig) -> None:
     if cfg.dry_run:
         _dry_run(cfg, inputs, {"hf": str(folder)})
         return
-    how = {"command": command_line(), "config": resolved_config(cfg), "inputs": inputs, "resume": cfg.resume}
-    with output_folder(cfg.output, **how) as out:
+    with command_output(cfg, inputs) as out:
         if out.done:
             return
         began, loaded = time.monotonic(), _load(cfg)

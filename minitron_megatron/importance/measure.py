@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minitron_megatron.checkpoints.folder import ModelFolder, check_output, open_model_folder
+from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
 from minitron_megatron.checkpoints.weights import check_weights, load_model
 from minitron_megatron.config import ImportanceConfig
 from minitron_megatron.console import print_table, progress
@@ -20,11 +20,11 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.importance.hooks import Recorder
 from minitron_megatron.importance.scores import Statistics, finish_scores, save_scores, save_statistics
 from minitron_megatron.importance.statistics import BatchStatistic
-from minitron_megatron.launcher import resolved_config
 from minitron_megatron.measuring import measuring
 from minitron_megatron.models.axes import PROBES, TENSOR_PARALLEL_AXES
 from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype, pick_engine
 from minitron_megatron.models.forward import forward_only
+from minitron_megatron.outputs import check_command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout, pick_device
 
@@ -42,7 +42,7 @@ def measure_importance(cfg: ImportanceConfig) -> None:
     inputs = {"model": folder.digest, "data": data.digest}
     device = pick_device(cfg.device)
     if cfg.dry_run:
-        check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
+        check_command_output(cfg, inputs)
         rows = [["samples", cfg.samples], ["tokens", cfg.samples * cfg.data.sequence_length], ["layout", str(layout)]]
         print_table("would be measured", ["", "value"], rows)
         return

@@ -11,11 +11,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import check_output, output_folder, read_manifest
+from minitron_megatron.checkpoints.folder import read_manifest
 from minitron_megatron.config import MergeScoresConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.scores import finish_scores, load_statistics, save_scores, save_statistics
-from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import tool_job
 
@@ -34,14 +34,13 @@ def merge_scores(cfg: MergeScoresConfig) -> None:
     _check(folders, manifests, parts)
     statistics = [load_statistics(folder) for folder in folders]
     inputs = {**manifests[0]["inputs"], "scores": "; ".join(str(m["fingerprint"]) for m in manifests)}
-    config = resolved_config(cfg)
     if cfg.dry_run:
-        check_output(cfg.output, config=config, inputs=inputs, resume=cfg.resume)
+        check_command_output(cfg, inputs)
         log.info("%d scores folders would be merged into %s", len(folders), cfg.output)
         return
     with (
         tool_job(),
-        output_folder(cfg.output, command=command_line(), config=config, inputs=inputs, resume=cfg.resume) as out,
+        command_output(cfg, inputs) as out,
     ):
         if out.done:
             return

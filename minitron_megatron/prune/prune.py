@@ -20,9 +20,7 @@ from minitron_megatron.checkpoints.folder import (
     TOKENIZER,
     WEIGHTS,
     ModelFolder,
-    check_output,
     open_model_folder,
-    output_folder,
 )
 from minitron_megatron.checkpoints.hf import HF_FILES, copy_companions, write_shape
 from minitron_megatron.checkpoints.reading import WeightReader
@@ -35,11 +33,11 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.importance.layers import load_layer_analysis
 from minitron_megatron.importance.measure import check_calibration, measure_importance
 from minitron_megatron.importance.scores import Scores, check_scores, load_scores
-from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.build import check_layout, check_sequence
 from minitron_megatron.models.families import check_exportable
 from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout, pick_device, process_group, tool_job, world_size_from_env
 from minitron_megatron.prune.compare import cut_variants, losses_around_the_cut
@@ -258,8 +256,7 @@ def _merged(cfg: PruneConfig, goal: Goal, scores: Scores | None) -> Kept | None:
 def _write(cfg: PruneConfig, goal: Goal, kept: Kept, losses: dict[str, float]) -> None:
     folder, target = goal.folder, goal.target
     inputs = {"model": folder.digest, "plan": kept_digest(kept)}
-    config = resolved_config(cfg)
-    with output_folder(cfg.output, command=command_line(), config=config, inputs=inputs, resume=cfg.resume) as out:
+    with command_output(cfg, inputs) as out:
         if out.done:
             return
         began = time.monotonic()
@@ -304,7 +301,7 @@ def _dry_run(cfg: PruneConfig, goal: Goal) -> None:
     if not measures:
         kept, _ = decide(cfg, goal)
         inputs = {"model": goal.folder.digest, "plan": kept_digest(kept)}
-        check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
+        check_command_output(cfg, inputs)
     foresee(goal.folder.shape, goal.target, Layout.from_config(cfg.parallel), cfg)
     if measures and cfg.data.path:
         log.info("importance would be measured first, on %d samples of %s", cfg.samples, cfg.data.path)

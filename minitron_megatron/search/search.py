@@ -16,9 +16,7 @@ import yaml
 
 from minitron_megatron.checkpoints.folder import (
     ModelFolder,
-    check_output,
     open_model_folder,
-    output_folder,
     read_manifest,
 )
 from minitron_megatron.config import SearchConfig
@@ -26,8 +24,8 @@ from minitron_megatron.console import console, print_table, speaks
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.layers import LayerAnalysis, load_layer_analysis
 from minitron_megatron.importance.scores import check_scores, load_scores
-from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import tool_job
 from minitron_megatron.report import plots
@@ -102,7 +100,7 @@ def search_shapes(cfg: SearchConfig) -> None:
     if cfg.layers:
         inputs["layers"] = read_manifest(cfg.layers)["digest"]
     if cfg.dry_run:
-        check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
+        check_command_output(cfg, inputs)
         _count(folder.shape, space, budget)
         return
     _write(cfg, folder, budget, predictor, inputs)
@@ -169,10 +167,9 @@ def _write(
     listed = candidates(budget, predictor, found)
     ranked = [one for one in listed if one.rank]
     commands = [prune_command(cfg, one, folder.shape.num_layers) for one in ranked]
-    config = resolved_config(cfg)
     with (
         tool_job(),
-        output_folder(cfg.output, command=command_line(), config=config, inputs=inputs, resume=cfg.resume) as out,
+        command_output(cfg, inputs) as out,
     ):
         if out.done:
             return

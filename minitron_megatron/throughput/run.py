@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 
-from minitron_megatron.checkpoints.folder import Output, check_output, output_folder
+from minitron_megatron.checkpoints.folder import Output
 from minitron_megatron.config import ThroughputConfig
 from minitron_megatron.console import console, format_value, print_table, progress
 from minitron_megatron.errors import UserError
-from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.build import model_dtype
+from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel.layout import Layout, pick_device, world_size_from_env
 from minitron_megatron.stages import ROOT, outlive, program_of, start_words
 from minitron_megatron.throughput import tensorrt_llm
@@ -56,17 +56,10 @@ def throughput(cfg: ThroughputConfig) -> None:
     # The first model is the reference: their order counts.
     inputs = {f"{number} {source.name}": source.digest for number, source in enumerate(sources)}
     if cfg.dry_run:
-        check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
+        check_command_output(cfg, inputs)
         _say_what_would_be(cfg, sources, device)
         return
-    with output_folder(
-        cfg.output,
-        command=command_line(),
-        config=resolved_config(cfg),
-        inputs=inputs,
-        resume=cfg.resume,
-        continues=True,
-    ) as out:
+    with command_output(cfg, inputs, continues=True) as out:
         if out.done:
             return
         check_room(cfg, sources)

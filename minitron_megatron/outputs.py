@@ -1,0 +1,27 @@
+"""A command's output folder: at its `output=`, with its options and what was typed in the manifest."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+
+from minitron_megatron.checkpoints.folder import Output, check_output, output_folder
+from minitron_megatron.config import CommandConfig
+from minitron_megatron.launcher import command_line, resolved_config
+
+
+def command_output(
+    cfg: CommandConfig, inputs: Mapping[str, str], *, continues: bool = False
+) -> AbstractContextManager[Output]:
+    """The folder to write, as `output_folder` makes it, of a command with these options that reads `inputs` (digests by name)."""
+    return output_folder(
+        cfg.output,
+        command=command_line(),
+        config=resolved_config(cfg),
+        inputs=inputs,
+        resume=cfg.resume,
+        continues=continues,
+    )
+
+
+def check_command_output(cfg: CommandConfig, inputs: Mapping[str, str]) -> None:
+    """What a dry run says of it: the UserError that `command_output` would raise."""
+    check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
