@@ -35,7 +35,7 @@ from minitron_megatron.importance.scores import finish_scores
 from minitron_megatron.importance.variants import contiguous_blocks
 from minitron_megatron.models.axes import Place, axis_table, slots, tensor_parallel_keep
 from minitron_megatron.models.build import build_model_chunks
-from minitron_megatron.models.forward import forward_only
+from minitron_megatron.models.forward import forward_only, on_device
 from minitron_megatron.models.generation import generate
 from minitron_megatron.models.objective import NextToken
 from minitron_megatron.parallel.layout import Layout, model_parallel
@@ -206,11 +206,7 @@ def loss_and_gradients(
     folder, trained = trainer(teacher, student, layout, micro_batch_size, engine)
     for chunk in trained.chunks:
         chunk.zero_grad_buffer()
-    here = torch.cuda.current_device()
-    batches = [
-        {name: tensor.to(here) for name, tensor in batch.items()}
-        for batch in trained.micro_batches(Tokens(tokens), range(len(tokens)))
-    ]
+    batches = [on_device(batch) for batch in trained.micro_batches(Tokens(tokens), range(len(tokens)))]
     terms, counted, _ = trained.forward_backward(batches)
     modules = [chunk.module for chunk in trained.chunks]
     return terms["loss"], _placed(folder.shape, modules, lambda parameter: parameter.main_grad.float() / counted)

@@ -8,7 +8,7 @@ from minitron_megatron.benchmark.importance import live_model, random_batch
 from minitron_megatron.config import BenchmarkConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.build import check_sequence
-from minitron_megatron.models.forward import Batch
+from minitron_megatron.models.forward import Batch, on_device
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.census import count_chunk
 from minitron_megatron.train.memory import Arithmetic, MicroBatch, chunk_activations
@@ -24,9 +24,7 @@ def planned_over_kept(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]:
         raise UserError(f"parallel.pipeline={layout.pipeline}: measure=memory takes one stage, use parallel.tensor")
     shape, (model,) = live_model(cfg, layout)
     check_sequence(cfg.sequence_length, layout)
-    here = torch.cuda.current_device()
-    batch = random_batch(cfg, shape, layout, torch.Generator().manual_seed(cfg.seed))
-    batch = {name: tensor.to(here) for name, tensor in batch.items()}
+    batch = on_device(random_batch(cfg, shape, layout, torch.Generator().manual_seed(cfg.seed)))
     kept_bytes(model, batch)  # what is made once, such as workspaces, is there afterwards
     kept, grown = kept_bytes(model, batch)
     engine = "te" if model.config.transformer_impl == "transformer_engine" else "local"

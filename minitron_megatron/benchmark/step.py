@@ -239,9 +239,7 @@ def timed(case: Case, trainer: Trainer) -> Timed:
         if cfg.step.optimizer:
             losses.append(trainer.train_step(step, schedule, samples).loss)
         else:
-            batches = trainer.micro_batches(samples, range(trainer.cfg.trainer.global_batch_size))
-            here = torch.cuda.current_device()
-            terms, *_ = trainer.forward_backward([{name: t.to(here) for name, t in batch.items()} for batch in batches])
+            terms, *_ = trainer.forward_backward(trainer.batches_of_step(0, samples))
             losses.append(terms["loss"])
         ends.append(time.perf_counter())
     torch.cuda.synchronize()
@@ -307,16 +305,11 @@ class MegatronsTrainer(Trainer):
 
     def train_step(self, step: int, schedule: Schedule, samples: Any) -> StepResult:
         """Optimizer step `step` (from 0) of a schedule."""
-        began, size = time.monotonic(), self.cfg.trainer.global_batch_size
-        here = torch.cuda.current_device()
-        batches = [
-            {name: tensor.to(here) for name, tensor in batch.items()}
-            for batch in self.micro_batches(samples, range(step * size, (step + 1) * size))
-        ]
+        began, batches = time.monotonic(), self.batches_of_step(step, samples)
         self._drop_gradients()
         terms, tokens, stop = self.forward_backward(batches)
         for chunk in self.chunks:
-            chunk.scale_gradients(torch.tensor(1 / tokens, device=here))
+            chunk.scale_gradients(torch.tensor(1 / tokens, device=torch.cuda.current_device()))
         lr = schedule.learning_rate(step)
         set_learning_rate(self.optimizer, lr, self.cfg.optim.weight_decay)
         _, grad_norm, _ = self.optimizer.step()

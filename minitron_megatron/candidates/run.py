@@ -24,7 +24,7 @@ from typing import Any
 from minitron_megatron.candidates import halving
 from minitron_megatron.candidates.plan import Candidate, Plan, make_plan
 from minitron_megatron.candidates.results import show, summary, write
-from minitron_megatron.checkpoints.folder import DIVERGED, METRICS
+from minitron_megatron.checkpoints.folder import DIVERGED, METRICS, load_json
 from minitron_megatron.composing import check_root
 from minitron_megatron.config import DistillCandidatesConfig
 from minitron_megatron.console import console, print_table
@@ -37,6 +37,8 @@ from minitron_megatron.train.run import schedule_of
 SETTINGS, STAGES_FILE = "settings.json", "stages.json"
 # A dry run says how many candidates a rung has; slurm/halving.sh reads it.
 SIZES = "candidates of each rung:"
+# What there is to do about a file of a trial that is no good.
+AGAIN = ": remove it and run the same command again"
 log = logging.getLogger(__name__)
 
 
@@ -76,7 +78,7 @@ def _check_settings(plan: Plan) -> None:
     file = plan.root / SETTINGS
     if not file.is_file():
         return
-    before = _read(file)
+    before = load_json(file, AGAIN)
     # As they are read again.
     now = json.loads(json.dumps(plan.settings))
     differ = [key for key in {**before, **now} if before.get(key) != now.get(key)]
@@ -122,12 +124,12 @@ def still_in(plan: Plan, rung: int) -> list[Candidate]:
     by_rank = {one.rank: one for one in plan.candidates}
     ranks = list(by_rank)
     for before in range(1, rung):
-        losses = _losses(plan, [by_rank[rank] for rank in ranks], before)
+        losses = _losses([by_rank[rank] for rank in ranks], before)
         ranks = halving.survivors(losses, plan.factor)
     return [by_rank[rank] for rank in ranks]
 
 
-def _losses(plan: Plan, candidates: Sequence[Candidate], rung: int) -> dict[int, float]:
+def _losses(candidates: Sequence[Candidate], rung: int) -> dict[int, float]:
     """Validation loss after a rung, by rank. Raises UserError where one is missing, or all have diverged."""
     found = {one.rank: read_rung(one, rung) for one in candidates}
     if all("diverged" in after for after in found.values()):
@@ -147,21 +149,11 @@ def read_rung(one: Candidate, rung: int) -> dict[str, Any]:
     file = one.after(rung)
     if not file.is_file():
         raise UserError(f"{file} is not there: rung {rung} of rank {one.rank} was not run to its end")
-    found = _read(file)
+    found = load_json(file, AGAIN)
     if isinstance(found.get("diverged"), str):
         found["validation_loss"] = math.inf
     if not isinstance(found.get("validation_loss"), float):
-        raise UserError(f"{file} is damaged: remove it and run the same command again")
-    return found
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): remove it and run the same command again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file} is damaged: remove it and run the same command again")
+        raise UserError(f"{file} is damaged{AGAIN}")
     return found
 
 
@@ -251,7 +243,7 @@ def _finish(cfg: DistillCandidatesConfig, plan: Plan) -> None:
         for one in still_in(plan, rung):
             after[one.rank].append(read_rung(one, rung))
     # There is a winner where not all have diverged.
-    _losses(plan, still_in(plan, len(plan.rungs)), len(plan.rungs))
+    _losses(still_in(plan, len(plan.rungs)), len(plan.rungs))
     found = summary(plan, after)
     write(plan, found)
     if not cfg.halving.keep_losers:
@@ -260,17 +252,15 @@ def _finish(cfg: DistillCandidatesConfig, plan: Plan) -> None:
 
 
 def _show_rung(plan: Plan, rung: int) -> None:
-    losses = _losses(plan, still_in(plan, rung), rung)
-    go_on = halving.survivors(losses, plan.factor)
-    order = sorted(losses, key=lambda rank: (losses[rank] if math.isfinite(losses[rank]) else math.inf, rank))
-    last = rung == len(plan.rungs)
+    losses = _losses(still_in(plan, rung), rung)
+    go_on, last = halving.survivors(losses, plan.factor), rung == len(plan.rungs)
     rows = [
         [
             rank,
             losses[rank] if math.isfinite(losses[rank]) else "diverged",
             "" if last else "goes on" if rank in go_on else "out",
         ]
-        for rank in order
+        for rank in halving.survivors(losses, 1)
     ]
     title = f"Rung {rung} of {len(plan.rungs)}, after {plan.rungs[rung - 1]} steps"
     print_table(title, ["rank before", "validation KL", ""], rows)

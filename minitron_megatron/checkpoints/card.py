@@ -5,7 +5,6 @@
 Nothing is guessed: a license or a base model that neither the options nor the import say is left out.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from minitron_megatron.checkpoints.folder import RESULTS, ModelFolder, load_yaml, read_manifest
+from minitron_megatron.checkpoints.folder import RESULTS, ModelFolder, load_json, load_yaml, read_manifest
 from minitron_megatron.checkpoints.lineage import Step, find_step, lineage, teachers
 from minitron_megatron.config import ExportHfConfig
 from minitron_megatron.console import markdown_table
@@ -86,12 +85,7 @@ def read_results(paths: Sequence[str], folder: ModelFolder) -> list[Measured]:
             raise UserError(f"results={path} is not an evaluation: give the output of launch/evaluate.py")
         if digest != folder.digest:
             raise UserError(f"results={path} is of another model ({digest}), not of {folder.path}: evaluate this one")
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read ({error}): evaluate the model again") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{file} is not a JSON object: evaluate the model again")
+        values = load_json(file, ": evaluate the model again")
         found.append(Measured(path, manifest["digest"], manifest.get("config") or {}, values))
     return found
 

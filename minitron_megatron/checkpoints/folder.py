@@ -119,6 +119,17 @@ def load_yaml(file: Path) -> dict[str, Any]:
     return values
 
 
+def load_json(file: Path, remedy: str = "") -> dict[str, Any]:
+    """A JSON object. Raises UserError when it is not one, which ends with what there is to do, as ": make it again"."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}){remedy}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is not a JSON object{remedy}")
+    return values
+
+
 def open_model_folder(path: Path | str) -> ModelFolder:
     """Check a model folder by its manifest and give its shape; the output of a training run stands for its `model/`."""
     path = Path(path)

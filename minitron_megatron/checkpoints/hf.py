@@ -25,9 +25,8 @@ from minitron_megatron.checkpoints.folder import (
     TOKENIZER,
     WEIGHTS,
     ModelFolder,
-    check_output,
+    load_json,
     open_model_folder,
-    output_folder,
 )
 from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.checkpoints.safetensors_stream import write_safetensors
@@ -41,10 +40,10 @@ from minitron_megatron.checkpoints.weights import (
 from minitron_megatron.config import ExportHfConfig, ImportHfConfig
 from minitron_megatron.console import print_table, progress
 from minitron_megatron.errors import UserError
-from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import Slot, count_parameters, slots
 from minitron_megatron.models.families import check_exportable, hf_config, shape_from_hf
 from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import tool_job
 
@@ -73,14 +72,14 @@ class HfFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"hf={self.path} does not exist or is not a folder: give a Hugging Face model folder")
-        self.config = _read_json(self.path / "config.json")
+        self.config = load_json(self.path / "config.json")
         self.shape = shape_from_hf(self.config, str(self.path / "config.json"))
         self.files = self._index()
 
     def _index(self) -> dict[str, Path]:
         index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
         if index.is_file():
-            names = _read_json(index).get("weight_map", {})
+            names = load_json(index).get("weight_map", {})
             if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
                 raise UserError(f"{index} is damaged: weight_map does not name files")
             files = {name: self.path / file for name, file in names.items()}
@@ -159,11 +158,10 @@ def import_hf(cfg: ImportHfConfig) -> None:
         source.check()
         shape = source.shape
         if cfg.dry_run:
-            check_output(cfg.output, config=resolved_config(cfg), inputs={}, resume=cfg.resume)
+            check_command_output(cfg, {})
             print_shape(f"{cfg.hf} would be imported", shape)
             return
-        config = resolved_config(cfg)
-        with output_folder(cfg.output, command=command_line(), config=config, inputs={}, resume=cfg.resume) as out:
+        with command_output(cfg, {}) as out:
             if out.done:
                 return
             began = time.monotonic()
@@ -203,16 +201,6 @@ def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
         target.mkdir()
     for name in present:
         shutil.copyfile(source / name, target / name)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{file} cannot be read ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} is not a JSON object")
-    return values
 
 
 class _Exporter:
@@ -267,12 +255,10 @@ def export_hf(cfg: ExportHfConfig) -> None:
         results = card.read_results(cfg.results, folder)
         inputs = {"model": folder.digest, **{f"results {one.path}": one.digest for one in results}}
         if cfg.dry_run:
-            check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
+            check_command_output(cfg, inputs)
             print_shape(f"{folder.path} would be exported into {len(files)} files", shape)
             return
-        with output_folder(
-            cfg.output, command=command_line(), config=resolved_config(cfg), inputs=inputs, resume=cfg.resume
-        ) as out:
+        with command_output(cfg, inputs) as out:
             if out.done:
                 return
             began = time.monotonic()
@@ -297,7 +283,7 @@ def _write_shards(target: Path, folder: ModelFolder, files: dict[str, dict[str, 
 
 def _write_companions(target: Path, folder: ModelFolder, files: dict[str, dict[str, tuple[int, ...]]]) -> None:
     source = folder.path / HF_FILES
-    own = _read_json(source / "config.json") if (source / "config.json").is_file() else {}
+    own = load_json(source / "config.json") if (source / "config.json").is_file() else {}
     (target / "config.json").write_text(json.dumps(hf_config(folder.shape, own), indent=2) + "\n", encoding="utf-8")
     if (source / GENERATION).is_file():
         shutil.copyfile(source / GENERATION, target / GENERATION)

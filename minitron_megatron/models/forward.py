@@ -15,6 +15,12 @@ Batch = dict[str, torch.Tensor]
 Collect = Callable[..., Any]
 
 
+def on_device(batch: Batch) -> Batch:
+    """A micro-batch where this rank's model is."""
+    here = torch.cuda.current_device()
+    return {name: tensor.to(here) for name, tensor in batch.items()}
+
+
 def labels_of(batch: Batch) -> torch.Tensor:
     """A micro-batch's labels as logits are laid out: [s, b]."""
     return batch["labels"].t().contiguous()

@@ -26,10 +26,14 @@ from minitron_megatron.models.vocab_parallel import vocab_parallel_argmax
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
 
-# Attributes of Megatron's and Transformer Engine's modules that split the sequence.
-_SPLITTING = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
-# Of a config: queries, keys and values are rotated at once, before keys could be put beside those of the cache.
-_ROTATION = "fused_single_qkv_rope"
+# Attributes of Megatron's and Transformer Engine's modules and configs: what splits the sequence, and what rotates queries, keys
+# and values at once, before keys could be put beside those of the cache.
+_NOT_WITH_A_CACHE = (
+    "sequence_parallel",
+    "scatter_to_sequence_parallel",
+    "reduce_scatter_embeddings",
+    "fused_single_qkv_rope",
+)
 
 
 @dataclass(frozen=True)
@@ -241,9 +245,7 @@ def _with_a_cache(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """
     modules = [module for chunk in chunks for module in chunk.modules()]
     configs = [module.config for module in modules if hasattr(module, "config")]
-    on = [
-        (it, name) for it in modules + configs for name in (*_SPLITTING, _ROTATION) if getattr(it, name, False) is True
-    ]
+    on = [(it, name) for it in modules + configs for name in _NOT_WITH_A_CACHE if getattr(it, name, False) is True]
     for it, name in on:
         setattr(it, name, False)
     try:

@@ -20,7 +20,7 @@ import torch
 
 from minitron_megatron.config import TrainingConfig
 from minitron_megatron.data.datasets import MicroBatches, Samples
-from minitron_megatron.models.forward import Batch, attention_mask, forward_only
+from minitron_megatron.models.forward import Batch, attention_mask, forward_only, on_device
 from minitron_megatron.models.graphs import capture_layers
 from minitron_megatron.models.head import Summed
 from minitron_megatron.models.objective import VALIDATION_TERMS, Objective
@@ -73,11 +73,15 @@ class Trainer:
         """This rank's share of some samples."""
         return MicroBatches.of_this_rank(samples, numbers, self.cfg.trainer.micro_batch_size, self.layout)
 
+    def batches_of_step(self, step: int, samples: Samples) -> list[Batch]:
+        """This rank's micro-batches of a step (from 0), on its device."""
+        size = self.cfg.trainer.global_batch_size
+        return [on_device(b) for b in self.micro_batches(samples, range(step * size, (step + 1) * size))]
+
     def train_step(self, step: int, schedule: Schedule, samples: Samples) -> StepResult:
         """Optimizer step `step` (from 0) of a schedule. Raises UserError when the spike guard gives up."""
         began = time.monotonic()
-        size = self.cfg.trainer.global_batch_size
-        batches = [_on_device(b) for b in self.micro_batches(samples, range(step * size, (step + 1) * size))]
+        batches = self.batches_of_step(step, samples)
         data_seconds = time.monotonic() - began
         for chunk in self.chunks:
             chunk.train()
@@ -184,7 +188,7 @@ class Trainer:
 
         gather_weights(self.chunks)
         models = [chunk.module for chunk in self.chunks]
-        batches = [_on_device(b) for b in self.micro_batches(samples, range(count))]
+        batches = [on_device(b) for b in self.micro_batches(samples, range(count))]
         sums = torch.zeros(len(VALIDATION_TERMS) + 1, dtype=torch.float64)
         # The interleaved schedule takes whole multiples of its stages only.
         stages = self.layout.pipeline if self.layout.virtual_pipeline else 1
@@ -204,10 +208,6 @@ class Trainer:
         loss, nll, tokens = collectives.sum_from_last_stage(sums.tolist())
         perplexity = float(torch.tensor(nll / tokens, dtype=torch.float64).exp())
         return {"validation_loss": loss / tokens, "validation_perplexity": perplexity}
-
-
-def _on_device(batch: Batch) -> Batch:
-    return {name: tensor.to(torch.cuda.current_device()) for name, tensor in batch.items()}
 
 
 @contextmanager

@@ -321,9 +321,11 @@ def _work(stage: Stage, plan: Plan) -> int:
 
     Layers that are CUDA graphs work in memory of their own.
     """
-    passes = [] if plan.cuda_graphs else [_layer_work(plan.student, stage.student, plan, plan.how, backward=True)]
-    if plan.teacher and not plan.cuda_graphs:
-        passes.append(_layer_work(plan.teacher, stage.teacher, plan.of_teacher, plan.teacher_how, backward=False))
+    passes = []
+    if not plan.cuda_graphs:
+        passes.append(_layer_work(plan.student, stage.student, plan, plan.how, backward=True))
+        if plan.teacher:
+            passes.append(_layer_work(plan.teacher, stage.teacher, plan.of_teacher, plan.teacher_how, backward=False))
     # A matrix's gradient: Transformer Engine's linears add theirs to the float32 one as they make it, of the embedding and
     # of local layers' it is made in the model's dtype first, and of the output matrix autograd wants one to throw away.
     held = [chunk.largest for chunk in stage.student if plan.how.engine == "local" or chunk.embedding or chunk.head]
