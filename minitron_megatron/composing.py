@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.checkpoints.folder import check_output
-from minitron_megatron.config import COMMANDS, CompressConfig, DistillCandidatesConfig, flat, options
+from minitron_megatron.cli.commands import COMMANDS
+from minitron_megatron.config import CompressConfig, DistillCandidatesConfig, flat, options
 from minitron_megatron.data.datasets import Data, open_data
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import compose
@@ -48,7 +49,7 @@ def compose_stage(
     """A stage as its command will read it: what it works on, the options of the whole, over them its own. Raises UserError."""
     own = dict(own)
     processes = stage_processes(cfg, own.pop("processes", cfg.processes))
-    known = {o.name for o in options(COMMANDS[command])}
+    known = {o.name for o in options(COMMANDS[command].config)}
     given = {**inputs, **{key: value for key, value in _common(cfg).items() if key in known}, **own}
     words = tuple(f"{key}={word(value)}" for key, value in given.items())
     return Stage(command, words, output, processes, compose(command, [*words, f"output={output}"]))

@@ -965,33 +965,6 @@ class ReportConfig(CommandConfig):
     title: str | None = option(None, "heading; by default the model's name and how much of its teacher it is")
 
 
-COMMANDS: dict[str, type[CommandConfig]] = {
-    "demo": DemoConfig,
-    "smollm2": Smollm2Config,
-    "import_hf": ImportHfConfig,
-    "import_nemo": ImportNemoConfig,
-    "random_model": RandomModelConfig,
-    "prepare_data": PrepareDataConfig,
-    "adopt_data": AdoptDataConfig,
-    "importance": ImportanceConfig,
-    "merge_scores": MergeScoresConfig,
-    "layers": LayersConfig,
-    "search": SearchConfig,
-    "prune": PruneConfig,
-    "cache_teacher": CacheTeacherConfig,
-    "correct_teacher": CorrectTeacherConfig,
-    "distill": DistillConfig,
-    "evaluate": EvaluateConfig,
-    "export_hf": ExportHfConfig,
-    "export_megatron": ExportMegatronConfig,
-    "export_nemo": ExportNemoConfig,
-    "throughput": ThroughputConfig,
-    "compress": CompressConfig,
-    "distill_candidates": DistillCandidatesConfig,
-    "benchmark": BenchmarkConfig,
-    "report": ReportConfig,
-    "submit": SubmitConfig,
-}
 # Options that name a model: by its folder, or by a preset of conf/model.
 MODEL_OPTIONS = ("model", "teacher", "student")
 

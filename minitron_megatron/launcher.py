@@ -13,13 +13,12 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from minitron_megatron.cli.commands import COMMANDS, Command
 from minitron_megatron.config import (
-    COMMANDS,
     MODEL_OPTIONS,
     REQUIRED,
     CommandConfig,
@@ -78,10 +77,13 @@ _HARMLESS = (
 )
 
 
-def command(main: Callable[[Any], None], name: str) -> None:
-    """Run one command of launch/: compose its config from sys.argv, check it, call `main` with it, and exit."""
-    config_class = COMMANDS[name]
+def command(name: str) -> None:
+    """Run one command: compose its config from sys.argv, check it, do the work, and exit."""
+    entry = COMMANDS[name]
+    config_class = entry.config
     arguments = sys.argv[1:]
+    if entry.after_dashes:
+        arguments = words_after_dashes(arguments, entry.after_dashes)
     if "--help" in arguments or "-h" in arguments:
         if speaks():
             show_help(name, config_class)
@@ -91,7 +93,7 @@ def command(main: Callable[[Any], None], name: str) -> None:
     sys.path[:] = [place for place in sys.path if Path(place).resolve() != CONF.parent / "launch"]
     try:
         check_words(arguments, name, config_class)
-        _hydra(main, name, config_class, [_rewrite(word, config_class) for word in arguments])
+        _hydra(entry, [_rewrite(word, config_class) for word in arguments])
     except UserError as error:
         _stop(str(error), 2)
     except OSError as error:
@@ -111,24 +113,24 @@ def _stop(message: str, status: int) -> None:
     sys.exit(status)
 
 
-def _hydra(main: Callable[[Any], None], name: str, config_class: type[CommandConfig], words: list[str]) -> None:
+def _hydra(entry: Command, words: list[str]) -> None:
     """Hand over to Hydra; its own complaints become one line."""
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    ConfigStore.instance().store(name=f"{name}_options", node=config_class)
+    ConfigStore.instance().store(name=f"{entry.name}_options", node=entry.config)
 
     stopped: list[BaseException] = []
 
     def run(composed: Any) -> None:
         # What goes through Hydra gets lines of its own added: carry it past.
         try:
-            config = _checked(composed, name, config_class)
+            config = _checked(composed, entry.name, entry.config)
             check_processes(config)
             _logging()
-            main(config)
+            entry(config)
         except OmegaConfBaseException as error:
             stopped.append(UserError(_first_line(error)))
         except (UserError, KeyboardInterrupt) as error:
@@ -147,7 +149,7 @@ def _hydra(main: Callable[[Any], None], name: str, config_class: type[CommandCon
     sys.argv = [sys.argv[0], *flags, *(word for word in words if _is_override(word)), *own]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # the exceptions themselves, not Hydra's own way of exiting
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(run)()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=entry.name)(run)()
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from None
     if stopped:
@@ -164,7 +166,7 @@ def compose(name: str, words: list[str]) -> Any:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    config_class = COMMANDS[name]
+    config_class = COMMANDS[name].config
     check_words(words, name, config_class)
     ConfigStore.instance().store(name=f"{name}_options", node=config_class)
     try:
@@ -381,7 +383,7 @@ def _shown(config_class: type[CommandConfig]) -> list[Option]:
 def presets(name: str) -> dict[str, list[str]]:
     """Groups of conf/ that a command can use (those its own conf file lists, and models), with their presets."""
     own = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
-    models = any(option in COMMANDS[name].__dataclass_fields__ for option in MODEL_OPTIONS)
+    models = any(option in COMMANDS[name].config.__dataclass_fields__ for option in MODEL_OPTIONS)
     return {
         folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
         for folder in sorted(path for path in CONF.iterdir() if path.is_dir())

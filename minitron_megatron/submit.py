@@ -19,7 +19,8 @@ from typing import Any
 import jinja2
 
 from minitron_megatron.checkpoints.folder import output_folder
-from minitron_megatron.config import COMMANDS, MODEL_OPTIONS, ClusterConfig, HardwareConfig, SubmitConfig, flat
+from minitron_megatron.cli.commands import COMMANDS
+from minitron_megatron.config import MODEL_OPTIONS, ClusterConfig, HardwareConfig, SubmitConfig, flat
 from minitron_megatron.console import console
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, compose, resolved_config

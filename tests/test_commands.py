@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from minitron_megatron.config import COMMANDS, MODEL_OPTIONS, ModelConfig, options
+from minitron_megatron.cli.commands import COMMANDS
+from minitron_megatron.config import MODEL_OPTIONS, ModelConfig, options
 from minitron_megatron.launcher import CONF, group_of, presets
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.shape import ModelShape
@@ -55,7 +56,7 @@ def error_of(done: subprocess.CompletedProcess) -> str:
 def test_help_has_every_option(name):
     done = run(name, "--help")
     assert done.returncode == 0 and not done.stderr
-    for option in options(COMMANDS[name]):
+    for option in options(COMMANDS[name].config):
         shown = option.name.split(".")[0] if option.name.startswith(("model.", "teacher.", "student.")) else option.name
         assert shown in done.stdout
 
@@ -63,9 +64,18 @@ def test_help_has_every_option(name):
 def test_every_command_has_its_file_and_its_config():
     assert {p.stem for p in (ROOT / "launch").glob("*.py")} == set(COMMANDS)
     assert {p.stem for p in CONF.glob("*.yaml")} == set(COMMANDS)
-    for name, config in COMMANDS.items():
-        for model in set(MODEL_OPTIONS) & set(config.__dataclass_fields__):
+    for name, command in COMMANDS.items():
+        for model in set(MODEL_OPTIONS) & set(command.config.__dataclass_fields__):
             assert f"- {group_of(model)}: null" in (CONF / f"{name}.yaml").read_text(), name
+
+
+def test_every_command_names_functions_that_exist():
+    """Read, not imported: modules named by commands may be heavy."""
+    for command in COMMANDS.values():
+        for dotted in filter(None, (command.check, command.run)):
+            module, _, function = dotted.partition(":")
+            source = (ROOT / "minitron_megatron" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+            assert f"\ndef {function}(" in source, dotted
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hydra import initialize_config_dir
 
-from minitron_megatron.config import COMMANDS
+from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF, compose, presets, words_after_dashes
 from minitron_megatron.submit import SCRIPT, read_command, submit

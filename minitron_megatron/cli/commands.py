@@ -1,0 +1,74 @@
+"""The one list of commands: each one's options, what checks them, and what does the work.
+
+    options (config.py)  ──▶  check: looks at options and folders alone  ──▶  run: does the work with what the check found
+
+Functions are named as "module:function" and imported when they are needed. A check imports nothing heavy (torch, Megatron,
+transformers): a mistake is said within a second of the command line.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from minitron_megatron import config as options
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of launch/.
+
+    config: its options.
+    run: "module:function", below minitron_megatron: called with the options and with what `check` returned.
+    check: "module:function", called with the options. Raises UserError. Without one, `run` is called with the options alone.
+    after_dashes: the option whose value is the list of words after `--`.
+    """
+
+    name: str
+    config: type[options.CommandConfig]
+    run: str
+    check: str | None = None
+    after_dashes: str | None = None
+
+    def __call__(self, config: Any) -> None:
+        """Check, then run. Raises UserError."""
+        if self.check is None:
+            _load(self.run)(config)
+            return
+        checked = _load(self.check)(config)
+        _load(self.run)(config, checked)
+
+
+def _load(dotted: str) -> Callable[..., Any]:
+    module, _, function = dotted.partition(":")
+    return getattr(import_module(f"minitron_megatron.{module}"), function)
+
+
+_ALL = (
+    Command("demo", options.DemoConfig, "demo:run_demo"),
+    Command("smollm2", options.Smollm2Config, "checkpoints.gguf:unpack_smollm2"),
+    Command("import_hf", options.ImportHfConfig, "checkpoints.hf:import_hf"),
+    Command("import_nemo", options.ImportNemoConfig, "checkpoints.nemo:import_nemo"),
+    Command("random_model", options.RandomModelConfig, "checkpoints.random_model:make_random_model"),
+    Command("prepare_data", options.PrepareDataConfig, "data.prepare:prepare_data"),
+    Command("adopt_data", options.AdoptDataConfig, "data.adopt:adopt_data"),
+    Command("importance", options.ImportanceConfig, "importance.measure:measure_importance"),
+    Command("merge_scores", options.MergeScoresConfig, "importance.merge:merge_scores"),
+    Command("layers", options.LayersConfig, "layer_analysis:analyse_layers"),
+    Command("search", options.SearchConfig, "search.search:search_shapes"),
+    Command("prune", options.PruneConfig, "prune.prune:prune_model"),
+    Command("cache_teacher", options.CacheTeacherConfig, "distill.cache_teacher:cache_teacher"),
+    Command("correct_teacher", options.CorrectTeacherConfig, "train.correct_teacher:correct_teacher"),
+    Command("distill", options.DistillConfig, "train.distill:distill"),
+    Command("evaluate", options.EvaluateConfig, "evaluate.evaluate:evaluate"),
+    Command("export_hf", options.ExportHfConfig, "checkpoints.hf:export_hf"),
+    Command("export_megatron", options.ExportMegatronConfig, "checkpoints.megatron_lm:export_megatron"),
+    Command("export_nemo", options.ExportNemoConfig, "checkpoints.nemo:export_nemo"),
+    Command("throughput", options.ThroughputConfig, "throughput.run:throughput"),
+    Command("compress", options.CompressConfig, "compress:compress"),
+    Command("distill_candidates", options.DistillCandidatesConfig, "candidates.run:distill_candidates"),
+    Command("benchmark", options.BenchmarkConfig, "benchmark.run:benchmark"),
+    Command("report", options.ReportConfig, "report.report:report"),
+    Command("submit", options.SubmitConfig, "submit:submit", after_dashes="command"),
+)
+COMMANDS: dict[str, Command] = {command.name: command for command in _ALL}
