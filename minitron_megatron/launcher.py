@@ -29,6 +29,7 @@ from minitron_megatron.config import (
 )
 from minitron_megatron.console import console, speaks
 from minitron_megatron.errors import UserError
+from minitron_megatron.preset_files import is_preset_file, naming_files, quoted, words_of_file
 
 _TYPED = list(sys.argv)
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -48,8 +49,6 @@ _OF_THE_USER = frozenset(
         errno.ENAMETOOLONG,
     )
 )
-# Groups whose presets are sizes and nothing else: a file of one's own can stand for one.
-PRESET_FILES = ("target",)
 _PLAIN_VALUE = re.compile(r"[\w./:+-]+")
 # Chatter of the libraries that says nothing to a user of these commands.
 _HARMLESS = (
@@ -93,7 +92,9 @@ def command(name: str) -> None:
     sys.path[:] = [place for place in sys.path if Path(place).resolve() != CONF.parent / "launch"]
     try:
         check_words(arguments, name, config_class)
-        _hydra(entry, [_rewrite(word, config_class) for word in arguments])
+        words, files = with_preset_files(arguments, name, config_class)
+        with naming_files(files):
+            _hydra(entry, [_rewrite(word, config_class) for word in words])
     except UserError as error:
         _stop(str(error), 2)
     except OSError as error:
@@ -168,12 +169,14 @@ def compose(name: str, words: list[str]) -> Any:
 
     config_class = COMMANDS[name].config
     check_words(words, name, config_class)
+    words, files = with_preset_files(words, name, config_class)
     ConfigStore.instance().store(name=f"{name}_options", node=config_class)
-    try:
-        composed = hydra.compose(config_name=name, overrides=[_rewrite(word, config_class) for word in words])
-        return _checked(composed, name, config_class)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from None
+    with naming_files(files):
+        try:
+            composed = hydra.compose(config_name=name, overrides=[_rewrite(word, config_class) for word in words])
+            return _checked(composed, name, config_class)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(explain(error)) from None
 
 
 def _checked(composed: Any, name: str, config_class: type[CommandConfig]) -> Any:
@@ -233,8 +236,8 @@ def check_words(words: list[str], name: str, config_class: type[CommandConfig]) 
         seen.add(key)
         if key.partition(".")[0] in free:
             continue
-        if key in groups and key not in models:
-            if not _is_preset_file(key, value):
+        if key in groups and key not in MODEL_OPTIONS:
+            if not is_preset_file(value):
                 _check_preset(key, value, groups[key])
         elif key not in known and key not in models and not any(o.startswith(f"{key}.") for o in known):
             near = difflib.get_close_matches(key, [*known, *groups, *models], n=1)
@@ -251,29 +254,36 @@ def _check_preset(group: str, value: str, names: list[str]) -> None:
         raise UserError(f"{group}={wrong[0]} is not a preset of conf/{group}: {hint}")
 
 
-def _is_preset_file(key: str, value: str) -> bool:
-    """Whether a word such as `target=FILE.yaml` gives a file of one's own, with what a preset of that group has."""
-    return key in PRESET_FILES and value.endswith((".yaml", ".yml"))
+def with_preset_files(
+    words: list[str], name: str, config_class: type[CommandConfig]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """The words with every file of one's own in place of a preset taken apart: what it sets comes before them.
 
-
-def _mapping_of(key: str, file: Path) -> str:
-    """What a file of sizes holds, as Hydra writes a mapping. Raises UserError."""
-    from minitron_megatron.checkpoints.folder import load_yaml
-
-    if not file.is_file():
-        raise UserError(f"{key}={file} does not exist: give a file of sizes, or a preset of conf/{key}")
-    values = load_yaml(file)
-    for name, size in values.items():
-        if not all(type(n) is int for n in (size if isinstance(size, list) else [size])):
-            raise UserError(f"{key}={file}: {name}={size!r} must be a whole number, or a list of them")
-    return "{" + ",".join(f"{name}:{size}".replace(" ", "") for name, size in values.items()) + "}"
+    Gives the words, and the options that each file sets. Raises UserError, naming the file, for what is wrong in it.
+    """
+    free = free_options(config_class)
+    known = [o.name for o in options(config_class) if o.name not in free]
+    models = [key for key in MODEL_OPTIONS if key in config_class.__dataclass_fields__]
+    groups = [*presets(name), *models]
+    taken: list[str] = []
+    keys: dict[str, list[str]] = {}
+    for word in words:
+        key, _, value = word.lstrip("+").partition("=")
+        if not _is_override(word) or key not in groups or not is_preset_file(value):
+            continue
+        found = words_of_file(key, value, known, groups)
+        try:
+            check_words(found, name, config_class)
+        except UserError as error:
+            raise UserError(f"{key}={value}: {error}") from None
+        keys[word.lstrip("+")] = [one.partition("=")[0] for one in found]
+        taken += found
+    own = [word for word in words if word.lstrip("+") not in keys]
+    return [*taken, *own], keys
 
 
 def _rewrite(word: str, config_class: type[CommandConfig]) -> str:
-    """`model=outputs/x` sets model.path, `model=PRESET` takes conf/model/PRESET.yaml; odd characters are quoted.
-
-    `target=FILE.yaml` becomes what the file says.
-    """
+    """`model=outputs/x` sets model.path, `model=PRESET` takes conf/model/PRESET.yaml; odd characters are quoted."""
     if not _is_override(word):
         return word
     key, _, value = word.lstrip("+").partition("=")
@@ -285,12 +295,10 @@ def _rewrite(word: str, config_class: type[CommandConfig]) -> str:
         if (CONF / "model" / f"{value}.yaml").is_file():
             return f"{group_of(key)}={value}"
         key = f"{key}.path"
-    if key in config_class.__dataclass_fields__ and _is_preset_file(key, value):
-        return f"{key}={_mapping_of(key, Path(value))}"
     if key.partition(".")[0] in free_options(config_class):
         return f"++{key}={value}"
     if _takes_text(key, config_class) and not _PLAIN_VALUE.fullmatch(value) and value[0] not in "'\"[{$":
-        value = _quoted(value)
+        value = quoted(value)
     return f"{key}={value}"
 
 
@@ -299,18 +307,12 @@ def group_of(model_option: str) -> str:
     return "model" if model_option == "model" else f"model@{model_option}"
 
 
-def _quoted(value: str) -> str:
-    """A value in Hydra's quotes, in which a backslash is one except before a quote."""
-    value = re.sub(r"(\\*)'", lambda found: 2 * found[1] + r"\'", value)
-    return "'" + re.sub(r"(\\+)$", lambda found: 2 * found[1], value) + "'"
-
-
 def words_after_dashes(words: list[str], option: str) -> list[str]:
     """Words after `--` as the list that is the value of one option: nothing in them needs quotes of Hydra's."""
     if "--" not in words:
         return words
     own, after = words[: words.index("--")], words[words.index("--") + 1 :]
-    return [*own, f"{option}=[{','.join(map(_quoted, after))}]"]
+    return [*own, f"{option}=[{','.join(map(quoted, after))}]"]
 
 
 def _takes_text(key: str, config_class: type[CommandConfig]) -> bool:
@@ -353,7 +355,7 @@ def show_help(name: str, config_class: type[CommandConfig]) -> None:
     screen.print(table)
     for kind, names in presets(name).items():
         screen.print(
-            f"\n{kind}=PRESET{' or FILE.yaml' * (kind in PRESET_FILES)}: {', '.join(names)}",
+            f"\n{kind}=PRESET or FILE.yaml: {', '.join(names)}",
             highlight=False,
             soft_wrap=True,
         )

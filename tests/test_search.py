@@ -355,13 +355,13 @@ def test_a_target_file_can_be_written_by_hand(source, tmp_path):
     assert (target.ffn_hidden_size, target.num_attention_heads, target.hidden_size) == ([48, 40, 48, 44], 4, 16)
     for text, says in (
         ("hiden_size: 4\n", "hiden_size"),
-        ("hidden_size: much\n", "must be a whole number"),
+        ("hidden_size: much\n", "could not be converted to Integer"),
         ("4", "mapping"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=says):
             compose_in_test("prune", words)
-    with pytest.raises(UserError, match="does not exist: give a file of sizes, or a preset"):
+    with pytest.raises(UserError, match="does not exist: give a YAML file of your own, or a preset"):
         compose_in_test("prune", [*words[:1], f"target={tmp_path / 'none.yaml'}", *words[2:]])
 
 
