@@ -16,7 +16,7 @@ from typing import Any
 from minitron_megatron.checkpoints.folder import check_output
 from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.config import CompressConfig, DistillCandidatesConfig, flat, options
-from minitron_megatron.data.datasets import Data, open_data
+from minitron_megatron.data.folder import Data, open_data
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import compose
 from minitron_megatron.models.shape import ModelShape

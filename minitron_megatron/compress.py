@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.checkpoints.folder import RESULTS, ModelFolder, open_model_folder, read_manifest
-from minitron_megatron.checkpoints.weights import check_weights
+from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.composing import Stage, check_data, check_root, compose_stage, flat_options, naming
 from minitron_megatron.config import (
     CompressConfig,
@@ -30,12 +30,13 @@ from minitron_megatron.config import (
     tokens_of_run,
 )
 from minitron_megatron.console import console, print_table
-from minitron_megatron.data.datasets import check_enough, data_digest
+from minitron_megatron.data.folder import check_enough, data_digest
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters
-from minitron_megatron.models.build import check_layout, check_sequence
+from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.models.shape import ModelShape
-from minitron_megatron.parallel.layout import Layout, pick_device, world_size_from_env
+from minitron_megatron.parallel.job import pick_device
+from minitron_megatron.parallel.layout import Layout, world_size_from_env
 from minitron_megatron.prune.select import target_shape
 from minitron_megatron.stages import Stages, start_words, write_json
 from minitron_megatron.train.distill import check_pair

@@ -12,29 +12,25 @@ from typing import Any
 import numpy as np
 
 from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
-from minitron_megatron.checkpoints.weights import check_weights
+from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.config import LayersConfig
 from minitron_megatron.console import format_value, print_table, speaks
-from minitron_megatron.data.datasets import Windows, open_data
+from minitron_megatron.data.datasets import Windows
+from minitron_megatron.data.folder import open_data
 from minitron_megatron.data.questions import QuestionFile, QuestionSource, Request, encode_all
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
-from minitron_megatron.importance.layers import (
-    FILE,
-    JUDGES,
-    Judged,
-    LayerAnalysis,
-    LayerMeasurement,
-    Measured,
-    check_blocks,
-)
+from minitron_megatron.importance.layer_passes import LayerMeasurement, Measured
+from minitron_megatron.importance.layers import FILE, JUDGES, Judged, LayerAnalysis, check_blocks
 from minitron_megatron.importance.variants import Block, contiguous_blocks, layer_passes
 from minitron_megatron.launcher import command_line
 from minitron_megatron.measuring import measuring
-from minitron_megatron.models.build import check_layout, check_sequence, model_dtype, pick_engine
+from minitron_megatron.models.build import model_dtype, pick_engine
+from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.outputs import check_command_output
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import Layout, pick_device
+from minitron_megatron.parallel.job import pick_device
+from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.report.layers import JUDGE_NAMES, layer_report
 
 log = logging.getLogger(__name__)

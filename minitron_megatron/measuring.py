@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from minitron_megatron.checkpoints.folder import ModelFolder, Output
 from minitron_megatron.checkpoints.weights import verify_digest
 from minitron_megatron.config import CommandConfig
-from minitron_megatron.data.datasets import Data, verify_data
+from minitron_megatron.data.folder import Data, verify_data
 from minitron_megatron.outputs import command_output
-from minitron_megatron.parallel.layout import Layout, parallel_job
+from minitron_megatron.parallel.job import parallel_job
+from minitron_megatron.parallel.layout import Layout
 
 
 @contextmanager

@@ -27,18 +27,20 @@ from minitron_megatron.config import (
     OptimConfig,
     TrainerConfig,
 )
-from minitron_megatron.data.datasets import Windows, open_data
+from minitron_megatron.data.datasets import Windows
+from minitron_megatron.data.folder import open_data
 from minitron_megatron.distill.objective import Distillation
-from minitron_megatron.importance.layers import LayerMeasurement
+from minitron_megatron.importance.layer_passes import LayerMeasurement
 from minitron_megatron.importance.measure import aggregation, measure_statistics
-from minitron_megatron.importance.scores import finish_scores
+from minitron_megatron.importance.sums import finish_scores
 from minitron_megatron.importance.variants import contiguous_blocks
 from minitron_megatron.models.axes import Place, axis_table, slots, tensor_parallel_keep
 from minitron_megatron.models.build import build_model_chunks
 from minitron_megatron.models.forward import forward_only, on_device
 from minitron_megatron.models.generation import generate
 from minitron_megatron.models.objective import NextToken
-from minitron_megatron.parallel.layout import Layout, model_parallel
+from minitron_megatron.parallel.job import model_parallel
+from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.prune.live import Side, cut_live, local_tensors
 from minitron_megatron.prune.plan import read_plan
 from minitron_megatron.throughput.engines import megatron

@@ -214,7 +214,7 @@ def _run(
     store: str,
     timeout: float,
 ) -> Any:
-    from minitron_megatron.parallel.layout import model_parallel
+    from minitron_megatron.parallel.job import model_parallel
 
     limit = datetime.timedelta(seconds=timeout)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))

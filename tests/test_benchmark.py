@@ -12,7 +12,7 @@ import torch.distributed as dist
 from minitron_megatron.benchmark.run import RESULTS, benchmark
 from minitron_megatron.benchmark.scaling import Scaling, too_large, with_efficiency
 from minitron_megatron.checkpoints.folder import open_model_folder
-from minitron_megatron.checkpoints.weights import total_bytes
+from minitron_megatron.checkpoints.index import total_bytes
 from minitron_megatron.config import (
     BenchmarkConfig,
     BenchmarkScalingConfig,

@@ -156,7 +156,8 @@ def made(gloo, sources, tmp_path_factory):
 def test_a_cache_holds_what_the_teacher_says(sources, made):
     """Against transformers' own module in float64, sample by sample of the training order."""
     from minitron_megatron.checkpoints.folder import open_model_folder
-    from minitron_megatron.data.datasets import Windows, open_data, training_samples
+    from minitron_megatron.data.datasets import Windows, training_samples
+    from minitron_megatron.data.folder import open_data
 
     data = open_data(str(sources / "data"), "train", open_model_folder(sources / "teacher" / "model").shape, LENGTH)
     of_split = {

@@ -16,9 +16,10 @@ from minitron_megatron.checkpoints import folder as folders
 from minitron_megatron.checkpoints import reading
 from minitron_megatron.checkpoints.folder import open_model_folder, output_folder, read_manifest
 from minitron_megatron.checkpoints.hf import HfFolder, export_hf, import_hf
+from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.checkpoints.random_model import make_random_model
 from minitron_megatron.checkpoints.reading import WeightReader, read_metadata, safe_reading
-from minitron_megatron.checkpoints.weights import _check_rounding, check_weights, chunks, verify_digest
+from minitron_megatron.checkpoints.weights import _check_rounding, chunks, verify_digest
 from minitron_megatron.config import ExportHfConfig, ImportHfConfig, ModelConfig, RandomModelConfig
 from minitron_megatron.errors import UserError
 from tests import jobs

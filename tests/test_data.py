@@ -22,14 +22,8 @@ from minitron_megatron.checkpoints.folder import open_model_folder, read_manifes
 from minitron_megatron.config import AdoptDataConfig, PrepareDataConfig
 from minitron_megatron.data import prepare as preparing
 from minitron_megatron.data.adopt import adopt_data
-from minitron_megatron.data.datasets import (
-    DocumentMasks,
-    MicroBatches,
-    Windows,
-    open_data,
-    training_samples,
-    verify_data,
-)
+from minitron_megatron.data.datasets import MicroBatches, Windows, training_samples
+from minitron_megatron.data.folder import DocumentMasks, open_data, verify_data
 from minitron_megatron.data.indexed import SplitWriter
 from minitron_megatron.data.prepare import Piece, _with_validation, prepare_data, split_of
 from minitron_megatron.data.tokenizer import load_tokenizer

@@ -11,7 +11,8 @@ import torch
 from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
 from minitron_megatron.checkpoints.hf import export_hf
 from minitron_megatron.config import BatchConfig, EvaluateConfig, EvaluateDataConfig, ExportHfConfig, ModelConfig
-from minitron_megatron.data.datasets import Windows, open_data
+from minitron_megatron.data.datasets import Windows
+from minitron_megatron.data.folder import open_data
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.evaluate import evaluate
 from minitron_megatron.evaluate.harness import Loaded, load

@@ -17,7 +17,8 @@ from minitron_megatron.config import (
     RandomModelConfig,
     TargetConfig,
 )
-from minitron_megatron.data.datasets import open_data, training_samples
+from minitron_megatron.data.datasets import training_samples
+from minitron_megatron.data.folder import open_data
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import TABLES
 from minitron_megatron.models.families import FAMILIES, hf_config, shape_from_hf

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from minitron_megatron.errors import UserError
-from minitron_megatron.models.fp8 import Fp8Matrix, check_fp8, check_fp8_device, fp8_fields
+from minitron_megatron.models.fp8 import Fp8Matrix, check_fp8_device, fp8_fields
+from minitron_megatron.models.limits import check_fp8
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.distill import distill

@@ -7,7 +7,8 @@ import torch
 
 from minitron_megatron.config import TrainerConfig
 from minitron_megatron.errors import UserError
-from minitron_megatron.models.graphs import check_graphs, check_graphs_device, graph_fields
+from minitron_megatron.models.graphs import check_graphs_device, graph_fields
+from minitron_megatron.models.limits import check_graphs
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.distill import distill
 from minitron_megatron.train.optimizer import training_fields

@@ -9,7 +9,8 @@ import torch
 
 from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
 from minitron_megatron.config import ImportanceConfig, ImportanceOptions, MergeScoresConfig
-from minitron_megatron.data.datasets import open_data, training_samples
+from minitron_megatron.data.datasets import training_samples
+from minitron_megatron.data.folder import open_data
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.measure import measure_importance
 from minitron_megatron.importance.merge import merge_scores

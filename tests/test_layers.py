@@ -10,7 +10,8 @@ import torch
 
 from minitron_megatron.checkpoints.folder import load_yaml, open_model_folder, read_manifest
 from minitron_megatron.config import LayersConfig, PruneConfig, TargetConfig
-from minitron_megatron.data.datasets import Windows, open_data
+from minitron_megatron.data.datasets import Windows
+from minitron_megatron.data.folder import open_data
 from minitron_megatron.data.questions import QuestionFile, Request, buckets, encode, encode_all
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError

@@ -6,7 +6,7 @@ import torch
 from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.config import DdpConfig, TrainerConfig
 from minitron_megatron.errors import UserError
-from minitron_megatron.models.build import check_layout, layers_of_stages
+from minitron_megatron.models.limits import check_layout, layers_of_stages
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.optimizer import check_ddp, recomputation
 from tests import jobs

@@ -9,8 +9,9 @@ from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import Slot, axis_table
-from minitron_megatron.models.build import check_layout, check_sequence, pick_engine
+from minitron_megatron.models.build import pick_engine
 from minitron_megatron.models.families import hf_config, shape_from_hf
+from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.parallel.layout import Layout
 from tests import jobs
 from tests.tiny import LLAMA3, SIZES, hf_model, imported

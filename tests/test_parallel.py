@@ -13,7 +13,8 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.cpu import adapter
-from minitron_megatron.parallel.layout import Layout, before_groups_end, parallel_job
+from minitron_megatron.parallel.job import before_groups_end, parallel_job
+from minitron_megatron.parallel.layout import Layout
 from tests.pool import Pool, WorkerError
 
 SHAPE = ModelShape(

@@ -8,7 +8,8 @@ import torch
 from minitron_megatron.benchmark.importance import live_model
 from minitron_megatron.benchmark.prune import random_scores
 from minitron_megatron.config import BenchmarkConfig
-from minitron_megatron.models.build import build_model_chunks, check_layout, model_dtype
+from minitron_megatron.models.build import build_model_chunks, model_dtype
+from minitron_megatron.models.limits import check_layout
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.prune.live import Side, cut_live, local_tensors

@@ -12,8 +12,9 @@ from minitron_megatron.checkpoints.weights import load_model
 from minitron_megatron.config import BenchmarkConfig
 from minitron_megatron.data.datasets import on_this_context_rank
 from minitron_megatron.importance.hooks import Recorder
-from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype
+from minitron_megatron.models.build import build_model_chunks, model_dtype
 from minitron_megatron.models.forward import Batch
+from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout

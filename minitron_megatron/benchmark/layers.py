@@ -9,8 +9,8 @@ import torch
 from minitron_megatron.benchmark.importance import live_model, random_batch
 from minitron_megatron.config import BenchmarkConfig
 from minitron_megatron.importance.variants import Block, Variants, contiguous_blocks, layer_passes
-from minitron_megatron.models.build import check_sequence
 from minitron_megatron.models.forward import Batch, forward_only
+from minitron_megatron.models.limits import check_sequence
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout

@@ -14,9 +14,10 @@ from minitron_megatron.benchmark.peers import PEERS, Peer
 from minitron_megatron.checkpoints.random_model import STANDARD_DEVIATION
 from minitron_megatron.config import BenchmarkConfig, HardwareConfig
 from minitron_megatron.distill.losses import DistillationLoss, Divergence
-from minitron_megatron.models.build import check_layout, model_dtype
+from minitron_megatron.models.build import model_dtype
 from minitron_megatron.models.fp8 import Fp8Matrix
 from minitron_megatron.models.head import LOGITS_BYTES, Head, fused_loss
+from minitron_megatron.models.limits import check_layout
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.hardware import hardware, peak_flops
 from minitron_megatron.parallel.layout import Layout

@@ -7,8 +7,8 @@ import torch
 from minitron_megatron.benchmark.importance import live_model, random_batch
 from minitron_megatron.config import BenchmarkConfig
 from minitron_megatron.errors import UserError
-from minitron_megatron.models.build import check_sequence
 from minitron_megatron.models.forward import Batch, on_device
+from minitron_megatron.models.limits import check_sequence
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.census import count_chunk
 from minitron_megatron.train.memory import Arithmetic, MicroBatch, chunk_activations

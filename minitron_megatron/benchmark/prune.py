@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
+from minitron_megatron.checkpoints.index import total_bytes
 from minitron_megatron.checkpoints.reading import WeightReader
-from minitron_megatron.checkpoints.weights import total_bytes, write_weights
+from minitron_megatron.checkpoints.weights import write_weights
 from minitron_megatron.config import BenchmarkConfig
 from minitron_megatron.importance.scores import Scores
 from minitron_megatron.models.axes import PROBES

@@ -23,7 +23,8 @@ from minitron_megatron.console import print_table, progress
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.hardware import hardware
-from minitron_megatron.parallel.layout import Layout, parallel_job, pick_device
+from minitron_megatron.parallel.job import parallel_job, pick_device
+from minitron_megatron.parallel.layout import Layout
 
 # In a job of one layout; scaling has jobs of its own (scaling.py).
 MEASURES: dict[str, Callable[[BenchmarkConfig, Layout], dict[str, float]]] = {

@@ -28,7 +28,8 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import explain
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.cpu import adapter
-from minitron_megatron.parallel.layout import Layout, model_parallel, process_group
+from minitron_megatron.parallel.job import model_parallel, process_group
+from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.distill import teacher_layout
 from minitron_megatron.train.foresee import RESERVED_GIB
 

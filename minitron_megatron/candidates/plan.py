@@ -15,16 +15,17 @@ from typing import Any
 
 from minitron_megatron.candidates import halving
 from minitron_megatron.checkpoints.folder import ModelFolder, check_space, open_model_folder
-from minitron_megatron.checkpoints.weights import check_weights
+from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.composing import Stage, check_data, compose_stage, flat_options, naming
 from minitron_megatron.config import DistillCandidatesConfig, number_of_steps, tokens_of_run
-from minitron_megatron.data.datasets import check_enough
+from minitron_megatron.data.folder import check_enough
 from minitron_megatron.distill.cache_teacher import plan_cache
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.scores import check_scores, load_scores
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.shape import ModelShape
-from minitron_megatron.parallel.layout import Layout, pick_device
+from minitron_megatron.parallel.job import pick_device
+from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.prune.select import target_shape
 from minitron_megatron.search.found import Ranked, SearchFolder, read_search
 from minitron_megatron.stages import is_whole

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from minitron_megatron.checkpoints.folder import check_space
-from minitron_megatron.checkpoints.reading import short
+from minitron_megatron.checkpoints.index import short
 from minitron_megatron.errors import UserError
 
 _COPY_BYTES = 4 * 2**20

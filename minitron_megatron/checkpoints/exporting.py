@@ -6,12 +6,13 @@ from pathlib import Path
 
 from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
 from minitron_megatron.checkpoints.hf import print_shape
-from minitron_megatron.checkpoints.weights import check_weights, verify_digest
+from minitron_megatron.checkpoints.index import check_weights
+from minitron_megatron.checkpoints.weights import verify_digest
 from minitron_megatron.config import ExportMegatronConfig, ExportNemoConfig
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.outputs import check_command_output, command_output
-from minitron_megatron.parallel.layout import tool_job
+from minitron_megatron.parallel.tools import tool_job
 
 
 def export_for(

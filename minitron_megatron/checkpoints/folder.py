@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from minitron_megatron import __version__
@@ -285,8 +285,9 @@ def _finish(
 
 def _cost(output: Output) -> dict[str, Any]:
     """What an output took: seconds from its beginning, in so many processes, each on such a device."""
-    # A process that only read and wrote files has not touched its GPU; nor may one that works on the CPU.
-    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+    # A process that only read and wrote files has not touched its GPU, nor, it may be, torch; nor may one that works on the CPU.
+    torch = sys.modules.get("torch")
+    on_gpu = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "seconds": round(time.monotonic() - output.began, 2),
         "processes": collectives.world_size(),

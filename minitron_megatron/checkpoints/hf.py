@@ -28,15 +28,10 @@ from minitron_megatron.checkpoints.folder import (
     load_json,
     open_model_folder,
 )
+from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.checkpoints.safetensors_stream import write_safetensors
-from minitron_megatron.checkpoints.weights import (
-    BLOCK_BYTES,
-    Chunk,
-    check_weights,
-    verify_digest,
-    write_weights,
-)
+from minitron_megatron.checkpoints.weights import BLOCK_BYTES, Chunk, verify_digest, write_weights
 from minitron_megatron.config import ExportHfConfig, ImportHfConfig
 from minitron_megatron.console import print_table, progress
 from minitron_megatron.errors import UserError
@@ -45,7 +40,7 @@ from minitron_megatron.models.families import check_exportable, hf_config, shape
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import tool_job
+from minitron_megatron.parallel.tools import tool_job
 
 log = logging.getLogger(__name__)
 

@@ -30,15 +30,10 @@ from minitron_megatron.checkpoints.folder import (
     load_yaml,
 )
 from minitron_megatron.checkpoints.hf import TOKENIZER_FILES, copy_files, print_shape, write_shape
+from minitron_megatron.checkpoints.index import total_bytes
 from minitron_megatron.checkpoints.megatron_lm import COMMON_FILE, CONTENT, no_extra_state
 from minitron_megatron.checkpoints.reading import WeightReader
-from minitron_megatron.checkpoints.weights import (
-    COMMON_STATE,
-    Chunk,
-    chunks,
-    total_bytes,
-    write_weights,
-)
+from minitron_megatron.checkpoints.weights import COMMON_STATE, Chunk, chunks, write_weights
 from minitron_megatron.checkpoints.zarr_arrays import HEADER, ZarrArrays
 from minitron_megatron.config import ExportNemoConfig, ImportNemoConfig
 from minitron_megatron.console import progress
@@ -57,7 +52,7 @@ from minitron_megatron.models.nemo import (
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import tool_job
+from minitron_megatron.parallel.tools import tool_job
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import tool_job
+from minitron_megatron.parallel.tools import tool_job
 
 # GPT's usual initial spread of weights.
 STANDARD_DEVIATION = 0.02

@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from minitron_megatron.checkpoints.index import MEGATRON, PLANNER, STAND_INS, Ignored, read_with, short
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import Slot
 from minitron_megatron.models.shape import ModelShape
@@ -181,45 +182,9 @@ class WeightReader:
             left, offset = left[done:], offset + done
 
 
-_SAFE_GLOBALS = {
-    ("torch", "Size"),
-    ("collections", "OrderedDict"),
-    ("builtins", "dict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "Path"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-} | {
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in (
-        "Metadata",
-        "MetadataIndex",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    )
-}
-
-
-class _Ignored:
-    """What stands for parts of an index that no reader needs."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-
-# Indices of megatron.core 0.15: torch's, with fields more about optimizer states and the plans by which it was written.
-_MEGATRON, _PLANNER = "megatron.core.dist_checkpointing.strategies.torch", "torch.distributed.checkpoint.planner"
-_STAND_INS: dict[tuple[str, str], type] = {
-    (_MEGATRON, "MCoreMetadata"): Metadata,
-    (_MEGATRON, "MCoreSavePlan"): _Ignored,
-    **{(_PLANNER, name): _Ignored for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")},
+# Fields that this reader has no need of, and Megatron's own kind of index.
+_OTHERWISE = {key: Ignored for key in STAND_INS if key[0] in (MEGATRON, PLANNER)} | {
+    (MEGATRON, "MCoreMetadata"): Metadata
 }
 
 
@@ -227,11 +192,9 @@ class _MetadataUnpickler(pickle.Unpickler):
     """torch writes `.metadata` as a pickle and reads it with bare pickle.load: allow its own data classes alone."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _STAND_INS:
-            return _STAND_INS[module, name]
-        if (module, name) in _SAFE_GLOBALS or (
-            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        ):
+        if (module, name) in _OTHERWISE:
+            return _OTHERWISE[module, name]
+        if (module, name) in STAND_INS or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint's metadata")
 
@@ -246,19 +209,8 @@ def _unpickle_metadata(file: IO[bytes]) -> Metadata:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The index of a distributed checkpoint, by an unpickler that builds nothing but its data classes."""
-    try:
-        with open(folder / ".metadata", "rb") as file:
-            return _unpickle_metadata(file)
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no .metadata: it is not a whole distributed checkpoint") from None
-    except Exception as error:  # arbitrary bytes can fail in any way in the unpickler
-        raise UserError(f"{folder}/.metadata is damaged or unsafe ({short(error)}): make the folder again") from None
-
-
-def short(error: BaseException) -> str:
-    """The first line of an error, at most 160 characters."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+    """The index of a distributed checkpoint, by an unpickler that builds nothing but its data classes. Raises UserError."""
+    return read_with(folder, _unpickle_metadata)
 
 
 @contextmanager

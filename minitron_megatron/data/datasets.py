@@ -22,10 +22,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from minitron_megatron.checkpoints.folder import read_manifest, verify_files
+from minitron_megatron.data.folder import AS_THEY_ARE, Data, DataFolder, DocumentMasks
 from minitron_megatron.data.indexed import open_split
 from minitron_megatron.errors import UserError
-from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
 
@@ -45,165 +44,6 @@ class Samples(Protocol):
     def __getitem__(self, index: int) -> Sample:
         """`tokens`, `labels`, `position_ids` int64 and `loss_mask` float32, each [sequence_length]."""
         ...
-
-
-@dataclass(frozen=True)
-class DataFolder:
-    """A checked data folder."""
-
-    path: Path
-    manifest: dict[str, Any]
-
-    @property
-    def digest(self) -> str:
-        """Digest of its content."""
-        return str(self.manifest["digest"])
-
-    @property
-    def results(self) -> dict[str, Any]:
-        """Of each split its documents, tokens and bytes; vocab_size, token_dtype, end_of_document, tokenizer."""
-        return self.manifest["results"]
-
-    def tokens(self, split: str) -> int:
-        """Tokens of a split."""
-        return int(self.results[split]["tokens"])
-
-
-@dataclass(frozen=True)
-class DocumentMasks:
-    """How training sees the documents that share a sample (Megatron's reset_attention_mask and eod_mask_loss)."""
-
-    reset_attention: bool = False
-    end_of_document: bool = False
-
-
-@dataclass(frozen=True)
-class Data:
-    """What `data.path=` names: a folder, or several with the weights (their sum is 1) by which samples come of each."""
-
-    folders: tuple[DataFolder, ...]
-    weights: tuple[float, ...]
-    masks: DocumentMasks = DocumentMasks()
-
-    @property
-    def digest(self) -> str:
-        """Digest of the content, and of the weights of a blend."""
-        return _joint_digest(self.weights, [folder.digest for folder in self.folders])
-
-    @property
-    def end_of_document(self) -> int:
-        """The token id that ends each document."""
-        return int(self.folders[0].results["end_of_document"])
-
-    def tokens(self, split: str) -> int:
-        """Tokens of a split; of a blend, those that come before a folder of it begins again."""
-        return int(min(folder.tokens(split) / weight for weight, folder in self._parts()))
-
-    def _parts(self) -> Iterator[tuple[float, DataFolder]]:
-        return zip(self.weights, self.folders, strict=True)
-
-
-def _joint_digest(weights: Sequence[float], digests: list[str]) -> str:
-    if len(digests) == 1:
-        return digests[0]
-    return "sha256:" + hashlib.sha256(f"{list(weights)} {digests}".encode()).hexdigest()
-
-
-def data_digest(path: Any) -> str:
-    """Digest of what `data.path=` names, where there is no model to check it with. Raises UserError."""
-    weights, paths = parse_blend(path)
-    return _joint_digest(weights, [str(read_manifest(one)["digest"]) for one in paths])
-
-
-def open_data(
-    path: Any, split: str, shape: ModelShape, sequence_length: int, masks: DocumentMasks = DocumentMasks()
-) -> Data:
-    """Check that data can feed a model. Raises UserError before anything heavy starts.
-
-    Args:
-        path: `data.path=`: a folder, or a list `weight, folder, weight, folder, …` as of Megatron's `--data-path`; folders
-            without weights weigh what their train split has of tokens.
-        split: train or validation.
-        shape: of the model.
-        sequence_length: tokens of a sample.
-        masks: how documents that share a sample see each other.
-    """
-    if sequence_length > shape.max_position_embeddings:
-        raise UserError(
-            f"data.sequence_length={sequence_length} is above the model's {shape.max_position_embeddings} positions"
-        )
-    weights, paths = parse_blend(path)
-    folders = tuple(_open_folder(one, split, shape, sequence_length) for one in paths)
-    for key in ("tokenizer", "vocab_size", "end_of_document"):
-        odd = next((f for f in folders if f.results.get(key) != folders[0].results.get(key)), None)
-        if odd is not None:
-            raise UserError(
-                f"data.path: {folders[0].path} and {odd.path} were made with different tokenizers (their {key} differ): "
-                "a blend needs one"
-            )
-    weights = weights or [folder.tokens("train") for folder in folders]
-    return Data(folders, tuple(weight / sum(weights) for weight in weights), masks)
-
-
-def parse_blend(path: Any) -> tuple[list[float], list[str]]:
-    """Weights (none where none are given) and folders of `data.path=`. Raises UserError."""
-    if isinstance(path, str):
-        return [1.0], [path]
-    entries = list(path) if isinstance(path, list | tuple) else []
-    if entries and all(isinstance(entry, str) for entry in entries):
-        weights, paths = [], entries
-    else:
-        weights, paths = entries[::2], entries[1::2]
-        numbers = all(isinstance(w, int | float) and not isinstance(w, bool) for w in weights)
-        if not entries or len(weights) != len(paths) or not numbers or not all(isinstance(p, str) for p in paths):
-            raise UserError(
-                f"data.path={path} must be a folder, or a list [weight,folder,weight,folder,…] or [folder,folder,…]"
-            )
-        if not all(0 < weight < math.inf for weight in weights):
-            raise UserError(f"data.path={path}: weights must be above 0")
-    twice = next((one for one in paths if paths.count(one) > 1), None)
-    if twice:
-        raise UserError(f"data.path names {twice} twice: give it once, with the sum of its weights")
-    return [float(weight) for weight in weights], paths
-
-
-def _open_folder(path: str, split: str, shape: ModelShape, sequence_length: int) -> DataFolder:
-    folder = DataFolder(Path(path), read_manifest(path))
-    results = folder.manifest.get("results", {})
-    if split not in results or not (folder.path / f"{split}.idx").is_file():
-        raise UserError(f"data.path={path} has no split {split!r}: give the output of launch/prepare_data.py")
-    found = open_split(folder.path / split, f"data.path={path}")
-    if found.tokens != results[split].get("tokens") or found.dtype.name != results.get("token_dtype"):
-        raise UserError(f"data.path={path}: the {split} split is not what its manifest says; prepare the data again")
-    if results["vocab_size"] > shape.vocab_size:
-        raise UserError(
-            f"data.path={path} was made with a vocabulary of {results['vocab_size']}, the model has {shape.vocab_size}: "
-            "prepare the data with this model's tokenizer"
-        )
-    if found.tokens < sequence_length + 1:
-        raise UserError(
-            f"data.path={path}: the {split} split has {found.tokens} tokens, fewer than one sample of "
-            f"data.sequence_length={sequence_length}"
-        )
-    found.check_ids(results["vocab_size"], f"data.path={path}, {split}")
-    return folder
-
-
-def verify_data(data: Data) -> None:
-    """Read all of the data on rank 0, and compare with digests and vocabulary. Raises UserError on every rank."""
-    problem = None
-    if collectives.is_rank_zero():
-        try:
-            for folder in data.folders:
-                verify_files(folder.path, folder.digest)
-                for split in ("train", "validation"):
-                    name = f"data.path={folder.path}, {split}"
-                    open_split(folder.path / split, name).check_ids(folder.results["vocab_size"], name, whole=True)
-        except UserError as error:
-            problem = str(error)
-    problem = collectives.broadcast_object(problem)
-    if problem is not None:
-        raise UserError(problem)
 
 
 @dataclass(frozen=True)
@@ -283,18 +123,6 @@ def document_numbers(tokens: torch.Tensor, end_of_document: int) -> torch.Tensor
     return ends.cumsum(0) - ends
 
 
-def check_enough(data: Data, tokens: int, max_epochs: float) -> None:
-    """Raise UserError when training on so many tokens would read the data, or a folder of a blend, more often than allowed."""
-    there = data.tokens("train")
-    epochs = tokens / max(1, there)
-    if epochs > max_epochs:
-        paths = ", ".join(str(folder.path) for folder in data.folders)
-        raise UserError(
-            f"the run takes {tokens:,} tokens, and {paths} has {there:,} to train on ({epochs:.2f} epochs): prepare "
-            f"more text, train less, or allow it by data.max_epochs={math.ceil(epochs)}"
-        )
-
-
 def training_samples(data: Data, split: str, *, sequence_length: int, seed: int, count: int) -> Samples:
     """`count` samples in an order shuffled by the seed, over as many epochs as that takes; n depends on seed and n alone.
 
@@ -371,7 +199,7 @@ def _dataset_config(
     sequence_length: int,
     seed: int,
     cache: Path,
-    masks: DocumentMasks = DocumentMasks(),
+    masks: DocumentMasks = AS_THEY_ARE,
 ) -> Any:
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 

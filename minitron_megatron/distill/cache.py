@@ -37,7 +37,7 @@ import torch
 from safetensors.numpy import save
 
 from minitron_megatron.checkpoints.folder import read_manifest, verify_files
-from minitron_megatron.data.datasets import Data
+from minitron_megatron.data.folder import Data
 from minitron_megatron.distill.losses import Divergence, TopK
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.models.forward import Batch

@@ -23,37 +23,25 @@ from minitron_megatron.checkpoints.folder import (
     open_model_folder,
     partial_folder,
 )
-from minitron_megatron.checkpoints.weights import check_weights, load_model
+from minitron_megatron.checkpoints.index import check_weights
+from minitron_megatron.checkpoints.weights import load_model
 from minitron_megatron.config import CacheTeacherConfig, HardwareConfig, number_of_steps, tokens_of_run
 from minitron_megatron.console import print_table, progress
-from minitron_megatron.data.datasets import (
-    Data,
-    DocumentMasks,
-    MicroBatches,
-    Samples,
-    Windows,
-    check_enough,
-    open_data,
-    training_samples,
-)
+from minitron_megatron.data.datasets import MicroBatches, Samples, Windows, training_samples
+from minitron_megatron.data.folder import Data, DocumentMasks, check_enough, open_data
 from minitron_megatron.distill.cache import Chunk, Contents, check_chunk, write_chunk
 from minitron_megatron.distill.losses import TopK, check_top_k, top_k
 from minitron_megatron.errors import UserError
 from minitron_megatron.measuring import measuring
 from minitron_megatron.models.axes import flops_per_token
-from minitron_megatron.models.build import (
-    build_model_chunks,
-    check_document_masks,
-    check_layout,
-    check_sequence,
-    model_dtype,
-    pick_engine,
-)
+from minitron_megatron.models.build import build_model_chunks, check_document_masks, model_dtype, pick_engine
 from minitron_megatron.models.forward import Batch, forward_only
+from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.outputs import check_command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.hardware import hardware, peak_flops
-from minitron_megatron.parallel.layout import Layout, pick_device
+from minitron_megatron.parallel.job import pick_device
+from minitron_megatron.parallel.layout import Layout
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,8 @@ from minitron_megatron.models.graphs import FrozenStage
 from minitron_megatron.models.head import Head
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import Layout, process_groups
+from minitron_megatron.parallel.job import process_groups
+from minitron_megatron.parallel.layout import Layout
 
 # What a teacher is told of a micro-batch, [b, s] integers each; the last only where samples hold several documents.
 _OF_TOKENS = ("tokens", "position_ids", "documents")

@@ -12,18 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.checkpoints.folder import RESULTS, ModelFolder, open_model_folder
-from minitron_megatron.checkpoints.weights import check_weights, load_model, verify_digest
+from minitron_megatron.checkpoints.index import check_weights
+from minitron_megatron.checkpoints.weights import load_model, verify_digest
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.console import print_table
-from minitron_megatron.data.datasets import Data, Windows, open_data
+from minitron_megatron.data.datasets import Windows
+from minitron_megatron.data.folder import Data, open_data
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.perplexity import check_teacher, perplexity
 from minitron_megatron.measuring import measuring
-from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype, pick_engine
+from minitron_megatron.models.build import build_model_chunks, model_dtype, pick_engine
+from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import Layout, pick_device, world_size_from_env
+from minitron_megatron.parallel.job import pick_device
+from minitron_megatron.parallel.layout import Layout, world_size_from_env
 
 
 def evaluate(cfg: EvaluateConfig) -> None:

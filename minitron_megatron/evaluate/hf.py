@@ -9,7 +9,7 @@ from minitron_megatron.checkpoints.folder import joint_digest
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError, in_one_line
-from minitron_megatron.parallel.layout import pick_device
+from minitron_megatron.parallel.job import pick_device
 
 _DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
 

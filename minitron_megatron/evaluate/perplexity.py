@@ -10,7 +10,8 @@ from minitron_megatron.checkpoints.folder import ModelFolder
 from minitron_megatron.checkpoints.weights import load_model
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.console import progress
-from minitron_megatron.data.datasets import Data, MicroBatches, Windows
+from minitron_megatron.data.datasets import MicroBatches, Windows
+from minitron_megatron.data.folder import Data
 from minitron_megatron.distill.losses import DistillationLoss, Divergence
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.errors import UserError

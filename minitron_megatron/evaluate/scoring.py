@@ -14,9 +14,9 @@ import torch
 from minitron_megatron.console import progress
 from minitron_megatron.data.datasets import MicroBatches
 from minitron_megatron.data.questions import Request, RequestSamples, buckets
-from minitron_megatron.models.build import sequence_parts
 from minitron_megatron.models.forward import Batch, forward_only
 from minitron_megatron.models.head import Head, Terms, terms_of
+from minitron_megatron.models.limits import sequence_parts
 from minitron_megatron.models.objective import CrossEntropy
 from minitron_megatron.models.vocab_parallel import vocab_parallel_argmax
 from minitron_megatron.parallel import collectives

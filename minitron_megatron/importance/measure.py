@@ -12,21 +12,26 @@ import numpy as np
 import torch
 
 from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
-from minitron_megatron.checkpoints.weights import check_weights, load_model
+from minitron_megatron.checkpoints.index import check_weights
+from minitron_megatron.checkpoints.weights import load_model
 from minitron_megatron.config import ImportanceConfig
 from minitron_megatron.console import print_table, progress
-from minitron_megatron.data.datasets import Data, MicroBatches, Samples, open_data, training_samples
+from minitron_megatron.data.datasets import MicroBatches, Samples, training_samples
+from minitron_megatron.data.folder import Data, open_data
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.hooks import Recorder
-from minitron_megatron.importance.scores import Statistics, finish_scores, save_scores, save_statistics
+from minitron_megatron.importance.scores import save_scores
 from minitron_megatron.importance.statistics import BatchStatistic
+from minitron_megatron.importance.sums import Statistics, finish_scores, save_statistics
 from minitron_megatron.measuring import measuring
 from minitron_megatron.models.axes import PROBES, TENSOR_PARALLEL_AXES
-from minitron_megatron.models.build import build_model_chunks, check_layout, check_sequence, model_dtype, pick_engine
+from minitron_megatron.models.build import build_model_chunks, model_dtype, pick_engine
 from minitron_megatron.models.forward import forward_only
+from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.outputs import check_command_output
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import Layout, pick_device
+from minitron_megatron.parallel.job import pick_device
+from minitron_megatron.parallel.layout import Layout
 
 log = logging.getLogger(__name__)
 

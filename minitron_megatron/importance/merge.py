@@ -14,10 +14,11 @@ from typing import Any
 from minitron_megatron.checkpoints.folder import read_manifest
 from minitron_megatron.config import MergeScoresConfig
 from minitron_megatron.errors import UserError
-from minitron_megatron.importance.scores import finish_scores, load_statistics, save_scores, save_statistics
+from minitron_megatron.importance.scores import save_scores
+from minitron_megatron.importance.sums import finish_scores, load_statistics, save_statistics
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import tool_job
+from minitron_megatron.parallel.tools import tool_job
 
 log = logging.getLogger(__name__)
 # What runs must have in common for their sums to mean the same.

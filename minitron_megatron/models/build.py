@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import TRAITS, Traits
+from minitron_megatron.models.limits import pipeline_layout
 from minitron_megatron.models.shape import ModelShape, RopeScaling
 from minitron_megatron.parallel.layout import Layout
 
@@ -32,104 +33,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float3
 def model_dtype(shape: ModelShape, precision: str) -> torch.dtype:
     """The dtype to compute in: `precision` is auto (the folder's own dtype), bf16 or fp32."""
     return DTYPES[shape.dtype if precision == "auto" else precision]
-
-
-def check_layout(shape: ModelShape, layout: Layout, what: str = "the model") -> None:
-    """Raise UserError when the model's sizes do not divide over the layout."""
-    sharded = [
-        ("num_query_groups", shape.num_query_groups),
-        *(("ffn_hidden_size", size) for size in sorted(set(shape.ffn_of_layers))),
-        ("padded vocabulary", shape.padded_vocab_size),
-    ]
-    common = math.gcd(*(size for _, size in sharded))
-    for name, size in sharded:
-        if size % layout.tensor:
-            fits = [n for n in range(1, min(common, 64) + 1) if common % n == 0]
-            raise UserError(
-                f"{layout.option}.tensor={layout.tensor} does not divide {name}={size} of {what}: "
-                f"use {'1' if fits == [1] else 'one of ' + ', '.join(map(str, fits))}"
-            )
-    if shape.num_layers < layout.stages:
-        names = f"{layout.option}.pipeline" + (
-            f" × {layout.option}.virtual_pipeline" if layout.virtual_pipeline else ""
-        )
-        raise UserError(
-            f"{names}={layout.stages} is more than num_layers={shape.num_layers} of {what}: every stage needs a layer"
-        )
-    layers = layers_of_stages(shape.num_layers, layout)
-    if min(layers) < 1:
-        raise UserError(
-            f"{shape.num_layers} layers of {what} over {layout.stages} stages would be {layers}: every stage needs a layer; do "
-            "without parallel.account_for_embedding or parallel.account_for_loss"
-        )
-
-
-def layers_of_stages(num_layers: int, layout: Layout) -> list[int]:
-    """Layers of each pipeline stage, in the order of the data flow. Raises UserError for an explicit layout that is no such.
-
-    As even as can be, the last stages (the head) fewer; embedding and loss may count as a layer of the stages that have them.
-    """
-    if layout.pipeline_layout is not None:
-        return _explicit_stages(num_layers, layout)
-    first = int(layout.account_for_embedding)
-    last = int(layout.account_for_loss)
-    share, more = divmod(num_layers + first + last, layout.stages)
-    layers = [share + (stage < more) for stage in range(layout.stages)]
-    layers[0] -= first
-    layers[-1] -= last
-    return layers
-
-
-def _explicit_stages(num_layers: int, layout: Layout) -> list[int]:
-    """Layers of each stage by the one of the given layouts that is for a model of that depth."""
-    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-
-    for given in layout.pipeline_layout.split(";"):
-        try:
-            parsed = PipelineParallelLayerLayout.parse_str_to_list(given.strip())
-        except AssertionError:
-            continue
-        stages = [[layer.name for layer in stage] for stage in parsed]
-        layers = [stage.count("decoder") for stage in stages]
-        in_order = stages == _with_ends([["decoder"] * count for count in layers])
-        if in_order and sum(layers) == num_layers and len(layers) == layout.stages:
-            return layers
-    raise UserError(
-        f"parallel.pipeline_layout={layout.pipeline_layout} does not lay out {num_layers} layers over {layout.stages} stages: "
-        "write E and L once, at both ends, and a t for each layer, as in 'Et*3|t*5L', and one such for each model's depth, "
-        "separated by ;"
-    )
-
-
-def pipeline_layout(num_layers: int, layout: Layout) -> list[list[str]] | None:
-    """What Megatron's `pipeline_model_parallel_layout` says where stages differ; None where they are equal."""
-    layers = layers_of_stages(num_layers, layout)
-    if len(set(layers)) == 1:
-        return None
-    return _with_ends([["decoder"] * count for count in layers])
-
-
-def _with_ends(stages: list[list[str]]) -> list[list[str]]:
-    """Embedding and loss on the first and the last of the stages."""
-    stages = [list(stage) for stage in stages]
-    stages[0].insert(0, "embedding")
-    stages[-1].append("loss")
-    return stages
-
-
-def sequence_parts(layout: Layout) -> int:
-    """What the length of a sequence must be a multiple of, to be split over the ranks that share it."""
-    return (layout.tensor if layout.sequence else 1) * layout.context * (2 if layout.context > 1 else 1)
-
-
-def check_sequence(sequence_length: int, layout: Layout) -> None:
-    """Raise UserError when a sequence cannot be split over the ranks that share it."""
-    shares = sequence_parts(layout)
-    if sequence_length % shares:
-        raise UserError(
-            f"data.sequence_length={sequence_length} is not a multiple of the {shares} parts that sequence and context "
-            f"parallelism ({layout.option}.sequence, {layout.option}.context) split it into"
-        )
 
 
 def pick_engine(engine: str, layout: Layout, dtype: torch.dtype, device: torch.device, name: str = "model") -> str:

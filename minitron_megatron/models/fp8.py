@@ -16,13 +16,9 @@ import torch
 
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.build import check_fused
-from minitron_megatron.models.shape import ModelShape
-from minitron_megatron.parallel.layout import Layout
 
 # Largest number of float8_e4m3fn.
 LARGEST = 448.0
-# What sizes of FP8 products, and tokens of a rank, must be multiples of.
-MULTIPLE, MULTIPLE_OF_BLOCKS = 16, 128
 # Rows of a matrix that are rounded at once: they are divided in float32.
 _ROWS = 8192
 # Compute capabilities that have FP8, and that have Transformer Engine's blockwise products.
@@ -54,44 +50,6 @@ def fp8_fields(scaling: str, *, frozen: bool = False, bf16_layers: int = 0) -> d
             "num_layers_at_end_in_bf16": bf16_layers,
         }
     return found
-
-
-def check_fp8(option: str, scaling: str, shape: ModelShape, layout: Layout, tokens: int, bf16_layers: int = 0) -> None:
-    """Raise UserError where a model, a layout or a batch does not go with FP8: before any GPU is asked.
-
-    Args:
-        option: the one that says `scaling`.
-        scaling: one of config.FP8_SCALINGS.
-        shape: the model.
-        layout: of the model.
-        tokens: of a micro-batch on a rank, before sequence parallelism.
-        bf16_layers: layers at either end that stay in bfloat16.
-    """
-    if scaling == "none":
-        if bf16_layers:
-            raise UserError("trainer.fp8_bf16_layers is for FP8: set trainer.fp8= too")
-        return
-    if scaling == "delayed" and bf16_layers:
-        raise UserError(
-            f"{option}=delayed cannot leave layers in bf16 (trainer.fp8_bf16_layers): use tensorwise or blockwise"
-        )
-    if 2 * bf16_layers >= shape.num_layers:
-        raise UserError(
-            f"trainer.fp8_bf16_layers={bf16_layers} at either end leaves none of {shape.num_layers} layers in FP8"
-        )
-    multiple = MULTIPLE_OF_BLOCKS if scaling == "blockwise" else MULTIPLE
-    queries = shape.num_attention_heads * shape.head_dim
-    mixed = queries + 2 * shape.num_query_groups * shape.head_dim
-    sizes = {
-        **{f"ffn_hidden_size={ffn} / tensor": ffn // layout.tensor for ffn in sorted(set(shape.ffn_of_layers))},
-        "hidden_size": shape.hidden_size,
-        "num_attention_heads × head_dim / tensor": queries // layout.tensor,
-        "query, key and value channels / tensor": mixed // layout.tensor,
-        "tokens of a micro-batch on a rank": tokens // (layout.tensor if layout.sequence else 1),
-    }
-    for name, size in sizes.items():
-        if size % multiple:
-            raise UserError(f"{option}={scaling} needs multiples of {multiple}: {name} is {size}")
 
 
 def check_fp8_device(option: str, scaling: str, engine: str, dtype: torch.dtype, device: torch.device) -> None:

@@ -15,13 +15,10 @@ from typing import Any
 
 import torch
 
-from minitron_megatron.errors import UserError
 from minitron_megatron.models.build import check_fused
-from minitron_megatron.parallel.layout import Layout, before_groups_end
-
-OPTION = "trainer.cuda_graphs"
-# What the keys that a fused attention kernel sees at once must be a multiple of, to be captured.
-MULTIPLE_OF_KEYS = 128
+from minitron_megatron.models.limits import GRAPHS_OPTION
+from minitron_megatron.parallel.job import before_groups_end
+from minitron_megatron.parallel.layout import Layout
 
 
 def graph_fields(wanted: bool) -> dict[str, Any]:
@@ -29,22 +26,7 @@ def graph_fields(wanted: bool) -> dict[str, Any]:
     return {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": []} if wanted else {}
 
 
-def check_graphs(wanted: bool, recompute: str, sequence_length: int, layout: Layout) -> None:
-    """Raise UserError where graphs do not go with what is recomputed, or with the length of samples in a layout."""
-    if not wanted:
-        return
-    if recompute == "full":
-        raise UserError(f"{OPTION}=true cannot recompute whole layers: use trainer.recompute=selective or none")
-    # cuDNN up to 9.15: without it attention would be unfused in graphs, and with context parallelism not at all.
-    multiple = MULTIPLE_OF_KEYS * (2 * layout.context if layout.context > 1 else 1)
-    if sequence_length % multiple:
-        raise UserError(
-            f"{OPTION}=true needs data.sequence_length to be a multiple of {multiple}, not {sequence_length}: fused attention "
-            "over others cannot be captured"
-        )
-
-
-def check_graphs_device(wanted: bool, engine: str, dtype: torch.dtype, option: str = OPTION) -> None:
+def check_graphs_device(wanted: bool, engine: str, dtype: torch.dtype, option: str = GRAPHS_OPTION) -> None:
     """Raise UserError where a model's engine (te or local) or precision has no graphs."""
     if wanted:
         check_fused(option, "true", "false", engine, dtype)

@@ -1,25 +1,38 @@
 """Collectives with names, on Megatron's groups. In a process without a process group each one is a no-op.
 
 Tensors are reduced in place and returned. Object collectives pickle: small control data only, never weights.
+
+Torch takes seconds to import, and commands on files have no need of it: it is not imported here, but used once it is there.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from __future__ import annotations
 
-import torch
-import torch.distributed as dist
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from minitron_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _live() -> Any:
+    """torch.distributed where this process has a process group, else None."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
 
 
 def rank() -> int:
     """This process's rank; 0 without a process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    dist = _live()
+    return dist.get_rank() if dist else 0
 
 
 def world_size() -> int:
     """Number of processes; 1 without a process group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    dist = _live()
+    return dist.get_world_size() if dist else 1
 
 
 def is_rank_zero() -> bool:
@@ -29,12 +42,12 @@ def is_rank_zero() -> bool:
 
 def on_first_stage() -> bool:
     """Whether this rank is on the first pipeline stage, where the embedding is."""
-    return not dist.is_initialized() or _groups().get_pipeline_model_parallel_rank() == 0
+    return not _live() or _groups().get_pipeline_model_parallel_rank() == 0
 
 
 def on_last_stage() -> bool:
     """Whether this rank is on the last pipeline stage, where the loss is."""
-    if not dist.is_initialized():
+    if not _live():
         return True
     ps = _groups()
     return ps.get_pipeline_model_parallel_rank() == ps.get_pipeline_model_parallel_world_size() - 1
@@ -47,21 +60,23 @@ def tensor_parallel_group() -> Any:
 
 def sum_over_tensor_parallel(tensor: torch.Tensor) -> torch.Tensor:
     """Sum in place over the ranks that share each matrix."""
-    if dist.is_initialized():
+    dist = _live()
+    if dist:
         dist.all_reduce(tensor, group=tensor_parallel_group())
     return tensor
 
 
 def sum_over_data_parallel(tensor: torch.Tensor) -> torch.Tensor:
     """Sum in place over the ranks that hold the same weights and other tokens: data- and context-parallel ones."""
-    if dist.is_initialized():
+    dist = _live()
+    if dist:
         dist.all_reduce(tensor, group=_groups().get_data_parallel_group(with_context_parallel=True))
     return tensor
 
 
 def sum_over_pipeline(tensor: torch.Tensor) -> torch.Tensor:
     """Sum in place over the pipeline stages."""
-    dist.all_reduce(tensor, group=_groups().get_pipeline_model_parallel_group())
+    _live().all_reduce(tensor, group=_groups().get_pipeline_model_parallel_group())
     return tensor
 
 
@@ -69,7 +84,7 @@ def gather_over_pipeline(value: Any) -> list[Any]:
     """Small control data of every pipeline stage, by stage, on each of them."""
     ps = _groups()
     gathered: list[Any] = [None] * ps.get_pipeline_model_parallel_world_size()
-    dist.all_gather_object(gathered, value, group=ps.get_pipeline_model_parallel_group())
+    _live().all_gather_object(gathered, value, group=ps.get_pipeline_model_parallel_group())
     return gathered
 
 
@@ -77,7 +92,7 @@ def gather_over_data_parallel(value: Any) -> list[Any]:
     """Small control data of every data-parallel rank, by rank, on each of them."""
     ps = _groups()
     gathered: list[Any] = [None] * ps.get_data_parallel_world_size()
-    dist.all_gather_object(gathered, value, group=ps.get_data_parallel_group())
+    _live().all_gather_object(gathered, value, group=ps.get_data_parallel_group())
     return gathered
 
 
@@ -88,7 +103,9 @@ def move_between_stages(
 
     Both stages call it, in the same order where there are several; others may. `tensor` counts on the source alone.
     """
-    ps = _groups()
+    import torch
+
+    ps, dist = _groups(), _live()
     group, mine = ps.get_pipeline_model_parallel_group(), ps.get_pipeline_model_parallel_rank()
     if mine == source:
         dist.send(tensor.contiguous(), dist.get_global_rank(group, target), group=group)
@@ -101,7 +118,10 @@ def move_between_stages(
 
 def broadcast_from_last_stage[T: (torch.Tensor, float)](value: T) -> T:
     """The last pipeline stage's value on every stage: a float, or a tensor (in place; same shape and dtype everywhere)."""
-    if not dist.is_initialized():
+    import torch
+
+    dist = _live()
+    if not dist:
         return value
     ps = _groups()
     whole = isinstance(value, torch.Tensor)
@@ -112,7 +132,8 @@ def broadcast_from_last_stage[T: (torch.Tensor, float)](value: T) -> T:
 
 def gather_objects(value: Any) -> list[Any] | None:
     """Small control data of every rank, by rank, on rank 0; None elsewhere."""
-    if not dist.is_initialized():
+    dist = _live()
+    if not dist:
         return [value]
     gathered: list[Any] | None = [None] * world_size() if is_rank_zero() else None
     dist.gather_object(value, gathered)
@@ -121,7 +142,8 @@ def gather_objects(value: Any) -> list[Any] | None:
 
 def all_gather_objects(value: Any) -> list[Any]:
     """Small control data of every rank, on every rank."""
-    if not dist.is_initialized():
+    dist = _live()
+    if not dist:
         return [value]
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, value)
@@ -130,7 +152,8 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 def broadcast_object(value: Any) -> Any:
     """Rank 0's small control data on every rank; what other ranks pass is ignored."""
-    if not dist.is_initialized():
+    dist = _live()
+    if not dist:
         return value
     box = [value]
     dist.broadcast_object_list(box)
@@ -153,7 +176,10 @@ def from_rank_zero[T](make: Callable[[], T]) -> T | None:
 
 def barrier() -> None:
     """Wait for all ranks."""
-    if dist.is_initialized():
+    dist = _live()
+    if dist:
+        import torch
+
         # NCCL would guess the device by the rank's number.
         dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
@@ -171,17 +197,19 @@ def sum_from_last_stage(values: Sequence[float], everywhere: Sequence[float] = (
     `values` are figures of the last pipeline stage, the same on all ranks of a tensor-parallel group, of which one
     counts; other stages give zeros. `everywhere` counts on every rank.
     """
+    import torch
     from megatron.core import parallel_state as ps
 
     counts = ps.is_pipeline_last_stage(ignore_virtual=True) and ps.get_tensor_model_parallel_rank() == 0
     mine = [v if counts else 0.0 for v in values] + list(everywhere)
     total = torch.tensor(mine, dtype=torch.float64, device=torch.cuda.current_device())
-    dist.all_reduce(total)
+    _live().all_reduce(total)
     return total.tolist()
 
 
 def sum_over_all(tensor: torch.Tensor) -> torch.Tensor:
     """Sum in place over every rank of the job."""
-    if dist.is_initialized():
+    dist = _live()
+    if dist:
         dist.all_reduce(tensor)
     return tensor

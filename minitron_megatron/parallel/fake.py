@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from minitron_megatron.parallel.cpu import adapter
-from minitron_megatron.parallel.layout import Layout, model_parallel
+from minitron_megatron.parallel.job import model_parallel
+from minitron_megatron.parallel.layout import Layout
 
 
 @contextlib.contextmanager

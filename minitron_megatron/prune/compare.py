@@ -11,11 +11,13 @@ from minitron_megatron.checkpoints.folder import ModelFolder
 from minitron_megatron.checkpoints.weights import load_model
 from minitron_megatron.config import PruneConfig
 from minitron_megatron.console import progress
-from minitron_megatron.data.datasets import Data, MicroBatches, Windows
+from minitron_megatron.data.datasets import MicroBatches, Windows
+from minitron_megatron.data.folder import Data
 from minitron_megatron.models.build import build_model_chunks, model_dtype
 from minitron_megatron.models.loss import summed_loss
 from minitron_megatron.models.shape import ModelShape
-from minitron_megatron.parallel.layout import Layout, parallel_job
+from minitron_megatron.parallel.job import parallel_job
+from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.prune.live import Side, cut_live, local_tensors
 from minitron_megatron.prune.select import Kept
 

@@ -6,7 +6,8 @@ from minitron_megatron.config import PruneConfig
 from minitron_megatron.console import print_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters, flops_per_token, slots
-from minitron_megatron.models.build import DTYPES, check_layout
+from minitron_megatron.models.build import DTYPES
+from minitron_megatron.models.limits import check_layout
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.prune.live import Side

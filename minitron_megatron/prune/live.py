@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from minitron_megatron.models.axes import Keep, Place, Row, Selection, Slot, axis_table, slots, tensor_parallel_keep
-from minitron_megatron.models.build import layers_of_stages
+from minitron_megatron.models.limits import layers_of_stages
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout

@@ -23,23 +23,26 @@ from minitron_megatron.checkpoints.folder import (
     open_model_folder,
 )
 from minitron_megatron.checkpoints.hf import HF_FILES, copy_companions, write_shape
+from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.checkpoints.reading import WeightReader
-from minitron_megatron.checkpoints.weights import check_weights, verify_digest, write_weights
+from minitron_megatron.checkpoints.weights import verify_digest, write_weights
 from minitron_megatron.config import DataConfig, ImportanceConfig, PruneConfig
 from minitron_megatron.console import print_table
-from minitron_megatron.data.datasets import Data, open_data
+from minitron_megatron.data.folder import Data, open_data
 from minitron_megatron.data.vocabulary import KEPT_FILE, choose_tokens, renumber_config, write_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.layers import load_layer_analysis
 from minitron_megatron.importance.measure import check_calibration, measure_importance
 from minitron_megatron.importance.scores import Scores, check_scores, load_scores
 from minitron_megatron.models.axes import count_parameters
-from minitron_megatron.models.build import check_layout, check_sequence
 from minitron_megatron.models.families import check_exportable
+from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import Layout, pick_device, process_group, tool_job, world_size_from_env
+from minitron_megatron.parallel.job import pick_device, process_group
+from minitron_megatron.parallel.layout import Layout, world_size_from_env
+from minitron_megatron.parallel.tools import tool_job
 from minitron_megatron.prune.compare import cut_variants, losses_around_the_cut
 from minitron_megatron.prune.cut import cut_chunk
 from minitron_megatron.prune.foresee import foresee

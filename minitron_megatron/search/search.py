@@ -27,7 +27,7 @@ from minitron_megatron.importance.scores import check_scores, load_scores
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import tool_job
+from minitron_megatron.parallel.tools import tool_job
 from minitron_megatron.report import plots
 from minitron_megatron.search.budget import QUANTITIES, Budget
 from minitron_megatron.search.found import FILE, TARGETS, Source, target_file

@@ -18,7 +18,8 @@ def megatron(work: Work, emit: Emit) -> None:
     from minitron_megatron.config import ParallelConfig
     from minitron_megatron.models.build import build_model_chunks
     from minitron_megatron.models.generation import Sampling, generate
-    from minitron_megatron.parallel.layout import Layout, parallel_job
+    from minitron_megatron.parallel.job import parallel_job
+    from minitron_megatron.parallel.layout import Layout
 
     layout, folder = Layout.from_config(ParallelConfig(**work.parallel)), open_model_folder(work.folder)
     sampling = Sampling(max_new_tokens=work.output_length)

@@ -29,7 +29,8 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.build import model_dtype
 from minitron_megatron.outputs import check_command_output, command_output
-from minitron_megatron.parallel.layout import Layout, pick_device, world_size_from_env
+from minitron_megatron.parallel.job import pick_device
+from minitron_megatron.parallel.layout import Layout, world_size_from_env
 from minitron_megatron.stages import ROOT, outlive, program_of, start_words
 from minitron_megatron.throughput import tensorrt_llm
 from minitron_megatron.throughput.show import COLUMNS, best_rows, table_rows, write_results

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from minitron_megatron.checkpoints.folder import MANIFEST, check_space, open_model_folder, read_manifest
 from minitron_megatron.checkpoints.hf import HfFolder, export_hf, import_hf
-from minitron_megatron.checkpoints.weights import check_weights, total_bytes
+from minitron_megatron.checkpoints.index import check_weights, total_bytes
 from minitron_megatron.config import ExportHfConfig, ImportHfConfig, ModelConfig, ThroughputConfig
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
-from minitron_megatron.models.build import check_layout
 from minitron_megatron.models.families import check_exportable
+from minitron_megatron.models.limits import check_layout
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
 

@@ -7,7 +7,8 @@ import torch
 
 from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
 from minitron_megatron.config import DistillConfig, number_of_steps
-from minitron_megatron.data.datasets import DocumentMasks, Windows, open_data
+from minitron_megatron.data.datasets import Windows
+from minitron_megatron.data.folder import DocumentMasks, open_data
 from minitron_megatron.distill.cache import Cache, CachedTeacher
 from minitron_megatron.distill.intermediate import IntermediateLoss, chosen_pairs
 from minitron_megatron.distill.losses import Divergence
@@ -17,7 +18,8 @@ from minitron_megatron.distill.routed import RoutedTeacher, TeacherWeights
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.build import build_model_chunks, model_dtype
-from minitron_megatron.models.fp8 import MULTIPLE, check_fp8, check_fp8_matrix_device, fp8_fields
+from minitron_megatron.models.fp8 import check_fp8_matrix_device, fp8_fields
+from minitron_megatron.models.limits import FP8_MULTIPLE, check_fp8
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.run import Recipe, check_model, check_training, run_training
@@ -193,9 +195,9 @@ def check_teacher(teacher: ModelShape | None, cfg: DistillConfig, layout: Layout
     check_model("teacher", teacher, cfg.data.sequence_length, own)
     tokens = cfg.trainer.micro_batch_size * cfg.data.sequence_length // own.context
     check_fp8("distill.teacher_fp8", options.teacher_fp8, teacher, own, tokens)
-    if options.teacher_head_fp8 and teacher.hidden_size % MULTIPLE:
+    if options.teacher_head_fp8 and teacher.hidden_size % FP8_MULTIPLE:
         raise UserError(
-            f"distill.teacher_head_fp8 needs a multiple of {MULTIPLE}: hidden_size of the teacher is {teacher.hidden_size}"
+            f"distill.teacher_head_fp8 needs a multiple of {FP8_MULTIPLE}: hidden_size of the teacher is {teacher.hidden_size}"
         )
     if own != layout and teacher.num_layers % own.pipeline:
         fits = [str(n) for n in range(1, own.pipeline) if teacher.num_layers % n == 0]

@@ -14,7 +14,8 @@ from minitron_megatron.config import DistillConfig, HardwareConfig, TrainerConfi
 from minitron_megatron.console import print_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters, flops_per_token
-from minitron_megatron.models.build import attention_in_fixed_order, model_dtype, sequence_parts
+from minitron_megatron.models.build import attention_in_fixed_order, model_dtype
+from minitron_megatron.models.limits import sequence_parts
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.hardware import hardware, peak_flops
 from minitron_megatron.parallel.layout import Layout

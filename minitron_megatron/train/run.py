@@ -30,8 +30,9 @@ from minitron_megatron.checkpoints.folder import (
     output_folder,
 )
 from minitron_megatron.checkpoints.hf import copy_companions, write_shape
+from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.checkpoints.reading import WeightReader
-from minitron_megatron.checkpoints.weights import Chunk, check_weights, load_model, verify_digest, write_weights
+from minitron_megatron.checkpoints.weights import Chunk, load_model, verify_digest, write_weights
 from minitron_megatron.config import (
     ModelConfig,
     TeacherParallelConfig,
@@ -42,32 +43,20 @@ from minitron_megatron.config import (
     tokens_per_step,
 )
 from minitron_megatron.console import print_table
-from minitron_megatron.data.datasets import (
-    Data,
-    DocumentMasks,
-    Windows,
-    check_enough,
-    open_data,
-    training_samples,
-    verify_data,
-)
+from minitron_megatron.data.datasets import Windows, training_samples
+from minitron_megatron.data.folder import Data, DocumentMasks, check_enough, open_data, verify_data
 from minitron_megatron.errors import Diverged, UserError
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import count_parameters, flops_per_token
-from minitron_megatron.models.build import (
-    build_model_chunks,
-    check_document_masks,
-    check_layout,
-    check_sequence,
-    model_dtype,
-    pick_engine,
-)
-from minitron_megatron.models.fp8 import check_fp8, check_fp8_device
-from minitron_megatron.models.graphs import check_graphs, check_graphs_device
+from minitron_megatron.models.build import build_model_chunks, check_document_masks, model_dtype, pick_engine
+from minitron_megatron.models.fp8 import check_fp8_device
+from minitron_megatron.models.graphs import check_graphs_device
+from minitron_megatron.models.limits import check_fp8, check_graphs, check_layout, check_sequence
 from minitron_megatron.models.objective import Objective
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.layout import Job, Layout, parallel_job, pick_device
+from minitron_megatron.parallel.job import Job, parallel_job, pick_device
+from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.torchrun import REQUEUE
 from minitron_megatron.train import checkpoint
 from minitron_megatron.train.foresee import TENSOR_SIZES, Models, foresee, listing_layouts

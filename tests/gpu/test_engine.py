@@ -10,7 +10,8 @@ import torch
 from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.config import FAMILY_NAMES
 from minitron_megatron.importance.hooks import Recorder
-from minitron_megatron.parallel.layout import Layout, parallel_job
+from minitron_megatron.parallel.job import parallel_job
+from minitron_megatron.parallel.layout import Layout
 from tests import jobs
 from tests.test_models import relative
 from tests.tiny import LLAMA3, data_folder, hf_model, imported

@@ -16,7 +16,8 @@ from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.checkpoints.weights import load_model
 from minitron_megatron.models.build import build_model_chunks
 from minitron_megatron.models.fp8 import Fp8Matrix, fp8_fields
-from minitron_megatron.parallel.layout import Layout, parallel_job
+from minitron_megatron.parallel.job import parallel_job
+from minitron_megatron.parallel.layout import Layout
 from tests import jobs
 from tests.gpu.command import command
 from tests.test_models import relative

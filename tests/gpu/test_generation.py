@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from minitron_megatron.models.generation import Sampling, generate
-from minitron_megatron.parallel.layout import Layout, parallel_job
+from minitron_megatron.parallel.job import parallel_job
+from minitron_megatron.parallel.layout import Layout
 from tests import jobs
 from tests.gpu.test_engine import BF16, SIZES
 from tests.tiny import LLAMA3, hf_model, imported

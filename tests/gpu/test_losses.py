@@ -7,7 +7,8 @@ import torch.distributed as dist
 from minitron_megatron.distill.losses import DistillationLoss, Divergence
 from minitron_megatron.models.head import Head, fused_loss
 from minitron_megatron.models.objective import CrossEntropy
-from minitron_megatron.parallel.layout import Layout, parallel_job
+from minitron_megatron.parallel.job import parallel_job
+from minitron_megatron.parallel.layout import Layout
 from tests import reference
 from tests.through_head import distance
 

@@ -15,11 +15,13 @@ from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.checkpoints.weights import load_weights
 from minitron_megatron.config import ImportanceConfig, ImportanceOptions, PruneConfig, TargetConfig
-from minitron_megatron.data.datasets import open_data, training_samples
+from minitron_megatron.data.datasets import training_samples
+from minitron_megatron.data.folder import open_data
 from minitron_megatron.importance.measure import measure_importance
 from minitron_megatron.models.axes import slots
 from minitron_megatron.models.build import transformer_config
-from minitron_megatron.parallel.layout import Layout, parallel_job
+from minitron_megatron.parallel.job import parallel_job
+from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.prune.prune import prune_model
 from tests.tiny import data_folder, data_option, hf_model, imported, model_option
 

@@ -9,7 +9,8 @@ from minitron_megatron.distill.offload import offload_layers
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.models.build import build_model_chunks
 from minitron_megatron.models.shape import ModelShape
-from minitron_megatron.parallel.layout import Layout, parallel_job
+from minitron_megatron.parallel.job import parallel_job
+from minitron_megatron.parallel.layout import Layout
 
 pytest.importorskip("transformer_engine", exc_type=ImportError)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

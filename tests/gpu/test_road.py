@@ -12,7 +12,8 @@ from minitron_megatron.importance.layers import load_layer_analysis
 from minitron_megatron.importance.measure import measure_importance
 from minitron_megatron.importance.scores import load_scores
 from minitron_megatron.layer_analysis import analyse_layers
-from minitron_megatron.parallel.layout import Layout, parallel_job
+from minitron_megatron.parallel.job import parallel_job
+from minitron_megatron.parallel.layout import Layout
 from tests import jobs
 from tests.gpu.command import command
 from tests.tiny import LLAMA3, data_folder, data_option, hf_model, imported, model_option

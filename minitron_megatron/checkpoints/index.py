@@ -1,0 +1,128 @@
+"""The index of a distributed checkpoint (`.metadata`), which is a pickle: which tensors there are, read without torch.
+
+torch reads it with bare pickle.load. Here an unpickler builds nothing but the plain stand-ins below; where tensors are read,
+reading.py builds torch's own data classes, of the same names and no others.
+"""
+
+import math
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from minitron_megatron.checkpoints.folder import ModelFolder
+from minitron_megatron.errors import UserError
+from minitron_megatron.models.axes import distinct_slots
+from minitron_megatron.models.shape import ModelShape
+
+
+class Ignored:
+    """What stands for parts of an index that a reader has no need of."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+class _Index:
+    """Stands for the whole: state_dict_metadata and storage_data, by the keys of what is stored."""
+
+
+class _Tensor:
+    """Stands for what is known of a tensor: properties, size and chunks."""
+
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+# Indices of megatron.core 0.15: torch's, with fields more about optimizer states and the plans by which it was written.
+MEGATRON, PLANNER = "megatron.core.dist_checkpointing.strategies.torch", "torch.distributed.checkpoint.planner"
+# All that an index may be made of, and what stands for it here.
+STAND_INS: dict[tuple[str, str], Any] = {
+    ("torch", "Size"): tuple,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("builtins", "dict"): dict,
+    ("pathlib", "PosixPath"): Ignored,
+    ("pathlib", "Path"): Ignored,
+    ("torch.serialization", "_get_layout"): Ignored,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): Ignored,
+    (_METADATA, "Metadata"): _Index,
+    (_METADATA, "TensorStorageMetadata"): _Tensor,
+    **{
+        (_METADATA, name): Ignored
+        for name in (
+            "MetadataIndex",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    },
+    (MEGATRON, "MCoreMetadata"): _Index,
+    (MEGATRON, "MCoreSavePlan"): Ignored,
+    **{(PLANNER, name): Ignored for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")},
+}
+# torch's names of its dtypes: a name of a class or a function is none of them.
+_DTYPES = frozenset(
+    """float64 float32 float16 bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu
+    float4_e2m1fn_x2 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool complex32 complex64 complex128""".split()
+)
+_ITEMSIZES = {"float32": 4, "bfloat16": 2}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in STAND_INS:
+            return STAND_INS[module, name]
+        if module == "torch" and name in _DTYPES:
+            return name
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint's metadata")
+
+
+def read_with[T](folder: Path, read: Callable[[IO[bytes]], T]) -> T:
+    """What `read` makes of a distributed checkpoint's index. Raises UserError where it is missing or damaged."""
+    try:
+        with open(folder / ".metadata", "rb") as file:
+            return read(file)
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no .metadata: it is not a whole distributed checkpoint") from None
+    except Exception as error:  # arbitrary bytes can fail in any way in an unpickler
+        raise UserError(f"{folder}/.metadata is damaged or unsafe ({short(error)}): make the folder again") from None
+
+
+def _sizes(file: IO[bytes]) -> dict[str, tuple[int, ...] | None]:
+    index = _Unpickler(file).load()
+    if not isinstance(index, _Index) or not isinstance(index.state_dict_metadata, dict):
+        raise pickle.UnpicklingError("not a checkpoint's metadata")
+    stored = index.state_dict_metadata.items()
+    return {key: tuple(found.size) if isinstance(found, _Tensor) else None for key, found in stored}
+
+
+def stored_sizes(folder: Path) -> dict[str, tuple[int, ...] | None]:
+    """The global shape of every tensor of a distributed checkpoint, by key; None for what is no tensor. Raises UserError."""
+    return read_with(folder, _sizes)
+
+
+def short(error: BaseException) -> str:
+    """The first line of an error, at most 160 characters."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+def stored_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Every key of a model's checkpoint with its global shape."""
+    return {slot.key(shape): slot.stored_shape(shape) for slot, _ in distinct_slots(shape)}
+
+
+def total_bytes(shape: ModelShape) -> int:
+    """Bytes of a model's weights on disk, vocabulary padding included."""
+    return sum(map(math.prod, stored_shapes(shape).values())) * _ITEMSIZES[shape.dtype]
+
+
+def check_weights(folder: ModelFolder) -> None:
+    """Check that the index of a folder's weights has every key of its shape, in full. Raises UserError."""
+    stored = stored_sizes(folder.weights)
+    for key, wanted in stored_shapes(folder.shape).items():
+        if stored.get(key) != wanted:
+            raise UserError(f"{folder.weights}: {key} is {stored.get(key)}, model.yaml says {wanted}; make it again")

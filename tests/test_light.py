@@ -1,0 +1,78 @@
+"""What is said about options and folders is said before torch and Megatron are there."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minitron_megatron.checkpoints.index import _DTYPES, stored_sizes
+from minitron_megatron.checkpoints.reading import WeightReader
+from minitron_megatron.models.limits import stages_of_notation
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "megatron", "transformers", "tokenizers", "pyarrow", "matplotlib", "lm_eval", "wandb", "datasets")
+# Modules that checks are made of.
+SHARED = """checkpoints.folder checkpoints.index data.folder models.limits importance.scores importance.layers outputs
+parallel.collectives parallel.layout parallel.tools prune.plan prune.select""".split()
+
+
+def python(code: str, *words: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_shared_modules_import_nothing_heavy():
+    code = "import sys, importlib\nfor name in sys.argv[1:]: importlib.import_module(name)\nprint(*sys.modules)"
+    loaded = {
+        name.partition(".")[0] for name in python(code, *(f"minitron_megatron.{name}" for name in SHARED)).split()
+    }
+    assert not loaded & set(HEAVY)
+
+
+@settings(deadline=None)
+@given(st.text("Etm|L(),*0123", max_size=12))
+def test_pipeline_layouts_read_as_megatron_reads_them(notation):
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    try:
+        parsed = PipelineParallelLayerLayout.parse_str_to_list(notation)
+    except AssertionError:
+        parsed = None
+    found = stages_of_notation(notation)
+    assert found == (None if parsed is None else [[layer.name for layer in stage] for stage in parsed])
+
+
+def test_the_light_index_is_torchs(tiny_model):
+    reader = WeightReader(tiny_model / "weights")
+    light = stored_sizes(tiny_model / "weights")
+    assert {key: size for key, size in light.items() if size is not None} == {
+        key: size for key, (size, _) in reader.tensors.items()
+    }
+    assert set(light) == set(reader.metadata.state_dict_metadata)
+
+
+def test_names_of_dtypes_in_the_light_index_are_torchs():
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in _DTYPES)
+    assert {"float32", "bfloat16", "float16", "int64", "uint8", "float8_e4m3fn"} <= _DTYPES
+
+
+def test_the_note_of_the_format_is_megatrons(tiny_model, tmp_path):
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
+    save_config(CheckpointingConfig("torch_dist"), str(tmp_path))
+    written = json.loads((tiny_model / "weights" / "metadata.json").read_text())
+    assert written == json.loads((tmp_path / "metadata.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    from tests.tiny import hf_model, imported
+
+    return Path(imported(hf_model(), tmp_path_factory.mktemp("light")))
