@@ -98,8 +98,8 @@ def check_data(cfg: Any, splits: list[str], shape: ModelShape, samples: int) -> 
     tokens = data.tokens(splits[0])
     if tokens < samples * length:
         raise UserError(
-            f"{samples} samples of {length} tokens are asked for, the {splits[0]} split has {tokens} tokens: "
-            "lower samples= or data.sequence_length="
+            f"{samples} samples of {length} tokens are asked for, the {splits[0]} split has {tokens:,} tokens: "
+            f"use samples={max(1, tokens // length)}, or prepare more text"
         )
     return data
 

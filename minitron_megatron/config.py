@@ -102,7 +102,9 @@ class DataConfig:
     path: Any = option(
         REQUIRED, "data folder (the output of prepare_data), or a blend: [weight,folder,weight,folder,…]"
     )
-    sequence_length: int = option(1024, "tokens of a sample")
+    sequence_length: int | None = option(
+        None, "tokens of a sample; 1024 if not given, or the positions of the model where those are fewer"
+    )
 
 
 @dataclass
@@ -302,7 +304,9 @@ class CalibrationConfig:
     path: Any = option(
         None, "data folder or blend: to measure scores where none are given, and for the loss right after the cut"
     )
-    sequence_length: int = option(1024, "tokens of a sample")
+    sequence_length: int | None = option(
+        None, "tokens of a sample; 1024 if not given, or the positions of the model where those are fewer"
+    )
 
 
 @dataclass
@@ -543,8 +547,16 @@ class SpaceConfig:
     ffn_hidden_size: Any = option(None, "feed-forward neurons; by default multiples of space.multiple and space.tensor")
     num_attention_heads: Any = option(None, "query heads; by default multiples of space.tensor")
     num_query_groups: Any = option(None, "key-value groups; by default multiples of space.tensor")
-    multiple: int = option(128, "hidden_size and ffn_hidden_size must be multiples of it, as tensor cores like")
-    tensor: int = option(8, "tensor-parallel size that the pruned model must divide by: neurons, heads and groups")
+    multiple: int | None = option(
+        None,
+        "hidden_size and ffn_hidden_size must be multiples of it, as tensor cores like; if not given the largest power of two, "
+        "up to 128, with 8 steps from the model's sizes to half of them",
+    )
+    tensor: int | None = option(
+        None,
+        "tensor-parallel size that the pruned model must divide by: neurons, heads and groups; if not given the largest of 8, 4, "
+        "2 and 1 that the model itself divides by",
+    )
     exportable: bool = option(
         True, "leave out what transformers 5 refuses to load: a hidden_size that is no multiple of the query heads"
     )
@@ -706,10 +718,11 @@ class EvaluateConfig(CommandConfig):
 
     model: ModelConfig = group(ModelConfig)
     hf: str | None = option(
-        None, "in place of model=: a Hugging Face folder, judged on tasks= by the harness's own transformers backend"
+        None,
+        "in place of model=: a Hugging Face folder, judged on data.path= and tasks= by transformers, in one process",
     )
     teacher: ModelConfig = group(
-        ModelConfig, "model folder that model= is compared with on the data: KL divergence, agreement"
+        ModelConfig, "model folder that model= is compared with on the data: loss of both, KL divergence, agreement"
     )
     data: EvaluateDataConfig = group(EvaluateDataConfig)
     split: str = option("validation", "which split", ("train", "validation"))
@@ -777,7 +790,9 @@ class ThroughputConfig(CommandConfig):
         ["megatron", "transformers"],
         "engines: megatron, transformers, vllm, tensorrt_llm; forms they need are made on the way",
     )
-    input_length: int = option(1024, "tokens of a prompt")
+    input_length: int | None = option(
+        None, "tokens of a prompt; 1024 if not given, or what output_length leaves of the models' positions"
+    )
     output_length: int = option(128, "tokens that follow it, whatever they are")
     batch: list[int] = option([1, 8, 32], "prompts at once, each number measured on its own")
     repeats: int = option(3, "timed passes, of which the median counts")
@@ -808,7 +823,10 @@ class ChainDataConfig:
     path: Any = option(
         REQUIRED, "data folder (the output of prepare_data), or a blend: [weight,folder,weight,folder,…]"
     )
-    sequence_length: int | None = option(None, "tokens of a sample in every stage; each command's own if not given")
+    sequence_length: int | None = option(
+        None,
+        "tokens of a sample in every stage; 1024 if not given, or the positions of the model where those are fewer",
+    )
     max_epochs: float = option(1.0, "how often a round's distillation may read the data")
 
 

@@ -29,8 +29,10 @@ from minitron_megatron.config import (
 )
 from minitron_megatron.console import console, speaks
 from minitron_megatron.errors import UserError
+from minitron_megatron.lengths import settle_lengths
 from minitron_megatron.preset_files import is_preset_file, naming_files, quoted, words_of_file
 
+log = logging.getLogger(__name__)
 _TYPED = list(sys.argv)
 CONF = Path(__file__).resolve().parent.parent / "conf"
 # Troubles with files that a user can put right.
@@ -130,7 +132,10 @@ def _hydra(entry: Command, words: list[str]) -> None:
         try:
             config = _checked(composed, entry.name, entry.config)
             check_processes(config)
+            settled = settle_lengths(config)
             _logging()
+            if settled:
+                log.info("%s", settled)
             entry(config)
         except OmegaConfBaseException as error:
             stopped.append(UserError(_first_line(error)))
@@ -174,7 +179,9 @@ def compose(name: str, words: list[str]) -> Any:
     with naming_files(files):
         try:
             composed = hydra.compose(config_name=name, overrides=[_rewrite(word, config_class) for word in words])
-            return _checked(composed, name, config_class)
+            config = _checked(composed, name, config_class)
+            settle_lengths(config)
+            return config
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(explain(error)) from None
 

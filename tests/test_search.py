@@ -7,6 +7,8 @@ import time
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
 from minitron_megatron.config import BudgetConfig, PruneOptions, RankConfig, RankWeightsConfig, SpaceConfig
@@ -22,7 +24,7 @@ from minitron_megatron.search.latency import fit, read_latency
 from minitron_megatron.search.predict import AXES, make_predictor
 from minitron_megatron.search.scan import pareto_front, scan
 from minitron_megatron.search.search import candidates, search_shapes
-from minitron_megatron.search.space import SIZES, make_space
+from minitron_megatron.search.space import SIZES, frozen_axes, make_space, settle_space
 from tests.test_commands import error_of, run
 from tests.test_prune import random_scores, write_scores
 from tests.tiny import hf_model, imported
@@ -375,7 +377,8 @@ def test_a_dry_run_counts_and_writes_nothing(source, scores_folder, tmp_path, mo
     assert caplog.messages == [f"{len(every):,} shapes, of which {len(fitting):,} fit the budget"]
     words = ["model=llama3_1_8b", "budget.parameters=4.5e9", "dry_run=true", "output=found"]
     search_shapes(compose_in_test("search", words))
-    assert "shapes, of which" in caplog.messages[1]
+    assert caplog.messages[1] == "space.multiple=128 and space.tensor=8, by the model's sizes"
+    assert "shapes, of which" in caplog.messages[-1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -387,7 +390,19 @@ def test_a_dry_run_counts_and_writes_nothing(source, scores_folder, tmp_path, mo
             "no budget: give at least one of budget.parameters=, budget.non_embedding_parameters=",
         ),
         (["budget.parameters=100"], "nothing fits: the smallest possible shape has 15,"),
-        (["budget.parameters=1e6"], "use 6.25% of it at most, budget.at_least is 90%"),
+        (
+            ["budget.parameters=100"],
+            "budget.parameters is 100: use budget.parameters=15",
+        ),
+        (
+            ["budget.parameters=1e6"],
+            "the budget is above the model's 62,496 parameters, so nothing need be pruned: give less, such as "
+            "budget.parameters=37498 (60% of it)",
+        ),
+        (
+            ["budget.parameters=6e4", "space.hidden_size=16"],
+            "of it at most, budget.at_least is 90%: use budget.at_least=0.",
+        ),
         (["budget.parameters=4e4", "budget.at_least=2"], "budget.at_least=2.0 must be from 0 to 1"),
         (["space.hidden_size=[]"], "the space is empty: space.hidden_size=[] has no size"),
         (["space.hidden_size={from:32,to:16,step:4}"], "the space is empty: space.hidden_size={from:32,to:16,step:4}"),
@@ -424,3 +439,62 @@ def test_scores_of_another_model_are_one_line(source, tmp_path):
     done = run("search", *words_of(source, tmp_path / "s"), "output=found", cwd=tmp_path)
     assert "were measured on another model (digest differs)" in error_of(done)
     assert not (tmp_path / "found").exists()
+
+
+# Of every preset of conf/model: what is taken where nothing is given.
+OF_PRESETS = {
+    "llama3_1_70b": (128, 8),
+    "llama3_1_8b": (128, 8),
+    "llama3_2_1b": (128, 8),
+    "llama3_2_3b": (128, 8),
+    "mistral_nemo_12b": (128, 8),
+    "qwen2_5_7b": (128, 4),
+    "qwen3_8b": (128, 8),
+    "smollm2_135m": (32, 1),
+}
+
+
+@pytest.mark.parametrize("preset", OF_PRESETS)
+def test_multiples_follow_the_model(preset):
+    source = ModelShape.from_dict(yaml.safe_load((CONF / "model" / f"{preset}.yaml").read_text()), preset)
+    settled = settle_space(source, SpaceConfig())
+    assert (settled.multiple, settled.tensor) == OF_PRESETS[preset]
+    assert settle_space(source, SpaceConfig(multiple=7, tensor=3)) == SpaceConfig(multiple=7, tensor=3)
+    space = make_space(source, settled, PruneOptions())
+    assert min(len(space.layers), len(space.hidden), len(space.ffn)) > 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(hidden=st.integers(2, 5000), ffn=st.integers(1, 20000), groups=st.integers(1, 9), heads=st.integers(1, 8))
+def test_a_space_of_any_model_keeps_to_its_multiples(hidden, ffn, groups, heads):
+    source = llama().resized(
+        hidden_size=hidden, ffn_hidden_size=ffn, num_query_groups=groups, num_attention_heads=groups * heads
+    )
+    settled = settle_space(source, SpaceConfig())
+    assert ffn % settled.tensor == groups % settled.tensor == 0
+    assert settled.multiple in (1, 2, 4, 8, 16, 32, 64, 128) and settled.tensor in (1, 2, 4, 8)
+    space = make_space(source, SpaceConfig(exportable=False), PruneOptions())
+    for sizes, whole in ((space.hidden, hidden), (space.ffn, ffn)):
+        assert all(size % settled.multiple == 0 for size in sizes if size != whole)
+        assert settled.multiple in (1, 128) or len(sizes) > 8
+    # An axis of one size is one that is explained.
+    varied = dict(zip(SIZES, (space.layers, space.hidden, space.ffn, *map(np.unique, space.heads.T)), strict=True))
+    assert set(frozen_axes(source, settled, space)) == {name for name, sizes in varied.items() if len(sizes) == 1}
+
+
+def test_a_search_says_what_does_not_vary_and_why(source, scores_folder, tmp_path, caplog):
+    caplog.set_level("INFO", "minitron_megatron")
+    words = [w for w in words_of(source, scores_folder) if not w.startswith("space.")]
+    search_shapes(
+        compose_in_test("search", [*words, "space.multiple=64", "space.tensor=2", f"output={tmp_path / 'a'}"])
+    )
+    assert caplog.messages[:2] == [
+        "hidden_size stays 32: down to half of it no size is a multiple of space.multiple=64, which a smaller value changes",
+        "ffn_hidden_size stays 48: down to half of it no size is a multiple of space.multiple=64 and space.tensor=2, which a "
+        "smaller value changes",
+    ]
+    caplog.clear()
+    search_shapes(compose_in_test("search", [*words, f"output={tmp_path / 'b'}"]))
+    assert caplog.messages[0] == "space.multiple=2 and space.tensor=4, by the model's sizes"
+    space = read_manifest(tmp_path / "b")["config"]["space"]
+    assert (space["multiple"], space["tensor"]) == (2, 4)

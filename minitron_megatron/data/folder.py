@@ -8,13 +8,27 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from minitron_megatron.checkpoints.folder import read_manifest, verify_files
 from minitron_megatron.data.indexed import open_split
 from minitron_megatron.errors import UserError
-from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.lengths import check_positions
 from minitron_megatron.parallel import collectives
+
+
+class DataSizes(Protocol):
+    """What data must fit of a model, whatever its architecture: a ModelShape has it."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that it knows."""
+        ...
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Its longest sequence."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,7 @@ def data_digest(path: Any) -> str:
 
 
 def open_data(
-    path: Any, split: str, shape: ModelShape, sequence_length: int, masks: DocumentMasks = AS_THEY_ARE
+    path: Any, split: str, shape: DataSizes, sequence_length: int, masks: DocumentMasks = AS_THEY_ARE
 ) -> Data:
     """Check that data can feed a model. Raises UserError before anything heavy starts.
 
@@ -102,10 +116,7 @@ def open_data(
         sequence_length: tokens of a sample.
         masks: how documents that share a sample see each other.
     """
-    if sequence_length > shape.max_position_embeddings:
-        raise UserError(
-            f"data.sequence_length={sequence_length} is above the model's {shape.max_position_embeddings} positions"
-        )
+    check_positions(sequence_length, shape.max_position_embeddings, "the model")
     weights, paths = parse_blend(path)
     folders = tuple(_open_folder(one, split, shape, sequence_length) for one in paths)
     for key in ("tokenizer", "vocab_size", "end_of_document"):
@@ -141,7 +152,7 @@ def parse_blend(path: Any) -> tuple[list[float], list[str]]:
     return [float(weight) for weight in weights], paths
 
 
-def _open_folder(path: str, split: str, shape: ModelShape, sequence_length: int) -> DataFolder:
+def _open_folder(path: str, split: str, shape: DataSizes, sequence_length: int) -> DataFolder:
     folder = DataFolder(Path(path), read_manifest(path))
     results = folder.manifest.get("results", {})
     if split not in results or not (folder.path / f"{split}.idx").is_file():
@@ -157,7 +168,7 @@ def _open_folder(path: str, split: str, shape: ModelShape, sequence_length: int)
     if found.tokens < sequence_length + 1:
         raise UserError(
             f"data.path={path}: the {split} split has {found.tokens} tokens, fewer than one sample of "
-            f"data.sequence_length={sequence_length}"
+            f"data.sequence_length={sequence_length}: prepare more text, or use data.sequence_length={max(1, found.tokens - 1)}"
         )
     found.check_ids(results["vocab_size"], f"data.path={path}, {split}")
     return folder

@@ -82,9 +82,13 @@ def check_calibration(cfg: ImportanceConfig, data: Data) -> None:
     last, length = cfg.first_sample + cfg.samples, cfg.data.sequence_length
     if data.tokens("train") < last * length:
         first = f"first_sample={cfg.first_sample} and " if cfg.first_sample else ""
+        room = data.tokens("train") // length - cfg.first_sample
+        fits = (
+            f"use samples={room}" if room > 0 else f"lower {'first_sample= or ' if first else ''}data.sequence_length="
+        )
         raise UserError(
-            f"{first}samples={cfg.samples} of {length} tokens are more than the train split's {data.tokens('train')}: "
-            "lower samples= or data.sequence_length="
+            f"{first}samples={cfg.samples} of {length} tokens are more than the train split's {data.tokens('train'):,}: "
+            f"{fits}, or prepare more text"
         )
     if cfg.importance.batch == "variance" and cfg.samples < 2:
         raise UserError("importance.batch=variance needs samples= of at least 2: one sample has no variance")

@@ -121,9 +121,10 @@ def check_sequence(sequence_length: int, layout: Layout) -> None:
     """Raise UserError when a sequence cannot be split over the ranks that share it."""
     shares = sequence_parts(layout)
     if sequence_length % shares:
+        fits = max(shares, sequence_length // shares * shares)
         raise UserError(
             f"data.sequence_length={sequence_length} is not a multiple of the {shares} parts that sequence and context "
-            f"parallelism ({layout.option}.sequence, {layout.option}.context) split it into"
+            f"parallelism ({layout.option}.sequence, {layout.option}.context) split it into: use data.sequence_length={fits}"
         )
 
 

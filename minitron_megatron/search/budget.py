@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from minitron_megatron.config import BudgetConfig
+from minitron_megatron.console import format_value
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import Sizes, cached_values, count_parameters, flops_per_token
 from minitron_megatron.models.shape import ModelShape
@@ -20,6 +21,9 @@ QUANTITIES = {
     "flops_per_token": "operations a token",
     "latency_ms": "estimated milliseconds",
 }
+# Those that are counts; and the share of the model that is proposed where a budget leaves nothing to prune.
+_WHOLE = ("parameters", "non_embedding_parameters", "flops_per_token")
+_SUGGESTED = 0.6
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,35 @@ class Budget:
             )
         table = read_latency(Path(options.table), source, column) if options.table else None
         return cls(source, options, limits, table)
+
+    def check_below(self) -> None:
+        """Raise UserError where the model itself is within every limit: then there is nothing to prune."""
+        whole = {name: self.cost_of(name, self.source) for name in self.limits}
+        if any(limit <= whole[name] for name, limit in self.limits.items()):
+            return
+        name = next(iter(self.limits))
+        raise UserError(
+            f"the budget is above the model's {format_value(whole[name])} {QUANTITIES[name]}, so nothing need be pruned: give "
+            f"less, such as {self.option(name, _SUGGESTED * whole[name])} ({_SUGGESTED:.0%} of it)"
+        )
+
+    def cost_of(self, quantity: str, shape: ModelShape) -> float:
+        """What one shape of the source's architecture takes."""
+        sizes = {
+            "layers": shape.num_layers,
+            "hidden": shape.hidden_size,
+            "ffn": shape.ffn_hidden_size,
+            "kv_groups": shape.num_query_groups,
+            "q_heads": shape.num_attention_heads // shape.num_query_groups,
+        }
+        return self.cost(quantity, {name: np.array([size]) for name, size in sizes.items()}).item()
+
+    def option(self, quantity: str, limit: float) -> str:
+        """A limit as it is typed: milliseconds as tokens a second where those were given."""
+        if quantity == "latency_ms" and self.options.tokens_per_second is not None:
+            quantity, limit = "tokens_per_second", MILLISECONDS / limit
+        digits = 0 if quantity in _WHOLE else 3 - len(str(int(limit)))
+        return f"budget.{quantity}={round(limit) if digits <= 0 else round(limit, digits)}"
 
     @property
     def quantities(self) -> list[str]:

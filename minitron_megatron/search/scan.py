@@ -1,5 +1,6 @@
 """One pass over a space: which shapes fit, the best of them, and the front of loss against what each costs. Arrays of numbers."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -97,7 +98,8 @@ def _check_found(found: Found, budget: Budget) -> None:
         if found.smallest[name] > limit:
             raise UserError(
                 f"nothing fits: the smallest possible shape has {format_value(found.smallest[name])} {QUANTITIES[name]}, "
-                f"budget.{name} is {format_value(limit)}: raise it, or widen space"
+                f"budget.{name} is {format_value(limit)}: use {budget.option(name, _above(found.smallest[name]))} or more, or "
+                "widen space, as with space.num_layers=[…]"
             )
     if not found.within:
         raise UserError(
@@ -105,5 +107,10 @@ def _check_found(found: Found, budget: Budget) -> None:
         )
     raise UserError(
         f"nothing fits: the {found.within:,} shapes within the budget use {found.used:.2%} of it at most, budget.at_least is "
-        f"{budget.options.at_least:.0%}: lower it, or widen space"
+        f"{budget.options.at_least:.0%}: use budget.at_least={math.floor(1000 * found.used) / 1000} or widen space"
     )
+
+
+def _above(cost: float) -> float:
+    """A limit that a cost is within, whatever few digits it is written with."""
+    return cost if cost == int(cost) else cost * 1.01

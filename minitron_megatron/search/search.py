@@ -33,7 +33,7 @@ from minitron_megatron.search.budget import QUANTITIES, Budget
 from minitron_megatron.search.found import FILE, TARGETS, Source, target_file
 from minitron_megatron.search.predict import AXES, Predictor, make_predictor
 from minitron_megatron.search.scan import Found, scan
-from minitron_megatron.search.space import SIZES, Space, make_space, uniform
+from minitron_megatron.search.space import SIZES, Space, frozen_axes, make_space, settle_space, uniform
 
 log = logging.getLogger(__name__)
 # Quantities as columns of the table, and those that are counts.
@@ -78,14 +78,14 @@ def search_shapes(cfg: SearchConfig) -> None:
     """Check, scan, rank, write."""
     if cfg.dry_run and cfg.model.path is None:
         source = ModelShape.from_dict(cfg.model.sizes("model"), "model")
-        budget = Budget.of(uniform(source), cfg.budget)
-        _count(source, make_space(source, cfg.space, cfg.prune), budget)
+        budget = _budget(cfg, source)
+        _count(source, _space(cfg, source, None), budget)
         return
     folder = open_model_folder(cfg.model.folder("model"))
-    budget = Budget.of(uniform(folder.shape), cfg.budget)
+    budget = _budget(cfg, folder.shape)
     analysis = _analysis(cfg, folder)
     judged = None if analysis is None else {folder.shape.num_layers - cut for cut in (0, *analysis.blocks)}
-    space = make_space(folder.shape, cfg.space, cfg.prune, judged)
+    space = _space(cfg, folder.shape, judged)
     if cfg.scores is None:
         if not cfg.dry_run:
             raise UserError("scores= is missing: give the output of launch/importance.py; a dry run can do without")
@@ -104,6 +104,29 @@ def search_shapes(cfg: SearchConfig) -> None:
         _count(folder.shape, space, budget)
         return
     _write(cfg, folder, budget, predictor, inputs)
+
+
+def _budget(cfg: SearchConfig, source: ModelShape) -> Budget:
+    """The limits. Raises UserError where they are none, or leave nothing to prune."""
+    budget = Budget.of(uniform(source), cfg.budget)
+    budget.check_below()
+    return budget
+
+
+def _space(cfg: SearchConfig, source: ModelShape, judged: set[int] | None) -> Space:
+    """The space, with what is not given taken of the model's sizes; what that is, and what does not vary, is said."""
+    settled = settle_space(source, cfg.space)
+    space = make_space(source, settled, cfg.prune, judged)
+    chosen = [
+        f"space.{name}={getattr(settled, name)}" for name in ("multiple", "tensor") if getattr(cfg.space, name) is None
+    ]
+    if chosen:
+        log.info("%s, by the model's sizes", " and ".join(chosen))
+    for name, why in frozen_axes(source, settled, space).items():
+        log.info("%s stays %s: %s", name, getattr(uniform(source), name), why)
+    # What was chosen belongs to the output as what was given does.
+    cfg.space = settled
+    return space
 
 
 def _analysis(cfg: SearchConfig, folder: ModelFolder) -> LayerAnalysis | None:

@@ -9,7 +9,7 @@ Sizes of each axis descend, so of two shapes that are equal otherwise the lower 
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,9 @@ from minitron_megatron.prune.select import target_shape
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 # Shapes that are looked at together: some tens of MB of arrays.
 _TOGETHER = 2**18
+# The largest space.multiple and space.tensor that are taken where none are given, and steps of a multiple that a size should
+# have down to half of it.
+_MULTIPLE, _TENSOR, _STEPS = 128, 8, 8
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,61 @@ def uniform(source: ModelShape) -> ModelShape:
     return source.resized(ffn_hidden_size=min(source.ffn_of_layers))
 
 
+def settle_space(source: ModelShape, cfg: SpaceConfig) -> SpaceConfig:
+    """The options with `multiple` and `tensor` of the model where they are not given.
+
+        multiple   largest power of two up to 128 with 8 steps from hidden_size, and from the neurons, down to half of them
+        tensor     largest power of two up to 8 that divides groups, heads and neurons: the layouts that the model itself runs in
+
+    A model of 8 B has 128 and 8; hidden_size=128 beside 333 neurons and 2 groups has 8 and 1.
+    """
+    whole = uniform(source)
+    step = min(whole.hidden_size, whole.ffn_hidden_size) / (2 * _STEPS)
+    shared = math.gcd(whole.num_query_groups, whole.num_attention_heads, *source.ffn_of_layers)
+    multiple = min(_MULTIPLE, 2 ** int(math.log2(max(1, step))))
+    tensor = math.gcd(_TENSOR, shared)
+    return replace(
+        cfg,
+        multiple=multiple if cfg.multiple is None else cfg.multiple,
+        tensor=tensor if cfg.tensor is None else cfg.tensor,
+    )
+
+
+def frozen_axes(source: ModelShape, cfg: SpaceConfig, space: Space) -> dict[str, str]:
+    """Why an axis that nobody fixed has the model's own size alone, by the size's name; `cfg` as `settle_space` gives it."""
+    heads, groups = map(np.unique, space.heads.T)
+    hidden = space.hidden
+    if space.exportable:
+        hidden = hidden[(hidden[:, None] % heads[None, :] == 0).any(axis=1)]
+    sizes = dict(zip(SIZES, (space.layers, hidden, space.ffn, heads, groups), strict=True))
+    multiples = {
+        "hidden_size": ("space.multiple",),
+        "ffn_hidden_size": ("space.multiple", "space.tensor"),
+        "num_attention_heads": ("space.tensor",),
+        "num_query_groups": ("space.tensor",),
+    }
+    values = {"space.multiple": cfg.multiple, "space.tensor": cfg.tensor}
+    why = {}
+    for name, found in sizes.items():
+        whole = getattr(uniform(source), name)
+        if len(found) > 1 or getattr(cfg, name) is not None:
+            continue
+        options = [option for option in multiples.get(name, ()) if values[option] > 1]
+        smaller = range(-(-whole // 2), whole)
+        if not smaller or name == "num_layers":
+            why[name] = "there is none smaller down to half of it to try"
+        elif not any(size % math.lcm(1, *map(values.get, options)) == 0 for size in smaller):
+            said = " and ".join(f"{option}={values[option]}" for option in options)
+            why[name] = f"down to half of it no size is a multiple of {said}, which a smaller value changes"
+        elif name == "hidden_size":
+            why[name] = (
+                "no smaller one is a multiple of the heads, which transformers wants and space.exportable=false waives"
+            )
+        else:
+            why[name] = "no smaller one goes together with the heads and groups that are left"
+    return why
+
+
 def make_space(
     source: ModelShape, cfg: SpaceConfig, options: PruneOptions, judged: Collection[int] | None = None
 ) -> Space:
@@ -97,7 +155,8 @@ def make_space(
     Raises:
         UserError: a size is not between 1 and the source's or not a multiple of what it must be, or nothing is left.
     """
-    whole, lcm = uniform(source), math.lcm(cfg.multiple, cfg.tensor)
+    whole, cfg = uniform(source), settle_space(source, cfg)
+    lcm = math.lcm(cfg.multiple, cfg.tensor)
     layers = _sizes("num_layers", cfg.num_layers, whole.num_layers, 1, "")
     if cfg.num_layers is None and judged is not None:
         layers = [size for size in layers if size in judged]

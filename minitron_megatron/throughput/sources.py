@@ -94,7 +94,8 @@ def check_sources(cfg: ThroughputConfig, sources: Sequence[Source], layout: Layo
         shape, where = source.shape, f"models.{source.name}={source.path}"
         if length > shape.max_position_embeddings:
             raise UserError(
-                f"input_length + output_length = {length} is above the {shape.max_position_embeddings} positions of {where}"
+                f"input_length + output_length = {length} is above the {shape.max_position_embeddings} positions of {where}: "
+                f"use input_length={max(1, shape.max_position_embeddings - cfg.output_length)}"
             )
         if "megatron" in cfg.engine:
             check_layout(shape, layout, where)

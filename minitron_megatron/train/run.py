@@ -47,6 +47,7 @@ from minitron_megatron.data.datasets import Windows, training_samples
 from minitron_megatron.data.folder import Data, DocumentMasks, check_enough, open_data, verify_data
 from minitron_megatron.errors import Diverged, UserError
 from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.lengths import check_positions
 from minitron_megatron.models.axes import count_parameters, flops_per_token
 from minitron_megatron.models.build import build_model_chunks, check_document_masks, model_dtype, pick_engine
 from minitron_megatron.models.fp8 import check_fp8_device
@@ -253,10 +254,7 @@ def check_model(name: str, shape: ModelShape, sequence_length: int, layout: Layo
     """Raise UserError when a model and its sequences do not go into a layout."""
     check_layout(shape, layout, f"the {name}")
     check_sequence(sequence_length, layout)
-    if sequence_length > shape.max_position_embeddings:
-        raise UserError(
-            f"data.sequence_length={sequence_length} is above the {name}'s {shape.max_position_embeddings} positions"
-        )
+    check_positions(sequence_length, shape.max_position_embeddings, f"the {name}")
 
 
 def _tensor_sizes_that_divide(shapes: Shapes, samples: int, layout: Layout) -> list[int]:
