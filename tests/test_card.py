@@ -60,6 +60,16 @@ def test_a_card_has_shape_recipe_results_and_lineage(pruned, tmp_path):
     assert "calibration" not in card.text and "Distillation" not in card.text
 
 
+def test_a_card_has_the_teacher_beside_the_model(pruned, tmp_path):
+    values = {"loss": 2.5, "perplexity": 12.18, "teacher_loss": 2.0, "teacher_perplexity": 7.389, "kl": 0.4}
+    results = evaluation(tmp_path / "beside", pruned, {**values, "tasks": {"winogrande": {"acc": 0.5, "fewshot": 5}}})
+    lines = (exported(pruned, results=[results]) / "README.md").read_text().splitlines()
+    assert "|  | this model | teacher | shots | measured on |" in lines
+    assert "| perplexity | 12.18 | 7.389 |  | outputs/data, validation |" in lines
+    assert "| kl | 0.4 |  |  | outputs/data, validation |" in lines
+    assert "| winogrande, acc | 0.5 |  | 5 | lm-evaluation-harness |" in lines
+
+
 def test_what_is_not_known_is_left_out(pruned, tmp_path):
     """No license; and an ancestor that is another one now counts as gone."""
     from huggingface_hub import ModelCard

@@ -11,6 +11,7 @@ import torch
 from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
 from minitron_megatron.checkpoints.hf import export_hf
 from minitron_megatron.config import BatchConfig, EvaluateConfig, EvaluateDataConfig, ExportHfConfig, ModelConfig
+from minitron_megatron.console import format_value
 from minitron_megatron.data.datasets import Windows
 from minitron_megatron.data.folder import open_data
 from minitron_megatron.errors import UserError
@@ -127,8 +128,11 @@ def wanted(made):
     with torch.no_grad():
         q, p = (m(tokens).logits.double().log_softmax(-1) for m in (student, teacher))
     count = mask.sum()
+    loss, of_teacher = (float(-(of.gather(-1, labels[..., None])[..., 0] * mask).sum() / count) for of in (q, p))
     return {
-        "loss": float(-(q.gather(-1, labels[..., None])[..., 0] * mask).sum() / count),
+        "loss": loss,
+        "teacher_loss": of_teacher,
+        "teacher_perplexity": float(np.exp(of_teacher)),
         "kl": float(((p.exp() * (p - q)).sum(-1) * mask).sum() / count),
         "agreement": float(((p.argmax(-1) == q.argmax(-1)) * mask).sum() / count),
         "tokens": int(count),
@@ -146,6 +150,36 @@ def test_loss_and_divergence_are_those_of_whole_logits_in_every_layout(gloo, mad
     for name, value in wanted.items():
         assert found[name] == pytest.approx(value, rel=1e-5), name
     assert found["perplexity"] == pytest.approx(np.exp(wanted["loss"]), rel=1e-5) and found["kl"] > 0.01
+
+
+@pytest.mark.parametrize("samples", [None, 3])
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_an_exported_folder_has_the_loss_of_the_folder_it_is_of(gloo, made, tmp_path, samples, micro_batch_size):
+    """The last window is padded and 4 does not divide the windows: the same windows and masks on both roads."""
+    _, (path, _), data = made
+    how = {"samples": samples, "trainer": BatchConfig(micro_batch_size=micro_batch_size)}
+    ours = run_in(gloo, 1, {}, config(path, tmp_path / "ours", data, **how))
+    export_hf(ExportHfConfig(model=model_option(path), output=str(tmp_path / "hf")))
+    cfg = config(path, tmp_path / "theirs", data, hf=str(tmp_path / "hf"), **how)
+    cfg.model = ModelConfig()
+    evaluate(cfg)
+    theirs = results(tmp_path / "theirs")
+    assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-6) and theirs["tokens"] == ours["tokens"]
+    assert theirs["perplexity"] == pytest.approx(ours["perplexity"], rel=1e-5)
+    assert read_manifest(tmp_path / "theirs")["inputs"].keys() == {"hf", "data"}
+
+
+def test_a_table_has_the_teacher_beside_the_model(made, tmp_path, gloo, capfd):
+    _, (path, teacher), data = made
+    cfg = config(path, tmp_path / "out", data, teacher=ModelConfig(path=str(teacher)))
+    evaluate(cfg)
+    found, lines = results(tmp_path / "out"), capfd.readouterr().out.splitlines()
+    row = next(line for line in lines if "│ perplexity" in line)
+    assert [cell.strip() for cell in row.strip("│ ").split("│")] == [
+        "perplexity",
+        format_value(found["perplexity"]),
+        format_value(found["teacher_perplexity"]),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +224,16 @@ def test_tasks_say_what_the_harness_says_of_the_exported_folder(
         ({"tasks": {"winogrande": -1}}, "must be a list of names, or {name: examples"),
         ({"tasks": [["winogrande"]]}, "must be a list of names"),
         ({"tasks": "winogrande", "teacher": ModelConfig(path="x")}, "teacher= is compared on data: give data.path="),
-        ({"tasks": "winogrande", "hf": "x"}, "hf= and model=: a Hugging Face folder is judged on tasks= alone"),
+        ({"tasks": "winogrande", "hf": "x"}, "hf=x and model=y name two models: give one of them"),
+        (
+            {
+                "hf": "x",
+                "model": ModelConfig(),
+                "teacher": ModelConfig(path="t"),
+                "data": EvaluateDataConfig(path="d", sequence_length=32),
+            },
+            "hf=x has no teacher= beside it: evaluate model=t on the same data",
+        ),
         (
             {"tasks": "winogrande", "hf": "x", "model": ModelConfig()},
             "hf=x has no config.json with .safetensors weights",

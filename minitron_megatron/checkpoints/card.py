@@ -216,14 +216,20 @@ def _results(results: Iterable[Measured]) -> str:
         where = f"{data}, {split}" if data else str(one.path)
         for name in ("perplexity", "loss", "kl", "agreement"):
             if _is_number(one.values.get(name)):
-                rows.append([name, _figure(one.values[name]), "", where])
+                of_teacher = one.values.get(f"teacher_{name}")
+                beside = _figure(of_teacher) if _is_number(of_teacher) else ""
+                rows.append([name, _figure(one.values[name]), beside, "", where])
         for task, metrics in (one.values.get("tasks") or {}).items():
             for metric, value in metrics.items():
                 if _is_number(value) and metric != "fewshot" and not metric.endswith("_stderr"):
                     error = metrics.get(f"{metric}_stderr")
                     figure = _figure(value) + (f" ± {_figure(error)}" if _is_number(error) else "")
-                    rows.append([f"{task}, {metric}", figure, metrics.get("fewshot", ""), "lm-evaluation-harness"])
-    return table(["", "value", "shots", "measured on"], rows) if rows else ""
+                    shots = metrics.get("fewshot", "")
+                    rows.append([f"{task}, {metric}", figure, "", shots, "lm-evaluation-harness"])
+    if not any(row[2] for row in rows):
+        rows = [[*row[:2], *row[3:]] for row in rows]
+        return table(["", "value", "shots", "measured on"], rows) if rows else ""
+    return table(["", "this model", "teacher", "shots", "measured on"], rows)
 
 
 def _is_number(value: object) -> bool:

@@ -1,7 +1,7 @@
 """What a model is worth: loss and distance to a teacher on a split, and tasks of lm-evaluation-harness; into results.json.
 
 model=FOLDER    in any layout, without an export: data.path= (perplexity), teacher= (KL), tasks= (evaluate/adapter.py)
-hf=FOLDER       an exported folder, in one process: tasks= alone, by the harness's own transformers backend
+hf=FOLDER       an exported folder, by transformers in one process: data.path= and tasks= (evaluate/hf.py)
 """
 
 import json
@@ -17,7 +17,7 @@ from minitron_megatron.checkpoints.weights import load_model, verify_digest
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.console import print_table
 from minitron_megatron.data.datasets import Windows
-from minitron_megatron.data.folder import Data, open_data
+from minitron_megatron.data.folder import Data, DataSizes, open_data, verify_data
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.perplexity import check_teacher, perplexity
@@ -79,12 +79,13 @@ def _check_asked(cfg: EvaluateConfig) -> None:
         )
     if cfg.hf is None:
         return
-    for name, given in (("model", cfg.model.path), ("data.path", cfg.data.path)):
-        if given is not None:
-            raise UserError(
-                f"hf= and {name}=: a Hugging Face folder is judged on tasks= alone, without either; give it to "
-                "launch/import_hf.py for the rest"
-            )
+    if cfg.model.path is not None:
+        raise UserError(f"hf={cfg.hf} and model={cfg.model.path} name two models: give one of them")
+    if cfg.teacher.path is not None:
+        raise UserError(
+            f"hf={cfg.hf} has no teacher= beside it: evaluate model={cfg.teacher.path} on the same data, which a report shows "
+            "beside this one, or give the folder to launch/import_hf.py and use model= and teacher="
+        )
     if world_size_from_env() > 1:
         raise UserError(
             "hf= runs in one process, as transformers does: start it with plain python, or import it and use model="
@@ -96,7 +97,11 @@ def _open_data(cfg: EvaluateConfig, folder: ModelFolder, layout: Layout) -> tupl
     if cfg.data.path is None:
         return None, 0
     check_sequence(cfg.data.sequence_length, layout)
-    data = open_data(cfg.data.path, cfg.split, folder.shape, cfg.data.sequence_length)
+    return _windows(cfg, folder.shape)
+
+
+def _windows(cfg: EvaluateConfig, sizes: DataSizes) -> tuple[Data, int]:
+    data = open_data(cfg.data.path, cfg.split, sizes, cfg.data.sequence_length)
     windows = len(Windows(data, cfg.split, cfg.data.sequence_length))
     return data, min(windows, cfg.samples or windows)
 
@@ -170,24 +175,31 @@ def _tasks(cfg: EvaluateConfig, layout: Layout, folder: ModelFolder, chunks: Any
 
 
 def _evaluate_hf(cfg: EvaluateConfig) -> None:
-    """Tasks on a Hugging Face folder."""
-    from minitron_megatron.evaluate.hf import check_folder, digest_of, load_hf
+    """Loss and tasks of a Hugging Face folder, by transformers."""
+    from minitron_megatron.evaluate.hf import check_folder, digest_of, hf_perplexity, load_hf, load_model
     from minitron_megatron.evaluate.run_tasks import run_tasks
 
     folder = Path(cfg.hf)
-    check_folder(folder)
-    inputs = {"hf": digest_of(folder)}
+    sizes = check_folder(folder, tokenizer=bool(cfg.tasks))
+    data, count = _windows(cfg, sizes) if cfg.data.path is not None else (None, 0)
+    inputs = {"hf": digest_of(folder), **({"data": data.digest} if data else {})}
     if cfg.dry_run:
-        _dry_run(cfg, inputs, {"hf": str(folder)})
+        _dry_run(cfg, inputs, {"hf": str(folder), **({"windows": count} if data else {})})
         return
     with command_output(cfg, inputs) as out:
         if out.done:
             return
-        began, loaded = time.monotonic(), _load(cfg)
-        found = run_tasks(load_hf(folder, cfg), loaded, cfg)
+        if cfg.verify and data:
+            verify_data(data)
+        began, found, model = time.monotonic(), {}, None
+        if cfg.tasks:
+            loaded, harness = _load(cfg), load_hf(folder, cfg)
+            found, model = run_tasks(harness, loaded, cfg), harness.model
+        if data:
+            found = {**hf_perplexity(model or load_model(folder, cfg), data, cfg, count), **found}
         out.results = {**found, "seconds": round(time.monotonic() - began, 2)}
         _write(out.path, out.results)
-    _show(str(folder), out.results)
+    _show(f"{folder}" + (f" on {cfg.data.path}, {cfg.split}" if data else ""), out.results)
 
 
 def _write(folder: Path, results: Mapping[str, Any]) -> None:
@@ -197,8 +209,10 @@ def _write(folder: Path, results: Mapping[str, Any]) -> None:
 
 def _show(title: str, results: Mapping[str, Any]) -> None:
     """Figures, then each task that is no part of a group's figure."""
-    plain = [[name, value] for name, value in results.items() if not isinstance(value, dict | list)]
-    print_table(title, ["", "value"], plain)
+    plain = {name: value for name, value in results.items() if not isinstance(value, dict | list)}
+    beside = {name: plain.pop(f"teacher_{name}", "") for name in ("loss", "perplexity")}
+    columns = ["", "model", "teacher"] if any(beside.values()) else ["", "value"]
+    print_table(title, columns, [[name, value, beside.get(name, "")][: len(columns)] for name, value in plain.items()])
     rows = []
     for name, task in results.get("tasks", {}).items():
         if "part_of" in task:

@@ -1,21 +1,41 @@
-"""A Hugging Face folder for lm-evaluation-harness, by the harness's own transformers backend; nothing in it may run code."""
+"""A Hugging Face folder as transformers computes it: loss on our windows, tasks by the harness's own backend.
+
+Nothing in the folder may run code. The windows, their order and their masks are those of model folders (data/datasets.py), so
+an export has the loss of the folder that it was made of, to the rounding of the two implementations.
+"""
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn import functional
+
 from minitron_megatron.checkpoints.folder import joint_digest
 from minitron_megatron.config import EvaluateConfig
+from minitron_megatron.console import progress
+from minitron_megatron.data.datasets import MicroBatches, Windows
+from minitron_megatron.data.folder import Data
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError, in_one_line
+from minitron_megatron.evaluate.perplexity import loss_figures
 from minitron_megatron.parallel.job import pick_device
 
 _DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
 
 
-def check_folder(folder: Path) -> None:
-    """Raise UserError unless it is a Hugging Face folder with safetensors weights and a tokenizer."""
+@dataclass(frozen=True)
+class HfSizes:
+    """What data must fit, of any architecture."""
+
+    vocab_size: int
+    max_position_embeddings: int
+
+
+def check_folder(folder: Path, *, tokenizer: bool) -> HfSizes:
+    """Raise UserError unless it is a Hugging Face folder with safetensors weights, and a tokenizer where tasks need one."""
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise UserError(
             f"hf={folder} has no config.json with .safetensors weights: give the output of launch/export_hf.py, or another "
@@ -27,7 +47,13 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder / 'config.json'} cannot be read ({error})") from None
     if not isinstance(config, dict) or "auto_map" in config:
         raise UserError(f"hf={folder} brings code of its own (auto_map in config.json), which is not run: remove it")
-    load_tokenizer(folder)
+    if tokenizer:
+        load_tokenizer(folder)
+    sizes = {name: config.get(name) for name in ("vocab_size", "max_position_embeddings")}
+    odd = next((name for name, size in sizes.items() if type(size) is not int or size < 1), None)
+    if odd:
+        raise UserError(f"{folder / 'config.json'}: {odd} must be a whole number above 0, not {sizes[odd]!r}")
+    return HfSizes(**sizes)
 
 
 def digest_of(folder: Path) -> str:
@@ -39,8 +65,42 @@ def digest_of(folder: Path) -> str:
     return joint_digest(found)
 
 
+def load_model(folder: Path, cfg: EvaluateConfig) -> torch.nn.Module:
+    """The model of transformers' own class, on its device. Raises UserError where it cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    how = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[cfg.precision], **how)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"hf={folder} cannot be loaded by transformers ({in_one_line(error, 200)})") from None
+    return model.to(pick_device(cfg.device)).eval()
+
+
+def hf_perplexity(model: torch.nn.Module, data: Data, cfg: EvaluateConfig, count: int) -> dict[str, float]:
+    """`loss`, `perplexity` and `tokens` of the first `count` windows, as perplexity.py has them of a model folder."""
+    windows, device = Windows(data, cfg.split, cfg.data.sequence_length), next(model.parameters()).device
+    batches = MicroBatches(windows, range(count), cfg.trainer.micro_batch_size, data_rank=0, data_size=1)
+    sums = torch.zeros(2, dtype=torch.float64)
+    with progress("perplexity", len(batches), unit="micro-batches") as advance, torch.inference_mode():
+        for batch in batches:
+            tokens, labels, mask = (batch[name].to(device) for name in ("tokens", "labels", "loss_mask"))
+            logits = model(input_ids=tokens, use_cache=False).logits
+            # In float32, as model folders are judged: rows of logits in bfloat16 would be off in the third digit.
+            nll = torch.stack(
+                [
+                    functional.cross_entropy(row.float(), of, reduction="none")
+                    for row, of in zip(logits, labels, strict=True)
+                ]
+            )
+            sums += torch.stack(((nll * mask).sum(dtype=torch.float64), mask.sum(dtype=torch.float64))).cpu()
+            advance(1)
+    nll, tokens = sums.tolist()
+    return {**loss_figures(nll, tokens, f"hf={cfg.hf}"), "tokens": int(tokens)}
+
+
 def load_hf(folder: Path, cfg: EvaluateConfig) -> Any:
-    """The harness's HFLM of it. Raises UserError where transformers cannot load it."""
+    """The harness's HFLM of it, which has the model as `model`. Raises UserError where transformers cannot load it."""
     from lm_eval.models.huggingface import HFLM
 
     try:

@@ -17,8 +17,10 @@ from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.build import build_model_chunks, model_dtype
 from minitron_megatron.models.forward import labels_of
+from minitron_megatron.models.head import LossOfRows, Terms
 from minitron_megatron.models.loss import summed_loss, summed_terms
 from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.models.vocab_parallel import vocab_parallel_nll
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
 
@@ -37,8 +39,9 @@ def perplexity(
 ) -> dict[str, float]:
     """Mean negative log likelihood (nats a token), perplexity and tokens over the first `count` windows, on every rank.
 
-    With a teacher also `kl`, the mean of KL(teacher ‖ model) in nats a token over the whole vocabulary, and `agreement`, the
-    share of tokens whose most probable successor is the same. Raises UserError where the loss is not finite.
+    With a teacher also `kl`, the mean of KL(teacher ‖ model) in nats a token over the whole vocabulary, `agreement`, the share of
+    tokens whose most probable successor is the same, and of the teacher itself `teacher_loss` and `teacher_perplexity` on the
+    same windows. Raises UserError where a loss is not finite.
     """
     windows = Windows(data, cfg.split, cfg.data.sequence_length)
     batches = MicroBatches.of_this_rank(windows, range(count), cfg.trainer.micro_batch_size, layout)
@@ -50,12 +53,18 @@ def perplexity(
             compared = {}
         else:
             beside = _teacher(teacher, layout, cfg)
-            nll, kl, agreed, tokens = _with_teacher(chunks, beside, batches, shape.vocab_size, layout, size)
+            nll, kl, agreed, of_teacher, tokens = _with_teacher(chunks, beside, batches, shape.vocab_size, layout, size)
             compared = {"kl": kl / tokens, "agreement": agreed / tokens}
+            compared |= loss_figures(of_teacher, tokens, f"teacher={cfg.teacher.path}", "teacher_")
+    return {**loss_figures(nll, tokens, f"model={cfg.model.path}"), "tokens": int(tokens), **compared}
+
+
+def loss_figures(nll: float, tokens: float, model: str, prefix: str = "") -> dict[str, float]:
+    """`loss` (nats a token) and `perplexity` of a model out of its sum over tokens. Raises UserError where it is not finite."""
     if not math.isfinite(nll):
-        raise UserError(f"model={cfg.model.path}: the loss is {nll}; the weights or precision= are at fault")
+        raise UserError(f"{model}: the loss is {nll}; the weights or precision= are at fault")
     loss = nll / tokens
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": int(tokens), **compared}
+    return {f"{prefix}loss": loss, f"{prefix}perplexity": math.exp(min(loss, 700))}
 
 
 def check_teacher(teacher: ModelShape, model: ModelShape) -> None:
@@ -82,17 +91,23 @@ def _with_teacher(
     layout: Layout,
     size: dict,
 ) -> list[float]:
-    """Sums of the negative log likelihood, the divergence and the agreement over all tokens, and their number.
+    """Sums of the negative log likelihood, divergence, agreement and the teacher's own likelihood over all tokens; their number.
 
     With a pipeline the teacher runs some micro-batches, then the model the same ones.
     """
     over = {"vocab_size": vocab_size, "group": collectives.tensor_parallel_group()}
 
-    def loss(batch: dict[str, torch.Tensor]) -> DistillationLoss:
-        targets = teacher.targets(batch, "evaluate")
-        return DistillationLoss(targets, Divergence(), labels=labels_of(batch), measure=True, **over)
+    def loss(batch: dict[str, torch.Tensor]) -> LossOfRows:
+        targets, labels = teacher.targets(batch, "evaluate"), labels_of(batch)
+        of_student = DistillationLoss(targets, Divergence(), labels=labels, measure=True, **over)
 
-    names, sums = ("cross_entropy", "divergence", "agreement"), [0.0] * 4
+        def terms(logits: torch.Tensor, rows: slice, weight: torch.Tensor | None) -> Terms:
+            own = vocab_parallel_nll(targets.logits(rows), labels.reshape(-1)[rows], **over)
+            return {**of_student(logits, rows, weight), "of_teacher": own}
+
+        return terms
+
+    names, sums = ("cross_entropy", "divergence", "agreement", "of_teacher"), [0.0] * 5
     remaining = iter(batches)
     while some := list(itertools.islice(remaining, _AHEAD * layout.pipeline)):
         here = [{name: tensor.to(torch.cuda.current_device()) for name, tensor in batch.items()} for batch in some]
