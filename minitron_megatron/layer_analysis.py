@@ -25,7 +25,7 @@ from minitron_megatron.importance.layers import FILE, JUDGES, Judged, LayerAnaly
 from minitron_megatron.importance.variants import Block, contiguous_blocks, layer_passes
 from minitron_megatron.launcher import command_line
 from minitron_megatron.measuring import measuring
-from minitron_megatron.models.build import model_dtype, pick_engine
+from minitron_megatron.models.build import foretell_dtype, model_dtype, pick_engine
 from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.outputs import check_command_output
 from minitron_megatron.parallel import collectives
@@ -60,6 +60,7 @@ def analyse_layers(cfg: LayersConfig) -> None:
         check_command_output(cfg, inputs)
         if speaks():
             _print_plan(cfg, folder, blocks, count, _sources(cfg, folder, file)[1])
+            foretell_dtype(cfg.precision, device, folder.shape)
         return
     pick_engine(cfg.model.engine, layout, model_dtype(folder.shape, cfg.precision), device)
     with measuring(cfg, layout, folder, data, inputs) as out:

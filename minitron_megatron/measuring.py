@@ -6,13 +6,14 @@ processes in their layout ─▶ verify=true: weights and data against their dig
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from minitron_megatron.checkpoints.folder import ModelFolder, Output
+from minitron_megatron.checkpoints.folder import COMPUTED_IN, ModelFolder, Output
 from minitron_megatron.checkpoints.weights import verify_digest
 from minitron_megatron.config import CommandConfig
 from minitron_megatron.data.folder import Data, verify_data
 from minitron_megatron.outputs import command_output
 from minitron_megatron.parallel.job import parallel_job
 from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.parallel.precision import asks_machine, keep, record
 
 
 @contextmanager
@@ -43,4 +44,8 @@ def measuring(
             if data is not None:
                 verify_data(data)
         with command_output(cfg, inputs, continues=continues) as out:
+            if continues and not out.done and asks_machine(cfg.precision, folder.shape.dtype):
+                begun = any(not path.name.startswith(".") for path in out.path.iterdir())
+                keep(out.path / COMPUTED_IN, begun=begun)
             yield out
+            out.precision = record()

@@ -1,7 +1,6 @@
 """`launch/benchmark.py`: one measurement in this layout, as a table and a results.json."""
 
 import json
-import platform
 from collections.abc import Callable
 from functools import partial
 
@@ -25,6 +24,7 @@ from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.hardware import hardware
 from minitron_megatron.parallel.job import parallel_job, pick_device
 from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.parallel.precision import processor, record
 
 # In a job of one layout; scaling has jobs of its own (scaling.py).
 MEASURES: dict[str, Callable[[BenchmarkConfig, Layout], dict[str, float]]] = {
@@ -66,8 +66,9 @@ def benchmark(cfg: BenchmarkConfig) -> None:
     ):
         if out.done:
             return
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()[0]
         out.results = {**measure(), **planned, "device": name, "processes": layout.world_size}
+        out.precision = record()
         if collectives.is_rank_zero():
             (out.path / RESULTS).write_text(json.dumps(out.results, indent=2) + "\n", encoding="utf-8")
     if scaling:

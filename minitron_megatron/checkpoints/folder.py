@@ -41,8 +41,9 @@ log = logging.getLogger(__name__)
 _HOW_NOT_WHAT = frozenset(
     {"parallel", "device", "dry_run", "resume", "verify", "output", "logger", "cluster", "workers"}
 )
-# In a partial folder that can be continued: the fingerprint of what it was to become.
+# In a partial folder that can be continued: the fingerprint of what it was to become, and what models compute in.
 _MADE_OF = ".made-of"
+COMPUTED_IN = ".computed-in"
 
 
 @dataclass
@@ -50,12 +51,14 @@ class Output:
     """A folder being written: put files under `path`, figures for the manifest into `results`.
 
     A command that can continue sets `keep` once there is something to continue from: a failure then leaves the folder.
+    Where a model ran, `precision` says what `precision=auto` was and why (parallel/precision.py, `record`).
     """
 
     path: Path
     done: bool = False
     keep: bool = False
     results: dict[str, Any] = field(default_factory=dict)
+    precision: Mapping[str, str] = field(default_factory=dict)
     digest: str | None = None
     began: float = field(default_factory=time.monotonic)
 
@@ -260,7 +263,8 @@ def _start_partial(partial: Path, fingerprint: str | None, resume: bool) -> int:
 def _finish(
     output: Output, path: Path, command: str, config: Mapping[str, Any], inputs: Mapping[str, str], fingerprint: str
 ) -> None:
-    (output.path / _MADE_OF).unlink(missing_ok=True)
+    for mark in (_MADE_OF, COMPUTED_IN):
+        (output.path / mark).unlink(missing_ok=True)
     files = {str(f.relative_to(output.path)): f.stat().st_size for f in sorted(output.path.rglob("*")) if f.is_file()}
     manifest = {
         "command": command,
@@ -268,6 +272,7 @@ def _finish(
         "digest": output.digest or _digest_of_files(output.path, files),
         "fingerprint": fingerprint,
         **_cost(output),
+        **({"precision": dict(output.precision)} if output.precision else {}),
         "inputs": dict(inputs),
         "results": output.results,
         "versions": _versions(),

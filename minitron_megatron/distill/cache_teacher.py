@@ -34,7 +34,13 @@ from minitron_megatron.distill.losses import TopK, check_top_k, top_k
 from minitron_megatron.errors import UserError
 from minitron_megatron.measuring import measuring
 from minitron_megatron.models.axes import flops_per_token
-from minitron_megatron.models.build import build_model_chunks, check_document_masks, model_dtype, pick_engine
+from minitron_megatron.models.build import (
+    build_model_chunks,
+    check_document_masks,
+    foretell_dtype,
+    model_dtype,
+    pick_engine,
+)
 from minitron_megatron.models.forward import Batch, forward_only
 from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.outputs import check_command_output
@@ -57,6 +63,7 @@ def cache_teacher(cfg: CacheTeacherConfig) -> None:
     check_room(Path(cfg.output), contents.total_bytes)
     if cfg.dry_run:
         _dry_run(folder, contents, layout)
+        foretell_dtype(cfg.precision, device, folder.shape)
         return
     engine = pick_engine(cfg.teacher.engine, layout, model_dtype(folder.shape, cfg.precision), device, "teacher")
     check_document_masks(cfg.data.reset_attention_mask, engine, "teacher")

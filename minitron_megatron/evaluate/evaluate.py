@@ -22,12 +22,13 @@ from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.perplexity import check_teacher, perplexity
 from minitron_megatron.measuring import measuring
-from minitron_megatron.models.build import build_model_chunks, model_dtype, pick_engine
+from minitron_megatron.models.build import build_model_chunks, foretell_dtype, model_dtype, pick_engine
 from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.job import pick_device
 from minitron_megatron.parallel.layout import Layout, world_size_from_env
+from minitron_megatron.parallel.precision import record, settled
 
 
 def evaluate(cfg: EvaluateConfig) -> None:
@@ -52,6 +53,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     inputs = {name: there.digest for name, there in digests.items() if there is not None}
     if cfg.dry_run:
         _dry_run(cfg, inputs, {"model": str(folder.path), **({"windows": count} if data else {})})
+        foretell_dtype(cfg.precision, device, *(one.shape for one in (folder, teacher) if one))
         return
     for option, one in (("model", folder), ("teacher", teacher)):
         if one is not None:
@@ -186,7 +188,7 @@ def _evaluate_hf(cfg: EvaluateConfig) -> None:
     if cfg.dry_run:
         _dry_run(cfg, inputs, {"hf": str(folder), **({"windows": count} if data else {})})
         return
-    with command_output(cfg, inputs) as out:
+    with settled(pick_device(cfg.device).type), command_output(cfg, inputs) as out:
         if out.done:
             return
         if cfg.verify and data:
@@ -197,7 +199,7 @@ def _evaluate_hf(cfg: EvaluateConfig) -> None:
             found, model = run_tasks(harness, loaded, cfg), harness.model
         if data:
             found = {**hf_perplexity(model or load_model(folder, cfg), data, cfg, count), **found}
-        out.results = {**found, "seconds": round(time.monotonic() - began, 2)}
+        out.results, out.precision = {**found, "seconds": round(time.monotonic() - began, 2)}, record()
         _write(out.path, out.results)
     _show(f"{folder}" + (f" on {cfg.data.path}, {cfg.split}" if data else ""), out.results)
 

@@ -5,7 +5,6 @@ an export has the loss of the folder that it was made of, to the rounding of the
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from minitron_megatron.checkpoints.folder import joint_digest
+from minitron_megatron.checkpoints.folder import joint_digest, load_json
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.console import progress
 from minitron_megatron.data.datasets import MicroBatches, Windows
@@ -22,8 +21,9 @@ from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.evaluate.perplexity import loss_figures
 from minitron_megatron.parallel.job import pick_device
+from minitron_megatron.parallel.precision import auto_dtype
 
-_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
+_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,8 @@ def check_folder(folder: Path, *, tokenizer: bool) -> HfSizes:
             f"hf={folder} has no config.json with .safetensors weights: give the output of launch/export_hf.py, or another "
             "Hugging Face folder"
         )
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read ({error})") from None
-    if not isinstance(config, dict) or "auto_map" in config:
+    config = load_json(folder / "config.json")
+    if "auto_map" in config:
         raise UserError(f"hf={folder} brings code of its own (auto_map in config.json), which is not run: remove it")
     if tokenizer:
         load_tokenizer(folder)
@@ -65,13 +62,22 @@ def digest_of(folder: Path) -> str:
     return joint_digest(found)
 
 
+def _dtype(folder: Path, precision: str) -> str:
+    """The dtype to compute in: `auto` is the folder's own, or what the job has settled for bfloat16 (parallel/precision.py)."""
+    if precision != "auto":
+        return _DTYPES[precision]
+    config = load_json(folder / "config.json")
+    stored = config.get("dtype", config.get("torch_dtype"))
+    return "auto" if stored is None else auto_dtype(str(stored))
+
+
 def load_model(folder: Path, cfg: EvaluateConfig) -> torch.nn.Module:
     """The model of transformers' own class, on its device. Raises UserError where it cannot be loaded."""
     from transformers import AutoModelForCausalLM
 
     how = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[cfg.precision], **how)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(folder, cfg.precision), **how)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"hf={folder} cannot be loaded by transformers ({in_one_line(error, 200)})") from None
     return model.to(pick_device(cfg.device)).eval()
@@ -108,7 +114,7 @@ def load_hf(folder: Path, cfg: EvaluateConfig) -> Any:
             pretrained=str(folder),
             tokenizer=load_tokenizer(folder),
             backend="causal",
-            dtype=_DTYPES[cfg.precision],
+            dtype=_dtype(folder, cfg.precision),
             batch_size=cfg.trainer.micro_batch_size,
             device=pick_device(cfg.device).type,
             trust_remote_code=False,

@@ -25,7 +25,7 @@ from minitron_megatron.importance.statistics import BatchStatistic
 from minitron_megatron.importance.sums import Statistics, finish_scores, save_statistics
 from minitron_megatron.measuring import measuring
 from minitron_megatron.models.axes import PROBES, TENSOR_PARALLEL_AXES
-from minitron_megatron.models.build import build_model_chunks, model_dtype, pick_engine
+from minitron_megatron.models.build import build_model_chunks, foretell_dtype, model_dtype, pick_engine
 from minitron_megatron.models.forward import forward_only
 from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.outputs import check_command_output
@@ -50,6 +50,7 @@ def measure_importance(cfg: ImportanceConfig) -> None:
         check_command_output(cfg, inputs)
         rows = [["samples", cfg.samples], ["tokens", cfg.samples * cfg.data.sequence_length], ["layout", str(layout)]]
         print_table("would be measured", ["", "value"], rows)
+        foretell_dtype(cfg.precision, device, folder.shape)
         return
     pick_engine(cfg.model.engine, layout, model_dtype(folder.shape, cfg.precision), device)
     with measuring(cfg, layout, folder, data, inputs) as out:

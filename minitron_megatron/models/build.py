@@ -19,6 +19,7 @@ from minitron_megatron.models.axes import TRAITS, Traits
 from minitron_megatron.models.limits import pipeline_layout
 from minitron_megatron.models.shape import ModelShape, RopeScaling
 from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.parallel.precision import asks_machine, auto_dtype, of_this_machine, say
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
@@ -31,8 +32,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float3
 
 
 def model_dtype(shape: ModelShape, precision: str) -> torch.dtype:
-    """The dtype to compute in: `precision` is auto (the folder's own dtype), bf16 or fp32."""
-    return DTYPES[shape.dtype if precision == "auto" else precision]
+    """The dtype to compute in: `precision` is bf16, fp32, or auto.
+
+    `auto` is what the job has settled (parallel/precision.py): on GPUs, and before a job, the folder's own dtype.
+    """
+    return DTYPES[auto_dtype(shape.dtype) if precision == "auto" else precision]
+
+
+def foretell_dtype(precision: str, device: torch.device, *shapes: ModelShape) -> None:
+    """For dry runs, which have no job: say what `precision=auto` would be for such models on this machine."""
+    if device.type == "cpu" and asks_machine(precision, *(shape.dtype for shape in shapes)):
+        say(of_this_machine(), "would compute")
 
 
 def pick_engine(engine: str, layout: Layout, dtype: torch.dtype, device: torch.device, name: str = "model") -> str:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.cpu import adapter
 from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.parallel.precision import settled
 
 # A rank may wait this long for another, which may be reading a large folder.
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -53,6 +54,8 @@ def parallel_job(
 ) -> Iterator[Job]:
     """Process group, Megatron's groups and seeds, and the CPU adapter where needed; all ended on the way out.
 
+    Within it `precision=auto` means the same on every rank (parallel/precision.py).
+
     `timeout` is how long a rank waits in a collective. Raises UserError for what this device cannot do.
     """
     where = pick_device(device)
@@ -68,6 +71,7 @@ def parallel_job(
             torch.cuda.set_device(where)
         stack.enter_context(process_group(where, timeout))
         stack.enter_context(model_parallel(layout, seed, timeout))
+        stack.enter_context(settled(where.type))
         yield Job(layout, where, dist.get_rank())
 
 

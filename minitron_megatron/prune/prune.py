@@ -35,6 +35,7 @@ from minitron_megatron.importance.layers import load_layer_analysis
 from minitron_megatron.importance.measure import check_calibration, measure_importance
 from minitron_megatron.importance.scores import Scores, check_scores, load_scores
 from minitron_megatron.models.axes import count_parameters
+from minitron_megatron.models.build import foretell_dtype
 from minitron_megatron.models.families import check_exportable
 from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.models.shape import ModelShape
@@ -42,6 +43,7 @@ from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.job import pick_device, process_group
 from minitron_megatron.parallel.layout import Layout, world_size_from_env
+from minitron_megatron.parallel.precision import record
 from minitron_megatron.parallel.tools import tool_job
 from minitron_megatron.prune.compare import cut_variants, losses_around_the_cut
 from minitron_megatron.prune.cut import cut_chunk
@@ -263,6 +265,8 @@ def _write(cfg: PruneConfig, goal: Goal, kept: Kept, losses: dict[str, float]) -
         if out.done:
             return
         began = time.monotonic()
+        if losses:
+            out.precision = record()
         out.digest = write_model(out.path / WEIGHTS, folder, target, kept)
         if collectives.is_rank_zero():
             write_shape(out.path, target)
@@ -306,6 +310,8 @@ def _dry_run(cfg: PruneConfig, goal: Goal) -> None:
         inputs = {"model": goal.folder.digest, "plan": kept_digest(kept)}
         check_command_output(cfg, inputs)
     foresee(goal.folder.shape, goal.target, Layout.from_config(cfg.parallel), cfg)
+    if measures or cfg.loss_samples:
+        foretell_dtype(cfg.precision, pick_device(cfg.device), goal.folder.shape)
     if measures and cfg.data.path:
         log.info("importance would be measured first, on %d samples of %s", cfg.samples, cfg.data.path)
     elif measures:

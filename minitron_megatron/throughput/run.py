@@ -22,15 +22,16 @@ from typing import Any
 
 import torch
 
-from minitron_megatron.checkpoints.folder import Output
+from minitron_megatron.checkpoints.folder import COMPUTED_IN, Output
 from minitron_megatron.config import ThroughputConfig
 from minitron_megatron.console import console, format_value, print_table, progress
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters
-from minitron_megatron.models.build import model_dtype
+from minitron_megatron.models.build import foretell_dtype, model_dtype
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel.job import pick_device
 from minitron_megatron.parallel.layout import Layout, world_size_from_env
+from minitron_megatron.parallel.precision import keep, record, settled
 from minitron_megatron.stages import ROOT, outlive, program_of, start_words
 from minitron_megatron.throughput import tensorrt_llm
 from minitron_megatron.throughput.show import COLUMNS, best_rows, table_rows, write_results
@@ -60,13 +61,14 @@ def throughput(cfg: ThroughputConfig) -> None:
         check_command_output(cfg, inputs)
         _say_what_would_be(cfg, sources, device)
         return
-    with command_output(cfg, inputs, continues=True) as out:
+    with settled(device.type), command_output(cfg, inputs, continues=True) as out:
         if out.done:
             return
+        keep(out.path / COMPUTED_IN, begun=(out.path / ROWS).exists())
         check_room(cfg, sources)
         rows = _Measuring(cfg, sources, device, out).run()
         write_results(out.path, rows, [source.name for source in sources])
-        out.results = {"best": best_rows(rows)}
+        out.results, out.precision = {"best": best_rows(rows)}, record()
     _show(cfg, rows)
 
 
@@ -260,6 +262,7 @@ def _say_what_would_be(cfg: ThroughputConfig, sources: Sequence[Source], device:
         for source in sources
     ]
     print_table("would be measured", ["model", "engine", "batch", "from (exports and imports are made first)"], rows)
+    foretell_dtype(cfg.precision, device, *(source.shape for source in sources))
     if "tensorrt_llm" in cfg.engine:
         for source in sources:
             work = _work(cfg, source, "tensorrt_llm", device, made)

@@ -4,6 +4,7 @@
                          saving as it goes
 
 output/config.yaml, metrics.jsonl, checkpoints/, wandb/     while it trains; the same command continues it
+output/precision.json                                       what precision=auto was when it began (parallel/precision.py)
 output/model/                                               what was trained as a model folder, when it is done
 
 The commands (train/distill.py, train/correct_teacher.py) say in a `Recipe` which models there are and what is minimised.
@@ -49,7 +50,13 @@ from minitron_megatron.errors import Diverged, UserError
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.lengths import check_positions
 from minitron_megatron.models.axes import count_parameters, flops_per_token
-from minitron_megatron.models.build import build_model_chunks, check_document_masks, model_dtype, pick_engine
+from minitron_megatron.models.build import (
+    build_model_chunks,
+    check_document_masks,
+    foretell_dtype,
+    model_dtype,
+    pick_engine,
+)
 from minitron_megatron.models.fp8 import check_fp8_device
 from minitron_megatron.models.graphs import check_graphs_device
 from minitron_megatron.models.limits import check_fp8, check_graphs, check_layout, check_sequence
@@ -58,6 +65,8 @@ from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.job import Job, parallel_job, pick_device
 from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.parallel.precision import FILE as COMPUTED_IN
+from minitron_megatron.parallel.precision import asks_machine, keep, recalled, record
 from minitron_megatron.parallel.torchrun import REQUEUE
 from minitron_megatron.train import checkpoint
 from minitron_megatron.train.foresee import TENSOR_SIZES, Models, foresee, listing_layouts
@@ -136,17 +145,10 @@ def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
     device = pick_device(cfg.device)
     if cfg.dry_run:
         foresee(cfg, layout, steps, models, check)
+        foretell_dtype(cfg.precision, device, *shapes.values())
         return
-    for name, model in recipe.models.items():
-        own, dtype = recipe.layout_of(name, layout), model_dtype(shapes[name], cfg.precision)
-        engine = pick_engine(model.engine, own, dtype, device, name)
-        check_document_masks(cfg.data.reset_attention_mask, engine, name)
-        option, scaling = recipe.fp8_of(name)
-        check_fp8_device(option, scaling, engine, dtype, device)
-        check_graphs_device(cfg.trainer.cuda_graphs, engine, dtype)
-        if name == recipe.trained:
-            check_overlap_device(cfg.trainer.tp_comm_overlap, engine, dtype)
-    check_state_precision(cfg.optim, model_dtype(shapes[recipe.trained], cfg.precision), device)
+    with recalled(run / COMPUTED_IN):
+        _check_device(cfg, recipe, shapes, layout, device)
     buffers = user_buffers(cfg.trainer, shapes[recipe.trained], layout, cfg.data.sequence_length)
     with parallel_job(layout, seed=cfg.seed, device=cfg.device) as job, buffers:
         check_optimizer(job.device)
@@ -167,6 +169,8 @@ def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
                     yaml.safe_dump(resolved_config(cfg), sort_keys=False), encoding="utf-8"
                 )
             collectives.barrier()
+            if asks_machine(cfg.precision, *(shape.dtype for shape in shapes.values())):
+                keep(run / COMPUTED_IN, begun=bool(checkpoint.find_checkpoints(run / "checkpoints")))
             training = _Run(cfg, recipe, job, folders, began)
             try:
                 results = training.train(data)
@@ -176,13 +180,27 @@ def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
                 raise
             if results is None:
                 raise SystemExit(REQUEUE if training.asked_to_stop else 0)
-            out.results = results
+            out.results, out.precision = results, record()
             source = folders[recipe.trained]
             out.digest = publish(out.path / WEIGHTS, source.shape, training.to_publish())
             if collectives.is_rank_zero():
                 write_shape(out.path, source.shape)
                 copy_companions(source, out.path)
         print_table(f"{run / 'model'}: {recipe.verb}ed", ["", "value"], list(results.items()))
+
+
+def _check_device(cfg: TrainingConfig, recipe: Recipe, shapes: Shapes, layout: Layout, device: torch.device) -> None:
+    """Raise UserError where models cannot run on this device as asked."""
+    for name, model in recipe.models.items():
+        own, dtype = recipe.layout_of(name, layout), model_dtype(shapes[name], cfg.precision)
+        engine = pick_engine(model.engine, own, dtype, device, name)
+        check_document_masks(cfg.data.reset_attention_mask, engine, name)
+        option, scaling = recipe.fp8_of(name)
+        check_fp8_device(option, scaling, engine, dtype, device)
+        check_graphs_device(cfg.trainer.cuda_graphs, engine, dtype)
+        if name == recipe.trained:
+            check_overlap_device(cfg.trainer.tp_comm_overlap, engine, dtype)
+    check_state_precision(cfg.optim, model_dtype(shapes[recipe.trained], cfg.precision), device)
 
 
 def _models(recipe: Recipe, shapes: Shapes) -> Models:
@@ -310,8 +328,10 @@ def check_checkpoints(folder: Path, cfg: TrainingConfig, layout: Layout, shape: 
     there = checkpoint.find_checkpoints(folder)
     if there:
         checkpoint.check_readable(there[-1][1], layout)
-    itemsize = model_dtype(shape, cfg.precision).itemsize
-    checkpoint.check_room(folder, count_parameters(shape), itemsize, cfg.trainer)
+    # What CPUs compute in is settled later; float32 takes more.
+    settled_later = cfg.precision == "auto" and pick_device(cfg.device).type == "cpu"
+    dtype = torch.float32 if settled_later else model_dtype(shape, cfg.precision)
+    checkpoint.check_room(folder, count_parameters(shape), dtype.itemsize, cfg.trainer)
 
 
 class _Run:
