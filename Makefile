@@ -3,11 +3,11 @@
 # Start-up time is mostly reading Python files: let their compiled form be kept.
 unexport PYTHONDONTWRITEBYTECODE
 
-PYTHON ?= python3.12
+PYTHON ?= $(or $(shell command -v python3.12),python3)
 UV := .venv/bin/python -m uv
 READY := .venv/.ready
-# Two files of tests at once: one alone uses a core, and what it starts (at most four ranks) 4 GiB.
-AT_ONCE := -n 2 --dist loadfile
+# Two files of tests at once where there are two cores and 9 GiB: one alone uses a core, and what it starts (at most four ranks) 4 GiB.
+AT_ONCE := $(shell [ "$$(nproc)" -ge 2 ] && awk '/^MemAvailable/ {exit $$2 < 9e6}' /proc/meminfo && printf '%s' '-n 2 --dist loadfile')
 
 .PHONY: help setup demo test test-slow lint lock clean
 
@@ -17,14 +17,10 @@ help: ## show this list
 setup: $(READY) ## make .venv with everything locked in requirements/
 
 $(READY): requirements/lock.txt requirements/no-deps.txt pyproject.toml
-	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' \
-		|| { echo "Python 3.12 is needed: install it, or name it with make PYTHON=/path/to/python3.12" >&2; exit 2; }
-	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet -r requirements/uv.txt
-	$(UV) pip install --quiet --python .venv/bin/python -r requirements/lock.txt
-	$(UV) pip install --quiet --python .venv/bin/python --no-deps -r requirements/no-deps.txt
-	$(UV) pip install --quiet --python .venv/bin/python --no-deps --editable .
-	touch $@
+	@$(PYTHON) -c "" 2>/dev/null || { echo "error: Python 3.12 is needed, and $(PYTHON) does not run: install it, or name" \
+		"it with make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@$(PYTHON) requirements/setup.py
+	@touch $@
 
 demo: $(READY) ## SmolLM2-135M to a student of 60 % of its size, on this machine's CPUs
 	.venv/bin/python launch/demo.py output=outputs/demo

@@ -1,7 +1,10 @@
 """What a command shows: result tables and progress bars, from rank 0 alone, plain where there is no terminal."""
 
+import codecs
+import io
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,11 +25,37 @@ from rich.table import Table
 log = logging.getLogger(__name__)
 # Without a terminal a bar cannot move: say how far it is now and then instead.
 SECONDS_BETWEEN_LINES = 15.0
+# How signs that this program writes look without UTF-8.
+_SIGNS = "▶ ◀ → … × · ≤ ≥ ± − – — ² ³ ᵀ ₁ ₂ ⁻ ‖ Σ σ α β √ ∞ µ “ ” ‘ ’".split()
+_WORDS = "> < -> ... x . <= >= +- - - - ^2 ^3 ^T 1 2 ^- || sum sigma alpha beta sqrt inf u \" \" ' '".split()
+_SPELLINGS = {
+    **dict.fromkeys("─━═┄", "-"),
+    **dict.fromkeys("│┃║", "|"),
+    **dict.fromkeys("┌┐└┘├┤┬┴┼┏┓┗┛┡┩╇┠┨┯┷┿╋┳┻╺╸╭╮╰╯", "+"),
+    **dict(zip(_SIGNS, _WORDS, strict=True)),
+    "\N{NO-BREAK SPACE}": " ",
+}
 
 
 def speaks() -> bool:
     """Whether this process is the one that prints (rank 0 of a torchrun job, or the only process)."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def write_anywhere() -> None:
+    """Have standard output and error take every text, whatever the terminal's encoding: what it lacks is spelled in ASCII."""
+    codecs.register_error("in_ascii", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="in_ascii")
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """An error handler of codecs: nearest spelling of what could not be encoded."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    odd = error.object[error.start : error.end]
+    return "".join(_SPELLINGS.get(character, "?") for character in odd), error.end
 
 
 def console() -> Console:

@@ -174,9 +174,9 @@ def _show(stages: Stages, root: Path, at: dict[str, Path]) -> None:
     stages.run(
         "completions", file, lambda: write_json(file, {name: complete(folder) for name, folder in shown.items()})
     )
-    samples = json.loads(file.read_text())
+    samples = json.loads(file.read_text(encoding="utf-8"))
     stages.command("report", root / "report", "launch/report.py", f"folders={root}", f"title={TITLE}")
-    results = {name: json.loads((root / f"evaluate_{name}" / RESULTS).read_text()) for name in MODELS}
+    results = {name: json.loads((root / f"evaluate_{name}" / RESULTS).read_text(encoding="utf-8")) for name in MODELS}
     summary: dict[str, Any] = {
         "parameters": {name: count_parameters(open_model_folder(at[name]).shape) for name in MODELS},
         "perplexity": {name: results[name]["perplexity"] for name in MODELS},

@@ -27,7 +27,7 @@ from minitron_megatron.config import (
     free_options,
     options,
 )
-from minitron_megatron.console import console, speaks
+from minitron_megatron.console import console, speaks, write_anywhere
 from minitron_megatron.errors import UserError
 from minitron_megatron.lengths import settle_lengths
 from minitron_megatron.preset_files import is_preset_file, naming_files, quoted, words_of_file
@@ -51,7 +51,8 @@ _OF_THE_USER = frozenset(
         errno.ENAMETOOLONG,
     )
 )
-_PLAIN_VALUE = re.compile(r"[\w./:+-]+")
+# Of Hydra's own alphabet; anything else goes into its quotes.
+_PLAIN_VALUE = re.compile(r"[\w./:+-]+", re.ASCII)
 # Chatter of the libraries that says nothing to a user of these commands.
 _HARMLESS = (
     ".*[Aa]pex is not installed.*",
@@ -80,6 +81,7 @@ _HARMLESS = (
 
 def command(name: str) -> None:
     """Run one command: compose its config from sys.argv, check it, do the work, and exit."""
+    write_anywhere()
     entry = COMMANDS[name]
     config_class = entry.config
     arguments = sys.argv[1:]

@@ -159,9 +159,14 @@ class Stages:
         self.run(name, output if whole(output) else output / MANIFEST, work, what)
 
 
+def usable_cores() -> int:
+    """Cores that this process may use, which taskset or a cpuset may hold below the machine's."""
+    return len(os.sched_getaffinity(0))
+
+
 def run_program(program: list[str], processes: int) -> tuple[int, str]:
     """Run a program to its end; gives its status and its `error: …` line, which is left to the caller to show."""
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    threads = str(max(1, usable_cores() // processes))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     reasons: list[str] = []
 

@@ -193,7 +193,9 @@ def _folders(config: Any) -> list[Path]:
 
 def _sbatch(script: Path) -> str:
     """Give a script to Slurm; gives the job's number. Raises UserError with what Slurm says."""
-    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["sbatch", "--parsable", str(script)], capture_output=True, text=True, errors="replace", check=False
+    )
     if done.returncode:
         reason = " ".join(done.stderr.split()) or f"status {done.returncode}"
         raise UserError(f"sbatch refused {script}: {reason}")

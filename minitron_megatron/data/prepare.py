@@ -85,11 +85,11 @@ class Done:
     def read(cls, folder: Path) -> "Done":
         """What a killed run left in its folder; nothing where there was none."""
         journal = folder / JOURNAL
-        return cls(**json.loads(journal.read_text())) if journal.is_file() else cls()
+        return cls(**json.loads(journal.read_text(encoding="utf-8"))) if journal.is_file() else cls()
 
     def write(self, folder: Path) -> None:
         """Replace the journal, whole or not at all."""
-        with open(folder / f"{JOURNAL}.new", "w") as file:
+        with open(folder / f"{JOURNAL}.new", "w", encoding="utf-8") as file:
             json.dump(asdict(self), file)
             file.flush()
             os.fsync(file.fileno())

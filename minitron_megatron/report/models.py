@@ -187,7 +187,8 @@ def _published_tables(lineage: Lineage) -> list[Table]:
     """Published figures of models of the same sizes, and of others out of the same teacher, beside those measured here."""
     known = _published()
     presets = {
-        one["model"]: yaml.safe_load((CONF / "model" / f"{one['model']}.yaml").read_text()) for one in known["models"]
+        one["model"]: yaml.safe_load((CONF / "model" / f"{one['model']}.yaml").read_text(encoding="utf-8"))
+        for one in known["models"]
     }
     ours = {_sizes(model.shape) for model in lineage.models()}
     here = {name for name, preset in presets.items() if _sizes(preset) in ours}

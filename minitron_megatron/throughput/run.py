@@ -31,8 +31,8 @@ from minitron_megatron.models.build import foretell_dtype, model_dtype
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel.job import pick_device
 from minitron_megatron.parallel.layout import Layout, world_size_from_env
-from minitron_megatron.parallel.precision import keep, record, settled
-from minitron_megatron.stages import ROOT, outlive, program_of, start_words
+from minitron_megatron.parallel.precision import asks_machine, keep, record, settled
+from minitron_megatron.stages import ROOT, outlive, program_of, start_words, usable_cores
 from minitron_megatron.throughput import tensorrt_llm
 from minitron_megatron.throughput.show import COLUMNS, best_rows, table_rows, write_results
 from minitron_megatron.throughput.sources import MADE, Source, check_room, check_sources, open_sources
@@ -64,7 +64,8 @@ def throughput(cfg: ThroughputConfig) -> None:
     with settled(device.type), command_output(cfg, inputs, continues=True) as out:
         if out.done:
             return
-        keep(out.path / COMPUTED_IN, begun=(out.path / ROWS).exists())
+        if asks_machine(cfg.precision, *(source.shape.dtype for source in sources)):
+            keep(out.path / COMPUTED_IN, begun=(out.path / ROWS).exists())
         check_room(cfg, sources)
         rows = _Measuring(cfg, sources, device, out).run()
         write_results(out.path, rows, [source.name for source in sources])
@@ -155,7 +156,9 @@ class _Measuring:
     def __init__(self, cfg: ThroughputConfig, sources: Sequence[Source], device: torch.device, out: Output) -> None:
         self.cfg, self.sources, self.device, self.folder = cfg, sources, device, out.path
         self.file = out.path / ROWS
-        self.rows: list[Row] = list(map(json.loads, self.file.read_text().splitlines())) if self.file.exists() else []
+        self.rows: list[Row] = (
+            list(map(json.loads, self.file.read_text(encoding="utf-8").splitlines())) if self.file.exists() else []
+        )
         (out.path / LOGS).mkdir(exist_ok=True)
         # What was measured, and the log of what failed.
         out.keep = True
@@ -208,7 +211,7 @@ class _Measuring:
             program = self.cfg.vllm.python
         own = {
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
+            "OMP_NUM_THREADS": str(max(1, usable_cores() // processes)),
         }
         words = [program_of(program) or program, *start, "-m", WORKER, str(request.absolute())]
         self._program(source, work, words, {**own, **os.environ, "PYTHONPATH": own["PYTHONPATH"]}, add)
@@ -232,7 +235,9 @@ class _Measuring:
         file = self.folder / LOGS / f"{work.engine}_{source.name}.log"
         with open(file, "a", encoding="utf-8") as errors:
             print(f"$ {shlex.join(words)}", file=errors, flush=True)
-            child = subprocess.Popen(words, env=dict(environment), stdout=subprocess.PIPE, stderr=errors, text=True)
+            child = subprocess.Popen(
+                words, env=dict(environment), stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
+            )
             try:
                 with outlive(child):
                     for line in child.stdout:

@@ -85,7 +85,7 @@ class StepMetrics:
         if self.on_gpu:
             now, most = torch.cuda.memory_allocated(), peak_memory(self.graphs)
             return {"memory_gib": now / 2**30, "memory_peak_gib": most / 2**30}
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
         return {"resident_gib": pages * os.sysconf("SC_PAGE_SIZE") / 2**30}
 
 
