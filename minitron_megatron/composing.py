@@ -21,6 +21,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import compose
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.stages import program_of, start_words
+from minitron_megatron.words import word
 
 # Options of the whole that every stage gets, where they are not the default anyway.
 _COMMON = ("seed", "device", "precision", "verify", "parallel", "data")
@@ -66,15 +67,6 @@ def _common(cfg: Whole) -> dict[str, Any]:
     """Options of the whole that are its stages' too, by their dotted names."""
     given = {o.name: (attrgetter(o.name)(cfg), o.default) for o in options(type(cfg))}
     return {k: value for k, (value, default) in given.items() if k.partition(".")[0] in _COMMON and value != default}
-
-
-def word(value: Any) -> str:
-    """A value as it is typed on a command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, list):
-        return f"[{','.join(map(word, value))}]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def stage_processes(cfg: Whole, processes: Any) -> int:

@@ -833,19 +833,43 @@ class ChainDataConfig:
 
 
 @dataclass
-class CompressConfig(CommandConfig):
-    """Rounds of importance, prune, distill and evaluate: a large cut in several steps (arXiv 2407.14679)."""
+class CompressDataConfig(ChainDataConfig):
+    """Tokenised text, unless input= is there to be tokenised."""
 
-    model: ModelConfig = group(ModelConfig)
-    data: ChainDataConfig = group(ChainDataConfig)
-    rounds: Any = option([], "rounds in order, each {name, teacher, importance, prune, distill, evaluate}")
+    path: Any = option(
+        None,
+        "data folder (the output of prepare_data), or a blend: [weight,folder,weight,folder,…]; input= in its place",
+    )
+    max_epochs: float | None = option(
+        None, "how often a distillation may read the data; 1 if not given, or 4 where steps are chosen by the text"
+    )
+
+
+@dataclass
+class CompressConfig(CommandConfig):
+    """A model and text into a smaller model, exported, with a report: in one round to a budget or target, or in given rounds."""
+
+    hf: str | None = option(None, "Hugging Face folder, in place of model=: imported first")
+    input: Any = option(None, "text, in place of data.path=: tokenised first, as input= of launch/prepare_data.py")
+    model: ModelConfig = group(ModelConfig, "model folder, or a preset in a dry run")
+    data: CompressDataConfig = group(CompressDataConfig)
+    budget: BudgetConfig = group(BudgetConfig)
+    target: TargetConfig = group(TargetConfig)
+    rounds: Any = option([], "rounds in order, each {name, teacher, importance, prune, distill, evaluate}; or chain=")
+    prepare_data: Any = option({}, "options of launch/prepare_data.py, such as text_key")
     importance: Any = option({}, "options of launch/importance.py in every round, and processes")
+    search: Any = option({}, "options of launch/search.py, such as space.num_layers")
     prune: Any = option({}, "options of launch/prune.py in every round, and processes")
     distill: Any = option({}, "options of launch/distill.py in every round, and processes")
     evaluate: Any = option({}, "options of launch/evaluate.py in every round, and processes")
-    perplexity: bool = option(True, "evaluate the student of every round")
-    processes: int = option(1, "processes of a stage, over all nodes")
+    export_hf: Any = option({}, "options of launch/export_hf.py, such as license")
+    perplexity: bool = option(True, "evaluate the student of every round, and its teacher beside it")
+    export: bool = option(True, "export the last student as a Hugging Face folder, and write a report")
+    processes: int | None = option(
+        None, "processes of a stage, over all nodes; as many as this machine has GPUs if not given, or one"
+    )
     start: str = option("torchrun --nproc-per-node {processes}", "what starts a stage of several processes")
+    cluster: HardwareConfig = group(HardwareConfig)
 
 
 @dataclass
@@ -983,6 +1007,15 @@ class ReportConfig(CommandConfig):
         REQUIRED, "an output folder or one that has some in it at any depth, or several: [outputs/a,outputs/b]"
     )
     title: str | None = option(None, "heading; by default the model's name and how much of its teacher it is")
+
+
+@dataclass
+class StatusConfig:
+    """How outputs stand: done, running, stopped, failed or diverged; steps, losses, time left, and how to go on."""
+
+    folder: Any = option(
+        REQUIRED, "an output, or a folder of outputs, or several; its name may stand alone: status FOLDER"
+    )
 
 
 # Options that name a model: by its folder, or by a preset of conf/model.

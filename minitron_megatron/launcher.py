@@ -8,7 +8,6 @@ import difflib
 import errno
 import logging
 import os
-import re
 import shlex
 import sys
 import time
@@ -30,10 +29,12 @@ from minitron_megatron.config import (
 from minitron_megatron.console import console, speaks, write_anywhere
 from minitron_megatron.errors import UserError
 from minitron_megatron.lengths import settle_lengths
-from minitron_megatron.preset_files import is_preset_file, naming_files, quoted, words_of_file
+from minitron_megatron.preset_files import is_preset_file, naming_files, words_of_file
+from minitron_megatron.words import PLAIN_VALUE, quoted
 
 log = logging.getLogger(__name__)
-_TYPED = list(sys.argv)
+# The command as it was typed; sys.argv is Hydra's later on.
+TYPED = list(sys.argv)
 CONF = Path(__file__).resolve().parent.parent / "conf"
 # Troubles with files that a user can put right.
 _OF_THE_USER = frozenset(
@@ -51,8 +52,6 @@ _OF_THE_USER = frozenset(
         errno.ENAMETOOLONG,
     )
 )
-# Of Hydra's own alphabet; anything else goes into its quotes.
-_PLAIN_VALUE = re.compile(r"[\w./:+-]+", re.ASCII)
 # Chatter of the libraries that says nothing to a user of these commands.
 _HARMLESS = (
     ".*[Aa]pex is not installed.*",
@@ -87,6 +86,8 @@ def command(name: str) -> None:
     arguments = sys.argv[1:]
     if entry.after_dashes:
         arguments = words_after_dashes(arguments, entry.after_dashes)
+    if entry.bare:
+        arguments = words_that_stand_alone(arguments, entry.bare)
     if "--help" in arguments or "-h" in arguments:
         if speaks():
             show_help(name, config_class)
@@ -130,15 +131,20 @@ def _hydra(entry: Command, words: list[str]) -> None:
     stopped: list[BaseException] = []
 
     def run(composed: Any) -> None:
+        from minitron_megatron.cli.next_command import show_next
+
         # What goes through Hydra gets lines of its own added: carry it past.
         try:
             config = _checked(composed, entry.name, entry.config)
-            check_processes(config)
+            if isinstance(config, CommandConfig):
+                check_processes(config)
             settled = settle_lengths(config)
             _logging()
             if settled:
                 log.info("%s", settled)
             entry(config)
+            if isinstance(config, CommandConfig):
+                show_next(entry.name, config)
         except OmegaConfBaseException as error:
             stopped.append(UserError(_first_line(error)))
         except (UserError, KeyboardInterrupt) as error:
@@ -306,7 +312,7 @@ def _rewrite(word: str, config_class: type[CommandConfig]) -> str:
         key = f"{key}.path"
     if key.partition(".")[0] in free_options(config_class):
         return f"++{key}={value}"
-    if _takes_text(key, config_class) and not _PLAIN_VALUE.fullmatch(value) and value[0] not in "'\"[{$":
+    if _takes_text(key, config_class) and not PLAIN_VALUE.fullmatch(value) and value[0] not in "'\"[{$":
         value = quoted(value)
     return f"{key}={value}"
 
@@ -322,6 +328,17 @@ def words_after_dashes(words: list[str], option: str) -> list[str]:
         return words
     own, after = words[: words.index("--")], words[words.index("--") + 1 :]
     return [*own, f"{option}=[{','.join(map(quoted, after))}]"]
+
+
+def words_that_stand_alone(words: list[str], option: str) -> list[str]:
+    """Words that are neither options nor flags as the value of one option."""
+    alone = [
+        word for word in words if not word.startswith("-") and not (_is_override(word) and not Path(word).exists())
+    ]
+    if not alone:
+        return words
+    value = alone[0] if len(alone) == 1 else f"[{','.join(map(quoted, alone))}]"
+    return [*(word for word in words if word not in alone), f"{option}={value}"]
 
 
 def _takes_text(key: str, config_class: type[CommandConfig]) -> bool:
@@ -410,7 +427,7 @@ def example(config_class: type[CommandConfig]) -> str:
 
 def command_line() -> str:
     """The command as it was typed, for manifests."""
-    return shlex.join(["python", *_TYPED])
+    return shlex.join(["python", *TYPED])
 
 
 def resolved_config(config: CommandConfig) -> dict[str, Any]:

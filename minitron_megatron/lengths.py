@@ -29,7 +29,9 @@ def settle_lengths(config: Any) -> str | None:
     if hasattr(config, "input_length"):
         return _settle(config, "input_length", _of_mapping(config.models), config.output_length)
     data = getattr(config, "data", None)
-    if data is None:
+    # Where a chain has no rounds, its length is chosen by the text and the machine too (choosing.py).
+    chosen_later = hasattr(config, "rounds") and not config.rounds
+    if data is None or (chosen_later and data.sequence_length is None):
         return None
     line = _settle(data, "sequence_length", _models_of(config), 0)
     return line and f"data.{line}" if data.path is not None else None

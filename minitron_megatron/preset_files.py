@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from minitron_megatron.errors import UserError, in_one_line
+from minitron_megatron.words import quoted
 
 # Groups whose presets are options of the whole command; those of other groups are options of the group's own name.
 _GLOBAL = ("chain", "experiment", "benchmark", "suite")
@@ -130,12 +131,6 @@ def _text(value: Any, where: str, key: str) -> str:
             raise UserError(f"{where}: {key}: {odd!r} is not the name of an option")
         return "{" + ",".join(f"{name}:{_text(one, where, key)}" for name, one in value.items()) + "}"
     raise UserError(f"{where}: {key}={value} is a {type(value).__name__}: put it in quotes, or write a number")
-
-
-def quoted(value: str) -> str:
-    """A value in Hydra's quotes, in which a backslash is one except before a quote."""
-    value = re.sub(r"(\\*)'", lambda found: 2 * found[1] + r"\'", value)
-    return "'" + re.sub(r"(\\+)$", lambda found: 2 * found[1], value) + "'"
 
 
 @contextmanager

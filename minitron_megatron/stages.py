@@ -27,9 +27,12 @@ from minitron_megatron.config import CompressConfig
 from minitron_megatron.console import console
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.torchrun import REQUEUE
+from minitron_megatron.starts import record_start
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN_PORT = 29500
+# In the environment of a stage: what follows on it is known already, and need not be said.
+STAGE = "MINITRON_STAGE"
 # A daemon that a stage left behind may hold its standard error open: do not wait for that one.
 SECONDS_FOR_LAST_WORDS = 10.0
 
@@ -101,6 +104,7 @@ class Stages:
         self.file, self.words, self.inputs, self.start = file, tuple(words), dict(inputs or {}), start
         self.done = _read_stages(file)
         write_json(self.file, self.done)
+        record_start(file.parent)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -167,7 +171,7 @@ def usable_cores() -> int:
 def run_program(program: list[str], processes: int) -> tuple[int, str]:
     """Run a program to its end; gives its status and its `error: …` line, which is left to the caller to show."""
     threads = str(max(1, usable_cores() // processes))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, STAGE: "1"}
     reasons: list[str] = []
 
     def listen() -> None:

@@ -51,6 +51,7 @@ def words(folders, output, *more, teacher="source"):
         "distill={trainer: {steps: 8, global_batch_size: 4, save_interval: 2, validation_samples: 4}}",
         "distill.optim.lr=1e-3",
         "distill.logger.wandb=disabled",
+        "export=false",
         f"output={output}",
         *more,
     )
@@ -239,7 +240,7 @@ def test_the_job_script_starts_every_stage_on_all_nodes(folders, tmp_path):
         "LOGS": str(tmp_path / "logs"),
     }
     options = "rounds=[{name:one,prune:{target.hidden_size:16}}] data.sequence_length=32 importance.samples=4 "
-    options += "distill.trainer.steps=2 distill.trainer.validation_samples=0 dry_run=true"
+    options += "distill.trainer.steps=2 distill.trainer.validation_samples=0 export=false dry_run=true"
     script = ["bash", str(ROOT / "slurm" / "compress.sh"), *options.split()]
     done = subprocess.run(script, env={**environment(), **job}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -297,7 +298,10 @@ def one_round(**options) -> str:
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
-        (["rounds=[]"], "no rounds: give chain=PRESET"),
+        (
+            ["rounds=[]"],
+            "no rounds: give budget.parameters=4.5e9 (search finds the shape), target=PRESET, chain=PRESET",
+        ),
         (["rounds=5"], "no rounds: give chain=PRESET"),
         (["rounds=[{prune: {target.hidden_size: 24}}]"], "round 1 of rounds= has no name"),
         ([one_round(name="first")], "round first: there are two rounds of this name"),

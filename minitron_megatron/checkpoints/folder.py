@@ -29,6 +29,7 @@ from minitron_megatron import __version__
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
+from minitron_megatron.starts import STARTS, record_start
 
 MANIFEST, SHAPE_FILE, WEIGHTS, TOKENIZER = "manifest.yaml", "model.yaml", "weights", "tokenizer"
 # In outputs: what a command that measures found, and a line for each step of a training run.
@@ -184,6 +185,8 @@ def output_folder(
         return
     partial = partial_folder(path)
     lock = _start_partial(partial, fingerprint if continues else None, resume) if collectives.is_rank_zero() else None
+    if lock is not None:
+        record_start(partial)
     collectives.barrier()
     output = Output(partial)
     try:
@@ -263,7 +266,7 @@ def _start_partial(partial: Path, fingerprint: str | None, resume: bool) -> int:
 def _finish(
     output: Output, path: Path, command: str, config: Mapping[str, Any], inputs: Mapping[str, str], fingerprint: str
 ) -> None:
-    for mark in (_MADE_OF, COMPUTED_IN):
+    for mark in (_MADE_OF, COMPUTED_IN, STARTS):
         (output.path / mark).unlink(missing_ok=True)
     files = {str(f.relative_to(output.path)): f.stat().st_size for f in sorted(output.path.rglob("*")) if f.is_file()}
     manifest = {

@@ -22,13 +22,15 @@ class Command:
     run: "module:function", below minitron_megatron: called with the options and with what `check` returned.
     check: "module:function", called with the options. Raises UserError. Without one, `run` is called with the options alone.
     after_dashes: the option whose value is the list of words after `--`.
+    bare: the option whose value may stand alone, without its name.
     """
 
     name: str
-    config: type[options.CommandConfig]
+    config: type
     run: str
     check: str | None = None
     after_dashes: str | None = None
+    bare: str | None = None
 
     def __call__(self, config: Any) -> None:
         """Check, then run. Raises UserError."""
@@ -69,6 +71,7 @@ _ALL = (
     Command("distill_candidates", options.DistillCandidatesConfig, "candidates.run:distill_candidates"),
     Command("benchmark", options.BenchmarkConfig, "benchmark.run:benchmark"),
     Command("report", options.ReportConfig, "report.report:report"),
+    Command("status", options.StatusConfig, "status:status", bare="folder"),
     Command("submit", options.SubmitConfig, "submit:submit", after_dashes="command"),
 )
 COMMANDS: dict[str, Command] = {command.name: command for command in _ALL}

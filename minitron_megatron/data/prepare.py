@@ -114,7 +114,7 @@ def prepare_data(cfg: PrepareDataConfig) -> None:
         return
     if not 0 < cfg.validation_fraction < 1:
         raise UserError(f"validation_fraction={cfg.validation_fraction} must be between 0 and 1")
-    files = find_files(_inputs(cfg.input))
+    files = find_inputs(cfg.input)
     tokenizer_folder = Path(cfg.model.folder("model"))
     tokenizer = load_tokenizer(tokenizer_folder)
     check_vocabulary(tokenizer_folder, tokenizer)
@@ -132,6 +132,11 @@ def prepare_data(cfg: PrepareDataConfig) -> None:
     rows = [[split, *out.results[split].values()] for split in SPLITS]
     title = f"{cfg.output}: {out.results['tokens_per_second']:,} tokens/s"
     print_table(title, ["split", "documents", "tokens", "bytes"], rows)
+
+
+def find_inputs(value: Any) -> list[Path]:
+    """The files that `input=` names. Raises UserError."""
+    return find_files(_inputs(value))
 
 
 def _inputs(value: Any) -> Any:

@@ -20,7 +20,7 @@ from minitron_megatron.checkpoints.folder import (
     read_manifest,
 )
 from minitron_megatron.config import SearchConfig
-from minitron_megatron.console import console, print_table, speaks
+from minitron_megatron.console import print_table, speaks
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.layers import LayerAnalysis, load_layer_analysis
 from minitron_megatron.importance.scores import check_scores, load_scores
@@ -204,7 +204,7 @@ def _write(
             _write_targets(out.path, ranked, commands)
             for name in budget.limits:
                 _plot(out.path / f"{name}.svg", name, listed)
-    _print(cfg, budget, out.results, ranked, commands[0])
+    _print(cfg, budget, out.results, ranked)
 
 
 def _write_candidates(
@@ -235,7 +235,7 @@ def _plot(file: Path, quantity: str, listed: list[Candidate]) -> None:
     file.write_text(plots.front(front, ranked, QUANTITIES[quantity], "predicted loss"), encoding="utf-8")
 
 
-def _print(cfg: SearchConfig, budget: Budget, results: dict[str, Any], ranked: list[Candidate], command: str) -> None:
+def _print(cfg: SearchConfig, budget: Budget, results: dict[str, Any], ranked: list[Candidate]) -> None:
     shown = list(dict.fromkeys(("parameters", *budget.limits)))
     rows = [
         [
@@ -261,4 +261,3 @@ def _print(cfg: SearchConfig, budget: Budget, results: dict[str, Any], ranked: l
             budget.latency.shapes,
             100 * budget.latency.error,
         )
-    console().print(f"To prune to the first:\n\n  {command}\n", highlight=False, markup=False, soft_wrap=True)

@@ -68,6 +68,7 @@ from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.precision import FILE as COMPUTED_IN
 from minitron_megatron.parallel.precision import asks_machine, keep, recalled, record
 from minitron_megatron.parallel.torchrun import REQUEUE
+from minitron_megatron.starts import record_start
 from minitron_megatron.train import checkpoint
 from minitron_megatron.train.foresee import TENSOR_SIZES, Models, foresee, listing_layouts
 from minitron_megatron.train.loop import StepResult, Trainer, stop_on_signal
@@ -172,6 +173,8 @@ def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
             if asks_machine(cfg.precision, *(shape.dtype for shape in shapes.values())):
                 keep(run / COMPUTED_IN, begun=bool(checkpoint.find_checkpoints(run / "checkpoints")))
             training = _Run(cfg, recipe, job, folders, began)
+            if collectives.is_rank_zero():
+                record_start(run, training.start)
             try:
                 results = training.train(data)
             except Diverged as error:

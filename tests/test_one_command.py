@@ -1,0 +1,253 @@
+"""One command from a Hugging Face folder and text to a student: what is chosen, what is refused, and the whole of it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hydra import initialize_config_dir
+
+from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
+from minitron_megatron.choosing import Choices, Pair, Text, choose, choose_length
+from minitron_megatron.compress import compress, settle_machine
+from minitron_megatron.compress_plan import CHOSEN, FOLDERS, SUMMARY, make_plan
+from minitron_megatron.config import CompressConfig, ModelConfig
+from minitron_megatron.data.estimate import estimate_tokens
+from minitron_megatron.data.tokenizer import load_tokenizer
+from minitron_megatron.errors import UserError
+from minitron_megatron.launcher import CONF, compose
+from minitron_megatron.models.axes import count_parameters
+from minitron_megatron.models.shape import ModelShape
+from tests.test_commands import error_of, run
+from tests.tiny import TEXT, hf_model, save_hf
+
+ODD = "it's a model, {tiny} [one]"
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A folder with hf/ (a Qwen3 of 64 positions) and two JSONL files."""
+    folder = tmp_path_factory.mktemp("given") / ODD
+    save_hf(hf_model(family="qwen3", spread=0.05, max_position_embeddings=64), folder / "hf")
+    words = TEXT.split()
+    for part in (1, 2):
+        lines = (" ".join(words[(i * j * part) % len(words)] for j in range(1, 60 + i)) for i in range(1, 60))
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def hydra():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def words(given, output, *more):
+    files = f"input=['{given}/1.jsonl','{given}/2.jsonl']".replace("it's", "it\\'s")
+    quick = ["distill.trainer.steps=3", "distill.logger.wandb=disabled", "importance.samples=4", "evaluate.samples=4"]
+    return [f"hf={given / 'hf'}", files, f"output={output}", *quick, *more]
+
+
+def shape_of(name: str, **sizes) -> ModelShape:
+    import yaml
+
+    values = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text()) | sizes
+    return ModelShape.from_dict(ModelConfig(**values).sizes("model"), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_from_a_hugging_face_folder_to_a_student(given, tmp_path, processes):
+    root = tmp_path / "its student"
+    model = count_parameters(open_hf(given))
+    command = ["compress", *words(given, root, f"budget.parameters={0.7 * model:.0f}", f"processes={processes}")]
+    done = run(*command, timeout=900)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((root / SUMMARY).read_text())
+    student = open_model_folder(root / "distilled")
+    assert 0 < summary["rounds"][0]["parameters"] == count_parameters(student.shape) <= 0.7 * model
+    assert summary["loss"] > 0 and summary["rounds"][0]["loss"] > 0
+    # The source and the student beside one another, where everything is, and what is next.
+    printed = done.stdout
+    assert (
+        "│ source" in printed and f"{model:,}" in printed and "Kept: " in printed and "beside the source's" in printed
+    )
+    for line in (
+        f"Student: {root}/distilled/model",
+        f"Hugging Face folder: {root}/hf",
+        f"Report: {root}/report/report.html",
+    ):
+        assert line in printed
+    assert printed.rstrip().splitlines()[-2] == "Next:" and "pipeline" in printed.rstrip().splitlines()[-1]
+    assert printed.count("\n$ ") == 9 + 9  # the plan, and each before it runs
+    assert read_manifest(root / "distilled" / "model")["processes"] == processes
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(root / "hf").config.model_type == "qwen3"
+    again = run(*command)
+    assert again.returncode == 0 and again.stdout.count("done before in") == 9, again.stdout
+    stands = run("status", root)
+    assert stands.stdout.startswith(f"{root}: done (compress)")
+
+
+def open_hf(given) -> ModelShape:
+    from minitron_megatron.checkpoints.hf import HfFolder
+
+    return HfFolder(given / "hf").shape
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(hydra, given, tmp_path, capsys):
+    compress(compose("compress", words(given, tmp_path / "x", "budget.parameters=30000", "dry_run=true")))
+    printed = capsys.readouterr().out
+    for what in ("would be run in", "at most", "calibration", "learning rate", "time", "layout"):
+        assert what in printed
+    commands = [line.split()[2] for line in printed.splitlines() if line.startswith("$ ")]
+    names = ["import_hf", "prepare_data", *FOLDERS, "export_hf", "report"]
+    assert commands == [f"launch/{name}.py" for name in names]
+    assert "data.sequence_length=64" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_in_place_of_a_budget_needs_no_search(hydra, given, tmp_path, capsys):
+    compress(compose("compress", words(given, tmp_path / "x", "target.hidden_size=16", "dry_run=true")))
+    printed = capsys.readouterr().out
+    assert "launch/search.py" not in printed and "target.hidden_size=16" in printed
+
+
+def test_what_is_given_goes_over_what_is_chosen(hydra, given, tmp_path):
+    more = [
+        "budget.parameters=30000",
+        "distill.optim.lr=0.25",
+        "importance.trainer.micro_batch_size=3",
+        "data.sequence_length=32",
+    ]
+    cfg = compose("compress", words(given, tmp_path / "x", *more, "distill.trainer.global_batch_size=12"))
+    (one,) = make_plan(*settle_machine(cfg)).rounds
+    distill = one.stages["distill"].config
+    assert (distill.optim.lr, distill.trainer.steps, distill.trainer.global_batch_size) == (0.25, 3, 12)
+    assert distill.optim.min_lr == 0.025 and distill.data.sequence_length == 32
+    assert one.stages["importance"].config.trainer.micro_batch_size == 3
+    assert one.stages["importance"].config.samples == 4
+
+
+@pytest.mark.parametrize(
+    ("take_out", "more", "says"),
+    [
+        ("hf", [], "no model: give hf=FOLDER"),
+        ("hf", ["hf=/no/such"], "hf=/no/such does not exist"),
+        ("", ["model=x"], "hf= and model=: give one of them"),
+        ("input", [], "no text: give input=FILE"),
+        ("input", ["input=/no/such.jsonl"], "input=/no/such.jsonl does not exist"),
+        ("", ["data.path=x"], "input= and data.path=: give one of them"),
+        ("budget.parameters", [], "no rounds: give budget.parameters=4.5e9"),
+        ("", ["target.hidden_size=8"], "budget.parameters= and target.hidden_size=: give one of them"),
+        ("", ["rounds=[{name: a, prune: {target.hidden_size: 16}}]"], "budget.parameters= is for one round"),
+        ("budget.parameters", ["budget.parameters=100"], "search: "),
+        ("budget.parameters", ["budget.parameters=1e9"], "search: "),
+        ("", ["prune.target.hidden_size=8"], "prune: target.hidden_size= and budget.parameters=: give one of them"),
+        ("", ["data.sequence_length=500"], "500"),
+        ("", ["parallel.tensor=3", "processes=3"], "parallel.tensor=3"),
+        ("", ["distill.trainer.step=3"], "distill: unknown option 'trainer.step'"),
+        ("", ["prepare_data.model=x"], "prepare_data: model is set by the chain"),
+        ("", ["prepare_data.text_key=words"], "has no text under 'words'"),
+        (
+            "budget.parameters",
+            ["prune.target.ffn_hidden_size=[48,40,48,48]"],
+            "export_hf: the student has layers of different",
+        ),
+        ("", ["cluster=h100"], "torch finds no CUDA device here: plan with dry_run=true"),
+        ("importance.samples", ["importance.samples=100000"], "importance: "),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(hydra, given, tmp_path, take_out, more, says):
+    own = [
+        word for word in words(given, tmp_path / "x", "budget.parameters=30000") if word.partition("=")[0] != take_out
+    ]
+    with pytest.raises(UserError) as error:
+        compress(compose("compress", [*own, *more]))
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_of_the_command_line_is_one_line(given, tmp_path):
+    assert "did you mean budget" in error_of(run("compress", *words(given, tmp_path / "x", "budgt.parameters=3")))
+
+
+def test_a_model_of_8_billion_on_a_node_of_gpus(hydra, tmp_path, capsys):
+    plan = ["model=llama3_1_8b", "budget.parameters=4.5e9", "cluster=h100", "dry_run=true", f"output={tmp_path / 'x'}"]
+    compress(compose("compress", plan))
+    printed = capsys.readouterr().out
+    assert "8 processes" in printed and "GiB of a h100" in printed and "8,030,261,248" in printed
+    assert "data.sequence_length=4096" in printed and "optim.lr=0.0001" in printed
+    assert "torchrun" in printed and list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_is_said(hydra, tmp_path):
+    plan = [
+        "model=llama3_1_70b",
+        "budget.parameters=4e10",
+        "cluster=h100",
+        "processes=1",
+        "dry_run=true",
+        f"output={tmp_path}",
+    ]
+    with pytest.raises(UserError, match=r"do not fit on processes=1 of h100: \d+ GiB a GPU"):
+        compress(compose("compress", plan))
+
+
+@pytest.mark.parametrize(("train", "validation"), [(100, 40), (5000, 300), (10**6, 10**5), (10**12, 10**10)])
+@pytest.mark.parametrize("processes", [1, 3])
+def test_choices_are_ones_that_the_stages_take(train, validation, processes):
+    """Whatever the size of the text: samples that there are, batches that divide, text read as often as is said."""
+    teacher = shape_of("smollm2_135m", max_position_embeddings=2048)
+    pair = Pair(teacher, teacher.resized(hidden_size=504))
+    text = Text(train, validation, exact=True)
+    cfg = CompressConfig(output="x", processes=processes)
+    length, _ = choose_length(cfg, teacher, text, "cpu")
+    cfg = replace(cfg, data=replace(cfg.data, sequence_length=length))
+    found = choose(cfg, pair, text, "cpu", {stage: {} for stage in FOLDERS})
+    distill = found.options["distill"]
+    batch = distill["trainer.global_batch_size"]
+    assert batch % (distill["trainer.micro_batch_size"] * processes) == 0
+    assert 1 <= found.options["importance"]["samples"] <= max(1, train // length)
+    tokens = distill["trainer.steps"] * batch * length
+    assert tokens <= distill["data.max_epochs"] * train or distill["trainer.steps"] == 1
+    assert tokens <= 1.01 * 100e9 and distill["optim.warmup_steps"] <= distill["trainer.steps"]
+    assert length <= 512
+
+
+def test_given_tokens_take_the_place_of_chosen_steps():
+    choices = Choices({"distill": {"trainer.steps": 5, "optim.lr": 1.0}})
+    assert choices.of("distill", {"trainer.tokens": 9}) == {"optim.lr": 1.0, "trainer.tokens": 9}
+
+
+def test_text_is_counted_or_estimated(given, tmp_path):
+    tokenizer = load_tokenizer(given / "hf")
+    small = [given / "1.jsonl", given / "2.jsonl"]
+    counted, exact = estimate_tokens(small, "text", tokenizer)
+    by_hand = sum(
+        len(tokenizer(json.loads(line)["text"])["input_ids"]) + 1
+        for file in small
+        for line in file.read_text().splitlines()
+    )
+    assert exact and counted == by_hand
+    large = tmp_path / "large.jsonl"
+    large.write_text("".join(file.read_text() for file in small) * 40)
+    estimated, exact = estimate_tokens([large], "text", tokenizer)
+    assert not exact and estimated == pytest.approx(40 * by_hand, rel=0.03)
+
+
+def test_a_run_goes_on_with_what_was_chosen(hydra, given, tmp_path, monkeypatch):
+    """On another machine too: what was chosen once text was there is read again, not chosen again."""
+    root = tmp_path / "x"
+    cfg = compose("compress", words(given, root, "budget.parameters=30000"))
+    plan = make_plan(*settle_machine(cfg))
+    from minitron_megatron.compress_plan import remember_choices
+
+    root.mkdir()
+    remember_choices(root, plan)
+    values = json.loads((root / CHOSEN).read_text())
+    values["options"]["distill"]["optim.lr"] = 0.125
+    (root / CHOSEN).write_text(json.dumps(values))
+    assert make_plan(*settle_machine(cfg)).rounds[0].stages["distill"].config.optim.lr == 0.125
+    other = compose("compress", words(given, root, "budget.parameters=30001"))
+    assert make_plan(*settle_machine(other)).rounds[0].stages["distill"].config.optim.lr != 0.125
