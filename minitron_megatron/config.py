@@ -453,7 +453,9 @@ class PrepareDataConfig(CommandConfig):
     """Text into Megatron's indexed datasets, with a train and a validation split."""
 
     input: Any = option(
-        REQUIRED, "text file, .jsonl (also .gz, .xz, .zst), .parquet, a folder of them, or a list of those"
+        REQUIRED,
+        "text file, .jsonl (also .gz, .xz, .zst), .parquet, a folder of them, a pattern in quotes ('texts/*.jsonl'), or a list "
+        "of those",
     )
     model: ModelConfig = group(ModelConfig)
     validation_fraction: float = option(0.05, "share of the documents that goes to the validation split")
@@ -1006,7 +1008,13 @@ class ReportConfig(CommandConfig):
     folders: Any = option(
         REQUIRED, "an output folder or one that has some in it at any depth, or several: [outputs/a,outputs/b]"
     )
-    title: str | None = option(None, "heading; by default the model's name and how much of its teacher it is")
+    student: str | None = option(
+        None,
+        "model that the page is about: its folder, or its name on the page; by default the last distilled, else the last pruned",
+    )
+    title: str | None = option(
+        None, "heading; by default the model's name and how much of the first model of its lineage it is"
+    )
 
 
 @dataclass

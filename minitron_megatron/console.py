@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from rich.table import Table
 log = logging.getLogger(__name__)
 # Without a terminal a bar cannot move: say how far it is now and then instead.
 SECONDS_BETWEEN_LINES = 15.0
+# What takes less needs no word.
+SECONDS_OF_SILENCE = 1.5
 # How signs that this program writes look without UTF-8.
 _SIGNS = "▶ ◀ → … × · ≤ ≥ ± − – — ² ³ ᵀ ₁ ₂ ⁻ ‖ Σ σ α β √ ∞ µ “ ” ‘ ’".split()
 _WORDS = "> < -> ... x . <= >= +- - - - ^2 ^3 ^T 1 2 ^- || sum sigma alpha beta sqrt inf u \" \" ' '".split()
@@ -119,6 +122,19 @@ def progress(
             bars.update(task, advance=n, rate=rate.add(made))
 
         yield advance
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Say what is going on where nothing can be counted, once it has taken more than a moment."""
+    timer = threading.Timer(SECONDS_OF_SILENCE, log.info, ("%s …", what))
+    timer.daemon = True
+    if speaks():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class _Rate:

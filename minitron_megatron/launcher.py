@@ -457,3 +457,7 @@ def _logging() -> None:
     handler = RichHandler(console=console(), show_path=False, show_level=False, log_time_format="%H:%M:%S")
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
     logging.getLogger("minitron_megatron").setLevel(logging.INFO if speaks() else logging.WARNING)
+    # Hydra's own set-up silences every logger that was there before it.
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("minitron_megatron") and isinstance(logger, logging.Logger):
+            logger.disabled = False

@@ -35,8 +35,9 @@ from minitron_megatron.report.layers import JUDGE_NAMES, layer_report
 
 log = logging.getLogger(__name__)
 REPORT = "report.html"
-# Blocks that the table shows for each judge and length; they leave the last layer in place.
+# Blocks that the table shows for each judge and length.
 _SHOWN = 3
+_ORDINALS = {1: "1st", 2: "2nd", 3: "3rd"}
 
 
 def analyse_layers(cfg: LayersConfig) -> None:
@@ -170,15 +171,28 @@ def _row(name: str, judged: Judged) -> list[object]:
     return [name, judged.bi, judged.loss, judged.perplexity, *asked]
 
 
+def _block_rows(analysis: LayerAnalysis, length: int, judges: Sequence[str]) -> list[list[object]]:
+    """A row for each of the blocks that some judge would remove first, best first; then those that hold the last layer.
+
+    The last column says which place each judge gives it, or why it stays.
+    """
+    places: dict[int, list[str]] = {}
+    for judge in judges:
+        for place, start in enumerate(analysis.ranked(length, judge)[:_SHOWN], start=1):
+            places.setdefault(start, []).append(f"{_ORDINALS[place]} by {JUDGE_NAMES[judge]}")
+    stays = range(analysis.num_layers - length, analysis.num_layers - length + 1)
+    said = {start: ", ".join(words) for start, words in places.items()}
+    said |= dict.fromkeys(stays, "stays: prune.keep_last_layers=1")
+    named = {start: str(start) if length == 1 else f"{start}–{start + length - 1}" for start in said}
+    return [[*_row(f"without {named[s]}", analysis.blocks[length][s]), words] for s, words in said.items()]
+
+
 def _print(output: str, analysis: LayerAnalysis) -> None:
     asked = analysis.base.accuracy is not None
-    columns = ["", "BI", "loss", "perplexity", *(["accuracy", "margin"] if asked else [])]
-    rows = [_row("whole model", analysis.base)]
+    columns = ["", "BI", "loss", "perplexity", *(["accuracy", "margin"] if asked else []), "goes"]
+    rows = [[*_row("whole model", analysis.base), ""]]
     for length in analysis.blocks:
-        for judge in JUDGES if asked else JUDGES[:2]:
-            for start in analysis.ranked(length, judge)[:_SHOWN]:
-                layers = str(start) if length == 1 else f"{start}–{start + length - 1}"
-                rows.append(_row(f"without {layers}, by {JUDGE_NAMES[judge]}", analysis.blocks[length][start]))
+        rows += _block_rows(analysis, length, JUDGES if asked else JUDGES[:2])
     counts = analysis.counts
     title = f"{output}: {counts['samples']} samples, {format_value(counts['seconds'])} s"
     print_table(title, columns, rows)

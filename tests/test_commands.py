@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from minitron_megatron.checkpoints.folder import output_folder
 from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.config import MODEL_OPTIONS, ModelConfig, options
 from minitron_megatron.launcher import CONF, group_of, presets
@@ -50,6 +51,17 @@ def error_of(done: subprocess.CompletedProcess) -> str:
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     return lines[0]
+
+
+def test_the_first_line_says_what_will_be_done_and_is_there_before_the_work(tmp_path):
+    """In a process of its own: Hydra silences loggers that were there before it."""
+    with output_folder(tmp_path / "made", command="launch/x.py", config={}, inputs={}, resume=True):
+        pass
+    done = run("report", f"folders={tmp_path / 'made'}", f"output={tmp_path / 'page.html'}")
+    assert done.returncode == 0, done.stderr
+    first = " ".join(done.stdout.split())
+    assert f"report into {tmp_path / 'page.html'}: one page about a set of output folders" in first
+    assert "report into" not in run("report", "folders=x", f"output={tmp_path / 'page.html'}", "dry_run=true").stdout
 
 
 @pytest.mark.parametrize("name", COMMANDS)

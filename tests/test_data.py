@@ -26,6 +26,7 @@ from minitron_megatron.data.datasets import MicroBatches, Windows, training_samp
 from minitron_megatron.data.folder import DocumentMasks, open_data, verify_data
 from minitron_megatron.data.indexed import SplitWriter
 from minitron_megatron.data.prepare import Piece, _with_validation, prepare_data, split_of
+from minitron_megatron.data.text import find_files
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.layout import Layout
@@ -224,6 +225,44 @@ def test_inputs_by_comma_and_by_list_are_the_same(model, tmp_path):
     prepare_data(PrepareDataConfig(input=names, model=model_option(model), output=str(by_list)))
     prepare_data(PrepareDataConfig(input=",".join(names), model=model_option(model), output=str(tmp_path / "comma")))
     assert (by_list / "train.bin").read_bytes() == (tmp_path / "comma" / "train.bin").read_bytes()
+
+
+def test_a_pattern_is_what_it_matches_in_sorted_order(model, tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "more").mkdir(parents=True)
+    for i, name in enumerate(("b.jsonl", "a.jsonl", "c.json", "more/d.jsonl", "odd[1].jsonl")):
+        (folder / name).write_text(jsonl(DOCUMENTS[i::5]))
+
+    def found(pattern):
+        return [path.relative_to(folder).as_posix() for path in find_files(str(folder / pattern))]
+
+    assert found("[ab].jsonl") == ["a.jsonl", "b.jsonl"]
+    assert found("*.jsonl") == ["a.jsonl", "b.jsonl", "odd[1].jsonl"]
+    assert found("**/d.jsonl") == found("mor?") == ["more/d.jsonl"]
+    # A file of that very name is meant first.
+    assert found("odd[1].jsonl") == ["odd[1].jsonl"]
+    listed = prepare(model, folder / "a.jsonl", tmp_path / "listed")
+    assert (prepare(model, folder / "a*.jsonl", tmp_path / "by") / "train.bin").read_bytes() == (
+        listed / "train.bin"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("texts/*.jsnol", r"input=texts/\*\.jsnol matches no file: look at what is in texts$"),
+        ("tex?s/nowhere/a.jsonl", r"matches no file: look at what is in \.$"),
+        ("texts/*", r"input=texts/b\.csv does not end in one of"),
+        (["texts/a.jsonl", "texts/*.jsonl"], r"names texts/a\.jsonl twice"),
+    ],
+)
+def test_patterns_that_match_nothing_or_twice_are_refused(tmp_path, monkeypatch, given, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for name in ("a.jsonl", "b.csv"):
+        (tmp_path / "texts" / name).write_text("")
+    with pytest.raises(UserError, match=says):
+        find_files(given)
 
 
 def test_results_count_what_is_there(model, tmp_path):

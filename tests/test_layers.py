@@ -15,9 +15,9 @@ from minitron_megatron.data.folder import open_data
 from minitron_megatron.data.questions import QuestionFile, Request, buckets, encode, encode_all
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
-from minitron_megatron.importance.layers import JUDGES, load_layer_analysis
+from minitron_megatron.importance.layers import JUDGES, Judged, LayerAnalysis, load_layer_analysis
 from minitron_megatron.importance.variants import Block, contiguous_blocks, layer_passes
-from minitron_megatron.layer_analysis import analyse_layers
+from minitron_megatron.layer_analysis import _block_rows, analyse_layers
 from minitron_megatron.prune.plan import ranges
 from minitron_megatron.prune.prune import prune_model
 from tests import jobs, reference
@@ -449,6 +449,22 @@ def test_tasks_that_cannot_be_asked(plain, task_files, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_a_table_has_each_block_once_and_says_why_the_last_stays(length):
+    judged = [Judged(loss=3.0 - 0.1 * start, bi=0.1 * start, accuracy=0.5) for start in range(6 - length)]
+    analysis = LayerAnalysis("a", "", 5, Judged(loss=2.0, accuracy=0.6), {length: judged}, {})
+    rows = _block_rows(analysis, length, ("bi", "loss", "task"))
+    names = [row[0] for row in rows]
+    assert len(set(names)) == len(names)
+    last = "without 4" if length == 1 else f"without {5 - length}–4"
+    assert names[-1] == last and rows[-1][-1] == "stays: prune.keep_last_layers=1"
+    said = ", ".join(row[-1] for row in rows)
+    for name, judge in (("Block Influence", "bi"), ("loss", "loss"), ("task", "task")):
+        first = analysis.ranked(length, judge)[0]
+        assert f"1st by {name}" in next(row[-1] for row in rows if row[0].startswith(f"without {first}"))
+    assert said.count("1st") == 3
+
+
 @pytest.mark.slow
 def test_the_command_under_torchrun(planted, task_files, tmp_path):
     """Two pipeline stages; a dry run says what it will cost; the same command again finds its output."""
@@ -460,7 +476,7 @@ def test_the_command_under_torchrun(planted, task_files, tmp_path):
     assert "21 of 50" in plan.stdout and not (tmp_path / "out").exists()
     done = run(*words, "parallel.pipeline=2", processes=2)
     assert done.returncode == 0, done.stderr
-    assert "whole model" in done.stdout and "without 1, by Block Influence" in done.stdout
+    assert "whole model" in done.stdout and "1st by Block Influence" in done.stdout
     analysis = load_layer_analysis(tmp_path / "out")
     assert analysis.best_block(1, "task") == range(1, 2) and analysis.counts["normalization"] == "characters"
     assert "complete already" in run(*words).stdout

@@ -232,7 +232,8 @@ def test_scores_are_measured_first_where_there_are_none(gloo, source, tmp_path):
 
 def test_a_dry_run_foresees_sizes_and_problems(source, tmp_path, capsys):
     def shown(**options) -> str:
-        prune_model(PruneConfig(dry_run=True, output=str(tmp_path / "out"), **options))
+        data = CalibrationConfig(sequence_length=32)
+        prune_model(PruneConfig(dry_run=True, output=str(tmp_path / "out"), data=data, **options))
         return " ".join(capsys.readouterr().out.split())
 
     sizes = {"ffn_hidden_size": 30, "num_query_groups": 2, "num_attention_heads": 4}

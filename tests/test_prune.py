@@ -240,6 +240,37 @@ def test_impossible_targets_are_refused(source, tmp_path, options, says):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("tensor", "target", "says"),
+    [
+        (2, TargetConfig(ffn_hidden_size=21), "parallel.tensor=2 does not divide ffn_hidden_size=21 of the target: use 1, or "
+         "target.ffn_hidden_size=22"),
+        (4, TargetConfig(ffn_hidden_size=22), "use one of 1, 2, or target.ffn_hidden_size=24"),
+        (4, TargetConfig(ffn_hidden_size=[48, 48, 46, 48]), "ffn_hidden_size=46 of the target: use one of 1, 2"),
+        (4, TargetConfig(num_query_groups=2, num_attention_heads=4), "use one of 1, 2, or target.num_query_groups=4"),
+    ],
+)  # fmt: skip
+def test_targets_that_the_given_layout_cannot_run_are_refused(source, tmp_path, tensor, target, says):
+    where = write_scores(random_scores(source), tmp_path / "scores")
+    cfg = PruneConfig(model=model_option(source), scores=str(where), target=target, output=str(tmp_path / "out"))
+    cfg.parallel.tensor = cfg.parallel.world_size = tensor
+    with pytest.raises(UserError) as refused:
+        prune_model(cfg)
+    assert says in str(refused.value) and not (tmp_path / "out").exists()
+
+
+def test_a_cut_says_which_layouts_are_left(source, tmp_path, caplog, capsys):
+    where = write_scores(random_scores(source), tmp_path / "scores")
+    given = {"model": model_option(source), "scores": str(where)}
+    prune_model(PruneConfig(target=TargetConfig(ffn_hidden_size=22), output=str(tmp_path / "out"), **given))
+    assert (
+        "ffn_hidden_size=22 divides by parallel.tensor=2 at most, the source by 4: target.ffn_hidden_size=24 would too"
+        in (caplog.text)
+    )
+    row = next(line for line in capsys.readouterr().out.splitlines() if "parallel.tensor can be" in line)
+    assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["parallel.tensor can be", "1, 2, 4", "1, 2"]
+
+
 def test_scores_of_another_model_are_refused(source, tmp_path):
     scores = Scores(random_scores(source).tensors, "sha256:another")
     where = write_scores(scores, tmp_path / "scores")

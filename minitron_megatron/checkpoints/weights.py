@@ -42,7 +42,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from minitron_megatron.checkpoints.folder import ModelFolder, check_space
 from minitron_megatron.checkpoints.index import short, total_bytes
 from minitron_megatron.checkpoints.reading import WeightReader, safe_reading
-from minitron_megatron.console import progress
+from minitron_megatron.console import busy, progress
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import Slot, slots
 from minitron_megatron.models.shape import ModelShape
@@ -272,7 +272,7 @@ def load_weights(chunks_of_model: Sequence[torch.nn.Module], weights: Path, grou
     wanted = {f"chunk{i}": sharded_weights(chunk, metadata) for i, chunk in enumerate(chunks_of_model)}
     _round_whole(wanted)
     try:
-        with safe_reading():
+        with busy(f"reading {weights}"), safe_reading():
             loaded = dist_checkpointing.load(wanted, str(weights))
     except CheckpointException as error:
         cause = next(failure for failure, _ in error.failures.values())

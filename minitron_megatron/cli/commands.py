@@ -6,12 +6,16 @@ Functions are named as "module:function" and imported when they are needed. A ch
 transformers): a mistake is said within a second of the command line.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from minitron_megatron import config as options
+from minitron_megatron.console import busy
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,14 @@ class Command:
     bare: str | None = None
 
     def __call__(self, config: Any) -> None:
-        """Check, then run. Raises UserError."""
-        if self.check is None:
-            _load(self.run)(config)
-            return
-        checked = _load(self.check)(config)
-        _load(self.run)(config, checked)
+        """Check, say what is going to be done, run. Raises UserError."""
+        checked = () if self.check is None else (_load(self.check)(config),)
+        if not config.dry_run:
+            what = (self.config.__doc__ or "").strip().rstrip(".")
+            log.info("%s into %s: %s", self.name, config.output, what[:1].lower() + what[1:])
+        with busy(f"{self.name}: loading its libraries"):
+            run = _load(self.run)
+        run(config, *checked)
 
 
 def _load(dotted: str) -> Callable[..., Any]:

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from minitron_megatron.console import busy
 from minitron_megatron.data.folder import AS_THEY_ARE, Data, DataFolder, DocumentMasks
 from minitron_megatron.data.indexed import open_split
 from minitron_megatron.errors import UserError
@@ -177,7 +178,10 @@ def _once_on_rank_zero(cache: Path, build: Callable[[Path], object]) -> None:
     if collectives.is_rank_zero() and not cache.is_dir():
         try:
             cache.parent.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache.parent, prefix=".partial-") as unfinished:
+            with (
+                busy(f"making the sample index {cache}"),
+                tempfile.TemporaryDirectory(dir=cache.parent, prefix=".partial-") as unfinished,
+            ):
                 build(Path(unfinished) / "index")
                 try:
                     os.rename(Path(unfinished) / "index", cache)

@@ -3,6 +3,7 @@
 Files are streamed in sorted order; every complaint names the file and the line or row.
 """
 
+import glob
 import gzip
 import io
 import json
@@ -19,14 +20,17 @@ KNOWN = PLAIN + LINES + ROWS
 _ROWS_AT_ONCE = 256
 
 
+# Letters that make a name a pattern, where no file has that very name.
+_PATTERN = frozenset("*?[")
+
+
 def find_files(inputs: str | Sequence[str]) -> list[Path]:
-    """The text files named, or found below folders that are named. Raises UserError."""
+    """The text files named, found below folders, or matched by patterns, the last two in sorted order. Raises UserError."""
     names = [inputs] if isinstance(inputs, str) else inputs
     if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"input={inputs} must be a path or a list of paths")
     files: list[Path] = []
-    for name in names:
-        path = Path(name)
+    for path in (path for name in names for path in _matched(name)):
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(KNOWN))
             if not found:
@@ -38,7 +42,22 @@ def find_files(inputs: str | Sequence[str]) -> list[Path]:
             raise UserError(f"input={path} does not end in one of {', '.join(KNOWN)}")
         else:
             files.append(path)
+    twice = next((file for file in files if files.count(file) > 1), None) if len(set(files)) < len(files) else None
+    if twice:
+        raise UserError(f"input={inputs} names {twice} twice: its text would count twice")
     return files
+
+
+def _matched(name: str) -> list[Path]:
+    """The path of a name, or all that a pattern such as `texts/*.jsonl` or `**/*.parquet` matches, sorted."""
+    path = Path(name).expanduser()
+    if path.exists() or not _PATTERN & set(name):
+        return [path]
+    found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+    if not found:
+        first = next(part for part in (*reversed(path.parents), path) if _PATTERN & set(str(part)))
+        raise UserError(f"input={name} matches no file: look at what is in {first.parent}")
+    return found
 
 
 def documents(file: Path, key: str) -> Iterator[str]:

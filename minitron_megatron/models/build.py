@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from minitron_megatron.console import busy
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import TRAITS, Traits
 from minitron_megatron.models.limits import pipeline_layout
@@ -294,6 +295,7 @@ def build_gpt(
     return model.cuda(torch.cuda.current_device())
 
 
+@busy("building the model")
 def build_model_chunks(
     shape: ModelShape,
     layout: Layout,

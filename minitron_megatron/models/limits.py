@@ -20,20 +20,37 @@ MULTIPLE_OF_KEYS = 128
 _LETTERS = {"E": "embedding", "L": "loss", "t": "decoder", "m": "mtp"}
 
 
-def check_layout(shape: ModelShape, layout: Layout, what: str = "the model") -> None:
-    """Raise UserError when the model's sizes do not divide over the layout."""
-    sharded = [
+# Tensor-parallel sizes that are looked at where those that fit are listed.
+_LARGEST_TENSOR = 64
+
+
+def tensor_sizes(shape: ModelShape) -> list[int]:
+    """Tensor-parallel sizes, up to 64, that a model divides by."""
+    common = math.gcd(*(size for _, size in _sharded(shape)))
+    return [n for n in range(1, min(common, _LARGEST_TENSOR) + 1) if common % n == 0]
+
+
+def _sharded(shape: ModelShape) -> list[tuple[str, int]]:
+    """Sizes that tensor parallelism divides."""
+    return [
         ("num_query_groups", shape.num_query_groups),
         *(("ffn_hidden_size", size) for size in sorted(set(shape.ffn_of_layers))),
         ("padded vocabulary", shape.padded_vocab_size),
     ]
-    common = math.gcd(*(size for _, size in sharded))
-    for name, size in sharded:
+
+
+def check_layout(shape: ModelShape, layout: Layout, what: str = "the model", *, resizing: str | None = None) -> None:
+    """Raise UserError when the model's sizes do not divide over the layout.
+
+    `resizing` is the option whose sizes make the model, as in "target", where another size may be given instead.
+    """
+    for name, size in _sharded(shape):
         if size % layout.tensor:
-            fits = [n for n in range(1, min(common, 64) + 1) if common % n == 0]
+            fits = tensor_sizes(shape)
+            other = f", or {resizing}.{name}={-(-size // layout.tensor) * layout.tensor}" if resizing else ""
             raise UserError(
                 f"{layout.option}.tensor={layout.tensor} does not divide {name}={size} of {what}: "
-                f"use {'1' if fits == [1] else 'one of ' + ', '.join(map(str, fits))}"
+                f"use {'1' if fits == [1] else 'one of ' + ', '.join(map(str, fits))}{other}"
             )
     if shape.num_layers < layout.stages:
         names = f"{layout.option}.pipeline" + (

@@ -7,7 +7,7 @@ from minitron_megatron.console import print_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters, flops_per_token, slots
 from minitron_megatron.models.build import DTYPES
-from minitron_megatron.models.limits import check_layout
+from minitron_megatron.models.limits import check_layout, tensor_sizes
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.prune.live import Side
@@ -59,6 +59,7 @@ def foresee(source: ModelShape, target: ModelShape, layout: Layout, cfg: PruneCo
         [f"GFLOP a token, forward, at {length} tokens", *(flops_per_token(s, length) / 1e9 for s in (source, target))],
         ["weights, GiB", *(_gib(sum(bytes_of_ranks(shape, Layout()))) for shape in (source, target))],
         [f"weights of a rank, GiB ({layout})", *(_most(shape, layout) for shape in (source, target))],
+        ["parallel.tensor can be", *(", ".join(map(str, tensor_sizes(shape))) for shape in (source, target))],
     ]
     print_table("would be pruned", ["", "source", "target"], rows)
     problems = layout_problems(target)

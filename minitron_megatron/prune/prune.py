@@ -9,6 +9,7 @@ stands for every layout (checkpoints/weights.py), so the result is the same bits
 import contextlib
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -37,7 +38,7 @@ from minitron_megatron.importance.scores import Scores, check_scores, load_score
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.build import foretell_dtype
 from minitron_megatron.models.families import check_exportable
-from minitron_megatron.models.limits import check_layout, check_sequence
+from minitron_megatron.models.limits import check_layout, check_sequence, tensor_sizes
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
@@ -52,6 +53,7 @@ from minitron_megatron.prune.plan import FILE, kept_digest, read_plan, write_pla
 from minitron_megatron.prune.select import TARGETS, Kept, choose, needs_scores, target_shape
 
 log = logging.getLogger(__name__)
+_USUAL_TENSOR_SIZES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,14 @@ def _goal(cfg: PruneConfig) -> Goal:
     if cfg.data.path and (cfg.loss_samples or not cfg.scores):
         data = open_data(cfg.data.path, "train", source, cfg.data.sequence_length)
     goal = Goal(folder, target, drop_layers, data, kept, measured=cfg.scores is None)
+    # Later commands run what this one makes: what they would refuse is refused before it is cut.
+    check_layout(target, Layout.from_config(cfg.parallel), "the target", resizing=None if cfg.plan else "target")
     _check_measuring(cfg, goal)
     if cfg.scores and goal.scored:
         check_scores(load_scores(cfg.scores), source, folder.digest, str(cfg.scores))
     _warn_of_idle_options(cfg, goal)
     _warn_of_exports(target)
+    _warn_of_layouts(source, target)
     return goal
 
 
@@ -162,8 +167,6 @@ def _check_measuring(cfg: PruneConfig, goal: Goal) -> None:
         layout = Layout.from_config(cfg.parallel)
         check_sequence(cfg.data.sequence_length, layout)
         check_layout(goal.folder.shape, layout, "the source model")
-        if cfg.loss_samples:
-            check_layout(goal.target, layout, "the target")
         pick_device(cfg.device)
     if measures and goal.data:
         check_calibration(_importance(cfg), goal.data)
@@ -191,6 +194,20 @@ def _warn_of_exports(target: ModelShape) -> None:
         check_exportable(target, "the target")
     except UserError as error:
         log.warning("%s", error)
+
+
+def _warn_of_layouts(source: ModelShape, target: ModelShape) -> None:
+    """A cut that no longer divides where the source did shows here, not in a distillation days later."""
+    before, after = (max(n for n in tensor_sizes(shape) if n in _USUAL_TENSOR_SIZES) for shape in (source, target))
+    lost = sorted({size for size in target.ffn_of_layers if size % before})
+    if after < before and lost:
+        log.warning(
+            "ffn_hidden_size=%d divides by parallel.tensor=%d at most, the source by %d: target.ffn_hidden_size=%d would too",
+            lost[0],
+            math.gcd(lost[0], before),
+            before,
+            -(-lost[0] // before) * before,
+        )
 
 
 @contextlib.contextmanager
@@ -322,5 +339,6 @@ def _print(title: str, source: ModelShape, target: ModelShape, extra: dict[str, 
     rows = [[name, getattr(source, name), getattr(target, name)] for name in TARGETS]
     before, after = count_parameters(source), count_parameters(target)
     rows += [["parameters", before, after], ["share of the source", "", f"{after / before:.1%}"]]
+    rows.append(["parallel.tensor can be", *(", ".join(map(str, tensor_sizes(shape))) for shape in (source, target))])
     rows += [[name, "", value] for name, value in extra.items()]
     print_table(title, ["", "source", "target"], rows)

@@ -56,6 +56,7 @@ def _blocks(analysis: LayerAnalysis, length: int, title: str) -> Section:
         curves.append(("accuracy", [m.accuracy for m in measured], base.accuracy))
     return Section(
         title + ("Single layers" if length == 1 else f"Blocks of {length} layers"),
+        f"Blocks with the last layer, {analysis.num_layers - 1}, are measured, not proposed: prune.keep_last_layers=1 keeps it.",
         tables=[Table(["best to remove, last layer kept", *(f"by {JUDGE_NAMES[judge]}" for judge in judges)], rows)],
         figures=[Figure(name, plots.curve_over_blocks(values, level, name)) for name, values, level in curves],
     )
