@@ -27,12 +27,14 @@ from minitron_megatron.config import (
 )
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF
-from minitron_megatron.report.folders import find_folders
+from minitron_megatron.models.axes import count_parameters
+from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.report.folders import find, find_folders
 from minitron_megatron.report.lineage import trace
 from minitron_megatron.report.models import results_section, student, throughput_section
 from minitron_megatron.report.page import Table
 from minitron_megatron.report.report import report
-from minitron_megatron.report.training import process_seconds
+from minitron_megatron.report.training import process_seconds, recipe_section, unfinished_section
 from minitron_megatron.report.trials import find_trials, trial_section
 from tests.tiny import data_folder, data_option, hf_model, imported, model_option
 
@@ -306,6 +308,161 @@ def test_what_cannot_be_reported_is_refused(chain, written, tmp_path):
         refused(tmp_path / "run", says=r"metrics.jsonl, line 2 is damaged")
     folder = made(tmp_path / "judged", {"results.json": '{"loss": 1.0, "tasks": {"a": 1}}'}, inputs={"model": "x"})
     refused(folder, says=r"results.json is damaged")
+
+
+SMALL = yaml.safe_load((CONF / "model" / "smollm2_135m.yaml").read_text())
+
+
+def model_of(root: Path, name: str, layers: int, **inputs: str) -> str:
+    """A model folder of so many layers; gives its digest."""
+    folder = made(root / name, {SHAPE_FILE: yaml.safe_dump({**SMALL, "num_layers": layers})}, inputs=inputs)
+    return read_manifest(folder)["digest"]
+
+
+@pytest.fixture
+def rounds(tmp_path):
+    """Two rounds: 30 layers to 24 and on to 18, each round's student taught by its source."""
+    first = model_of(tmp_path, "teacher", 30)
+    pruned = model_of(tmp_path, "one/pruned", 24, model=first, plan="sha256:1")
+    second = model_of(tmp_path, "one/distilled", 23, teacher=first, student=pruned)
+    again = model_of(tmp_path, "two/pruned", 18, model=second, plan="sha256:2")
+    last = model_of(tmp_path, "two/distilled", 17, teacher=second, student=again)
+    return tmp_path, {"first": first, "second": second, "last": last}
+
+
+def page_of(root: Path, **options) -> str:
+    report(ReportConfig(folders=str(root), output=str(root / "page.html"), **options))
+    return (root / "page.html").read_text()
+
+
+def heading(page: str) -> tuple[str, str]:
+    return re.search(r"<h1>(.*?)</h1>", page)[1], re.search(r'<p class="lead">(.*?)</p>', page, re.S)[1]
+
+
+def test_a_page_is_about_the_last_student_beside_the_root_of_its_lineage(rounds):
+    root, _ = rounds
+
+    def share(student: int, teacher: int) -> str:
+        count = [count_parameters(ModelShape.from_dict({**SMALL, "num_layers": n}, "")) for n in (student, teacher)]
+        return f"{100 * count[0] / count[1]:.0f} %"
+
+    assert heading(page_of(root))[0] == f"two/distilled: {share(17, 30)} of teacher"
+    for given in ("one/distilled", str(root / "one" / "distilled")):
+        assert heading(page_of(root, student=given))[0] == f"one/distilled: {share(23, 30)} of teacher"
+    with pytest.raises(UserError, match=r"student=three is no model of folders=: give one of .*two/distilled"):
+        page_of(root, student="three")
+
+
+def evaluated(root: Path, name: str, values: dict, *, data: str = "sha256:d", **inputs: str) -> None:
+    made(root / name, {"results.json": json.dumps(values)}, inputs={**inputs, "data": data})
+
+
+def test_the_opening_sentence_has_size_quality_speed_and_cost(rounds):
+    root, digests = rounds
+    said = heading(page_of(root))[1]
+    assert "of the 134,515,008 of teacher" in said
+    assert "its quality was not measured (launch/evaluate.py)" in said
+    assert "its speed was not measured (launch/throughput.py)" in said and "of cpu processes" in said
+    # An export stands for the model that it is of.
+    export = made(root / "hf", {"config.json": "{}"}, inputs={"model": digests["last"]}, config={"max_shard_gb": 5.0})
+    rates = [
+        {"model": name, "engine": "vllm", "batch": batch, "tokens_per_second": rate}
+        for name, batch, rate in (("t", 1, 50.0), ("t", 8, 100.0), ("s", 1, 90.0), ("s", 8, 150.0))
+    ]
+    inputs = {"0 t": digests["first"], "1 s": read_manifest(export)["digest"]}
+    made(root / "rates", {"results.json": json.dumps(rates)}, inputs=inputs)
+    beside = {"loss": 3.0, "perplexity": 20.1, "teacher_loss": 2.5, "teacher_perplexity": 12.2, "kl": 0.5}
+    evaluated(root, "judged", beside, model=digests["last"], teacher=digests["first"])
+    said = heading(page_of(root))[1]
+    assert "perplexity 20.1, where teacher has 12.2" in said and "1.50 times its tokens a second (vllm)" in said
+
+
+@pytest.mark.parametrize("measured", ["beside", "alone", "not"])
+def test_the_teacher_stands_beside_the_student_in_every_table_of_quality(rounds, measured):
+    root, digests = rounds
+    beside = {"teacher_loss": 2.5, "teacher_perplexity": 12.18} if measured == "beside" else {}
+    inputs = {"teacher": digests["first"]} if measured == "beside" else {}
+    evaluated(root, "judged", {"loss": 3.0, "perplexity": 20.09, "kl": 0.5, **beside}, model=digests["last"], **inputs)
+    if measured == "alone":
+        evaluated(root, "judged_teacher", {"loss": 2.5, "perplexity": 12.18}, model=digests["first"])
+    lineage = trace(find_folders([str(root)]))
+    (table,) = results_section(lineage, student(lineage)).tables
+    assert table.columns == ["", "teacher", "two/distilled", "two/distilled over teacher"]
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["perplexity"] == (["–", "20.09", "–"] if measured == "not" else ["12.18", "20.09", "1.65×"])
+    assert rows["KL from the teacher"] == ["–", "0.5", "–"] and not any("teacher_" in name for name in rows)
+
+
+def test_a_report_is_made_anew_and_replaces_nothing_but_a_report(rounds):
+    root, digests = rounds
+    output = root / "report"
+    report(ReportConfig(folders=str(root), output=str(output)))
+    evaluated(root, "judged", {"loss": 3.0, "perplexity": 20.09}, model=digests["last"])
+    for _ in range(2):
+        report(ReportConfig(folders=str(root), output=str(output), title="Anew"))
+        assert "20.09" in (output / "report.html").read_text() and "Anew" in (output / "report.md").read_text()
+        assert not [one for one in root.iterdir() if one.name.startswith(".")]
+    with pytest.raises(UserError, match="exists and resume=false"):
+        report(ReportConfig(folders=str(root), output=str(output), resume=False))
+    for other, says in ((root / "judged", "is not a report"), (root / "one", "is not one of our folders")):
+        before = sorted(other.rglob("*"))
+        with pytest.raises(UserError, match=says):
+            report(ReportConfig(folders=str(root), output=str(other)))
+        assert sorted(other.rglob("*")) == before
+
+
+def unfinished(folder: Path, lines: str, **files: str) -> None:
+    (folder / "checkpoints").mkdir(parents=True)
+    config = {"trainer": {"steps": None, "tokens": 1000, "global_batch_size": 4}, "data": {"sequence_length": 10}}
+    for name, text in {"config.yaml": yaml.safe_dump(config), "metrics.jsonl": lines, **files}.items():
+        (folder / name).write_text(text)
+
+
+def test_runs_that_have_not_ended_are_shown_as_such(rounds):
+    root, _ = rounds
+    step = {"loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "tokens": 40, "step_seconds": 1.0, "skipped": 3}
+    lines = "".join(json.dumps({**step, "step": n}) + "\n" for n in (1, 2))
+    starts = {"starts.jsonl": '{"step": 0}\n{"step": 1}\n{"step": 1}\n'}
+    unfinished(root / "trains", lines + '{"step": 3, "lo', **starts)
+    unfinished(root / "spiked", lines, **{"diverged.txt": "10 steps <in> a row\n"})
+    page = page_of(root)
+    assert "<h2>Runs that have not ended</h2>" in page and "10 steps &lt;in&gt; a row" in page
+    (table,) = unfinished_section(find([str(root)])[1]).tables
+    assert table.rows == [
+        ["spiked", "2 of 25", "2", "3", "–", "10 steps <in> a row"],
+        ["trains", "2 of 25", "2", "3", "2", "trains, or was stopped: the same command continues it"],
+    ]
+    # Alone they make a page, too.
+    assert "Runs that have not ended" in page_of(root / "trains")
+
+
+def test_restarts_and_skipped_steps_are_said_where_there_were_none_too(rounds):
+    root, digests = rounds
+    for name, starts, skipped in (("once", 1, 0), ("often", 3, 2)):
+        folder = root / name / "model"
+        results = {"steps": 20, "tokens": 800, "skipped": skipped}
+        made(folder, {SHAPE_FILE: yaml.safe_dump(SMALL)}, inputs={"teacher": digests["first"]}, results=results)
+        (root / name / "metrics.jsonl").write_text("")
+        (root / name / "starts.jsonl").write_text('{"step": 0}\n' * starts)
+    (table,) = recipe_section(trace(find_folders([str(root)]))).tables
+    rows = {row[0]: dict(zip(table.columns[1:], row[1:], strict=True)) for row in table.rows}
+    assert rows["skipped steps"] == {"once": "0", "often": "2"} and rows["restarts"] == {"once": "0", "often": "2"}
+
+
+def test_rates_are_shown_as_a_run_reached_them(rounds):
+    root, digests = rounds
+    optim = {"lr": 1e-3, "min_lr": 1e-5, "schedule": "cosine", "warmup_steps": 40}
+    config = {"optim": optim, "trainer": {"global_batch_size": 4}, "data": {"sequence_length": 10}}
+    for name, steps in (("short", 20), ("long", 400)):
+        results = {"steps": steps, "tokens": 40 * steps, "skipped": 0}
+        files = {SHAPE_FILE: yaml.safe_dump(SMALL)}
+        made(root / name / "model", files, inputs={"teacher": digests["first"]}, results=results, config=config)
+        (root / name / "metrics.jsonl").write_text("")
+    (table,) = recipe_section(trace(find_folders([str(root)]))).tables
+    rows = {row[0]: dict(zip(table.columns[1:], row[1:], strict=True)) for row in table.rows}
+    assert rows["warm-up steps"] == {"short": "20 (asked: 40)", "long": "40"}
+    assert rows["peak learning rate"] == {"short": "0.0005 (asked: 0.001)", "long": "0.001"}
+    assert rows["learning rate at the end"] == {"short": "0.0005 (asked: 1e-05)", "long": "1e-05"}
 
 
 def test_columns_of_numbers_stand_to_the_right():

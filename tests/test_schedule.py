@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minitron_megatron.config import DdpConfig, GuardConfig, OptimConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.train.guard import SpikeGuard
-from minitron_megatron.train.schedule import Schedule
+from minitron_megatron.train.schedule import Schedule, reached
 from tests import jobs
 from tests.tiny import hf_model, imported
 
@@ -147,3 +149,20 @@ def test_a_spike_changes_nothing_on_any_rank(gloo, tmp_path, ranks, layout):
         assert losses[3] > 100 * losses[2] and losses[4] < 2 * losses[2]
         # The first step makes the optimizer's state, so there the two cannot be compared.
         assert changed[1:] == [True, True, False, True]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    steps=st.integers(1, 60),
+    warmup=st.integers(0, 80),
+    kind=st.sampled_from(("cosine", "linear", "constant")),
+    in_tokens=st.booleans(),
+)
+def test_what_is_said_to_be_reached_is_what_the_steps_have(steps, warmup, kind, in_tokens):
+    given_as = {"warmup_tokens": warmup * 10.0} if in_tokens else {"warmup_steps": warmup}
+    optim = OptimConfig(lr=1e-2, min_lr=1e-4, schedule=kind, **given_as)
+    schedule = Schedule.of_run(optim, steps, 10)
+    of_steps = [schedule.learning_rate(step) for step in range(steps)]
+    found = reached({f"optim.{name}": value for name, value in vars(optim).items()}, steps, 10)
+    assert found["optim.lr"] == max(of_steps) and found["optim.min_lr"] == of_steps[-1]
+    assert found["optim.warmup_steps"] == min(warmup, steps)

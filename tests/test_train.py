@@ -21,7 +21,7 @@ import yaml
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
+from minitron_megatron.checkpoints.folder import STARTS, open_model_folder, read_manifest
 from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.config import (
     BatchConfig,
@@ -317,6 +317,9 @@ def test_metrics_go_back_to_the_checkpoint_of_a_killed_run(gloo, sources, tmp_pa
         file.write('{"step": 7, "lo')
     gloo(1, exit_code, killed)
     assert checkpoints(tmp_path / "killed") == ["step_00000004", "step_00000006"]
+    # Each start is noted, with the step that it began from, as the report shows them.
+    starts = [json.loads(line) for line in (tmp_path / "killed" / STARTS).read_text().splitlines()]
+    assert [one["step"] for one in starts] == [0, 4]
     assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")
 
 

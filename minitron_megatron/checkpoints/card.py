@@ -8,7 +8,7 @@ Nothing is guessed: a license or a base model that neither the options nor the i
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ import yaml
 
 from minitron_megatron.checkpoints.folder import RESULTS, ModelFolder, load_json, load_yaml, read_manifest
 from minitron_megatron.checkpoints.lineage import Step, find_step, lineage, teachers
-from minitron_megatron.config import ExportHfConfig
-from minitron_megatron.console import markdown_table
+from minitron_megatron.config import ExportHfConfig, OptimConfig
+from minitron_megatron.console import format_value, markdown_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.families import FAMILIES
 from minitron_megatron.models.shape import SIZES
+from minitron_megatron.train.schedule import reached
 
 FILE, TEMPLATE = "README.md", "model_card.md.jinja"
 _PLAN = "plan.yaml"
@@ -200,10 +201,25 @@ def counts(option: str, of: Callable[[str], Any]) -> bool:
     return only_if is None or of(only_if[0]) == only_if[1]
 
 
+def as_reached(option: str, of: Callable[[str], Any], steps: Any) -> Any:
+    """An option of RECIPE as a run of so many steps had it: rates that it did not reach stand beside what was asked."""
+    asked, batch, length = of(option), of("trainer.global_batch_size"), of("data.sequence_length")
+    if not all(type(number) is int for number in (steps, batch, length)):
+        return asked
+    named = {f"optim.{f.name}": of(f"optim.{f.name}") for f in fields(OptimConfig)}
+    found = reached({name: value for name, value in named.items() if value is not None}, steps, batch * length)
+    if option not in found or math.isclose(found[option], asked, rel_tol=1e-3):
+        return asked
+    if option == "optim.warmup_steps" and of("optim.warmup_tokens") is not None:
+        return found[option]
+    return f"{format_value(found[option])} (asked: {format_value(asked)})"
+
+
 def _training(step: Step) -> list[list[Any]]:
     teacher = step.of("teacher.path")
     rows = [["teacher", f"{teacher} ({step.inputs.get('teacher')})"]] if teacher else []
-    rows += [[name, step.of(option)] for option, name in RECIPE.items() if counts(option, step.of)]
+    steps = step.results.get("steps")
+    rows += [[name, as_reached(o, step.of, steps)] for o, name in RECIPE.items() if counts(o, step.of)]
     rows.append(["digest of the data", step.inputs.get("data")])
     return rows + [[name, step.results.get(key)] for key, name in _FOUND.items()]
 

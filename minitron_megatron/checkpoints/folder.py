@@ -34,6 +34,8 @@ from minitron_megatron.starts import STARTS, record_start
 MANIFEST, SHAPE_FILE, WEIGHTS, TOKENIZER = "manifest.yaml", "model.yaml", "weights", "tokenizer"
 # In outputs: what a command that measures found, and a line for each step of a training run.
 RESULTS, METRICS = "results.json", "metrics.jsonl"
+# Of a training run: a line for each start, with the step that it began from.
+STARTS = "starts.jsonl"
 # Of a run that the spike guard ended: why, in a line.
 DIVERGED = "diverged.txt"
 log = logging.getLogger(__name__)
@@ -64,9 +66,11 @@ class Output:
     began: float = field(default_factory=time.monotonic)
 
 
-def check_output(path: Path | str, *, config: Mapping[str, Any], inputs: Mapping[str, str], resume: bool) -> None:
+def check_output(
+    path: Path | str, *, config: Mapping[str, Any], inputs: Mapping[str, str], resume: bool, anew: bool = False
+) -> None:
     """What a dry run says of its output: the UserError that output_folder would raise."""
-    _already_there(Path(path), _fingerprint(config, inputs), resume)
+    _already_there(Path(path), None if anew else _fingerprint(config, inputs), resume)
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,7 @@ def output_folder(
     inputs: Mapping[str, str],
     resume: bool,
     continues: bool = False,
+    anew: bool = False,
 ) -> Iterator[Output]:
     """Write a folder that appears whole or not at all; every rank enters, rank 0 creates, renames and sweeps.
 
@@ -173,13 +178,14 @@ def output_folder(
         inputs: digest of each input, by name.
         resume: when a whole folder with the same config and inputs is there already, yield it with `done=True`.
         continues: the command goes on from what a killed run with the same config and inputs left in the partial folder.
+        anew: a whole folder that is there is replaced, once the new one is written: for views of other folders.
 
     Raises:
         UserError: `path` exists and was made otherwise, another run is writing it, or the disk is full.
     """
     path = Path(path)
     fingerprint = _fingerprint(config, inputs)
-    if _already_there(path, fingerprint, resume):
+    if _already_there(path, None if anew else fingerprint, resume) and not anew:
         log.info("%s is complete already: nothing to do", path)
         yield Output(path, done=True, results=read_manifest(path).get("results", {}))
         return
@@ -194,7 +200,7 @@ def output_folder(
         output.keep = False
         collectives.barrier()
         if lock is not None:
-            _finish(output, path, command, config, inputs, fingerprint)
+            _finish(output, path, command, config, inputs, fingerprint, anew)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"no space left while writing {path}: free some and run the same command again") from error
@@ -227,7 +233,8 @@ def partial_folder(path: Path) -> Path:
     return path.parent / f".{path.name}.partial"
 
 
-def _already_there(path: Path, fingerprint: str, resume: bool) -> bool:
+def _already_there(path: Path, fingerprint: str | None, resume: bool) -> bool:
+    """Whether a whole folder is there, made of the same if a fingerprint is given. Raises UserError for what is in the way."""
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not existing.is_dir():
         raise UserError(f"output={path} cannot be made: {existing} is a file; choose another output=")
@@ -239,7 +246,7 @@ def _already_there(path: Path, fingerprint: str, resume: bool) -> bool:
         raise UserError(f"output={path} exists and is not one of our folders: choose another output=")
     if not resume:
         raise UserError(f"output={path} exists and resume=false: remove it or choose another output=")
-    if read_manifest(path).get("fingerprint") != fingerprint:
+    if fingerprint is not None and read_manifest(path).get("fingerprint") != fingerprint:
         raise UserError(f"output={path} was made with other options or inputs: remove it or choose another output=")
     return True
 
@@ -264,7 +271,13 @@ def _start_partial(partial: Path, fingerprint: str | None, resume: bool) -> int:
 
 
 def _finish(
-    output: Output, path: Path, command: str, config: Mapping[str, Any], inputs: Mapping[str, str], fingerprint: str
+    output: Output,
+    path: Path,
+    command: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    fingerprint: str,
+    anew: bool,
 ) -> None:
     for mark in (_MADE_OF, COMPUTED_IN, STARTS):
         (output.path / mark).unlink(missing_ok=True)
@@ -286,9 +299,14 @@ def _finish(
         yaml.safe_dump(manifest, file, sort_keys=False, allow_unicode=True)
         file.flush()
         os.fsync(file.fileno())
-    if path.exists():
+    replaced = path.with_name(f".{path.name}.replaced")
+    if anew and (path / MANIFEST).is_file():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(path, replaced)
+    elif path.exists():
         path.rmdir()
     os.rename(output.path, path)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _cost(output: Output) -> dict[str, Any]:

@@ -10,7 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import MANIFEST, METRICS, SHAPE_FILE, load_yaml, read_manifest
+from minitron_megatron.checkpoints.folder import (
+    DIVERGED,
+    MANIFEST,
+    METRICS,
+    SHAPE_FILE,
+    STARTS,
+    load_yaml,
+    read_manifest,
+)
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.shape import ModelShape
 
@@ -89,19 +97,12 @@ class RunFolder:
         file = self.path.parent / METRICS
         if self.path.name != "model" or not file.is_file():
             return []
-        lines = []
-        for number, line in enumerate(_text(file).splitlines(), 1):
-            try:
-                values = json.loads(line)
-                needed = _OF_A_STEP if "loss" in values else ("step",)
-                if odd := [name for name in needed if not isinstance(values[name], int | float)]:
-                    raise TypeError(f"{odd[0]} is no number")
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{file}, line {number} is damaged ({error!r}): mend it, or leave the run out of folders="
-                ) from None
-            lines.append(values)
-        return lines
+        return read_metrics(file)
+
+    @cached_property
+    def starts(self) -> int | None:
+        """How often a training run was started: once, and once for each restart; None where it did not note that."""
+        return read_starts(self.path.parent) if self.path.name == "model" else None
 
     def has(self, file: str) -> bool:
         """Whether the folder was made with a file of this name."""
@@ -119,28 +120,89 @@ class RunFolder:
         return load_yaml(self.path / file)
 
 
+@dataclass(frozen=True)
+class UnfinishedRun:
+    """A training run without a model: it trains, was stopped, or was ended by its spike guard."""
+
+    path: Path
+    name: str
+    config: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+
+    @property
+    def starts(self) -> int | None:
+        """As of RunFolder."""
+        return read_starts(self.path)
+
+    @property
+    def diverged(self) -> str | None:
+        """Why its spike guard ended it, if it did."""
+        file = self.path / DIVERGED
+        return _text(file).strip() if file.is_file() else None
+
+
+def read_metrics(file: Path, *, growing: bool = False) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl; of a run that may be writing it (`growing`) without a last one that is cut off.
+
+    Raises UserError when one is damaged.
+    """
+    lines, texts = [], _text(file).splitlines()
+    for number, line in enumerate(texts, 1):
+        try:
+            values = json.loads(line)
+            needed = _OF_A_STEP if "loss" in values else ("step",)
+            if odd := [name for name in needed if not isinstance(values[name], int | float)]:
+                raise TypeError(f"{odd[0]} is no number")
+        except (ValueError, KeyError, TypeError) as error:
+            if growing and number == len(texts):
+                break
+            raise UserError(
+                f"{file}, line {number} is damaged ({error!r}): mend it, or leave the run out of folders="
+            ) from None
+        lines.append(values)
+    return lines
+
+
+def read_starts(run: Path) -> int | None:
+    """Starts of a run as it notes them (train/run.py)."""
+    return len(_text(run / STARTS).splitlines()) if (run / STARTS).is_file() else None
+
+
 def find_folders(given: Sequence[str]) -> list[RunFolder]:
-    """Every output folder in or below the given ones, by path; earlier reports are left out.
+    """The whole folders of `find`."""
+    return find(given)[0]
+
+
+def find(given: Sequence[str]) -> tuple[list[RunFolder], list[UnfinishedRun]]:
+    """Every output folder in or below the given ones, by path, and every run without a model; earlier reports are left out.
 
     Raises UserError when one is missing, has no output in it, or is damaged.
     """
     found: dict[Path, Path] = {}
+    begun: dict[Path, dict[str, Any]] = {}
     for where in given:
         root = Path(where)
         if not root.is_dir():
             raise UserError(f"folders={where} does not exist or is not a folder: give outputs, or a folder of them")
-        inside = list(_manifests(root))
-        if not inside:
+        inside, runs = _manifests(root), _unfinished(root)
+        if not inside and not runs:
             raise UserError(f"folders={where}: no folder in it has a {MANIFEST}, so none is an output of launch/")
         found |= {path.resolve(): path for path in inside}
+        begun |= runs
     manifests = {path: _checked(read_manifest(path), path) for path in found.values()}
     kept = {path: values for path, values in manifests.items() if not set(REPORT_FILES) <= set(values["files"])}
-    if not kept:
+    if not kept and not begun:
         raise UserError(f"folders={','.join(given)}: there are only reports in it")
-    names = _names(list(kept))
-    return [
+    names = _names([*kept, *begun])
+    whole = [
         RunFolder(path, names[path], values) for path, values in sorted(kept.items(), key=lambda one: names[one[0]])
     ]
+    unfinished = []
+    for path, config in begun.items():
+        file = path / METRICS
+        metrics = read_metrics(file, growing=True) if file.is_file() else []
+        unfinished.append(UnfinishedRun(path, names[path], config, metrics))
+    return whole, sorted(unfinished, key=lambda one: one.name)
 
 
 def look_into(names: Sequence[str]) -> list[str]:
@@ -154,6 +216,18 @@ def _manifests(root: Path) -> list[Path]:
         inside[:] = look_into(inside)
         if MANIFEST in files:
             found.append(Path(where))
+    return found
+
+
+def _unfinished(root: Path) -> dict[Path, dict[str, Any]]:
+    """Configs of runs that have begun and have no model, by their folders."""
+    found = {}
+    for where, inside, files in os.walk(root):
+        run = Path(where)
+        begun = "config.yaml" in files and "checkpoints" in inside and not (run / "model" / MANIFEST).is_file()
+        inside[:] = look_into(inside)
+        if begun and isinstance((config := load_yaml(run / "config.yaml")).get("trainer"), dict):
+            found[run.resolve()] = config
     return found
 
 

@@ -4,6 +4,7 @@ they are."""
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -25,23 +26,35 @@ _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
 # Figures of an evaluation that are no score, and options that do not say what was measured.
 _NOT_SCORES = ("tokens", "seconds", "tasks")
 _OF_TASKS = ("fewshot", "questions")
+# Figures of the teacher in an evaluation of its student begin so.
+_OF_TEACHER = "teacher_"
 _HOW_NOT_WHAT = tuple("output model. hf teacher. parallel. device resume verify dry_run trainer. prompts seed".split())
 _NAMES = {"kl": "KL from the teacher", "agreement": "agreement with the teacher", "loss": "loss, nats a token"}
 
 
 def teacher_of(lineage: Lineage, model: RunFolder) -> RunFolder:
-    """Whom a model is compared with: its teacher, else the model it was made from in the end; itself where that is not here."""
-    if "teacher" in model.inputs:
-        return lineage.source(model, "teacher") or model
-    return lineage.origin(model)
+    """Whom a model is compared with: the one that it was made from in the end, whoever taught it on the way.
+
+    Where it was made from none that is here, its teacher; itself where that is not here either.
+    """
+    root = lineage.origin(model)
+    return root if root is not model else lineage.source(model, "teacher") or model
 
 
-def student(lineage: Lineage, trials: Sequence[Trial] = ()) -> RunFolder | None:
-    """The model that all was done for: the last that was distilled, else the last pruned, else the last there is.
+def student(lineage: Lineage, trials: Sequence[Trial] = (), given: str | None = None) -> RunFolder | None:
+    """The model that the page is about: `given` by folder or name, else the last distilled, else the last pruned or made.
 
-    Candidates of a trial count where there is nothing else, and then the best of them.
+    Candidates of a trial count where there is nothing else, and then the best of them. Raises UserError for a name of none.
     """
     models = lineage.models()
+    if given is not None:
+        path = Path(given).expanduser().resolve()
+        named = [one for one in models if one.name == given or one.path.resolve() in (path, path / "model")]
+        if not named:
+            raise UserError(
+                f"student={given} is no model of folders=: give one of {', '.join(one.name for one in models)}"
+            )
+        return named[0]
     others = [one for one in models if not any(trial.has(one) for trial in trials)]
     winners = [one for one in models if any(trial.won(one) for trial in trials)]
     for option in ("student", "plan"):
@@ -92,18 +105,18 @@ def evaluations(lineage: Lineage) -> list[RunFolder]:
     return [one for one in lineage.folders if one.has(RESULTS) and {"model", "hf"} & set(one.inputs) and _scores(one)]
 
 
-def results_section(lineage: Lineage) -> Section | None:
-    """Figures of every evaluated model beside its teacher's, a table for each way of measuring."""
+def results_section(lineage: Lineage, about: RunFolder | None = None) -> Section | None:
+    """Figures of every evaluated model beside its teacher's, a table for each way of measuring; `about` has the page's model."""
     setups: dict[str, list[RunFolder]] = {}
     for one in evaluations(lineage):
-        setups.setdefault(_setup(one), []).append(one)
+        setups.setdefault(same_measure(one), []).append(one)
     if not setups:
         return None
-    tables = [_beside_teacher(lineage, measured) for measured in setups.values()]
+    tables = [_beside_teacher(lineage, measured, about) for measured in setups.values()]
     return Section("Results", tables=[*tables, *_published_tables(lineage)], card=True)
 
 
-def _setup(folder: RunFolder) -> str:
+def same_measure(folder: RunFolder) -> str:
     """What two evaluations must share to stand in one table."""
     options = {k: v for k, v in flat(folder.config).items() if not k.startswith(_HOW_NOT_WHAT)}
     return json.dumps(
@@ -133,23 +146,37 @@ def _name_of_evaluated(lineage: Lineage, folder: RunFolder) -> str:
     return model.name if model else short(folder.inputs.get("model") or folder.inputs["hf"])
 
 
-def _beside_teacher(lineage: Lineage, measured: Sequence[RunFolder]) -> Table:
+def _beside_teacher(lineage: Lineage, measured: Sequence[RunFolder], about: RunFolder | None) -> Table:
+    """A column for each model that was measured, its teacher's first; where that was not measured, it says so by dashes."""
     columns: dict[str, dict[str, tuple[float, float | None]]] = {}
+    models: dict[str, RunFolder] = {}
     for one in measured:
-        columns.setdefault(_name_of_evaluated(lineage, one), {}).update(_scores(one))
-    models = {name: one for one in lineage.models() for name in columns if one.name == name}
-    last = models[next(reversed(models))] if models else None
-    teacher = teacher_of(lineage, last).name if last else None
-    compares = teacher in columns and last.name != teacher
-    order = sorted(columns, key=lambda name: name != teacher)
+        name, scores = _name_of_evaluated(lineage, one), _scores(one)
+        own = {score: value for score, value in scores.items() if not score.startswith(_OF_TEACHER)}
+        columns.setdefault(name, {}).update(own)
+        if (model := lineage.source(one, "model", "hf")) is not None:
+            models[name] = model
+    for one in measured:
+        # Measured beside a student, and of no more account than an evaluation of its own.
+        found = {k.removeprefix(_OF_TEACHER): v for k, v in _scores(one).items() if k.startswith(_OF_TEACHER)}
+        if found:
+            teacher = lineage.source(one, "teacher")
+            column = columns.setdefault(teacher.name if teacher else short(one.inputs["teacher"]), {})
+            column.update({score: value for score, value in found.items() if score not in column})
+    last = models[about.name] if about and about.name in models else next(reversed(models.values()), None)
+    teacher = teacher_of(lineage, last) if last else None
+    compares = last is not None and teacher is not last
+    if compares:
+        columns.setdefault(teacher.name, {})
+    order = sorted(columns, key=lambda name: not compares or name != teacher.name)
     rows = []
     for score in dict.fromkeys(name for scores in columns.values() for name in scores):
         row = [_cell(columns[name].get(score)) for name in order]
         if compares:
-            both = [columns[name].get(score, (0, None))[0] for name in (last.name, teacher)]
+            both = [columns[name].get(score, (0, None))[0] for name in (last.name, teacher.name)]
             row.append(f"{both[0] / both[1]:.3g}×" if all(both) else "–")
         rows.append([_NAMES.get(score, score), *row])
-    extra = [f"{last.name} over {teacher}"] if compares else []
+    extra = [f"{last.name} over {teacher.name}"] if compares else []
     return Table(["", *order, *extra], rows, _caption(lineage, measured[0]))
 
 

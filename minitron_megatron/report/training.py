@@ -1,16 +1,19 @@
 """Sections about training runs: their recipe, their curves, and what every step of the work cost."""
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from minitron_megatron.checkpoints.card import RECIPE, counts
+from minitron_megatron.checkpoints.card import RECIPE, as_reached, counts
 from minitron_megatron.config import flat
 from minitron_megatron.console import format_value
 from minitron_megatron.report import plots
-from minitron_megatron.report.folders import RunFolder
+from minitron_megatron.report.folders import RunFolder, UnfinishedRun
 from minitron_megatron.report.lineage import Lineage
 from minitron_megatron.report.page import Figure, Section, Table
 
-_FOUND = {"steps": "steps", "skipped": "skipped steps", "tokens": "tokens", "loss": "loss of the last step"}
+_ALWAYS = {"skipped": "skipped steps"}
+_FOUND = {"steps": "steps", "tokens": "tokens", "loss": "loss of the last step"}
 _FOUND |= {"validation_loss": "validation loss", "validation_perplexity": "validation perplexity"}
 # Terms of a step that have a plot of their own, or none.
 _NOT_TERMS = frozenset(
@@ -31,12 +34,55 @@ def recipe_section(lineage: Lineage) -> Section | None:
         return None
     options = [flat(one.config) for one in trained]
     rows = [
-        [name, *(_value(one.get(key) if counts(key, one.get) else None) for one in options)]
+        [name, *(_of_recipe(key, one.get, run) for one, run in zip(options, trained, strict=True))]
         for key, name in RECIPE.items()
     ]
     rows += [[name, *(_value(one.results.get(key)) for one in trained)] for key, name in _FOUND.items()]
     shown = [row for row in rows if any(cell not in ("–", "none", "0") for cell in row[1:])]
+    # What interrupted a run is said where nothing did, too.
+    shown += [[name, *(_value(one.results.get(key)) for one in trained)] for key, name in _ALWAYS.items()]
+    shown.append(["restarts", *(_value(None if one.starts is None else one.starts - 1) for one in trained)])
     return Section("Recipe", tables=[Table(["", *(one.name for one in trained)], shown)], card=True)
+
+
+def _of_recipe(key: str, of: Callable[[str], Any], run: RunFolder) -> str:
+    """An option that did something in a run, with rates as it reached them."""
+    return _value(as_reached(key, of, run.results.get("steps")) if counts(key, of) else None)
+
+
+def unfinished_section(found: Sequence[UnfinishedRun]) -> Section | None:
+    """Runs that have no model yet: how far they are, and why they stand where they do."""
+    if not found:
+        return None
+    rows, figures = [], []
+    for one in found:
+        lines = [line for line in one.metrics if "loss" in line]
+        last = lines[-1] if lines else {}
+        rows.append(
+            [
+                one.name,
+                f"{last.get('step', 0):,} of {_steps(one)}",
+                _value(last.get("loss")),
+                _value(last.get("skipped")),
+                _value(None if one.starts is None else one.starts - 1),
+                one.diverged or "trains, or was stopped: the same command continues it",
+            ]
+        )
+        if len(lines) > 1:
+            series = {"training": ([line["step"] for line in lines], [line["loss"] for line in lines])}
+            figures.append(Figure(f"{one.name}: loss so far", plots.curves(series, "step", "loss")))
+    columns = ["run", "steps", "loss", "skipped steps", "restarts", "state"]
+    text = "These have no model yet. No other section counts them, nor does the cost."
+    return Section("Runs that have not ended", text, [Table(columns, rows)], figures)
+
+
+def _steps(run: UnfinishedRun) -> str:
+    trainer, data = run.config["trainer"], run.config.get("data") or {}
+    steps, tokens = trainer.get("steps"), trainer.get("tokens")
+    per_step = (trainer.get("global_batch_size") or 0) * (data.get("sequence_length") or 0)
+    if steps is None and tokens and per_step:
+        steps = math.ceil(tokens / per_step)
+    return f"{steps:,}" if isinstance(steps, int) else "?"
 
 
 def _value(value: Any) -> str:
@@ -58,7 +104,12 @@ def _summary(lineage: Lineage, run: RunFolder) -> str:
     teacher, before = lineage.source(run, "teacher"), lineage.source(run, "student", "model")
     words = f"{before.name} " if before else ""
     words += f"taught by {teacher.name}, " if teacher else ""
-    return f"{words}{run.results['tokens']:,} tokens in {run.results['steps']:,} steps."
+    words += f"{run.results['tokens']:,} tokens in {run.results['steps']:,} steps"
+    if skipped := run.results.get("skipped"):
+        words += f", of which {skipped:,} were skipped"
+    if run.starts and run.starts > 1:
+        words += f", started {run.starts} times"
+    return words + "."
 
 
 def _curves(run: RunFolder) -> list[Figure]:

@@ -10,7 +10,9 @@ min_lr ┤╱       ‾‾             min_lr ┤╱              ╲       d: s
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from minitron_megatron.config import OptimConfig
 from minitron_megatron.errors import UserError
@@ -72,3 +74,23 @@ class Schedule:
             return 1 - (math.sqrt(done) if self.optim.decay_shape == "1-sqrt" else done)
         done = min(1.0, (step - self.warmup) / max(1, self.steps - 1 - self.warmup))
         return (1 + math.cos(math.pi * done)) / 2 if kind == "cosine" else 1 - done
+
+
+def reached(options: Mapping[str, Any], steps: int, tokens_per_step: int) -> dict[str, float]:
+    """What a run of so many steps reaches of its rates, by option: peak and last rate, steps of warm-up.
+
+    `options` are those of a manifest, by their dotted names; of one with other options than today's nothing is known.
+    """
+    given = {
+        name: options[f"optim.{name}"] for name in (f.name for f in fields(OptimConfig)) if f"optim.{name}" in options
+    }
+    if steps < 1 or not {"lr", "min_lr", "schedule"} <= set(given):
+        return {}
+    try:
+        schedule = Schedule.of_run(OptimConfig(**given), steps, tokens_per_step)
+    except UserError:
+        return {}
+    warmed = min(schedule.warmup, steps)
+    rates = [schedule.learning_rate(step) for step in {max(0, warmed - 1), min(warmed, steps - 1), steps - 1}]
+    last = schedule.learning_rate(steps - 1)
+    return {"optim.lr": max(rates), "optim.min_lr": last, "optim.warmup_steps": warmed}
