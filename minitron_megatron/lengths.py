@@ -33,6 +33,9 @@ def settle_lengths(config: Any) -> str | None:
     chosen_later = hasattr(config, "rounds") and not config.rounds
     if data is None or (chosen_later and data.sequence_length is None):
         return None
+    if data.sequence_length is None and not getattr(config, "rounds", True):
+        # A compression without rounds of one's own chooses its length by model, machine and text (choosing.py).
+        return None
     line = _settle(data, "sequence_length", _models_of(config), 0)
     return line and f"data.{line}" if data.path is not None else None
 

@@ -39,7 +39,8 @@ def model(folder: Path, positions: int, file: str = "model.yaml") -> Path:
 def words(name: str, folder: Path, *more: str) -> list[str]:
     """The command with every model at the same folder."""
     models = [one for one in MODEL_OPTIONS if one in COMMANDS[name].config.__dataclass_fields__]
-    return [*(f"{one}={folder}" for one in models), "data.path=d", "output=out", *more]
+    rounds = ["rounds=[{name: a}]"] if name == "compress" else []
+    return [*(f"{one}={folder}" for one in models), "data.path=d", "output=out", *rounds, *more]
 
 
 @pytest.mark.parametrize("name", WITH_LENGTH)
@@ -82,6 +83,13 @@ def test_presets_have_positions_too(preset, length):
     assert compose("importance", [f"model={preset}", "data.path=d", "output=o"]).data.sequence_length == length
     with pytest.raises(UserError, match=r"positions of model=: use data\.sequence_length="):
         compose("importance", [f"model={preset}", "data.path=d", "output=o", "data.sequence_length=200000"])
+
+
+def test_a_compression_without_rounds_chooses_its_length_itself(tmp_path):
+    given = [f"model={model(tmp_path / 'm', 512)}", "data.path=d", "output=o"]
+    assert compose("compress", given).data.sequence_length is None
+    with pytest.raises(UserError, match=r"use data\.sequence_length=512"):
+        compose("compress", [*given, "data.sequence_length=600"])
 
 
 def test_prompts_leave_room_for_the_answer(tmp_path):
