@@ -422,7 +422,7 @@ def test_runs_that_have_not_ended_are_shown_as_such(rounds):
     root, _ = rounds
     step = {"loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "tokens": 40, "step_seconds": 1.0, "skipped": 3}
     lines = "".join(json.dumps({**step, "step": n}) + "\n" for n in (1, 2))
-    starts = {"starts.jsonl": '{"step": 0}\n{"step": 1}\n{"step": 1}\n'}
+    starts = {"starts.jsonl": "".join(f'{{"step": {step}, "command": "x"}}\n' for step in (0, 1, 1))}
     unfinished(root / "trains", lines + '{"step": 3, "lo', **starts)
     unfinished(root / "spiked", lines, **{"diverged.txt": "10 steps <in> a row\n"})
     page = page_of(root)
@@ -443,7 +443,7 @@ def test_restarts_and_skipped_steps_are_said_where_there_were_none_too(rounds):
         results = {"steps": 20, "tokens": 800, "skipped": skipped}
         made(folder, {SHAPE_FILE: yaml.safe_dump(SMALL)}, inputs={"teacher": digests["first"]}, results=results)
         (root / name / "metrics.jsonl").write_text("")
-        (root / name / "starts.jsonl").write_text('{"step": 0}\n' * starts)
+        (root / name / "starts.jsonl").write_text('{"step": 0, "command": "x"}\n' * starts)
     (table,) = recipe_section(trace(find_folders([str(root)]))).tables
     rows = {row[0]: dict(zip(table.columns[1:], row[1:], strict=True)) for row in table.rows}
     assert rows["skipped steps"] == {"once": "0", "often": "2"} and rows["restarts"] == {"once": "0", "often": "2"}

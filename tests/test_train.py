@@ -21,7 +21,7 @@ import yaml
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from minitron_megatron.checkpoints.folder import STARTS, open_model_folder, read_manifest
+from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
 from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.config import (
     BatchConfig,
@@ -38,6 +38,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.evaluate import evaluate
 from minitron_megatron.models.axes import flops_per_token, slots
 from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.starts import read_starts
 from minitron_megatron.train import checkpoint
 from minitron_megatron.train.distill import check_pair, distill
 from minitron_megatron.train.loop import Trainer
@@ -318,8 +319,7 @@ def test_metrics_go_back_to_the_checkpoint_of_a_killed_run(gloo, sources, tmp_pa
     gloo(1, exit_code, killed)
     assert checkpoints(tmp_path / "killed") == ["step_00000004", "step_00000006"]
     # Each start is noted, with the step that it began from, as the report shows them.
-    starts = [json.loads(line) for line in (tmp_path / "killed" / STARTS).read_text().splitlines()]
-    assert [one["step"] for one in starts] == [0, 4]
+    assert [one["step"] for one in read_starts(tmp_path / "killed")] == [0, 4]
     assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")
 
 

@@ -34,8 +34,6 @@ from minitron_megatron.starts import STARTS, record_start
 MANIFEST, SHAPE_FILE, WEIGHTS, TOKENIZER = "manifest.yaml", "model.yaml", "weights", "tokenizer"
 # In outputs: what a command that measures found, and a line for each step of a training run.
 RESULTS, METRICS = "results.json", "metrics.jsonl"
-# Of a training run: a line for each start, with the step that it began from.
-STARTS = "starts.jsonl"
 # Of a run that the spike guard ended: why, in a line.
 DIVERGED = "diverged.txt"
 log = logging.getLogger(__name__)

@@ -15,12 +15,12 @@ from minitron_megatron.checkpoints.folder import (
     MANIFEST,
     METRICS,
     SHAPE_FILE,
-    STARTS,
     load_yaml,
     read_manifest,
 )
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.starts import read_starts
 
 REPORT_FILES = ("report.html", "report.md")
 # Folders inside outputs that hold no outputs themselves.
@@ -102,7 +102,7 @@ class RunFolder:
     @cached_property
     def starts(self) -> int | None:
         """How often a training run was started: once, and once for each restart; None where it did not note that."""
-        return read_starts(self.path.parent) if self.path.name == "model" else None
+        return number_of_starts(self.path.parent) if self.path.name == "model" else None
 
     def has(self, file: str) -> bool:
         """Whether the folder was made with a file of this name."""
@@ -132,7 +132,7 @@ class UnfinishedRun:
     @property
     def starts(self) -> int | None:
         """As of RunFolder."""
-        return read_starts(self.path)
+        return number_of_starts(self.path)
 
     @property
     def diverged(self) -> str | None:
@@ -163,9 +163,9 @@ def read_metrics(file: Path, *, growing: bool = False) -> list[dict[str, Any]]:
     return lines
 
 
-def read_starts(run: Path) -> int | None:
-    """Starts of a run as it notes them (train/run.py)."""
-    return len(_text(run / STARTS).splitlines()) if (run / STARTS).is_file() else None
+def number_of_starts(run: Path) -> int | None:
+    """Starts of a training run as it notes them (starts.py)."""
+    return len([one for one in read_starts(run) if one.get("step") is not None]) or None
 
 
 def find_folders(given: Sequence[str]) -> list[RunFolder]:

@@ -11,7 +11,6 @@ The commands (train/distill.py, train/correct_teacher.py) say in a `Recipe` whic
 """
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +24,6 @@ import yaml
 
 from minitron_megatron.checkpoints.folder import (
     DIVERGED,
-    STARTS,
     WEIGHTS,
     ModelFolder,
     load_yaml,
@@ -378,10 +376,6 @@ class _Run:
             loop.guard.load_state_dict(guard)
             objective.load_state_dict(of_objective)
             log.info("continuing from step %d (%s)", start, there[-1][1])
-        if collectives.is_rank_zero():
-            # For reports: a run that was started again shows in nothing else.
-            with open(Path(cfg.output) / STARTS, "a", encoding="utf-8") as starts:
-                starts.write(json.dumps({"step": start, "processes": layout.world_size}) + "\n")
         return loop, start
 
     def train(self, data: Data) -> dict[str, Any] | None:
