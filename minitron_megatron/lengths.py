@@ -29,9 +29,7 @@ def settle_lengths(config: Any) -> str | None:
     if hasattr(config, "input_length"):
         return _settle(config, "input_length", _of_mapping(config.models), config.output_length)
     data = getattr(config, "data", None)
-    # Where a chain has no rounds, its length is chosen by the text and the machine too (choosing.py).
-    chosen_later = hasattr(config, "rounds") and not config.rounds
-    if data is None or (chosen_later and data.sequence_length is None):
+    if data is None:
         return None
     if data.sequence_length is None and not getattr(config, "rounds", True):
         # A compression without rounds of one's own chooses its length by model, machine and text (choosing.py).

@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from hydra import initialize_config_dir
 
 from minitron_megatron.cli import next_command
 from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.cli.next_command import NEXT, Next, free_name, line_of
-from minitron_megatron.config import ImportanceConfig, ParallelConfig
+from minitron_megatron.config import ImportanceConfig, ModelConfig, ParallelConfig
+from minitron_megatron.launcher import CONF, compose
+from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.words import word
 from tests.test_commands import ROOT, environment, run
 from tests.tiny import TEXT, hf_model, save_hf
@@ -120,3 +124,117 @@ def test_the_whole_road_by_pasting_what_is_said(tmp_path, processes):
     loads = last_line(printed)
     assert "pipeline('text-generation'" in loads.replace("'\"'\"'", "'") and str(ROOT) not in loads
     paste(loads, folder)
+
+
+# Every command, with folders as they leave them.
+
+
+def manifest(folder: Path, config: dict, results: dict | None = None, **files: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        file = folder / name.replace("__", "/").replace("_yaml", ".yaml")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    sizes = {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
+    values = {"command": "x", "digest": "d", "inputs": {"model": "d"}, "config": config, "results": results or {}}
+    (folder / "manifest.yaml").write_text(yaml.safe_dump({**values, "files": sizes}))
+    return folder
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    """Folders of a model, data, scores and a search, with nothing in them but what is looked at."""
+    root = tmp_path / ODD
+    model = {**yaml.safe_load((CONF / "model" / "smollm2_135m.yaml").read_text()), "max_position_embeddings": 64}
+    manifest(root / "model", {}, model_yaml=yaml.safe_dump(ModelShape.from_dict(model_sizes(model), "x").to_dict()))
+    data = {"train": {"tokens": 3000}, "validation": {"tokens": 300}, "vocab_size": 100}
+    manifest(root / "corpus", {}, data)
+    (root / "corpus" / "train.bin").touch()
+    of_scores = {"model": {"path": str(root / "model")}, "data": {"path": str(root / "corpus"), "sequence_length": 64}}
+    manifest(root / "scores", of_scores)
+    best = {"rank": 1, "num_layers": 30, "hidden_size": 504, "ffn_hidden_size": 1280, "num_attention_heads": 9}
+    best |= {"num_query_groups": 3, "predicted_loss": 1.0}
+    of_search = {"model": {"path": str(root / "model")}, "scores": str(root / "scores"), "layers": None, "prune": {}}
+    found = {"candidates_yaml": yaml.safe_dump({"candidates": [best]}), "targets__rank_01_yaml": "hidden_size: 504\n"}
+    manifest(root / "found", of_search, **found)
+    return root
+
+
+def model_sizes(values: dict) -> dict:
+    return ModelConfig(**values).sizes("model")
+
+
+FOLLOWS = {
+    "smollm2": ("import_hf", []),
+    "import_hf": ("importance", []),
+    "import_nemo": ("importance", ["nemo=x"]),
+    "random_model": ("throughput", ["model=smollm2_135m"]),
+    "prepare_data": ("importance", ["input=x", "model={0}/model"]),
+    "adopt_data": ("importance", ["train=x", "validation=x", "model={0}/model"]),
+    "importance": ("search", ["model={0}/model", "data.path=x"]),
+    "merge_scores": ("search", ["scores=['{1}/scores','{1}/b']"]),
+    "layers": ("prune", ["model={0}/model", "data.path=x", "block=[4,2]"]),
+    "search": ("prune", ["model={0}/model", "scores={0}/scores", "budget.parameters=1e8"]),
+    "prune": ("distill", ["model={0}/model", "scores={0}/scores", "target.hidden_size=504"]),
+    "cache_teacher": ("distill", ["teacher={0}/model", "data.path={0}/corpus", "trainer.steps=7"]),
+    "correct_teacher": ("importance", ["model={0}/model", "data.path={0}/corpus", "trainer.steps=7"]),
+    "distill": ("evaluate", ["teacher={0}/model", "student={0}/model", "data.path={0}/corpus", "trainer.steps=7"]),
+    "distill_candidates": ("prune", ["found={0}/found", "data.path={0}/corpus"]),
+    "evaluate": ("export_hf", ["model={0}/model", "data.path={0}/corpus"]),
+    "export_nemo": ("import_nemo", ["model={0}/model"]),
+    "throughput": ("report", ["models={{a: x}}"]),
+    "export_hf": (None, ["model={0}/model"]),
+    "export_megatron": (None, ["model={0}/model"]),
+    "report": (None, ["folders=x"]),
+    "compress": (None, ["model={0}/model", "data.path=x", "target.hidden_size=504"]),
+}
+# What each writes of what is looked at.
+WRITES = {
+    "import_hf": "model",
+    "import_nemo": "model",
+    "correct_teacher": "model",
+    "prepare_data": "corpus",
+    "adopt_data": "corpus",
+    "search": "found",
+}
+
+
+def test_every_command_is_tried():
+    assert set(FOLLOWS) == set(NEXT)
+
+
+@pytest.mark.parametrize("name", FOLLOWS)
+def test_what_follows_is_a_command_that_is_accepted(outputs, monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, "argv", [f"launch/{name}.py"])
+    command, words = FOLLOWS[name]
+    output = outputs / WRITES.get(name, f"{name} of mine")
+    output.mkdir(exist_ok=True)
+    odd = str(outputs).replace("'", "\\'")
+    given = [one.format(outputs, odd) for one in words]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        needed = ["hf=x"] if name == "import_hf" else []
+        cfg = compose(name, [*given, *needed, f"output={output}"])
+        next_command.show_next(name, cfg)
+        printed = capsys.readouterr().out
+        line = last_line(printed)
+        following = shlex.split(line)
+        if command is None:
+            assert len(following) > 1
+            return
+        script = next(i for i, one in enumerate(following) if one.endswith(f"launch/{command}.py"))
+        there = compose(command, following[script + 1 :])
+    assert not Path(there.output).exists() and Path(there.output).parent == outputs
+    if command == "importance":
+        assert there.samples * (there.data.sequence_length or 64) <= 3000
+
+
+def test_a_run_of_steps_reads_the_text_once(outputs, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["launch/prune.py"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose(
+            "prune", [f"model={outputs / 'model'}", f"scores={outputs / 'scores'}", f"output={outputs / 'x'}"]
+        )
+    options = NEXT["prune"](cfg).options
+    assert options["data.path"] == str(outputs / "corpus") and options["trainer.global_batch_size"] == 9
+    assert options["trainer.steps"] == 3000 // (9 * 64) and options["data.sequence_length"] == 64

@@ -39,7 +39,7 @@ class Command:
     def __call__(self, config: Any) -> None:
         """Check, say what is going to be done, run. Raises UserError."""
         checked = () if self.check is None else (_load(self.check)(config),)
-        if not config.dry_run:
+        if isinstance(config, options.CommandConfig) and not config.dry_run:
             what = (self.config.__doc__ or "").strip().rstrip(".")
             log.info("%s into %s: %s", self.name, config.output, what[:1].lower() + what[1:])
         with busy(f"{self.name}: loading its libraries"):

@@ -241,7 +241,8 @@ def _after_training(cfg: Any) -> Next:
 
 
 def _after_correction(cfg: Any) -> Next:
-    return Next("importance", {"model": cfg.output, "data.path": cfg.data.path, **_length(cfg.data)}, "scores")
+    options = {**_length(cfg.data), **_calibration(cfg.data.path, cfg.output)}
+    return Next("importance", {"model": cfg.output, "data.path": cfg.data.path, **options}, "scores")
 
 
 def _after_cache(cfg: Any) -> Next:
