@@ -60,7 +60,7 @@ def test_the_first_line_says_what_will_be_done_and_is_there_before_the_work(tmp_
     done = run("report", f"folders={tmp_path / 'made'}", f"output={tmp_path / 'page.html'}")
     assert done.returncode == 0, done.stderr
     first = " ".join(done.stdout.split())
-    assert f"report into {tmp_path / 'page.html'}: one page about a set of output folders" in first
+    assert f"report into {tmp_path / 'page.html'}: One page about a set of output folders" in first
     assert "report into" not in run("report", "folders=x", f"output={tmp_path / 'page.html'}", "dry_run=true").stdout
 
 

@@ -374,7 +374,7 @@ def test_the_opening_sentence_has_size_quality_speed_and_cost(rounds):
     beside = {"loss": 3.0, "perplexity": 20.1, "teacher_loss": 2.5, "teacher_perplexity": 12.2, "kl": 0.5}
     evaluated(root, "judged", beside, model=digests["last"], teacher=digests["first"])
     said = heading(page_of(root))[1]
-    assert "perplexity 20.1, where teacher has 12.2" in said and "1.50 times its tokens a second (vllm)" in said
+    assert "perplexity 20.1, where teacher has 12.2" in said and "1.50 times as many tokens a second (vllm)" in said
 
 
 @pytest.mark.parametrize("measured", ["beside", "alone", "not"])

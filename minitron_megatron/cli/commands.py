@@ -40,8 +40,7 @@ class Command:
         """Check, say what is going to be done, run. Raises UserError."""
         checked = () if self.check is None else (_load(self.check)(config),)
         if isinstance(config, options.CommandConfig) and not config.dry_run:
-            what = (self.config.__doc__ or "").strip().rstrip(".")
-            log.info("%s into %s: %s", self.name, config.output, what[:1].lower() + what[1:])
+            log.info("%s into %s: %s", self.name, config.output, (self.config.__doc__ or "").strip().rstrip("."))
         with busy(f"{self.name}: loading its libraries"):
             run = _load(self.run)
         run(config, *checked)

@@ -146,9 +146,12 @@ def _name_of_evaluated(lineage: Lineage, folder: RunFolder) -> str:
     return model.name if model else short(folder.inputs.get("model") or folder.inputs["hf"])
 
 
-def _beside_teacher(lineage: Lineage, measured: Sequence[RunFolder], about: RunFolder | None) -> Table:
-    """A column for each model that was measured, its teacher's first; where that was not measured, it says so by dashes."""
-    columns: dict[str, dict[str, tuple[float, float | None]]] = {}
+Columns = dict[str, dict[str, tuple[float, float | None]]]
+
+
+def _columns(lineage: Lineage, measured: Sequence[RunFolder]) -> tuple[Columns, dict[str, RunFolder]]:
+    """Scores of each model that was measured, by its name, teachers of evaluations too; and those models that are here."""
+    columns: Columns = {}
     models: dict[str, RunFolder] = {}
     for one in measured:
         name, scores = _name_of_evaluated(lineage, one), _scores(one)
@@ -163,6 +166,12 @@ def _beside_teacher(lineage: Lineage, measured: Sequence[RunFolder], about: RunF
             teacher = lineage.source(one, "teacher")
             column = columns.setdefault(teacher.name if teacher else short(one.inputs["teacher"]), {})
             column.update({score: value for score, value in found.items() if score not in column})
+    return columns, models
+
+
+def _beside_teacher(lineage: Lineage, measured: Sequence[RunFolder], about: RunFolder | None) -> Table:
+    """A column for each model that was measured, its teacher's first; where that was not measured, it says so by dashes."""
+    columns, models = _columns(lineage, measured)
     last = models[about.name] if about and about.name in models else next(reversed(models.values()), None)
     teacher = teacher_of(lineage, last) if last else None
     compares = last is not None and teacher is not last

@@ -84,7 +84,7 @@ def _speed(lineage: Lineage, model: RunFolder, teacher: RunFolder) -> str:
                     by_engine.setdefault(str(row.get("engine")), [[], []])[i].append(row["tokens_per_second"])
         for engine, (ours, theirs) in by_engine.items():
             if ours and theirs and (best is None or max(ours) > best[0]):
-                best = max(ours), f"{max(ours) / max(theirs):.2f} times its tokens a second ({engine})"
+                best = max(ours), f"{max(ours) / max(theirs):.2f} times as many tokens a second ({engine})"
     return best[1] if best else "its speed was not measured (launch/throughput.py)"
 
 

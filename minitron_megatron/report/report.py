@@ -128,11 +128,11 @@ def sections_of(
     """The sections that there is something to say in, from what came out to how it was made."""
     found = [
         models_section(lineage),
-        unfinished_section(unfinished),
         results_section(lineage, about),
         throughput_section(lineage),
         recipe_section(lineage),
         *training_sections(lineage),
+        unfinished_section(unfinished),
         *search_sections(lineage),
         *map(trial_section, trials),
         *cut_sections(lineage),
