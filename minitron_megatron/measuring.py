@@ -6,7 +6,7 @@ processes in their layout ─▶ verify=true: weights and data against their dig
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from minitron_megatron.checkpoints.folder import COMPUTED_IN, ModelFolder, Output
+from minitron_megatron.checkpoints.folder import COMPUTED_IN, ModelFolder, Output, has_work
 from minitron_megatron.checkpoints.weights import verify_digest
 from minitron_megatron.config import CommandConfig
 from minitron_megatron.data.folder import Data, verify_data
@@ -45,7 +45,6 @@ def measuring(
                 verify_data(data)
         with command_output(cfg, inputs, continues=continues) as out:
             if continues and not out.done and asks_machine(cfg.precision, folder.shape.dtype):
-                begun = any(not path.name.startswith(".") for path in out.path.iterdir())
-                keep(out.path / COMPUTED_IN, begun=begun)
+                keep(out.path / COMPUTED_IN, begun=has_work(out.path))
             yield out
             out.precision = record()

@@ -45,6 +45,8 @@ _HOW_NOT_WHAT = frozenset(
 # In a partial folder that can be continued: the fingerprint of what it was to become, and what models compute in.
 _MADE_OF = ".made-of"
 COMPUTED_IN = ".computed-in"
+# What a partial folder has of its own, beside what will be in the whole one.
+_MARKS = (_MADE_OF, COMPUTED_IN, STARTS)
 
 
 @dataclass
@@ -231,6 +233,11 @@ def partial_folder(path: Path) -> Path:
     return path.parent / f".{path.name}.partial"
 
 
+def has_work(partial: Path) -> bool:
+    """Whether a partial folder has anything to continue from."""
+    return any(path.name not in _MARKS and not path.name.startswith(".") for path in partial.iterdir())
+
+
 def _already_there(path: Path, fingerprint: str | None, resume: bool) -> bool:
     """Whether a whole folder is there, made of the same if a fingerprint is given. Raises UserError for what is in the way."""
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -277,7 +284,7 @@ def _finish(
     fingerprint: str,
     anew: bool,
 ) -> None:
-    for mark in (_MADE_OF, COMPUTED_IN, STARTS):
+    for mark in _MARKS:
         (output.path / mark).unlink(missing_ok=True)
     files = {str(f.relative_to(output.path)): f.stat().st_size for f in sorted(output.path.rglob("*")) if f.is_file()}
     manifest = {
