@@ -16,6 +16,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 15.0
 # What takes less needs no word.
 SECONDS_OF_SILENCE = 1.5
+# Columns of a terminal that progress needs to show all it has; what a table's column has for words at the least.
+_ROOM_FOR_BARS, _WORD = 90, 8
 # How signs that this program writes look without UTF-8.
 _SIGNS = "▶ ◀ → … × · ≤ ≥ ± − – — ² ³ ᵀ ₁ ₂ ⁻ ‖ Σ σ α β √ ∞ µ “ ” ‘ ’".split()
 _WORDS = "> < -> ... x . <= >= +- - - - ^2 ^3 ^T 1 2 ^- || sum sigma alpha beta sqrt inf u \" \" ' '".split()
@@ -68,16 +71,30 @@ def console() -> Console:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print one table; numbers to the right."""
+    """Print one table; numbers to the right. Where the terminal is too narrow for its columns, they are rows, a table a row."""
     if not speaks():
         return
+    screen = console()
+    table = _table(title, columns, rows)
+    # A number that goes on in the next line is no number.
+    if len(columns) > 2 and sum(column.min_width + 3 for column in table.columns) >= screen.width:
+        screen.print(title, style="bold", markup=False, highlight=False)
+        for first, *row in rows:
+            screen.print(_table(None, [columns[0], format_value(first)], list(zip(columns[1:], row, strict=True))))
+        return
+    screen.print(table)
+
+
+def _table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
         numeric = i > 0 and all(isinstance(row[i], int | float) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        longest = max((len(format_value(row[i])) for row in rows), default=1)
+        whole = longest if numeric else min(_WORD, max(longest, len(column)))
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold", min_width=whole)
     for row in rows:
         table.add_row(*(format_value(value) for value in row))
-    console().print(table)
+    return table
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -114,8 +131,7 @@ def progress(
         yield _lines(description, total, unit, done, rate)
         return
     counts = [DownloadColumn(binary_units=True), TransferSpeedColumn()] if unit == "B" else [MofNCompleteColumn()]
-    columns = [TextColumn("{task.description}"), BarColumn(), *counts, TextColumn("{task.fields[rate]}")]
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=screen) as bars:
+    with bars_with(screen, *counts, TextColumn("{task.fields[rate]}")) as bars:
         task = bars.add_task(description, total=total, completed=done, rate="")
 
         def advance(n: int, made: int = 0) -> None:
@@ -135,6 +151,21 @@ def busy(what: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def bars_with(screen: Console, *columns: ProgressColumn, disable: bool = False) -> Progress:
+    """Progress bars that show `columns` too. A narrow terminal has no room for the bar itself and for what has passed."""
+    narrow = screen.width < _ROOM_FOR_BARS
+    return Progress(
+        TextColumn("{task.description}"),
+        *([] if narrow else [BarColumn()]),
+        *columns,
+        *([] if narrow else [TimeElapsedColumn()]),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=screen,
+        disable=disable,
+    )
 
 
 class _Rate:

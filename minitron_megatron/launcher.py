@@ -446,6 +446,8 @@ def _quiet() -> None:
         "megatron.core.distributed.distributed_data_parallel",
         "megatron.core.dist_checkpointing.strategies.torch",
         "torch.utils.cpp_extension",
+        # Without a home that can be written it makes itself a folder, and says so in six lines.
+        "matplotlib",
     ):
         logging.getLogger(library).setLevel(logging.ERROR)
 

@@ -105,6 +105,19 @@ def test_without_any_terminal(show, closed):
     assert "2>&-" in closed or done.stderr.startswith(b"error: ")
 
 
+def test_a_table_too_wide_for_the_terminal_keeps_its_numbers_whole(tmp_path):
+    """A row becomes a table of its own; none is lost, and none is broken."""
+    program = tmp_path / "wide.py"
+    names = [f"column {i}" for i in range(9)]
+    rows = [[f"row {r}", *(10**6 * r + i for i in range(8))] for r in (1, 2)]
+    program.write_text(f"from minitron_megatron import console\nconsole.print_table('wide', {names}, {rows})\n")
+    for columns in (60, 200):
+        status, written = in_a_terminal([sys.executable, str(program)], columns)
+        shown = lines_of(written)
+        assert status == 0 and max(map(len, shown)) <= columns
+        assert all(any(f"{10**6 * r + i:,}" in line for line in shown) for r in (1, 2) for i in range(8))
+
+
 def test_signs_of_our_own_texts_have_a_spelling():
     """Every sign that the package writes in a message is spelled in ASCII, rather than as a question mark."""
     printed = set()

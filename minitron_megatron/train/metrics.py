@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TextColumn
 
 from minitron_megatron.checkpoints.folder import METRICS
 from minitron_megatron.config import HardwareConfig, LoggerConfig
-from minitron_megatron.console import SECONDS_BETWEEN_LINES, console, speaks
+from minitron_megatron.console import SECONDS_BETWEEN_LINES, bars_with, console, speaks
 from minitron_megatron.models.graphs import peak_memory
 from minitron_megatron.parallel.hardware import gpu_of, hardware, peak_flops
 from minitron_megatron.train.loop import StepResult
@@ -104,17 +104,8 @@ class Metrics:
         self.out = open(self.file, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run, closed by close())
         self.wandb = _start_wandb(folder, options, config)
         screen = console()
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=screen,
-            disable=not screen.is_terminal,
-        )
+        shown = TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s")
+        self.bar = bars_with(screen, MofNCompleteColumn(), shown, disable=not screen.is_terminal)
         self.task = self.bar.add_task(title, total=steps, completed=start, loss="…", rate="…")
         self.bar.start()
         self.terminal, self.last_line = screen.is_terminal, 0.0
