@@ -9,11 +9,11 @@ given stay as they are, and the others follow from them.
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from minitron_megatron.chosen import Choices, Pair, Text
 from minitron_megatron.config import CompressConfig, DistillConfig, ParallelConfig, TrainerConfig, TrainingDataConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters, flops_per_token
@@ -21,7 +21,7 @@ from minitron_megatron.models.build import model_dtype
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.precision import asks_machine, of_this_machine
-from minitron_megatron.train.distill import check_pair
+from minitron_megatron.train.distill_checks import check_pair
 from minitron_megatron.train.foresee import TENSOR_SIZES, Forecast, Models, forecast
 
 # Tokens of a sample at the most, calibration samples, windows of an evaluation.
@@ -41,39 +41,6 @@ _RATES = ((100e6, 1e-3), (500e6, 5e-4), (2e9, 2e-4), (float("inf"), 1e-4))
 _MICRO_BATCHES = (8, 4, 2, 1)
 # What a training step makes of the speed of one large product on a CPU.
 _CPU_EFFICIENCY = 0.5
-
-
-@dataclass(frozen=True)
-class Text:
-    """Tokens that there are to train and to validate on; counted, or estimated from the size of the text."""
-
-    train: int
-    validation: int
-    exact: bool
-
-
-@dataclass
-class Choices:
-    """Options by stage, and the lines of the plan: what, its value, why."""
-
-    options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    lines: list[tuple[str, str, str]] = field(default_factory=list)
-
-    def of(self, stage: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """A stage's options: what was given goes over what was chosen."""
-        chosen = dict(self.options.get(stage, {}))
-        for one, other in (("trainer.steps", "trainer.tokens"), ("optim.warmup_steps", "optim.warmup_tokens")):
-            if other in given:
-                chosen.pop(one, None)
-        return {**chosen, **given}
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Who teaches whom."""
-
-    teacher: ModelShape
-    student: ModelShape
 
 
 def choose_length(cfg: CompressConfig, shape: ModelShape, text: Text | None, device: str) -> tuple[int, str]:

@@ -24,7 +24,7 @@ import torch
 
 from minitron_megatron.checkpoints.folder import RESULTS, read_manifest
 from minitron_megatron.choosing import words_of
-from minitron_megatron.composing import Stage, check_root
+from minitron_megatron.composing import Stage
 from minitron_megatron.compress_plan import (
     EXPORTED,
     REPORT,
@@ -32,6 +32,7 @@ from minitron_megatron.compress_plan import (
     SUMMARY,
     Plan,
     Round,
+    check_compress,
     make_plan,
     name_of,
     remember_choices,
@@ -41,17 +42,14 @@ from minitron_megatron.console import console, print_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.parallel.job import pick_device
-from minitron_megatron.parallel.layout import world_size_from_env
 from minitron_megatron.stages import Stages, start_words, write_json
 
 
-def compress(cfg: CompressConfig) -> None:
+def compress(cfg: CompressConfig, _: None = None) -> None:
     """`launch/compress.py`: check everything, show the plan, then run what is not done of it."""
-    if world_size_from_env() > 1:
-        raise UserError("start launch/compress.py with plain python: processes= and start= say how its stages start")
+    check_compress(cfg)
     cfg, device = settle_machine(cfg)
     plan = make_plan(cfg, device)
-    check_root(Path(cfg.output), STAGES_FILE, "a chain", cfg.resume)
     if plan.chosen or cfg.dry_run:
         _show_plan(cfg, plan)
     if cfg.dry_run:

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from minitron_megatron.checkpoints.folder import MANIFEST, ModelFolder, open_model_folder
-from minitron_megatron.checkpoints.hf import HfFolder
+from minitron_megatron.checkpoints.hf_folder import HfFolder
 from minitron_megatron.checkpoints.index import check_weights
-from minitron_megatron.choosing import Choices, Pair, Text, choose, choose_length
-from minitron_megatron.composing import Stage, check_data, compose_stage, flat_options, naming
+from minitron_megatron.chosen import Choices, Pair, Text
+from minitron_megatron.composing import Stage, check_data, check_root, compose_stage, flat_options, naming
 from minitron_megatron.config import (
     BudgetConfig,
     CompressConfig,
@@ -33,21 +33,21 @@ from minitron_megatron.config import (
 from minitron_megatron.data.estimate import estimate_tokens
 from minitron_megatron.data.folder import check_enough, data_digest, open_data
 from minitron_megatron.data.prepare import find_inputs
-from minitron_megatron.data.tokenizer import check_vocabulary, load_tokenizer
+from minitron_megatron.data.tokenizer import check_tokenizer, check_vocabulary, load_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import resolved_config
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.families import check_exportable
 from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.models.shape import ModelShape
-from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.parallel.layout import Layout, world_size_from_env
 from minitron_megatron.prune.select import target_shape
 from minitron_megatron.search.budget import Budget
 from minitron_megatron.search.found import target_file
 from minitron_megatron.search.scan import scan
 from minitron_megatron.search.space import SIZES, Space, make_space, uniform
 from minitron_megatron.stages import write_json
-from minitron_megatron.train.distill import check_pair
+from minitron_megatron.train.distill_checks import check_pair
 
 # Each stage's command and its folder, in order.
 FOLDERS = {
@@ -135,6 +135,42 @@ class Plan:
             *((name_of(one.name, stage.command), stage) for one in self.rounds for stage in one.stages.values()),
             *((stage.command, stage) for stage in self.last),
         ]
+
+
+def check_compress(cfg: CompressConfig) -> None:
+    """What can be said before torch is there. Raises UserError.
+
+    Options, model, text and output; and where the rounds, their data and their processes are given, all of `make_plan`.
+    """
+    if world_size_from_env() > 1:
+        raise UserError("start launch/compress.py with plain python: processes= and start= say how its stages start")
+    rehearsal = cfg.dry_run and cfg.model.path is None and cfg.hf is None
+    chooses = _check_asked(cfg, rehearsal)
+    check_root(Path(cfg.output), STAGES_FILE, "a chain", cfg.resume)
+    if rehearsal:
+        return
+    if chooses or cfg.input or cfg.processes is None:
+        _check_source(cfg)
+    else:
+        # The device is asked for what is chosen.
+        make_plan(cfg, "cpu")
+
+
+def _check_source(cfg: CompressConfig) -> None:
+    """The model, and the text or data; tokens are not counted."""
+    if cfg.hf:
+        source = HfFolder(cfg.hf)
+        source.check()
+        shape = source.shape
+    else:
+        folder = open_model_folder(cfg.model.folder("model"))
+        check_weights(folder)
+        shape = folder.shape
+    if cfg.input:
+        find_inputs(cfg.input)
+        check_tokenizer(cfg.hf or cfg.model.folder("model"))
+    else:
+        open_data(cfg.data.path, "train", shape, 1)
 
 
 def make_plan(cfg: CompressConfig, device: str) -> Plan:
@@ -254,6 +290,9 @@ def _own(given: CompressConfig | RoundConfig, stage: str) -> dict[str, Any]:
 
 def _choose(cfg: CompressConfig, source: Source, device: str) -> tuple[CompressConfig, Choices, Any]:
     """The config with its length settled, everything else that is chosen, as before where it was chosen before, and for what."""
+    # Torch's: the machine is measured.
+    from minitron_megatron.choosing import choose, choose_length
+
     given = {}
     for stage in FOLDERS:
         with naming(stage):

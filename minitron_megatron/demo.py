@@ -65,14 +65,19 @@ def write_text(folder: Path) -> None:
         file.write_text(text, encoding="utf-8")
 
 
-def run_demo(cfg: DemoConfig) -> None:
+def check_demo(cfg: DemoConfig) -> None:
+    """The output. Raises UserError."""
+    root = Path(cfg.output)
+    if root.exists() and not (root / STAGES_FILE).is_file() and any(root.iterdir()):
+        raise UserError(f"output={root} exists and is not a demo's folder: choose another output=")
+
+
+def run_demo(cfg: DemoConfig, _: None = None) -> None:
     """`launch/demo.py`: every stage, a table, summary.json and a report."""
     root, effort = Path(cfg.output), SHORT if cfg.short else WHOLE
     if cfg.dry_run:
         console().print(f"would run the stages of the demo in {root}: {effort}")
         return
-    if root.exists() and not (root / STAGES_FILE).is_file() and any(root.iterdir()):
-        raise UserError(f"output={root} exists and is not a demo's folder: choose another output=")
     root.mkdir(parents=True, exist_ok=True)
     stages = Stages(root / STAGES_FILE, words=[] if cfg.seed == CommandConfig.seed else [f"seed={cfg.seed}"])
     folders = {
@@ -181,6 +186,7 @@ def _show(stages: Stages, root: Path, at: dict[str, Path]) -> None:
         "parameters": {name: count_parameters(open_model_folder(at[name]).shape) for name in MODELS},
         "perplexity": {name: results[name]["perplexity"] for name in MODELS},
         "seconds": stages.seconds,
+        "seconds_starting": stages.starting,
     }
     write_json(root / "summary.json", summary)
     print_table(
@@ -189,6 +195,7 @@ def _show(stages: Stages, root: Path, at: dict[str, Path]) -> None:
         [[n, summary["parameters"][n], round(summary["perplexity"][n], 1), samples[n]] for n in MODELS],
     )
     total = sum(stages.seconds.values())
-    rows = [[name, seconds] for name, seconds in stages.seconds.items()]
-    print_table("Time", ["stage", "seconds"], [*rows, ["all", round(total, 1)]])
+    rows = [[name, seconds, stages.starting.get(name, "")] for name, seconds in stages.seconds.items()]
+    whole = ["all", round(total, 1), round(sum(stages.starting.values()), 1)]
+    print_table("Time", ["stage", "seconds", "of these, to start"], [*rows, whole])
     console().print(f"Written: {root / 'summary.json'}, {root / 'report' / 'report.html'}")

@@ -120,31 +120,52 @@ def _stop(message: str, status: int) -> None:
 
 
 def _hydra(entry: Command, words: list[str]) -> None:
-    """Hand over to Hydra; its own complaints become one line."""
+    """Have Hydra compose the config, and run the command with it; Hydra's own complaints become one line."""
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     ConfigStore.instance().store(name=f"{entry.name}_options", node=entry.config)
+    flags = [word for word in words if not _is_override(word)]
+    try:
+        if flags or any(_is_for_hydra(word) for word in words):
+            _hydras_main(entry, flags, [word for word in words if _is_override(word)])
+            return
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            _run(entry, hydra.compose(config_name=entry.name, overrides=words))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from None
+
+
+def _run(entry: Command, composed: Any) -> None:
+    """Check a composed config, run the command with it, and say what comes next."""
+    config = _checked(composed, entry.name, entry.config)
+    if isinstance(config, CommandConfig):
+        check_processes(config)
+    settled = settle_lengths(config)
+    _logging()
+    if settled:
+        log.info("%s", settled)
+    entry(config)
+    if isinstance(config, CommandConfig):
+        # Not before: mistakes are said sooner without it.
+        from minitron_megatron.cli.next_command import show_next
+
+        show_next(entry.name, config)
+
+
+def _hydras_main(entry: Command, flags: list[str], words: list[str]) -> None:
+    """Hydra's own way of starting, which knows its flags; it composes the config twice."""
+    import hydra
+    from omegaconf.errors import OmegaConfBaseException
 
     stopped: list[BaseException] = []
 
     def run(composed: Any) -> None:
-        from minitron_megatron.cli.next_command import show_next
-
         # What goes through Hydra gets lines of its own added: carry it past.
         try:
-            config = _checked(composed, entry.name, entry.config)
-            if isinstance(config, CommandConfig):
-                check_processes(config)
-            settled = settle_lengths(config)
-            _logging()
-            if settled:
-                log.info("%s", settled)
-            entry(config)
-            if isinstance(config, CommandConfig):
-                show_next(entry.name, config)
+            _run(entry, composed)
         except OmegaConfBaseException as error:
             stopped.append(UserError(_first_line(error)))
         except (UserError, KeyboardInterrupt) as error:
@@ -159,13 +180,9 @@ def _hydra(entry: Command, words: list[str]) -> None:
         "hydra/job_logging=disabled",
         "hydra/hydra_logging=disabled",
     ]
-    flags = [word for word in words if not _is_override(word)]
-    sys.argv = [sys.argv[0], *flags, *(word for word in words if _is_override(word)), *own]
+    sys.argv = [sys.argv[0], *flags, *words, *own]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # the exceptions themselves, not Hydra's own way of exiting
-    try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=entry.name)(run)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from None
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=entry.name)(run)()
     if stopped:
         raise stopped[0]
 
@@ -233,6 +250,11 @@ def _is_override(word: str) -> bool:
     return "=" in word and not word.startswith("-")
 
 
+def _is_for_hydra(word: str) -> bool:
+    """Whether a word sets an option of Hydra's own."""
+    return word.startswith(("hydra.", "hydra/", "+hydra"))
+
+
 def check_words(words: list[str], name: str, config_class: type[CommandConfig]) -> None:
     """Refuse unknown options and presets, options given twice, and deletions. Raises UserError."""
     known = [o.name for o in options(config_class)]
@@ -243,7 +265,7 @@ def check_words(words: list[str], name: str, config_class: type[CommandConfig]) 
     for word in words:
         if word.startswith("~"):
             raise UserError(f"{word}: options cannot be deleted, only set")
-        if not _is_override(word) or word.startswith(("hydra.", "hydra/", "+hydra")):
+        if not _is_override(word) or _is_for_hydra(word):
             continue
         key, _, value = word.lstrip("+").partition("=")
         if key in seen:

@@ -11,26 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
-from minitron_megatron.checkpoints.index import check_weights
+from minitron_megatron.checkpoints.folder import ModelFolder
 from minitron_megatron.config import LayersConfig
 from minitron_megatron.console import format_value, print_table, speaks
-from minitron_megatron.data.datasets import Windows
-from minitron_megatron.data.folder import open_data
 from minitron_megatron.data.questions import QuestionFile, QuestionSource, Request, encode_all
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
+from minitron_megatron.importance.blocks import Block, layer_passes
+from minitron_megatron.importance.layer_checks import Analysing, check_layers
 from minitron_megatron.importance.layer_passes import LayerMeasurement, Measured
-from minitron_megatron.importance.layers import FILE, JUDGES, Judged, LayerAnalysis, check_blocks
-from minitron_megatron.importance.variants import Block, contiguous_blocks, layer_passes
+from minitron_megatron.importance.layers import FILE, JUDGES, Judged, LayerAnalysis
 from minitron_megatron.launcher import command_line
 from minitron_megatron.measuring import measuring
 from minitron_megatron.models.build import foretell_dtype, model_dtype, pick_engine
-from minitron_megatron.models.limits import check_layout, check_sequence
-from minitron_megatron.outputs import check_command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.job import pick_device
-from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.report.layers import JUDGE_NAMES, layer_report
 
 log = logging.getLogger(__name__)
@@ -40,44 +35,33 @@ _SHOWN = 3
 _ORDINALS = {1: "1st", 2: "2nd", 3: "3rd"}
 
 
-def analyse_layers(cfg: LayersConfig) -> None:
+def analyse_layers(cfg: LayersConfig, checked: Analysing | None = None) -> None:
     """`launch/layers.py`: a folder with layers.json and report.html."""
-    layout = Layout.from_config(cfg.parallel)
-    folder = open_model_folder(cfg.model.folder("model"))
-    check_layout(folder.shape, layout)
-    check_sequence(cfg.data.sequence_length, layout)
-    check_weights(folder)
-    lengths = check_blocks(cfg.block, folder.shape.num_layers)
-    blocks = contiguous_blocks(folder.shape.num_layers, lengths)
-    data = open_data(cfg.data.path, cfg.split, folder.shape, cfg.data.sequence_length)
-    # Full windows only: padding would have a share in Block Influence.
-    count = min(cfg.samples, Windows(data, cfg.split, cfg.data.sequence_length).whole)
-    file = QuestionFile(cfg.questions, cfg.limit) if cfg.questions else None
-    inputs = {"model": folder.digest, "data": data.digest, **({"questions": file.digest} if file else {})}
-    if file or cfg.tasks:
+    checked = checked or check_layers(cfg)
+    layout, folder, data, blocks = checked.layout, checked.folder, checked.data, checked.blocks
+    if checked.file or cfg.tasks:
         load_tokenizer(folder.path)
     device = pick_device(cfg.device)
     if cfg.dry_run:
-        check_command_output(cfg, inputs)
         if speaks():
-            _print_plan(cfg, folder, blocks, count, _sources(cfg, folder, file)[1])
+            _print_plan(cfg, folder, blocks, checked.count, _sources(cfg, folder, checked.file)[1])
             foretell_dtype(cfg.precision, device, folder.shape)
         return
     pick_engine(cfg.model.engine, layout, model_dtype(folder.shape, cfg.precision), device)
-    with measuring(cfg, layout, folder, data, inputs) as out:
+    with measuring(cfg, layout, folder, data, checked.inputs) as out:
         if out.done:
             return
-        made = collectives.from_rank_zero(lambda: _sources(cfg, folder, file))
+        made = collectives.from_rank_zero(lambda: _sources(cfg, folder, checked.file))
         sources, requests = made or (None, [])
         requests = collectives.broadcast_object(requests)
         flat = [request for of_source in requests for request in of_source]
-        measured = LayerMeasurement(folder, layout, cfg, blocks).measure(data, count, flat)
+        measured = LayerMeasurement(folder, layout, cfg, blocks).measure(data, checked.count, flat)
         _check_finite(measured, folder)
         if sources is not None:
             analysis = _analysis(cfg, folder, blocks, measured, sources)
             (out.path / FILE).write_text(json.dumps(analysis.to_json(), indent=1) + "\n", encoding="utf-8")
             layer_report(out.path / REPORT, analysis, str(folder.path), command_line())
-            out.results = {**analysis.counts, "blocks": lengths, "loss": analysis.base.loss}
+            out.results = {**analysis.counts, "blocks": checked.lengths, "loss": analysis.base.loss}
     if sources is not None:
         _print(cfg.output, analysis)
 

@@ -23,5 +23,5 @@ def command_output(
 
 
 def check_command_output(cfg: CommandConfig, inputs: Mapping[str, str]) -> None:
-    """What a dry run says of it: the UserError that `command_output` would raise."""
+    """Raise the UserError that `command_output` would, before the work begins; `inputs` are those that are known by then."""
     check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)

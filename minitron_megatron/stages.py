@@ -1,6 +1,7 @@
 """Commands of launch/ as the stages of something longer: each in a process of its own, printed before it runs.
 
-    output/stages.json    what is done: {stage: {seconds, what}}, `what` being its command and what the whole starts from
+    output/stages.json    what is done: {stage: {seconds, what, starting}}, `what` being its command and what the whole starts
+                          from, `starting` the seconds that the command took to its first useful work
 
 A stage is done when its output is whole (its command wrote the manifest) and it was asked for in the same words; then a
 second run passes it by. Asked for otherwise, its command runs again and says itself what it thinks of the output it finds.
@@ -22,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import MANIFEST
+from minitron_megatron.checkpoints.folder import MANIFEST, load_yaml
 from minitron_megatron.config import CompressConfig
 from minitron_megatron.console import console
 from minitron_megatron.errors import UserError
@@ -111,8 +112,18 @@ class Stages:
         """How long each stage took, in the order of their first runs."""
         return {name: stage["seconds"] for name, stage in self.done.items()}
 
-    def run(self, name: str, there: Path, work: Callable[[], None], what: Any = None) -> None:
-        """Do `work` unless it was done before, as `what`, and the file or folder that shows it is still `there`."""
+    @property
+    def starting(self) -> dict[str, float]:
+        """Seconds that each stage that is a command took to its first useful work."""
+        return {name: stage["starting"] for name, stage in self.done.items() if stage.get("starting") is not None}
+
+    def run(
+        self, name: str, there: Path, work: Callable[[], None], what: Any = None, output: Path | None = None
+    ) -> None:
+        """Do `work` unless it was done before, as `what`, and the file or folder that shows it is still `there`.
+
+        `output` is its command's, if it is one.
+        """
         before = self.done.get(name)
         if before and before["what"] == what and there.exists():
             console().print(f"[dim]{name}: done before in {before['seconds']:.0f} s ({there})[/dim]")
@@ -120,6 +131,8 @@ class Stages:
         began = time.monotonic()
         work()
         self.done[name] = {"seconds": round(time.monotonic() - began, 1), "what": what}
+        if output is not None:
+            self.done[name]["starting"] = _seconds_starting(output)
         write_json(self.file, self.done)
 
     def command(
@@ -160,7 +173,13 @@ class Stages:
                 raise UserError(f"{name}: stopped before its end; the same command continues it")
 
         what = {"command": [file, *options], "inputs": self.inputs}
-        self.run(name, output if whole(output) else output / MANIFEST, work, what)
+        self.run(name, output if whole(output) else output / MANIFEST, work, what, output)
+
+
+def _seconds_starting(output: Path) -> float | None:
+    """What the manifest of a command's output, or of the model that a training run published, says of its start."""
+    file = next((file for file in (output / MANIFEST, output / "model" / MANIFEST) if file.is_file()), None)
+    return None if file is None else load_yaml(file).get("seconds_starting")
 
 
 def usable_cores() -> int:

@@ -50,11 +50,15 @@ class Status:
     inside: list["Status"] = field(default_factory=list)
 
 
-def status(cfg: StatusConfig) -> None:
+def check_status(cfg: StatusConfig) -> list[Path]:
+    """The folders, which are looked at when they are shown."""
+    return [Path(str(name)) for name in (cfg.folder if isinstance(cfg.folder, list) else [cfg.folder])]
+
+
+def status(cfg: StatusConfig, folders: list[Path] | None = None) -> None:
     """Print how the folders stand. Raises UserError for one that is not there."""
-    given = cfg.folder if isinstance(cfg.folder, list) else [cfg.folder]
-    for name in given:
-        _show(look_at(Path(str(name))))
+    for folder in check_status(cfg) if folders is None else folders:
+        _show(look_at(folder))
 
 
 def look_at(path: Path) -> Status:

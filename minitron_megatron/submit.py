@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,17 @@ _WITHOUT_WEIGHTS = ("random_model", "benchmark")
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 
 
-def submit(cfg: SubmitConfig) -> None:
-    """Check the command and the job, write the script, give it to sbatch. Raises UserError."""
+@dataclass(frozen=True)
+class Job:
+    """A command that is to be a job, composed and checked."""
+
+    name: str
+    words: list[str]
+    config: Any
+
+
+def check_submit(cfg: SubmitConfig) -> Job:
+    """The command's options, and the job's. Raises UserError."""
     if world_size_from_env() > 1:
         raise UserError("start launch/submit.py with plain python")
     name, words = read_command(cfg.command)
@@ -53,6 +62,13 @@ def submit(cfg: SubmitConfig) -> None:
         for option in (option for option in MODEL_OPTIONS if hasattr(config, option)):
             if getattr(config, option).num_layers is not None:
                 getattr(config, option).folder(option)
+    return Job(name, words, config)
+
+
+def submit(cfg: SubmitConfig, job: Job | None = None) -> None:
+    """Rehearse the command, write the script, give it to sbatch. Raises UserError."""
+    job = job or check_submit(cfg)
+    name, words, config = job.name, job.words, job.config
     rehearse(name, [*words, *_hardware_words(config, cfg.cluster, words)], cfg.nodes * processes_per_node(cfg.cluster))
     script = render(cfg, name, words, config)
     if cfg.dry_run or not cfg.submit:

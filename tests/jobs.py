@@ -30,10 +30,11 @@ from minitron_megatron.config import (
 from minitron_megatron.data.datasets import Windows
 from minitron_megatron.data.folder import open_data
 from minitron_megatron.distill.objective import Distillation
+from minitron_megatron.importance.blocks import contiguous_blocks
+from minitron_megatron.importance.checks import aggregation
 from minitron_megatron.importance.layer_passes import LayerMeasurement
-from minitron_megatron.importance.measure import aggregation, measure_statistics
+from minitron_megatron.importance.measure import measure_statistics
 from minitron_megatron.importance.sums import finish_scores
-from minitron_megatron.importance.variants import contiguous_blocks
 from minitron_megatron.models.axes import Place, axis_table, slots, tensor_parallel_keep
 from minitron_megatron.models.build import build_model_chunks
 from minitron_megatron.models.forward import forward_only, on_device
@@ -139,7 +140,8 @@ def trainer(
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
-    from minitron_megatron.train.optimizer import recomputation, wrap_and_optimize
+    from minitron_megatron.train.checks import recomputation
+    from minitron_megatron.train.optimizer import wrap_and_optimize
 
     ddp, of_distill = DdpConfig(**how.pop("ddp", {})), DistillOptions(**how.pop("distill", {}))
     optim = {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 2, **how.pop("optim", {})}

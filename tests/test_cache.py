@@ -24,7 +24,8 @@ from minitron_megatron.config import (
     TrainerConfig,
 )
 from minitron_megatron.distill import cache_teacher as command
-from minitron_megatron.distill.cache import Cache, Contents, write_chunk
+from minitron_megatron.distill.cache import Cache, write_chunk
+from minitron_megatron.distill.contents import Contents
 from minitron_megatron.distill.losses import TopK
 from minitron_megatron.errors import UserError
 from minitron_megatron.train.distill import distill

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from minitron_megatron.checkpoints import folder as folders
 from minitron_megatron.checkpoints import reading
 from minitron_megatron.checkpoints.folder import open_model_folder, output_folder, read_manifest
-from minitron_megatron.checkpoints.hf import HfFolder, export_hf, import_hf
+from minitron_megatron.checkpoints.hf import export_hf, import_hf
+from minitron_megatron.checkpoints.hf_folder import HfFolder
 from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.checkpoints.random_model import make_random_model
 from minitron_megatron.checkpoints.reading import WeightReader, read_metadata, safe_reading

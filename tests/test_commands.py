@@ -84,7 +84,7 @@ def test_every_command_has_its_file_and_its_config():
 def test_every_command_names_functions_that_exist():
     """Read, not imported: modules named by commands may be heavy."""
     for command in COMMANDS.values():
-        for dotted in filter(None, (command.check, command.run)):
+        for dotted in (command.check, command.run):
             module, _, function = dotted.partition(":")
             source = (ROOT / "minitron_megatron" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
             assert f"\ndef {function}(" in source, dotted

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minitron_megatron.config import DistillOptions, check
-from minitron_megatron.distill.losses import Divergence
+from minitron_megatron.distill.choices import Divergence
 from minitron_megatron.errors import UserError
 from tests import jobs, reference
 from tests.test_models import LAYOUTS, names

@@ -17,8 +17,9 @@ from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.hardware import gpu_of, hardware
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.census import take_census
+from minitron_megatron.train.checks import Models
 from minitron_megatron.train.distill import distill
-from minitron_megatron.train.foresee import Models, forecast
+from minitron_megatron.train.foresee import forecast
 from minitron_megatron.train.memory import (
     OPTIMIZER_BYTES,
     Arithmetic,

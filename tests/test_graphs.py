@@ -10,9 +10,10 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.models.graphs import check_graphs_device, graph_fields
 from minitron_megatron.models.limits import check_graphs
 from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.train.checks import check_overlap
 from minitron_megatron.train.distill import distill
 from minitron_megatron.train.optimizer import training_fields
-from minitron_megatron.train.overlap import check_overlap, check_overlap_device
+from minitron_megatron.train.overlap import check_overlap_device
 from tests.test_teachers import options, sources  # noqa: F401 (fixture)
 
 SEQUENCE = Layout(tensor=2, sequence=True, world_size=2)

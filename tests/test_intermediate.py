@@ -9,10 +9,10 @@ import torch
 from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.checkpoints.reading import read_metadata
 from minitron_megatron.config import DistillOptions, check
-from minitron_megatron.distill.intermediate import EMBEDDINGS, Pair, chosen_pairs
+from minitron_megatron.distill.choices import EMBEDDINGS, Pair, chosen_pairs
 from minitron_megatron.errors import UserError
-from minitron_megatron.train import checkpoint
-from minitron_megatron.train.distill import check_pair
+from minitron_megatron.train import saved
+from minitron_megatron.train.distill_checks import check_pair
 from minitron_megatron.train.optimizer import gather_weights
 from minitron_megatron.train.schedule import Schedule
 from tests import jobs, reference
@@ -216,7 +216,7 @@ def test_a_run_goes_on_in_another_layout(gloo, sources, tmp_path):  # noqa: F811
     gloo(1, signalled, moved, signal.SIGUSR1, 1)
     gloo(4, signalled, there, signal.SIGUSR1, 3)
     gloo(1, exit_code, moved)
-    assert [path.name for _, path in checkpoint.find_checkpoints(tmp_path / "moved" / "checkpoints")][-1:] == [
+    assert [path.name for _, path in saved.find_checkpoints(tmp_path / "moved" / "checkpoints")][-1:] == [
         "step_00000006"
     ]
     for found, wanted in zip(untimed(tmp_path / "moved"), untimed(tmp_path / "whole"), strict=True):

@@ -15,8 +15,8 @@ from minitron_megatron.data.folder import open_data
 from minitron_megatron.data.questions import QuestionFile, Request, buckets, encode, encode_all
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
+from minitron_megatron.importance.blocks import Block, contiguous_blocks, layer_passes
 from minitron_megatron.importance.layers import JUDGES, Judged, LayerAnalysis, load_layer_analysis
-from minitron_megatron.importance.variants import Block, contiguous_blocks, layer_passes
 from minitron_megatron.layer_analysis import _block_rows, analyse_layers
 from minitron_megatron.prune.plan import ranges
 from minitron_megatron.prune.prune import prune_model

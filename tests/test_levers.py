@@ -8,7 +8,7 @@ from minitron_megatron.config import DdpConfig, TrainerConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.limits import check_layout, layers_of_stages
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.train.optimizer import check_ddp, recomputation
+from minitron_megatron.train.checks import check_ddp, recomputation
 from tests import jobs
 from tests.test_models import names
 from tests.tiny import hf_model, imported

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minitron_megatron.checkpoints.index import _DTYPES, stored_sizes
+from minitron_megatron.checkpoints.index import _DTYPES, stored_tensors
 from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.models.limits import stages_of_notation
 
@@ -51,10 +51,9 @@ def test_pipeline_layouts_read_as_megatron_reads_them(notation):
 
 def test_the_light_index_is_torchs(tiny_model):
     reader = WeightReader(tiny_model / "weights")
-    light = stored_sizes(tiny_model / "weights")
-    assert {key: size for key, size in light.items() if size is not None} == {
-        key: size for key, (size, _) in reader.tensors.items()
-    }
+    light = stored_tensors(tiny_model / "weights")
+    exact = {key: (size, str(dtype).removeprefix("torch.")) for key, (size, dtype) in reader.tensors.items()}
+    assert {key: found for key, found in light.items() if found is not None} == exact
     assert set(light) == set(reader.metadata.state_dict_metadata)
 
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from minitron_megatron.checkpoints import weights
 from minitron_megatron.checkpoints.folder import open_model_folder
-from minitron_megatron.checkpoints.hf import HfFolder, export_hf
+from minitron_megatron.checkpoints.hf import export_hf
+from minitron_megatron.checkpoints.hf_folder import HfFolder
 from minitron_megatron.checkpoints.nemo import export_nemo, import_nemo
 from minitron_megatron.checkpoints.reading import WeightReader, as_bits
 from minitron_megatron.checkpoints.weights import chunks, write_weights

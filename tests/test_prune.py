@@ -48,9 +48,10 @@ def random_scores(path, seed=0) -> Scores:
     return Scores({k: v.astype(np.float32) for k, v in tensors.items()}, folder.digest)
 
 
-def write_scores(scores: Scores, path):
+def write_scores(scores: Scores, path, results=None):
     with output_folder(path, command="test", config={}, inputs={"model": scores.model_digest}, resume=False) as out:
         save_scores(out.path, scores.tensors)
+        out.results = results or {}
     return path
 
 

@@ -33,7 +33,8 @@ from minitron_megatron.models.build import build_model_chunks
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.census import take_census
-from minitron_megatron.train.distill import check_pair, distill, load_teacher, teacher_layout
+from minitron_megatron.train.distill import distill, load_teacher
+from minitron_megatron.train.distill_checks import check_pair, teacher_layout
 from minitron_megatron.train.memory import Arithmetic, MicroBatch, Plan, layers_in_cpu_memory, memory_of_stage
 from tests.test_models import names
 from tests.tiny import data_folder, data_option, hf_model, imported, model_option

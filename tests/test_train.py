@@ -39,11 +39,12 @@ from minitron_megatron.evaluate.evaluate import evaluate
 from minitron_megatron.models.axes import flops_per_token, slots
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.starts import read_starts
-from minitron_megatron.train import checkpoint
-from minitron_megatron.train.distill import check_pair, distill
+from minitron_megatron.train import checkpoint, saved
+from minitron_megatron.train.checks import check_run_folder
+from minitron_megatron.train.distill import distill
+from minitron_megatron.train.distill_checks import check_pair
 from minitron_megatron.train.loop import Trainer
 from minitron_megatron.train.metrics import OF_THE_MACHINE, Metrics
-from minitron_megatron.train.run import check_run_folder
 from tests.pool import WorkerError
 from tests.test_models import names
 from tests.tiny import data_folder, data_option, hf_model, imported, model_option
@@ -215,7 +216,7 @@ def saved_at_every_step(cfg: DistillConfig) -> list[list[dict]]:
     distill(cfg)
     kept = Path(cfg.output) / "checkpoints"
     runs = [untimed(Path(cfg.output))]
-    for step, path in checkpoint.find_checkpoints(kept)[:-1]:
+    for step, path in saved.find_checkpoints(kept)[:-1]:
         output = Path(f"{cfg.output}-{step}")
         if dist.get_rank() == 0:
             shutil.copytree(path, output / "checkpoints" / path.name)

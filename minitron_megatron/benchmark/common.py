@@ -9,16 +9,8 @@ import torch
 
 from minitron_megatron.config import BenchmarkConfig
 from minitron_megatron.models.forward import Batch, forward_only
-from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.prune.select import target_shape
-
-
-def source_and_target(cfg: BenchmarkConfig) -> tuple[ModelShape, ModelShape]:
-    """The preset `model=` and its `target=`."""
-    source = ModelShape.from_dict(cfg.model.sizes("model"), "model")
-    return source, target_shape(source, vars(cfg.target), [])
 
 
 def forward_pass(

@@ -14,7 +14,6 @@ from minitron_megatron.data.datasets import on_this_context_rank
 from minitron_megatron.importance.hooks import Recorder
 from minitron_megatron.models.build import build_model_chunks, model_dtype
 from minitron_megatron.models.forward import Batch
-from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
@@ -26,7 +25,6 @@ def hooks_over_forward(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]
     A preset is given random weights; a folder is loaded.
     """
     shape, chunks = live_model(cfg, layout)
-    check_sequence(cfg.sequence_length, layout)
     generator = torch.Generator().manual_seed(cfg.seed)
     pairs = []
     for _ in range(cfg.repeats + 1):
@@ -48,7 +46,6 @@ def live_model(cfg: BenchmarkConfig, layout: Layout) -> tuple[ModelShape, list[t
     """Shape and this rank's chunks of `model=`: a folder's weights, or random ones for a preset."""
     folder = open_model_folder(cfg.model.path) if cfg.model.path else None
     shape = folder.shape if folder else ModelShape.from_dict(cfg.model.sizes("model"), "model")
-    check_layout(shape, layout)
     chunks = build_model_chunks(shape, layout, model_dtype(shape, cfg.precision), cfg.model.engine)
     if folder:
         load_model(chunks, folder)

@@ -8,9 +8,9 @@ import torch
 
 from minitron_megatron.benchmark.importance import live_model, random_batch
 from minitron_megatron.config import BenchmarkConfig
-from minitron_megatron.importance.variants import Block, Variants, contiguous_blocks, layer_passes
+from minitron_megatron.importance.blocks import Block, contiguous_blocks, layer_passes
+from minitron_megatron.importance.variants import Variants
 from minitron_megatron.models.forward import Batch, forward_only
-from minitron_megatron.models.limits import check_sequence
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
@@ -26,7 +26,6 @@ def blocks_over_passes(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]
     give `layers_run_over_passes`: the head runs for every model on all tokens of samples, on a choice's of questions.
     """
     shape, chunks = live_model(cfg, layout)
-    check_sequence(cfg.sequence_length, layout)
     blocks = contiguous_blocks(shape.num_layers, [1])
     generator = torch.Generator().manual_seed(cfg.seed)
     judged = len(blocks) + 1

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
-from minitron_megatron.benchmark.common import seconds, source_and_target
+from minitron_megatron.benchmark.checks import source_and_target
+from minitron_megatron.benchmark.common import seconds
 from minitron_megatron.benchmark.peers import PEERS, Peer
 from minitron_megatron.checkpoints.random_model import STANDARD_DEVIATION
 from minitron_megatron.config import BenchmarkConfig, HardwareConfig
-from minitron_megatron.distill.losses import DistillationLoss, Divergence
+from minitron_megatron.distill.choices import Divergence
+from minitron_megatron.distill.losses import DistillationLoss
 from minitron_megatron.models.build import model_dtype
 from minitron_megatron.models.fp8 import Fp8Matrix
 from minitron_megatron.models.head import LOGITS_BYTES, Head, fused_loss
-from minitron_megatron.models.limits import check_layout
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.hardware import hardware, peak_flops
 from minitron_megatron.parallel.layout import Layout
@@ -40,8 +41,6 @@ class Case:
     def drawn(cls, cfg: BenchmarkConfig, layout: Layout) -> "Case":
         """Of `model=` and its `target=`."""
         teacher, student = source_and_target(cfg)
-        check_layout(teacher, layout)
-        check_layout(student, layout, "the target")
         dtype, width = model_dtype(teacher, cfg.precision), teacher.padded_vocab_size // layout.tensor
         rows, device = cfg.micro_batch_size * cfg.sequence_length, torch.cuda.current_device()
 

@@ -6,9 +6,7 @@ import torch
 
 from minitron_megatron.benchmark.importance import live_model, random_batch
 from minitron_megatron.config import BenchmarkConfig
-from minitron_megatron.errors import UserError
 from minitron_megatron.models.forward import Batch, on_device
-from minitron_megatron.models.limits import check_sequence
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.census import count_chunk
 from minitron_megatron.train.memory import Arithmetic, MicroBatch, chunk_activations
@@ -17,13 +15,10 @@ from minitron_megatron.train.memory import Arithmetic, MicroBatch, chunk_activat
 def planned_over_kept(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]:
     """GiB of distinct storages that a forward pass saves for backward, and as a dry run counts them.
 
-    On a GPU also by how much its allocated memory grows, logits left out. Raises UserError with a pipeline: a rank's whole
+    On a GPU also by how much its allocated memory grows, logits left out. There is no pipeline (checks.py): a rank's whole
     model is measured.
     """
-    if layout.pipeline > 1:
-        raise UserError(f"parallel.pipeline={layout.pipeline}: measure=memory takes one stage, use parallel.tensor")
     shape, (model,) = live_model(cfg, layout)
-    check_sequence(cfg.sequence_length, layout)
     batch = on_device(random_batch(cfg, shape, layout, torch.Generator().manual_seed(cfg.seed)))
     kept_bytes(model, batch)  # what is made once, such as workspaces, is there afterwards
     kept, grown = kept_bytes(model, batch)

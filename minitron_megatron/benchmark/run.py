@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from minitron_megatron.benchmark.ceilings import ceilings
+from minitron_megatron.benchmark.checks import check_benchmark
 from minitron_megatron.benchmark.cut import cutting_in_memory
 from minitron_megatron.benchmark.importance import hooks_over_forward
 from minitron_megatron.benchmark.layers import blocks_over_passes
@@ -19,7 +20,7 @@ from minitron_megatron.benchmark.throughput import forward_throughput
 from minitron_megatron.checkpoints.folder import RESULTS
 from minitron_megatron.config import BenchmarkConfig
 from minitron_megatron.console import print_table, progress
-from minitron_megatron.outputs import check_command_output, command_output
+from minitron_megatron.outputs import command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.hardware import hardware
 from minitron_megatron.parallel.job import parallel_job, pick_device
@@ -42,17 +43,14 @@ MEASURES: dict[str, Callable[[BenchmarkConfig, Layout], dict[str, float]]] = {
 FORESEEN: dict[str, Callable[[BenchmarkConfig, Layout], dict[str, float]]] = {"step": foreseen_step}
 
 
-def benchmark(cfg: BenchmarkConfig) -> None:
+def benchmark(cfg: BenchmarkConfig, layout: Layout | None = None) -> None:
     """Measure `measure=` on this machine, rank 0 writing what it found."""
-    layout, device = Layout.from_config(cfg.parallel), pick_device(cfg.device)
+    layout, device = layout or check_benchmark(cfg), pick_device(cfg.device)
     if cfg.dry_run:
-        check_command_output(cfg, {})
         _foresee(cfg, layout, device)
         return
     scaling = Scaling(cfg, layout.world_size, device) if cfg.measure == "scaling" else None
     if scaling:
-        # Before its job, which measures a row before its ranks meet.
-        check_command_output(cfg, {})
         job, measure = scaling.job(), scaling.measure
     else:
         job = parallel_job(layout, seed=cfg.seed, device=cfg.device)

@@ -30,7 +30,7 @@ from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.cpu import adapter
 from minitron_megatron.parallel.job import model_parallel, process_group
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.train.distill import teacher_layout
+from minitron_megatron.train.distill_checks import teacher_layout
 from minitron_megatron.train.foresee import RESERVED_GIB
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from minitron_megatron.benchmark.common import source_and_target
+from minitron_megatron.benchmark.checks import source_and_target
 from minitron_megatron.benchmark.peers import can_run, modelopt_loss
 from minitron_megatron.benchmark.weights import draw_weights, drawn_teacher
 from minitron_megatron.config import (
@@ -42,8 +42,10 @@ from minitron_megatron.models.head import Summed
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.hardware import gpu_of, hardware, peak_flops
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.train.distill import build_teacher, check_pair, teacher_layout
-from minitron_megatron.train.foresee import Models, forecast
+from minitron_megatron.train.checks import Models
+from minitron_megatron.train.distill import build_teacher
+from minitron_megatron.train.distill_checks import check_pair, teacher_layout
+from minitron_megatron.train.foresee import forecast
 from minitron_megatron.train.loop import StepResult, Trainer
 from minitron_megatron.train.optimizer import (
     check_state_precision,

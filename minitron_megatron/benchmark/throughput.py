@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from minitron_megatron.benchmark.common import forward_pass, seconds, source_and_target
+from minitron_megatron.benchmark.checks import source_and_target
+from minitron_megatron.benchmark.common import forward_pass, seconds
 from minitron_megatron.benchmark.importance import live_model, random_batch
 from minitron_megatron.config import BenchmarkConfig, ModelConfig
 from minitron_megatron.models.forward import Batch

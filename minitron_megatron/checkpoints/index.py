@@ -14,7 +14,11 @@ from typing import IO, Any
 from minitron_megatron.checkpoints.folder import ModelFolder
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import distinct_slots
+from minitron_megatron.models.limits import ITEMSIZES
 from minitron_megatron.models.shape import ModelShape
+
+# Global shape, and torch's name of the dtype.
+Stored = tuple[tuple[int, ...], str]
 
 
 class Ignored:
@@ -35,6 +39,13 @@ class _Tensor:
     """Stands for what is known of a tensor: properties, size and chunks."""
 
 
+class _Properties:
+    """Stands for what a tensor is made of: its dtype, by name."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.dtype = state["dtype"] if isinstance(state, dict) else state[0]
+
+
 _METADATA = "torch.distributed.checkpoint.metadata"
 # Indices of megatron.core 0.15: torch's, with fields more about optimizer states and the plans by which it was written.
 MEGATRON, PLANNER = "megatron.core.dist_checkpointing.strategies.torch", "torch.distributed.checkpoint.planner"
@@ -49,13 +60,13 @@ STAND_INS: dict[tuple[str, str], Any] = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): Ignored,
     (_METADATA, "Metadata"): _Index,
     (_METADATA, "TensorStorageMetadata"): _Tensor,
+    (_METADATA, "TensorProperties"): _Properties,
     **{
         (_METADATA, name): Ignored
         for name in (
             "MetadataIndex",
             "BytesStorageMetadata",
             "ChunkStorageMetadata",
-            "TensorProperties",
             "StorageMeta",
             "_MEM_FORMAT_ENCODING",
         )
@@ -69,7 +80,6 @@ _DTYPES = frozenset(
     """float64 float32 float16 bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu
     float4_e2m1fn_x2 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool complex32 complex64 complex128""".split()
 )
-_ITEMSIZES = {"float32": 4, "bfloat16": 2}
 
 
 class _Unpickler(pickle.Unpickler):
@@ -92,17 +102,17 @@ def read_with[T](folder: Path, read: Callable[[IO[bytes]], T]) -> T:
         raise UserError(f"{folder}/.metadata is damaged or unsafe ({short(error)}): make the folder again") from None
 
 
-def _sizes(file: IO[bytes]) -> dict[str, tuple[int, ...] | None]:
+def _tensors(file: IO[bytes]) -> dict[str, Stored | None]:
     index = _Unpickler(file).load()
     if not isinstance(index, _Index) or not isinstance(index.state_dict_metadata, dict):
         raise pickle.UnpicklingError("not a checkpoint's metadata")
     stored = index.state_dict_metadata.items()
-    return {key: tuple(found.size) if isinstance(found, _Tensor) else None for key, found in stored}
+    return {key: (tuple(t.size), t.properties.dtype) if isinstance(t, _Tensor) else None for key, t in stored}
 
 
-def stored_sizes(folder: Path) -> dict[str, tuple[int, ...] | None]:
-    """The global shape of every tensor of a distributed checkpoint, by key; None for what is no tensor. Raises UserError."""
-    return read_with(folder, _sizes)
+def stored_tensors(folder: Path) -> dict[str, Stored | None]:
+    """Global shape and dtype of every tensor of a distributed checkpoint, by key; None for what is none. Raises UserError."""
+    return read_with(folder, _tensors)
 
 
 def short(error: BaseException) -> str:
@@ -117,12 +127,13 @@ def stored_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 def total_bytes(shape: ModelShape) -> int:
     """Bytes of a model's weights on disk, vocabulary padding included."""
-    return sum(map(math.prod, stored_shapes(shape).values())) * _ITEMSIZES[shape.dtype]
+    return sum(map(math.prod, stored_shapes(shape).values())) * ITEMSIZES[shape.dtype]
 
 
 def check_weights(folder: ModelFolder) -> None:
     """Check that the index of a folder's weights has every key of its shape, in full. Raises UserError."""
-    stored = stored_sizes(folder.weights)
+    stored = stored_tensors(folder.weights)
     for key, wanted in stored_shapes(folder.shape).items():
-        if stored.get(key) != wanted:
-            raise UserError(f"{folder.weights}: {key} is {stored.get(key)}, model.yaml says {wanted}; make it again")
+        found = stored.get(key)
+        if found is None or found[0] != wanted:
+            raise UserError(f"{folder.weights}: {key} is {found and found[0]}, model.yaml says {wanted}; make it again")

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from minitron_megatron.checkpoints.export_checks import Exporting, check_export_megatron
 from minitron_megatron.checkpoints.exporting import export_for
 from minitron_megatron.checkpoints.folder import TOKENIZER, ModelFolder
 from minitron_megatron.checkpoints.reading import WeightReader
@@ -26,7 +27,7 @@ from minitron_megatron.checkpoints.weights import COMMON_STATE, Chunk, write_wei
 from minitron_megatron.config import ExportMegatronConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters, extra_state_keys
-from minitron_megatron.models.megatron_lm import Arguments, check_expressible, model_arguments, words
+from minitron_megatron.models.megatron_lm import Arguments, model_arguments, words
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 
@@ -38,7 +39,7 @@ CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 _TOKENIZER_MODEL = "--tokenizer-model"
 
 
-def export_megatron(cfg: ExportMegatronConfig) -> None:
+def export_megatron(cfg: ExportMegatronConfig, checked: Exporting | None = None) -> None:
     """`launch/export_megatron.py`: a model folder into a checkpoint that Megatron-LM loads."""
 
     def write(target: Path, folder: ModelFolder) -> None:
@@ -48,7 +49,7 @@ def export_megatron(cfg: ExportMegatronConfig) -> None:
         if collectives.is_rank_zero():
             _write_companions(target, folder, arguments)
 
-    export_for("Megatron-LM", cfg, check_expressible, write)
+    export_for("Megatron-LM", cfg, checked or check_export_megatron(cfg), write)
 
 
 def _write_release(target: Path, folder: ModelFolder, arguments: Arguments) -> None:

@@ -9,13 +9,14 @@ from functools import partial
 
 import torch
 
+from minitron_megatron.checkpoints.export_checks import check_random_model
 from minitron_megatron.checkpoints.folder import WEIGHTS
-from minitron_megatron.checkpoints.hf import print_shape, write_shape
+from minitron_megatron.checkpoints.hf_folder import print_shape, write_shape
 from minitron_megatron.checkpoints.weights import Chunk, write_weights
 from minitron_megatron.config import RandomModelConfig
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.shape import ModelShape
-from minitron_megatron.outputs import check_command_output, command_output
+from minitron_megatron.outputs import command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.tools import tool_job
 
@@ -32,12 +33,11 @@ def fill_at_random(shape: ModelShape, seed: int, chunk: Chunk, out: torch.Tensor
         out[max(0, shape.vocab_size - chunk.start) :] = 0
 
 
-def make_random_model(cfg: RandomModelConfig) -> None:
+def make_random_model(cfg: RandomModelConfig, shape: ModelShape | None = None) -> None:
     """`launch/random_model.py`: a model folder with random weights of a preset's shape."""
     with tool_job():
-        shape = ModelShape.from_dict(cfg.model.sizes("model"), "model")
+        shape = shape or check_random_model(cfg)
         if cfg.dry_run:
-            check_command_output(cfg, {})
             print_shape("would be made", shape)
             return
         with command_output(cfg, {}) as out:

@@ -42,6 +42,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from minitron_megatron.checkpoints.folder import ModelFolder, check_space
 from minitron_megatron.checkpoints.index import short, total_bytes
 from minitron_megatron.checkpoints.reading import WeightReader, safe_reading
+from minitron_megatron.cli.starting import at_work
 from minitron_megatron.console import busy, progress
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import Slot, slots
@@ -126,6 +127,7 @@ def write_weights(
     Returns:
         A digest of the content on rank 0 (and on all others) that does not depend on the number of ranks.
     """
+    at_work()
     need = total_bytes(shape)
     folder.mkdir(parents=True, exist_ok=True)
     check_space(folder, need, str(folder))
@@ -267,6 +269,7 @@ def load_weights(chunks_of_model: Sequence[torch.nn.Module], weights: Path, grou
     """
     from megatron.core import dist_checkpointing
 
+    at_work()
     # All chunks at once: Megatron checks that together the ranks read every tensor just once.
     metadata = {"dp_cp_group": groups.dp_cp} if groups else None
     wanted = {f"chunk{i}": sharded_weights(chunk, metadata) for i, chunk in enumerate(chunks_of_model)}

@@ -11,14 +11,17 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from minitron_megatron.checkpoints.reading import as_bits
+from minitron_megatron.checkpoints.index import Stored
 from minitron_megatron.errors import UserError
 
-_DTYPES = {"<f4": torch.float32, "bfloat16": torch.bfloat16, "<f2": torch.float16}
+if TYPE_CHECKING:
+    import torch
+
+_DTYPES = {"<f4": "float32", "bfloat16": "bfloat16", "<f2": "float16"}
 HEADER = ".zarray"
 
 
@@ -29,7 +32,7 @@ class ZarrArrays:
         self.folder = folder
         self.chunks: dict[str, tuple[int, ...]] = {}
         self.separators: dict[str, str] = {}
-        self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self.tensors: dict[str, Stored] = {}
         for header in sorted(folder.glob(f"*/{HEADER}")):
             self._open(header)
 
@@ -48,12 +51,16 @@ class ZarrArrays:
             self.tensors[key] = shape, dtype
             self.chunks[key], self.separators[key] = chunks, separator
 
-    def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+    def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> "torch.Tensor":
         """The region of `key` at `offsets` with extent `sizes`, in the dtype on disk. Raises UserError."""
+        import torch
+
+        from minitron_megatron.checkpoints.reading import as_bits
+
         if key not in self.tensors:
             raise UserError(f"{self.folder / key} is no uncompressed zarr array of version 2: convert it to torch_dist")
         chunks = self.chunks[key]
-        out = torch.empty(tuple(sizes), dtype=self.tensors[key][1])
+        out = torch.empty(tuple(sizes), dtype=getattr(torch, self.tensors[key][1]))
         bits = as_bits(out)
         stops = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
         ranges = [range(o // c, -(-stop // c)) for o, stop, c in zip(offsets, stops, chunks, strict=True)]

@@ -6,32 +6,55 @@ tools/preprocess_data.py --append-eod ──▶ PREFIX.bin, PREFIX.idx ──ado
 import logging
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_megatron.checkpoints.folder import TOKENIZER, Output
 from minitron_megatron.config import AdoptDataConfig
 from minitron_megatron.console import print_table, speaks
 from minitron_megatron.data.indexed import Split, beside, open_split
-from minitron_megatron.data.tokenizer import check_vocabulary, load_tokenizer, tokenizer_digest, tokenizer_path
+from minitron_megatron.data.tokenizer import (
+    check_tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    tokenizer_digest,
+    tokenizer_path,
+)
 from minitron_megatron.errors import UserError
 from minitron_megatron.outputs import check_command_output, command_output
 
 log = logging.getLogger(__name__)
 
 
-def adopt_data(cfg: AdoptDataConfig) -> None:
-    """`launch/adopt_data.py`: .bin/.idx prefixes into a data folder. One process works; others of a torchrun job return."""
-    if not speaks():
-        return
+@dataclass(frozen=True)
+class Adopting:
+    """Splits that were opened, the folder of their tokenizer, and digests for the manifest."""
+
+    splits: dict[str, Split]
+    inputs: dict[str, str]
+
+
+def check_adopt(cfg: AdoptDataConfig) -> Adopting:
+    """Datasets, tokenizer and output, before transformers is there. Raises UserError."""
     splits = {name: _open(getattr(cfg, name), name) for name in ("train", "validation")}
     if len({split.dtype for split in splits.values()}) > 1:
         raise UserError("train= and validation= hold ids of different types: make both with one tokenizer")
+    files = check_tokenizer(cfg.model.folder("model"))
+    inputs = {"tokenizer": tokenizer_digest(files), **{name: _stamp(split) for name, split in splits.items()}}
+    check_command_output(cfg, inputs)
+    return Adopting(splits, inputs)
+
+
+def adopt_data(cfg: AdoptDataConfig, checked: Adopting | None = None) -> None:
+    """`launch/adopt_data.py`: .bin/.idx prefixes into a data folder. One process works; others of a torchrun job return."""
+    if not speaks():
+        return
+    checked = checked or check_adopt(cfg)
+    splits, inputs = checked.splits, checked.inputs
     folder = Path(cfg.model.folder("model"))
     tokenizer, files = load_tokenizer(folder), tokenizer_path(folder)
     vocabulary = check_vocabulary(folder, tokenizer)
-    inputs = {"tokenizer": tokenizer_digest(files), **{name: _stamp(split) for name, split in splits.items()}}
     if cfg.dry_run:
-        check_command_output(cfg, inputs)
         _print("would be adopted", splits)
         return
     for name, split in splits.items():

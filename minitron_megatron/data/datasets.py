@@ -24,7 +24,8 @@ import torch
 
 from minitron_megatron.console import busy
 from minitron_megatron.data.folder import AS_THEY_ARE, Data, DataFolder, DocumentMasks
-from minitron_megatron.data.indexed import open_split
+from minitron_megatron.data.questions import Request
+from minitron_megatron.data.windows import WindowPlan
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
@@ -235,28 +236,8 @@ def _one_epoch(
     return GPTDataset(tokens, prefix, documents, None, Split.train, config)
 
 
-class Windows:
-    """Every token of a split once, in consecutive windows; the last is padded and its padding masked.
-
-    Of a blend: whole windows of each folder in the proportion of the weights, until one has no more. To measure a folder of a
-    blend by itself, or every token of it, name it alone.
-    """
-
-    def __init__(self, data: Data, split: str, sequence_length: int) -> None:
-        self.length, self.masks, self.end_of_document = sequence_length, data.masks, data.end_of_document
-        self.parts = [open_split(folder.path / split, f"data.path={folder.path}").ids for folder in data.folders]
-        whole = [(len(part) - 1) // sequence_length for part in self.parts]
-        # How many windows have no padding.
-        self.whole = whole[0]
-        self.order: tuple[np.ndarray, np.ndarray] | None = None
-        if len(self.parts) > 1:
-            part, window = _blend_order(data.weights, sum(whole))
-            exhausted = np.flatnonzero(window >= np.array(whole)[part])
-            self.whole = int(exhausted[0]) if len(exhausted) else len(part)
-            self.order = part, window
-
-    def __len__(self) -> int:
-        return self.whole if self.order else math.ceil((len(self.parts[0]) - 1) / self.length)
+class Windows(WindowPlan):
+    """The windows of a split as samples; padding has no loss."""
 
     def __getitem__(self, index: int) -> Sample:
         part, window = (int(order[index]) for order in self.order) if self.order else (0, index)
@@ -279,15 +260,6 @@ class Windows:
         if self.masks.reset_attention:
             sample["documents"] = document_numbers(tokens, self.end_of_document)
         return sample
-
-
-def _blend_order(weights: Sequence[float], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each of `size` samples of a blend its folder and its number in that folder, as Megatron mixes them."""
-    from megatron.core.datasets import helpers
-
-    part, number = np.zeros(size, dtype=np.int16), np.zeros(size, dtype=np.int64)
-    helpers.build_blending_indices(part, number, np.array(weights), len(weights), size, False)
-    return part, number
 
 
 @dataclass(frozen=True)
@@ -359,3 +331,27 @@ def on_this_context_rank(batch: Sample, group: Any) -> Sample:
 
     shares = {name: batch[name] for name in _OF_TOKENS}
     return {**batch, **get_batch_on_this_cp_rank(shares, is_hybrid_cp=False, cp_group=group)}
+
+
+class RequestSamples:
+    """Requests as samples of one length: labels are the next tokens, and the loss counts on the scored ones only."""
+
+    def __init__(self, requests: Sequence[Request], length: int) -> None:
+        self.requests, self.length = requests, length
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __getitem__(self, index: int) -> Sample:
+        request = self.requests[index]
+        tokens = torch.zeros(self.length + 1, dtype=torch.int64)
+        last = len(request.tokens) - 1
+        tokens[: last + 1] = torch.tensor(request.tokens)
+        mask = torch.zeros(self.length)
+        mask[last - request.scored : last] = 1
+        return {
+            "tokens": tokens[:-1],
+            "labels": tokens[1:],
+            "loss_mask": mask,
+            "position_ids": torch.arange(self.length),
+        }

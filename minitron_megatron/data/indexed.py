@@ -69,12 +69,15 @@ class SplitWriter:
 
     def finish(self) -> None:
         """Write the index. What a later writer needs to go on stays until `forget`."""
-        from megatron.core.datasets.indexed_dataset import _IndexWriter
-
         self.commit()
         lengths = np.fromfile(beside(self.prefix, ".lengths"), dtype=np.int32)
-        with _IndexWriter(str(beside(self.prefix, ".idx")), self.dtype.type) as index:
-            index.write(lengths, None, np.arange(len(lengths) + 1))
+        code = next(code for code, dtype in _DTYPES.items() if dtype == self.dtype)
+        ends = np.arange(len(lengths) + 1, dtype=np.int64)
+        starts = np.concatenate(([0], np.cumsum(lengths[:-1], dtype=np.int64) * self.dtype.itemsize))[: len(lengths)]
+        with open(beside(self.prefix, ".idx"), "wb") as index:
+            index.write(INDEX_HEADER + _FIELDS.pack(1, code, len(lengths), len(ends)))
+            for numbers in (lengths, starts.astype(np.int64), ends):
+                index.write(numbers.tobytes())
 
     def forget(self) -> None:
         """Leave nothing but tokens and index."""

@@ -33,6 +33,7 @@ from minitron_megatron.console import print_table, progress, speaks
 from minitron_megatron.data.indexed import SplitWriter, token_dtype
 from minitron_megatron.data.text import documents, find_files
 from minitron_megatron.data.tokenizer import (
+    check_tokenizer,
     check_vocabulary,
     load_tokenizer,
     tokenizer_digest,
@@ -108,19 +109,35 @@ class Done:
             self.counts[one.split][name] += more
 
 
-def prepare_data(cfg: PrepareDataConfig) -> None:
-    """`launch/prepare_data.py`: text files into a data folder. One process works; others of a torchrun job return."""
-    if not speaks():
-        return
+@dataclass(frozen=True)
+class Preparing:
+    """Text files that are there, and digests for the manifest."""
+
+    files: list[Path]
+    inputs: dict[str, str]
+
+
+def check_prepare(cfg: PrepareDataConfig) -> Preparing:
+    """Text files, tokenizer and output, before transformers is there. Raises UserError."""
     if not 0 < cfg.validation_fraction < 1:
         raise UserError(f"validation_fraction={cfg.validation_fraction} must be between 0 and 1")
     files = find_inputs(cfg.input)
+    path = check_tokenizer(cfg.model.folder("model"))
+    inputs = {"tokenizer": tokenizer_digest(path), **{str(f): _stamp(f) for f in files}}
+    check_command_output(cfg, inputs)
+    return Preparing(files, inputs)
+
+
+def prepare_data(cfg: PrepareDataConfig, checked: Preparing | None = None) -> None:
+    """`launch/prepare_data.py`: text files into a data folder. One process works; others of a torchrun job return."""
+    if not speaks():
+        return
+    checked = checked or check_prepare(cfg)
+    files, digests = checked.files, checked.inputs
     tokenizer_folder = Path(cfg.model.folder("model"))
     tokenizer = load_tokenizer(tokenizer_folder)
     check_vocabulary(tokenizer_folder, tokenizer)
-    digests = {"tokenizer": tokenizer_digest(tokenizer_path(tokenizer_folder)), **{str(f): _stamp(f) for f in files}}
     if cfg.dry_run:
-        check_command_output(cfg, digests)
         _dry_run(files, cfg)
         return
     with command_output(cfg, digests, continues=True) as out:

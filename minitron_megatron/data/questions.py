@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
-from minitron_megatron.data.datasets import Sample
 from minitron_megatron.errors import UserError
 
 # Requests are padded to multiples of this many tokens; those of one padded length run together.
@@ -171,30 +169,6 @@ def encode_all(tokenizer: Any, source: QuestionSource, max_positions: int) -> li
             raise UserError(f"{where}: the choice {continuation[:40]!r} adds no tokens to its context")
         requests.append(request)
     return requests
-
-
-class RequestSamples:
-    """Requests as samples of one length: labels are the next tokens, and the loss counts on the scored ones only."""
-
-    def __init__(self, requests: Sequence[Request], length: int) -> None:
-        self.requests, self.length = requests, length
-
-    def __len__(self) -> int:
-        return len(self.requests)
-
-    def __getitem__(self, index: int) -> Sample:
-        request = self.requests[index]
-        tokens = torch.zeros(self.length + 1, dtype=torch.int64)
-        last = len(request.tokens) - 1
-        tokens[: last + 1] = torch.tensor(request.tokens)
-        mask = torch.zeros(self.length)
-        mask[last - request.scored : last] = 1
-        return {
-            "tokens": tokens[:-1],
-            "labels": tokens[1:],
-            "loss_mask": mask,
-            "position_ids": torch.arange(self.length),
-        }
 
 
 def buckets(requests: Sequence[Request], multiple: int) -> Mapping[int, list[int]]:

@@ -10,14 +10,19 @@ from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.models.shape import ModelShape
 
 
-def load_tokenizer(folder: Path | str) -> Any:
-    """The Hugging Face tokenizer of a model folder or of a Hugging Face folder. Raises UserError."""
-    from transformers import AutoTokenizer
-
-    folder = Path(folder)
-    path = tokenizer_path(folder)
+def check_tokenizer(folder: Path | str) -> Path:
+    """Where the tokenizer of a model folder or of a Hugging Face folder is. Raises UserError where there is none."""
+    path = tokenizer_path(Path(folder))
     if not (path / "tokenizer_config.json").is_file() and not (path / "tokenizer.json").is_file():
         raise UserError(f"model={folder} has no tokenizer: import the model from a Hugging Face folder that has one")
+    return path
+
+
+def load_tokenizer(folder: Path | str) -> Any:
+    """The Hugging Face tokenizer of a model folder or of a Hugging Face folder. Raises UserError."""
+    path = check_tokenizer(folder)
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a tokenizer's files can be wrong in as many ways as transformers has loaders

@@ -18,19 +18,17 @@ import torch
 from minitron_megatron.checkpoints.folder import (
     ModelFolder,
     Output,
-    check_space,
     joint_digest,
-    open_model_folder,
-    partial_folder,
 )
-from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.checkpoints.weights import load_model
-from minitron_megatron.config import CacheTeacherConfig, HardwareConfig, number_of_steps, tokens_of_run
+from minitron_megatron.config import CacheTeacherConfig, HardwareConfig
 from minitron_megatron.console import print_table, progress
 from minitron_megatron.data.datasets import MicroBatches, Samples, Windows, training_samples
-from minitron_megatron.data.folder import Data, DocumentMasks, check_enough, open_data
-from minitron_megatron.distill.cache import Chunk, Contents, check_chunk, write_chunk
-from minitron_megatron.distill.losses import TopK, check_top_k, top_k
+from minitron_megatron.data.folder import Data
+from minitron_megatron.distill.cache import check_chunk, write_chunk
+from minitron_megatron.distill.cache_checks import Caching, check_cache_teacher
+from minitron_megatron.distill.contents import Chunk, Contents
+from minitron_megatron.distill.losses import TopK, top_k
 from minitron_megatron.errors import UserError
 from minitron_megatron.measuring import measuring
 from minitron_megatron.models.axes import flops_per_token
@@ -42,8 +40,6 @@ from minitron_megatron.models.build import (
     pick_engine,
 )
 from minitron_megatron.models.forward import Batch, forward_only
-from minitron_megatron.models.limits import check_layout, check_sequence
-from minitron_megatron.outputs import check_command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.hardware import hardware, peak_flops
 from minitron_megatron.parallel.job import pick_device
@@ -52,22 +48,20 @@ from minitron_megatron.parallel.layout import Layout
 log = logging.getLogger(__name__)
 
 
-def cache_teacher(cfg: CacheTeacherConfig) -> None:
-    """Check everything, say how large it gets, run the teacher, write."""
-    layout = Layout.from_config(cfg.parallel)
-    folder = open_model_folder(cfg.teacher.folder("teacher"))
-    data, windows, contents = plan_cache(cfg, folder, layout)
-    inputs = {"model": folder.digest, "data": data.digest}
+def cache_teacher(cfg: CacheTeacherConfig, checked: Caching | None = None) -> None:
+    """Say how large it gets, run the teacher, write."""
+    checked = checked or check_cache_teacher(cfg)
+    layout, folder, data, contents = checked.layout, checked.folder, checked.data, checked.contents
     device = pick_device(cfg.device)
-    check_command_output(cfg, inputs)
-    check_room(Path(cfg.output), contents.total_bytes)
     if cfg.dry_run:
         _dry_run(folder, contents, layout)
         foretell_dtype(cfg.precision, device, folder.shape)
         return
+    length = cfg.data.sequence_length
+    windows = Windows(data, "validation", length) if cfg.trainer.validation_samples else None
     engine = pick_engine(cfg.teacher.engine, layout, model_dtype(folder.shape, cfg.precision), device, "teacher")
     check_document_masks(cfg.data.reset_attention_mask, engine, "teacher")
-    with measuring(cfg, layout, folder, data, inputs, continues=True) as out:
+    with measuring(cfg, layout, folder, data, checked.inputs, continues=True) as out:
         if out.done:
             return
         began = time.monotonic()
@@ -88,60 +82,6 @@ def cache_teacher(cfg: CacheTeacherConfig) -> None:
     shown = ("train", "validation", "top_k", "tokens", "seconds", "tokens_per_second")
     rows = [[name, out.results[name]] for name in shown] + [["GiB", contents.total_bytes / 2**30]]
     print_table(f"{cfg.output}: a teacher's cache", ["", "value"], rows)
-
-
-def plan_cache(cfg: CacheTeacherConfig, folder: ModelFolder, layout: Layout) -> tuple[Data, Windows | None, Contents]:
-    """Everything checked, but for the output and its disk: data, windows of the validation split, what is going to be held."""
-    check_teacher(cfg, folder, layout)
-    masks = DocumentMasks(reset_attention=cfg.data.reset_attention_mask)
-    data = open_data(cfg.data.path, "train", folder.shape, cfg.data.sequence_length, masks)
-    check_enough(data, tokens_of_run(cfg), cfg.data.max_epochs)
-    windows = _windows(cfg, folder, data)
-    return data, windows, contents_of(cfg, folder, data, windows)
-
-
-def check_teacher(cfg: CacheTeacherConfig, folder: ModelFolder, layout: Layout) -> None:
-    """Raise UserError when teacher, layout and options do not go together."""
-    check_layout(folder.shape, layout, "the teacher")
-    check_sequence(cfg.data.sequence_length, layout)
-    check_weights(folder)
-    if layout.context > 1:
-        raise UserError(
-            f"parallel.context={layout.context}: a forward pass needs no context parallelism; use parallel.tensor with "
-            "parallel.sequence=true for long sequences"
-        )
-    check_top_k(cfg.distill.top_k, folder.shape.vocab_size)
-
-
-def contents_of(cfg: CacheTeacherConfig, folder: ModelFolder, data: Data, windows: Windows | None) -> Contents:
-    """What the cache is going to hold. Raises UserError unless just one of steps and tokens is given."""
-    trainer, length = cfg.trainer, cfg.data.sequence_length
-    return Contents(
-        model=folder.digest,
-        data=data.digest,
-        seed=cfg.seed,
-        sequence_length=length,
-        reset_attention_mask=cfg.data.reset_attention_mask,
-        vocab_size=folder.shape.vocab_size,
-        temperature=cfg.distill.temperature,
-        top_k=cfg.distill.top_k,
-        train=number_of_steps(cfg) * trainer.global_batch_size,
-        validation=min(len(windows), trainer.validation_samples) if windows is not None else 0,
-        chunk_samples=cfg.chunk_samples,
-    )
-
-
-def _windows(cfg: CacheTeacherConfig, folder: ModelFolder, data: Data) -> Windows | None:
-    if not cfg.trainer.validation_samples:
-        return None
-    open_data(cfg.data.path, "validation", folder.shape, cfg.data.sequence_length)
-    return Windows(data, "validation", cfg.data.sequence_length)
-
-
-def check_room(output: Path, need: int) -> None:
-    """Raise UserError where the disk has less than what is not written yet."""
-    written = sum(f.stat().st_size for folder in (output, partial_folder(output)) for f in folder.glob("*"))
-    check_space(output, need - written, str(output), advice="lower distill.top_k= or the tokens")
 
 
 def _dry_run(folder: ModelFolder, contents: Contents, layout: Layout) -> None:

@@ -19,50 +19,17 @@ arXiv 2407.14679, section 3; docs/distillation.md has the equation.
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from minitron_megatron.config import DistillOptions
-from minitron_megatron.errors import UserError
+from minitron_megatron.distill.choices import EMBEDDINGS, Pair
 from minitron_megatron.models.forward import Batch
 from minitron_megatron.parallel import collectives
 
-# The state before the first layer. State n is what layer n gives.
-EMBEDDINGS = -1
 # States that agree to float32's precision have no loss, and nothing that a ratio with it could mean.
 SMALLEST = 1e-6
-
-
-class Pair(NamedTuple):
-    """Two states that are compared, by number: EMBEDDINGS, or a layer from 0."""
-
-    student: int
-    teacher: int
-
-
-def chosen_pairs(options: DistillOptions, student_layers: int, teacher_layers: int) -> tuple[Pair, ...]:
-    """The states to compare, of models with so many layers; none where the loss is off. Raises UserError."""
-    if not options.intermediate:
-        return ()
-    name, asked = "distill.intermediate_layers", options.intermediate_layers
-    pairs = list(asked) if isinstance(asked, list | tuple) else [asked]
-    if not all(isinstance(pair, list | tuple) and [type(n) for n in pair] == [int, int] for pair in pairs):
-        raise UserError(f"{name}={asked} must be pairs of layer numbers [[student,teacher],…], such as [[-3,-3]]")
-    found = [Pair(EMBEDDINGS, EMBEDDINGS)] if options.intermediate_embeddings else []
-    for student, teacher in pairs:
-        numbers = []
-        for who, number, layers in (("student", student, student_layers), ("teacher", teacher, teacher_layers)):
-            if not -layers <= number < layers:
-                raise UserError(f"{name} has layer {number} of the {who}: use {-layers} to {layers - 1}")
-            numbers.append(number % layers)
-        found.append(Pair(*numbers))
-    if not found:
-        raise UserError(
-            f"distill.intermediate={options.intermediate:g} has nothing to compare: give {name}= or intermediate_embeddings=true"
-        )
-    return tuple(found)
 
 
 def distances(student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

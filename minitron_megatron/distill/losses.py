@@ -14,15 +14,13 @@ T² keeps the gradient's size independent of the temperature (Hinton et al., arX
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from minitron_megatron.config import DistillOptions
-from minitron_megatron.errors import UserError
+from minitron_megatron.distill.choices import Divergence
 from minitron_megatron.models.head import Head, Terms, in_blocks
 from minitron_megatron.models.vocab_parallel import (
     BLOCK_ELEMENTS,
@@ -40,30 +38,6 @@ from minitron_megatron.models.vocab_parallel import (
 )
 
 LossAndGradient = tuple[torch.Tensor, torch.Tensor]
-
-
-def check_top_k(k: int, vocab_size: int) -> None:
-    """Raise UserError where a vocabulary has fewer tokens than are asked for."""
-    if k > vocab_size:
-        raise UserError(f"distill.top_k={k} is above the vocabulary of {vocab_size}")
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Which distance between teacher and student, with its settings; the words are those of `DistillOptions`."""
-
-    kind: str = "forward_kl"
-    temperature: float = 1.0
-    beta: float = 0.5
-    top_k: int = 1000
-    rest: str = "bucket"
-
-    @classmethod
-    def from_options(cls, options: DistillOptions, vocab_size: int) -> "Divergence":
-        """What the command line asks for, of models of this vocabulary. Raises UserError."""
-        if options.loss == "topk_kl":
-            check_top_k(options.top_k, vocab_size)
-        return cls(options.loss, options.temperature, options.jsd_beta, options.top_k, options.top_k_rest)
 
 
 class TopK(NamedTuple):

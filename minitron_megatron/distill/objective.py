@@ -12,8 +12,9 @@ import torch
 
 from minitron_megatron.config import DistillOptions
 from minitron_megatron.distill.cache import CachedTeacher
+from minitron_megatron.distill.choices import Divergence
 from minitron_megatron.distill.intermediate import IntermediateLoss
-from minitron_megatron.distill.losses import DistillationLoss, Divergence
+from minitron_megatron.distill.losses import DistillationLoss
 from minitron_megatron.distill.routed import RoutedTeacher
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.models.forward import Batch, labels_of

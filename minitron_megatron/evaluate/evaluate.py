@@ -11,48 +11,40 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import RESULTS, ModelFolder, open_model_folder
-from minitron_megatron.checkpoints.index import check_weights
+from minitron_megatron.checkpoints.folder import RESULTS, ModelFolder
 from minitron_megatron.checkpoints.weights import load_model, verify_digest
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.console import print_table
-from minitron_megatron.data.datasets import Windows
-from minitron_megatron.data.folder import Data, DataSizes, open_data, verify_data
+from minitron_megatron.data.folder import Data, verify_data
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
-from minitron_megatron.evaluate.perplexity import check_teacher, perplexity
+from minitron_megatron.evaluate.checks import (
+    Judging,
+    check_evaluate,
+)
+from minitron_megatron.evaluate.perplexity import perplexity
 from minitron_megatron.measuring import measuring
 from minitron_megatron.models.build import build_model_chunks, foretell_dtype, model_dtype, pick_engine
-from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.job import pick_device
-from minitron_megatron.parallel.layout import Layout, world_size_from_env
+from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.precision import record, settled
 
 
-def evaluate(cfg: EvaluateConfig) -> None:
+def evaluate(cfg: EvaluateConfig, checked: Judging | None = None) -> None:
     """`launch/evaluate.py`: results.json in the output folder, and a table."""
-    _check_asked(cfg)
-    if cfg.hf is not None:
-        _evaluate_hf(cfg)
+    checked = checked or check_evaluate(cfg)
+    if checked.hf:
+        _evaluate_hf(cfg, checked.hf, checked.data, checked.count)
         return
-    layout = Layout.from_config(cfg.parallel)
-    folder = open_model_folder(cfg.model.folder("model"))
-    teacher = open_model_folder(cfg.teacher.folder("teacher")) if cfg.teacher.path else None
-    for one in (folder, *([teacher] if teacher else [])):
-        check_layout(one.shape, layout)
-        check_weights(one)
-    if teacher:
-        check_teacher(teacher.shape, folder.shape)
-    data, count = _open_data(cfg, folder, layout)
+    layout, folder, teacher = checked.layout, checked.folder, checked.teacher
+    data, count, inputs = checked.data, checked.count, checked.inputs
     if cfg.tasks:
         load_tokenizer(folder.path)
     device = pick_device(cfg.device)
-    digests = {"model": folder, "teacher": teacher, "data": data}
-    inputs = {name: there.digest for name, there in digests.items() if there is not None}
     if cfg.dry_run:
-        _dry_run(cfg, inputs, {"model": str(folder.path), **({"windows": count} if data else {})})
+        _dry_run(cfg, {"model": str(folder.path), **({"windows": count} if data else {})})
         foretell_dtype(cfg.precision, device, *(one.shape for one in (folder, teacher) if one))
         return
     for option, one in (("model", folder), ("teacher", teacher)):
@@ -68,48 +60,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     _show(f"{folder.path}" + (f" on {cfg.data.path}, {cfg.split}" if data else ""), out.results)
 
 
-def _check_asked(cfg: EvaluateConfig) -> None:
-    """Raise UserError where what is asked for does not go together."""
-    from minitron_megatron.evaluate.harness import wanted_tasks
-
-    wanted_tasks(cfg.tasks)
-    if cfg.data.path is None and not cfg.tasks:
-        raise UserError("nothing to evaluate: give data.path= (perplexity), tasks=, or both")
-    if cfg.teacher.path is not None and cfg.data.path is None:
-        raise UserError(
-            "teacher= is compared on data: give data.path=, or leave teacher= out (evaluate it as model= on tasks=)"
-        )
-    if cfg.hf is None:
-        return
-    if cfg.model.path is not None:
-        raise UserError(f"hf={cfg.hf} and model={cfg.model.path} name two models: give one of them")
-    if cfg.teacher.path is not None:
-        raise UserError(
-            f"hf={cfg.hf} has no teacher= beside it: evaluate model={cfg.teacher.path} on the same data, which a report shows "
-            "beside this one, or give the folder to launch/import_hf.py and use model= and teacher="
-        )
-    if world_size_from_env() > 1:
-        raise UserError(
-            "hf= runs in one process, as transformers does: start it with plain python, or import it and use model="
-        )
-
-
-def _open_data(cfg: EvaluateConfig, folder: ModelFolder, layout: Layout) -> tuple[Data | None, int]:
-    """The data, if any, and how many windows of them."""
-    if cfg.data.path is None:
-        return None, 0
-    check_sequence(cfg.data.sequence_length, layout)
-    return _windows(cfg, folder.shape)
-
-
-def _windows(cfg: EvaluateConfig, sizes: DataSizes) -> tuple[Data, int]:
-    data = open_data(cfg.data.path, cfg.split, sizes, cfg.data.sequence_length)
-    windows = len(Windows(data, cfg.split, cfg.data.sequence_length))
-    return data, min(windows, cfg.samples or windows)
-
-
-def _dry_run(cfg: EvaluateConfig, inputs: Mapping[str, str], found: Mapping[str, Any]) -> None:
-    check_command_output(cfg, inputs)
+def _dry_run(cfg: EvaluateConfig, found: Mapping[str, Any]) -> None:
     rows = [[name, value] for name, value in found.items()]
     if cfg.tasks and int(os.environ.get("RANK", "0")) == 0:
         loaded = _load(cfg)
@@ -176,17 +127,17 @@ def _tasks(cfg: EvaluateConfig, layout: Layout, folder: ModelFolder, chunks: Any
     return collectives.broadcast_object(found)
 
 
-def _evaluate_hf(cfg: EvaluateConfig) -> None:
+def _evaluate_hf(cfg: EvaluateConfig, folder: Path, data: Data | None, count: int) -> None:
     """Loss and tasks of a Hugging Face folder, by transformers."""
-    from minitron_megatron.evaluate.hf import check_folder, digest_of, hf_perplexity, load_hf, load_model
+    from minitron_megatron.evaluate.hf import digest_of, hf_perplexity, load_hf, load_model
     from minitron_megatron.evaluate.run_tasks import run_tasks
 
-    folder = Path(cfg.hf)
-    sizes = check_folder(folder, tokenizer=bool(cfg.tasks))
-    data, count = _windows(cfg, sizes) if cfg.data.path is not None else (None, 0)
+    if cfg.tasks:
+        load_tokenizer(folder)
     inputs = {"hf": digest_of(folder), **({"data": data.digest} if data else {})}
     if cfg.dry_run:
-        _dry_run(cfg, inputs, {"hf": str(folder), **({"windows": count} if data else {})})
+        check_command_output(cfg, inputs)
+        _dry_run(cfg, {"hf": str(folder), **({"windows": count} if data else {})})
         return
     with settled(pick_device(cfg.device).type), command_output(cfg, inputs) as out:
         if out.done:

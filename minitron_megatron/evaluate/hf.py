@@ -5,7 +5,6 @@ an export has the loss of the folder that it was made of, to the rounding of the
 """
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +23,6 @@ from minitron_megatron.parallel.job import pick_device
 from minitron_megatron.parallel.precision import auto_dtype
 
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-
-
-@dataclass(frozen=True)
-class HfSizes:
-    """What data must fit, of any architecture."""
-
-    vocab_size: int
-    max_position_embeddings: int
-
-
-def check_folder(folder: Path, *, tokenizer: bool) -> HfSizes:
-    """Raise UserError unless it is a Hugging Face folder with safetensors weights, and a tokenizer where tasks need one."""
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"hf={folder} has no config.json with .safetensors weights: give the output of launch/export_hf.py, or another "
-            "Hugging Face folder"
-        )
-    config = load_json(folder / "config.json")
-    if "auto_map" in config:
-        raise UserError(f"hf={folder} brings code of its own (auto_map in config.json), which is not run: remove it")
-    if tokenizer:
-        load_tokenizer(folder)
-    sizes = {name: config.get(name) for name in ("vocab_size", "max_position_embeddings")}
-    odd = next((name for name, size in sizes.items() if type(size) is not int or size < 1), None)
-    if odd:
-        raise UserError(f"{folder / 'config.json'}: {odd} must be a whole number above 0, not {sizes[odd]!r}")
-    return HfSizes(**sizes)
 
 
 def digest_of(folder: Path) -> str:

@@ -12,7 +12,8 @@ from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.console import progress
 from minitron_megatron.data.datasets import MicroBatches, Windows
 from minitron_megatron.data.folder import Data
-from minitron_megatron.distill.losses import DistillationLoss, Divergence
+from minitron_megatron.distill.choices import Divergence
+from minitron_megatron.distill.losses import DistillationLoss
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.build import build_model_chunks, model_dtype
@@ -65,15 +66,6 @@ def loss_figures(nll: float, tokens: float, model: str, prefix: str = "") -> dic
         raise UserError(f"{model}: the loss is {nll}; the weights or precision= are at fault")
     loss = nll / tokens
     return {f"{prefix}loss": loss, f"{prefix}perplexity": math.exp(min(loss, 700))}
-
-
-def check_teacher(teacher: ModelShape, model: ModelShape) -> None:
-    """Raise UserError unless both say how probable each of the same tokens is."""
-    if teacher.vocab_size != model.vocab_size:
-        raise UserError(
-            f"teacher= has a vocabulary of {teacher.vocab_size}, model= of {model.vocab_size}: their distributions can only be "
-            "compared over the same one; leave teacher= out"
-        )
 
 
 def _teacher(folder: ModelFolder, layout: Layout, cfg: EvaluateConfig) -> Teacher:

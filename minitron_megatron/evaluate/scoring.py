@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from minitron_megatron.console import progress
-from minitron_megatron.data.datasets import MicroBatches
-from minitron_megatron.data.questions import Request, RequestSamples, buckets
+from minitron_megatron.data.datasets import MicroBatches, RequestSamples
+from minitron_megatron.data.questions import Request, buckets
 from minitron_megatron.models.forward import Batch, forward_only
 from minitron_megatron.models.head import Head, Terms, terms_of
 from minitron_megatron.models.limits import sequence_parts

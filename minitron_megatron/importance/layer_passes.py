@@ -12,10 +12,11 @@ from minitron_megatron.checkpoints.folder import ModelFolder
 from minitron_megatron.checkpoints.weights import load_model
 from minitron_megatron.config import LayersConfig
 from minitron_megatron.console import progress
-from minitron_megatron.data.datasets import MicroBatches, Samples, Windows
+from minitron_megatron.data.datasets import MicroBatches, RequestSamples, Samples, Windows
 from minitron_megatron.data.folder import Data
-from minitron_megatron.data.questions import Request, RequestSamples, buckets
-from minitron_megatron.importance.variants import Block, Variants
+from minitron_megatron.data.questions import Request, buckets
+from minitron_megatron.importance.blocks import Block
+from minitron_megatron.importance.variants import Variants
 from minitron_megatron.models.build import build_model_chunks, model_dtype
 from minitron_megatron.models.forward import Batch, forward_only
 from minitron_megatron.models.limits import sequence_parts

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
-from minitron_megatron.checkpoints.index import check_weights
+from minitron_megatron.checkpoints.folder import ModelFolder
 from minitron_megatron.checkpoints.weights import load_model
 from minitron_megatron.config import ImportanceConfig
 from minitron_megatron.console import print_table, progress
 from minitron_megatron.data.datasets import MicroBatches, Samples, training_samples
-from minitron_megatron.data.folder import Data, open_data
-from minitron_megatron.errors import UserError
+from minitron_megatron.data.folder import Data
+from minitron_megatron.importance.checks import Calibration, aggregation, check_importance
 from minitron_megatron.importance.hooks import Recorder
 from minitron_megatron.importance.scores import save_scores
 from minitron_megatron.importance.statistics import BatchStatistic
@@ -27,8 +26,6 @@ from minitron_megatron.measuring import measuring
 from minitron_megatron.models.axes import PROBES, TENSOR_PARALLEL_AXES
 from minitron_megatron.models.build import build_model_chunks, foretell_dtype, model_dtype, pick_engine
 from minitron_megatron.models.forward import forward_only
-from minitron_megatron.models.limits import check_layout, check_sequence
-from minitron_megatron.outputs import check_command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.job import pick_device
 from minitron_megatron.parallel.layout import Layout
@@ -36,18 +33,12 @@ from minitron_megatron.parallel.layout import Layout
 log = logging.getLogger(__name__)
 
 
-def measure_importance(cfg: ImportanceConfig) -> None:
+def measure_importance(cfg: ImportanceConfig, checked: Calibration | None = None) -> None:
     """`launch/importance.py`: calibration samples through a model into a scores folder."""
-    layout = Layout.from_config(cfg.parallel)
-    folder = open_model_folder(cfg.model.folder("model"))
-    check_layout(folder.shape, layout)
-    check_weights(folder)
-    data = open_data(cfg.data.path, "train", folder.shape, cfg.data.sequence_length)
-    check_calibration(cfg, data)
-    inputs = {"model": folder.digest, "data": data.digest}
+    checked = checked or check_importance(cfg)
+    layout, folder, data, inputs = checked.layout, checked.folder, checked.data, checked.inputs
     device = pick_device(cfg.device)
     if cfg.dry_run:
-        check_command_output(cfg, inputs)
         rows = [["samples", cfg.samples], ["tokens", cfg.samples * cfg.data.sequence_length], ["layout", str(layout)]]
         print_table("would be measured", ["", "value"], rows)
         foretell_dtype(cfg.precision, device, folder.shape)
@@ -75,36 +66,6 @@ def measure_importance(cfg: ImportanceConfig) -> None:
             save_statistics(out.path, statistics)
     if scores is not None:
         _print(cfg.output, scores, out.results)
-
-
-def check_calibration(cfg: ImportanceConfig, data: Data) -> None:
-    """Raise UserError where a sequence cannot be split, or there are too few samples for what is asked."""
-    check_sequence(cfg.data.sequence_length, Layout.from_config(cfg.parallel))
-    last, length = cfg.first_sample + cfg.samples, cfg.data.sequence_length
-    if data.tokens("train") < last * length:
-        first = f"first_sample={cfg.first_sample} and " if cfg.first_sample else ""
-        room = data.tokens("train") // length - cfg.first_sample
-        fits = (
-            f"use samples={room}" if room > 0 else f"lower {'first_sample= or ' if first else ''}data.sequence_length="
-        )
-        raise UserError(
-            f"{first}samples={cfg.samples} of {length} tokens are more than the train split's {data.tokens('train'):,}: "
-            f"{fits}, or prepare more text"
-        )
-    if cfg.importance.batch == "variance" and cfg.samples < 2:
-        raise UserError("importance.batch=variance needs samples= of at least 2: one sample has no variance")
-
-
-def aggregation(cfg: ImportanceConfig, head_dim: int) -> dict[str, Any]:
-    """How activations become scores: what runs must share for their statistics to be added up."""
-    options = cfg.importance
-    return {
-        "sequence_length": cfg.data.sequence_length,
-        "sequence_aggregation": options.sequence,
-        "batch_aggregation": options.batch,
-        "heads": options.heads,
-        "head_dim": head_dim,
-    }
 
 
 def measure_statistics(folder: ModelFolder, data: Data, layout: Layout, cfg: ImportanceConfig) -> Statistics | None:

@@ -8,6 +8,7 @@ Every statistic is a sum over samples, so a long calibration can be shared out o
 
 import itertools
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from minitron_megatron.checkpoints.folder import read_manifest
 from minitron_megatron.config import MergeScoresConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.scores import save_scores
-from minitron_megatron.importance.sums import finish_scores, load_statistics, save_statistics
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.tools import tool_job
@@ -25,18 +25,38 @@ log = logging.getLogger(__name__)
 _SHARED = ("sequence_length", "sequence_aggregation", "batch_aggregation", "heads", "head_dim")
 
 
-def merge_scores(cfg: MergeScoresConfig) -> None:
-    """`launch/merge_scores.py`: two or more scores folders into one."""
+@dataclass(frozen=True)
+class Merging:
+    """Scores folders that belong together: their manifests, the parts of the data that they saw, digests for the manifest."""
+
+    folders: list[Path]
+    manifests: list[dict[str, Any]]
+    parts: list[dict[str, Any]]
+    inputs: dict[str, str]
+
+
+def check_merge(cfg: MergeScoresConfig) -> Merging:
+    """Scores folders and output, before torch is there. Raises UserError."""
     folders = [Path(path) for path in cfg.scores]
     if len(folders) < 2:
         raise UserError("scores=[…] needs two scores folders or more (outputs of launch/importance.py)")
     manifests = [_manifest(folder) for folder in folders]
     parts = [part for manifest in manifests for part in manifest["results"]["parts"]]
     _check(folders, manifests, parts)
-    statistics = [load_statistics(folder) for folder in folders]
     inputs = {**manifests[0]["inputs"], "scores": "; ".join(str(m["fingerprint"]) for m in manifests)}
+    check_command_output(cfg, inputs)
+    return Merging(folders, manifests, parts, inputs)
+
+
+def merge_scores(cfg: MergeScoresConfig, checked: Merging | None = None) -> None:
+    """`launch/merge_scores.py`: two or more scores folders into one."""
+    # Sums are torch's.
+    from minitron_megatron.importance.sums import finish_scores, load_statistics, save_statistics
+
+    checked = checked or check_merge(cfg)
+    folders, manifests, parts, inputs = checked.folders, checked.manifests, checked.parts, checked.inputs
+    statistics = [load_statistics(folder) for folder in folders]
     if cfg.dry_run:
-        check_command_output(cfg, inputs)
         log.info("%d scores folders would be merged into %s", len(folders), cfg.output)
         return
     with (

@@ -16,8 +16,7 @@ leading part. Embedding, layers, head and pipeline schedule are Megatron's own a
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from megatron.core import parallel_state as ps
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from minitron_megatron.importance.blocks import Block
 from minitron_megatron.importance.statistics import cosine_sums
 from minitron_megatron.models.forward import Batch
 from minitron_megatron.models.vocab_parallel import vocab_parallel_nll
@@ -32,30 +32,6 @@ from minitron_megatron.parallel.cpu import without_adapter
 
 # Positions that go through the head at once: logits [positions, vocabulary / tp] are the largest tensor of a pass.
 HEAD_POSITIONS = 2048
-
-
-@dataclass(frozen=True)
-class Block:
-    """Consecutive layers `start` … `end - 1`, numbered from 0."""
-
-    start: int
-    length: int
-
-    @property
-    def end(self) -> int:
-        """The first layer after it."""
-        return self.start + self.length
-
-
-def contiguous_blocks(num_layers: int, lengths: Iterable[int]) -> list[Block]:
-    """Every block of these lengths, in the order of their ends."""
-    found = [Block(start, n) for n in sorted(set(lengths)) for start in range(num_layers - n + 1)]
-    return sorted(found, key=lambda block: (block.end, block.start))
-
-
-def layer_passes(num_layers: int, blocks: Iterable[Block]) -> int:
-    """Layers that run for one sample, the whole model's included."""
-    return num_layers + sum(num_layers - block.end for block in blocks)
 
 
 class Variants:

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from minitron_megatron.console import busy
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import TRAITS, Traits
-from minitron_megatron.models.limits import pipeline_layout
+from minitron_megatron.models.limits import computing_dtype, pipeline_layout
 from minitron_megatron.models.shape import ModelShape, RopeScaling
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.parallel.precision import asks_machine, auto_dtype, of_this_machine, say
+from minitron_megatron.parallel.precision import asks_machine, of_this_machine, say
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
@@ -33,11 +33,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float3
 
 
 def model_dtype(shape: ModelShape, precision: str) -> torch.dtype:
-    """The dtype to compute in: `precision` is bf16, fp32, or auto.
-
-    `auto` is what the job has settled (parallel/precision.py): on GPUs, and before a job, the folder's own dtype.
-    """
-    return DTYPES[auto_dtype(shape.dtype) if precision == "auto" else precision]
+    """The dtype to compute in (models/limits.py, `computing_dtype`)."""
+    return DTYPES[computing_dtype(shape, precision)]
 
 
 def foretell_dtype(precision: str, device: torch.device, *shapes: ModelShape) -> None:

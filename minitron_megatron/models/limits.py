@@ -10,6 +10,7 @@ import re
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.parallel.precision import auto_dtype
 
 # What sizes of FP8 products, and tokens of a rank, must be multiples of.
 FP8_MULTIPLE, FP8_MULTIPLE_OF_BLOCKS = 16, 128
@@ -18,6 +19,18 @@ GRAPHS_OPTION = "trainer.cuda_graphs"
 MULTIPLE_OF_KEYS = 128
 # Megatron's notation of pipeline layouts.
 _LETTERS = {"E": "embedding", "L": "loss", "t": "decoder", "m": "mtp"}
+
+
+# Bytes of a number.
+ITEMSIZES = {"float32": 4, "bfloat16": 2}
+
+
+def computing_dtype(shape: ModelShape, precision: str) -> str:
+    """Name of the dtype to compute in: `precision` is bf16, fp32, or auto.
+
+    `auto` is what the job has settled (parallel/precision.py): on GPUs, and before a job, the folder's own dtype.
+    """
+    return auto_dtype(shape.dtype) if precision == "auto" else {"bf16": "bfloat16", "fp32": "float32"}[precision]
 
 
 # Tensor-parallel sizes that are looked at where those that fit are listed.

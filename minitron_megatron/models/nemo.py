@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import TRAITS, Traits
 from minitron_megatron.models.megatron_lm import ROPE_SCALING
@@ -393,8 +391,3 @@ def _family(fields: Fields) -> str:
     if not families:
         raise UserError(f"{fields.where}: no family that is supported has its layers ({traits}): see README.md, Models")
     return fields.family if fields.family in families else families[0]
-
-
-def torch_name(dtype: torch.dtype) -> str:
-    """A dtype as shapes name it."""
-    return str(dtype).removeprefix("torch.")

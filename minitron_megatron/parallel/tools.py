@@ -20,3 +20,11 @@ def tool_job() -> Iterator[None]:
 
     with process_group(torch.device("cpu")):
         yield
+
+
+def check_device(device: str) -> None:
+    """Raise UserError for a device that is not here, for commands whose stages use it; only device=cuda can be missing."""
+    if device == "cuda":
+        from minitron_megatron.parallel.job import pick_device
+
+        pick_device(device)

@@ -1,19 +1,20 @@
 """Plots of a run as inline SVG: curves over steps, importance over layers, what stays, candidates, lineage.
 
-Takes plain arrays, gives text for a page. What has many points is thinned out to what can be seen.
+Takes plain arrays, gives text for a page. What has many points is thinned out to what can be seen. matplotlib takes seconds to
+import: it is imported when something is drawn.
 """
+
+from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
-from matplotlib.ticker import LogFormatter, MaxNLocator
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import LogFormatter
 
 BLUE, ORANGE, GREY = "#2f6fab", "#c8641b", "#8a8f98"
 # What these are called in a page, which has others of that name on dark paper.
@@ -28,6 +29,11 @@ _ROW, _LANE, _CHARACTER = 0.3, 0.22, 0.092
 
 def svg(draw: Callable[[Axes], None], *, width: float = 5.4, height: float = 3.2) -> str:
     """Draw one plot and return it as an SVG element that works on a light and on a dark page."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
     settings = {
         "svg.fonttype": "none",
         "svg.hashsalt": "minitron",
@@ -67,22 +73,28 @@ def _legend_above(axes: Axes) -> None:
 
 def _whole_numbers(axes: Axes, label: str) -> None:
     """An axis of steps, layers or heads."""
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_xlabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-class _PlainNumbers(LogFormatter):
-    """0.6 rather than 6e-01, at the places that matplotlib would mark."""
+def _plain_numbers(**thresholds: tuple[float, float]) -> LogFormatter:
+    """A formatter: 0.6 rather than 6e-01, at the places that matplotlib would mark."""
+    from matplotlib.ticker import LogFormatter
 
-    def __call__(self, x: float, pos: int | None = None) -> str:
-        return f"{x:g}" if super().__call__(x, pos) else ""
+    class PlainNumbers(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    return PlainNumbers(**thresholds)
 
 
 def _logarithmic(axes: Axes) -> None:
     """A logarithmic axis with plain numbers."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(_PlainNumbers())
-    axes.yaxis.set_minor_formatter(_PlainNumbers(minor_thresholds=(1, 0.4)))
+    axes.yaxis.set_major_formatter(_plain_numbers())
+    axes.yaxis.set_minor_formatter(_plain_numbers(minor_thresholds=(1, 0.4)))
 
 
 def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str, *, log: bool = False) -> str:
@@ -126,6 +138,8 @@ def heat_map(scores: np.ndarray, unit: str, cut: np.ndarray | None = None) -> st
     def draw(axes: Axes) -> None:
         relative = _thin((scores / np.maximum(scores.max(1, keepdims=True), 1e-30)).T)
         wide = relative.min() < 0.05
+        from matplotlib.colors import LogNorm, Normalize
+
         norm = LogNorm(max(float(relative.min()), _FLOOR), 1, clip=True) if wide else Normalize(0, 1)
         extent = (-0.5, len(scores) - 0.5, -0.5, scores.shape[1] - 0.5)
         image = axes.imshow(relative, aspect="auto", origin="lower", cmap="viridis", norm=norm, extent=extent)
@@ -135,7 +149,7 @@ def heat_map(scores: np.ndarray, unit: str, cut: np.ndarray | None = None) -> st
         axes.set_ylabel(unit)
         bar = axes.figure.colorbar(image, label="share of the layer's highest")
         if wide:
-            bar.ax.yaxis.set_major_formatter(_PlainNumbers())
+            bar.ax.yaxis.set_major_formatter(_plain_numbers())
 
     return svg(draw)
 

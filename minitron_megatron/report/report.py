@@ -51,10 +51,18 @@ class Page:
         _WRITERS[kind](file, self.title, self.subtitle, self.sections)
 
 
-def report(cfg: ReportConfig) -> None:
-    """Find, check, trace, write. One process works; others of a torchrun job return."""
-    if not speaks():
-        return
+@dataclass(frozen=True)
+class Reporting:
+    """What a page is to be about, found and checked: output folders, runs, trials, and digests for the manifest."""
+
+    folders: list[RunFolder]
+    unfinished: list[UnfinishedRun]
+    trials: list[Trial]
+    inputs: dict[str, str]
+
+
+def check_report(cfg: ReportConfig) -> Reporting:
+    """Folders and output. Raises UserError."""
     given = [cfg.folders] if isinstance(cfg.folders, str) else cfg.folders
     if not isinstance(given, list) or not given or not all(isinstance(one, str) for one in given):
         raise UserError(f"folders={cfg.folders} must be a folder, or a list of them: [outputs/a,outputs/b]")
@@ -64,12 +72,26 @@ def report(cfg: ReportConfig) -> None:
     # Candidates that a finished trial left behind are in its table.
     unfinished = [one for one in unfinished if not any(trial.has(one) for trial in trials)]
     inputs = {one.name: one.digest for one in folders} | {f"{one.path}/{RESULTS}": one.digest for one in trials}
-    as_file = output.suffix in _WRITERS and not output.is_dir()
-    config = resolved_config(cfg)
-    if as_file:
+    if _as_file(output):
         _check_file(output, cfg.resume)
     else:
         _check_folder(output, cfg.resume)
+    return Reporting(folders, unfinished, trials, inputs)
+
+
+def _as_file(output: Path) -> bool:
+    """Whether `output=` names one file."""
+    return output.suffix in _WRITERS and not output.is_dir()
+
+
+def report(cfg: ReportConfig, checked: Reporting | None = None) -> None:
+    """Find, check, trace, write. One process works; others of a torchrun job return."""
+    if not speaks():
+        return
+    checked = checked or check_report(cfg)
+    folders, unfinished, trials, inputs = checked.folders, checked.unfinished, checked.trials, checked.inputs
+    output, config = Path(cfg.output), resolved_config(cfg)
+    as_file = _as_file(output)
     lineage = trace(folders)
     about = student(lineage, trials, cfg.student)
     page = Page(*_title(lineage, about, cfg.title), sections_of(lineage, trials, about, unfinished))

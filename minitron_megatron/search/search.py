@@ -7,7 +7,7 @@ parameters.svg        … of each limited quantity: predicted loss against it
 
 import logging
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,24 @@ class Candidate:
         return {**ranked, **self.target, **self.costs, **predicted, "on_front_of": self.fronts}
 
 
-def search_shapes(cfg: SearchConfig) -> None:
-    """Check, scan, rank, write."""
+@dataclass(frozen=True)
+class Searching:
+    """A model, its space and budget, checked; without scores there is nothing to rank by, and shapes are only counted."""
+
+    shape: ModelShape
+    budget: Budget
+    space: Space
+    folder: ModelFolder | None = None
+    predictor: Predictor | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
+
+
+def check_search(cfg: SearchConfig) -> Searching:
+    """Model, scores, space, budget and output. Raises UserError."""
     if cfg.dry_run and cfg.model.path is None:
         source = ModelShape.from_dict(cfg.model.sizes("model"), "model")
         budget = _budget(cfg, source)
-        _count(source, _space(cfg, source, None), budget)
-        return
+        return Searching(source, budget, _space(cfg, source, None))
     folder = open_model_folder(cfg.model.folder("model"))
     budget = _budget(cfg, folder.shape)
     analysis = _analysis(cfg, folder)
@@ -89,21 +100,26 @@ def search_shapes(cfg: SearchConfig) -> None:
     if cfg.scores is None:
         if not cfg.dry_run:
             raise UserError("scores= is missing: give the output of launch/importance.py; a dry run can do without")
-        _count(folder.shape, space, budget)
-        return
+        return Searching(folder.shape, budget, space)
     scores = load_scores(cfg.scores)
     check_scores(scores, folder.shape, folder.digest, cfg.scores)
-    predictor = make_predictor(folder.shape, scores, space, cfg.rank, cfg.prune, analysis)
     inputs = {"model": folder.digest, "scores": read_manifest(cfg.scores)["digest"]}
     if budget.latency:
         inputs["table"] = budget.latency.digest
     if cfg.layers:
         inputs["layers"] = read_manifest(cfg.layers)["digest"]
-    if cfg.dry_run:
-        check_command_output(cfg, inputs)
-        _count(folder.shape, space, budget)
+    check_command_output(cfg, inputs)
+    predictor = make_predictor(folder.shape, scores, space, cfg.rank, cfg.prune, analysis)
+    return Searching(folder.shape, budget, space, folder, predictor, inputs)
+
+
+def search_shapes(cfg: SearchConfig, checked: Searching | None = None) -> None:
+    """Scan, rank, write."""
+    checked = checked or check_search(cfg)
+    if cfg.dry_run or checked.predictor is None:
+        _count(checked.shape, checked.space, checked.budget)
         return
-    _write(cfg, folder, budget, predictor, inputs)
+    _write(cfg, checked.folder, checked.budget, checked.predictor, checked.inputs)
 
 
 def _budget(cfg: SearchConfig, source: ModelShape) -> Budget:

@@ -16,20 +16,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from minitron_megatron.checkpoints.folder import COMPUTED_IN, Output
 from minitron_megatron.config import ThroughputConfig
 from minitron_megatron.console import console, format_value, print_table, progress
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters
-from minitron_megatron.models.build import foretell_dtype, model_dtype
+from minitron_megatron.models.limits import computing_dtype
 from minitron_megatron.outputs import check_command_output, command_output
-from minitron_megatron.parallel.job import pick_device
 from minitron_megatron.parallel.layout import Layout, world_size_from_env
 from minitron_megatron.parallel.precision import asks_machine, keep, record, settled
 from minitron_megatron.stages import ROOT, outlive, program_of, start_words, usable_cores
@@ -38,6 +35,9 @@ from minitron_megatron.throughput.show import COLUMNS, best_rows, table_rows, wr
 from minitron_megatron.throughput.sources import MADE, Source, check_room, check_sources, open_sources
 from minitron_megatron.throughput.work import Work
 
+if TYPE_CHECKING:
+    import torch
+
 log = logging.getLogger(__name__)
 WORKER = "minitron_megatron.throughput.work"
 ENGINES = ("megatron", "transformers", "vllm", "tensorrt_llm")
@@ -45,20 +45,37 @@ ROWS, LOGS, REQUESTS = "rows.jsonl", "logs", "requests"
 Row = dict[str, Any]
 
 
-def throughput(cfg: ThroughputConfig) -> None:
-    """Measure `models=` in `engine=`. Raises UserError."""
+@dataclass(frozen=True)
+class Generating:
+    """The models to measure, checked; `inputs` are their digests by number and name."""
+
+    sources: list[Source]
+    inputs: dict[str, str]
+
+
+def check_throughput(cfg: ThroughputConfig) -> Generating:
+    """Options, layout, models, engines and output, before torch is there. Raises UserError."""
     if world_size_from_env() > 1:
         raise UserError("start launch/throughput.py with plain python: it starts the processes of parallel. itself")
     _check_options(cfg)
     layout = _layout(cfg)
     sources = open_sources(cfg.models)
     check_sources(cfg, sources, layout)
-    device = pick_device(cfg.device)
-    _check_engines(cfg, sources)
     # The first model is the reference: their order counts.
     inputs = {f"{number} {source.name}": source.digest for number, source in enumerate(sources)}
+    check_command_output(cfg, inputs)
+    _check_engines(cfg, sources)
+    return Generating(sources, inputs)
+
+
+def throughput(cfg: ThroughputConfig, checked: Generating | None = None) -> None:
+    """Measure `models=` in `engine=`. Raises UserError."""
+    from minitron_megatron.parallel.job import pick_device
+
+    checked = checked or check_throughput(cfg)
+    sources, inputs = checked.sources, checked.inputs
+    device = pick_device(cfg.device)
     if cfg.dry_run:
-        check_command_output(cfg, inputs)
         _say_what_would_be(cfg, sources, device)
         return
     with settled(device.type), command_output(cfg, inputs, continues=True) as out:
@@ -130,10 +147,10 @@ def _has_vllm(python: str | None) -> bool:
 
 
 def _dtype(cfg: ThroughputConfig, source: Source) -> str:
-    return str(model_dtype(source.shape, cfg.precision)).removeprefix("torch.")
+    return computing_dtype(source.shape, cfg.precision)
 
 
-def _work(cfg: ThroughputConfig, source: Source, engine: str, device: torch.device, made: Path) -> Work:
+def _work(cfg: ThroughputConfig, source: Source, engine: str, device: "torch.device", made: Path) -> Work:
     return Work(
         engine=engine,
         folder=str(source.form(engine, made).absolute()),
@@ -153,7 +170,7 @@ def _work(cfg: ThroughputConfig, source: Source, engine: str, device: torch.devi
 class _Measuring:
     """Models and engines in turn, over the rows that an earlier run left."""
 
-    def __init__(self, cfg: ThroughputConfig, sources: Sequence[Source], device: torch.device, out: Output) -> None:
+    def __init__(self, cfg: ThroughputConfig, sources: Sequence[Source], device: "torch.device", out: Output) -> None:
         self.cfg, self.sources, self.device, self.folder = cfg, sources, device, out.path
         self.file = out.path / ROWS
         self.rows: list[Row] = (
@@ -190,6 +207,8 @@ class _Measuring:
     def _add(self, source: Source, work: Work, row: Row) -> None:
         """Keep a row, with what it is of."""
         of = {"model": source.name, "engine": work.engine, "input": work.input_length, "output": work.output_length}
+        import torch
+
         where = torch.cuda.get_device_name(self.device) if work.device == "cuda" else "cpu"
         more = {"parameters": count_parameters(source.shape), "dtype": work.dtype, "device": where}
         self.rows.append({**of, **row, **more})
@@ -259,7 +278,7 @@ def _reason(file: Path) -> str:
     return (named or lines)[-1][:300]
 
 
-def _say_what_would_be(cfg: ThroughputConfig, sources: Sequence[Source], device: torch.device) -> None:
+def _say_what_would_be(cfg: ThroughputConfig, sources: Sequence[Source], device: "torch.device") -> None:
     made = Path(cfg.output)
     rows = [
         [source.name, engine, ", ".join(map(str, sorted(cfg.batch))), str(source.form(engine, made))]
@@ -267,6 +286,8 @@ def _say_what_would_be(cfg: ThroughputConfig, sources: Sequence[Source], device:
         for source in sources
     ]
     print_table("would be measured", ["model", "engine", "batch", "from (exports and imports are made first)"], rows)
+    from minitron_megatron.models.build import foretell_dtype
+
     foretell_dtype(cfg.precision, device, *(source.shape for source in sources))
     if "tensorrt_llm" in cfg.engine:
         for source in sources:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_megatron.checkpoints.folder import MANIFEST, check_space, open_model_folder, read_manifest
-from minitron_megatron.checkpoints.hf import HfFolder, export_hf, import_hf
+from minitron_megatron.checkpoints.hf_folder import HfFolder
 from minitron_megatron.checkpoints.index import check_weights, total_bytes
 from minitron_megatron.config import ExportHfConfig, ImportHfConfig, ModelConfig, ThroughputConfig
-from minitron_megatron.data.tokenizer import load_tokenizer
+from minitron_megatron.data.tokenizer import check_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.families import check_exportable
 from minitron_megatron.models.limits import check_layout
@@ -47,6 +47,9 @@ class Source:
         """Make the form that an engine reads, unless it is there."""
         if self.fits(engine):
             return
+        # Torch's, which a look at the models does without.
+        from minitron_megatron.checkpoints.hf import export_hf, import_hf
+
         output = str(self.form(engine, made))
         if self.ours:
             export_hf(ExportHfConfig(model=ModelConfig(path=str(self.path)), output=output))
@@ -107,7 +110,7 @@ def check_sources(cfg: ThroughputConfig, sources: Sequence[Source], layout: Layo
                     f"{shape.num_attention_heads}, which transformers 5 refuses: engine=[megatron] alone"
                 )
         if "tensorrt_llm" in cfg.engine:
-            load_tokenizer(source.path)
+            check_tokenizer(source.path)
 
 
 def check_room(cfg: ThroughputConfig, sources: Sequence[Source]) -> None:

@@ -11,7 +11,6 @@ draws in a step (no dropout), and the data order follows from the seed and the s
 
 import json
 import logging
-import re
 import secrets
 import shutil
 import signal
@@ -21,7 +20,6 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import check_space
 from minitron_megatron.checkpoints.reading import safe_reading
 from minitron_megatron.checkpoints.weights import sharded_weights
 from minitron_megatron.config import TrainerConfig
@@ -29,10 +27,9 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.models.fp8 import delayed_scales, set_delayed_scales
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.train.saved import BEST, FORMAT, damaged, find_best, find_checkpoints, places, read_format
 
 log = logging.getLogger(__name__)
-BEST, FORMAT = "best.json", "format.json"
-_NAME = re.compile(r"step_(\d{8})")
 
 
 def _metadata(sharding: str) -> dict[str, Any]:
@@ -75,24 +72,6 @@ def _of_this_place(data: Any) -> Any:
 def has_scales(options: TrainerConfig) -> bool:
     """Whether a run's FP8 scales come from past steps, so that it needs them to go on as if it had not stopped."""
     return options.fp8 == "delayed"
-
-
-def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Whole checkpoints of a run, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
-    return sorted((int(match.group(1)), path) for match, path in found if match)
-
-
-def find_best(folder: Path) -> tuple[Path, float] | None:
-    """The checkpoint with the lowest validation loss so far, and that loss; None where none is marked."""
-    try:
-        marked = json.loads((folder / BEST).read_text(encoding="utf-8"))
-        path, loss = folder / f"step_{marked['step']:08d}", float(marked["validation_loss"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    return (path, loss) if path.is_dir() else None
 
 
 def _mark_best(folder: Path, step: int, validation_loss: float) -> None:
@@ -205,7 +184,7 @@ class Saver:
         """All ranks have written: the folder gets its name. Every rank calls it."""
         if collectives.is_rank_zero():
             written = {"optimizer": self.options.checkpoint_format, "scales": has_scales(self.options)}
-            written |= _places(self.layout)
+            written |= places(self.layout)
             (partial / FORMAT).write_text(json.dumps(written) + "\n", encoding="utf-8")
             shutil.rmtree(self.folder / name, ignore_errors=True)
             partial.rename(self.folder / name)
@@ -251,43 +230,6 @@ def _drop_old(folder: Path, keep_last: int) -> None:
             shutil.rmtree(old)
 
 
-def _places(layout: Layout) -> dict[str, Any]:
-    """What dp_reshardable depends on, by the names of the options."""
-    return {
-        "tensor": layout.tensor,
-        "pipeline": layout.pipeline,
-        "virtual_pipeline": layout.virtual_pipeline,
-        "account_for_embedding": layout.account_for_embedding,
-        "account_for_loss": layout.account_for_loss,
-        "pipeline_layout": layout.pipeline_layout,
-    }
-
-
-def check_readable(path: Path, layout: Layout) -> None:
-    """Raise UserError when a layout cannot go on from a checkpoint: before any model is built."""
-    there, now = _read_format(path), _places(layout)
-    kind, scales = there.pop("optimizer"), there.pop("scales", False)
-    if (kind != "dp_reshardable" and not scales) or there == now:
-        return
-    was = " ".join(f"parallel.{name}={value}" for name, value in there.items() if value != now[name])
-    why = "trainer.fp8=delayed" if scales else "trainer.checkpoint_format=dp_reshardable"
-    raise UserError(
-        f"{path} was written with {why}, which another number of data-parallel ranks can read and no other layout: use {was}"
-    )
-
-
-def _read_format(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((path / FORMAT).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-    return UserError(f"{path} is damaged ({reason}): remove it, the run continues from the one before")
-
-
 def load(
     path: Path, chunks: Sequence[Any], optimizer: Any, options: TrainerConfig
 ) -> tuple[int, dict[str, Any], dict[str, Any]]:
@@ -297,25 +239,14 @@ def load(
 
     try:
         with safe_reading():
-            kind, scales = _read_format(path)["optimizer"], has_scales(options)
+            kind, scales = read_format(path)["optimizer"], has_scales(options)
             wanted = _state(chunks, optimizer, kind, {}, loading=True, scales=scales)
             state = dist_checkpointing.load(wanted, str(path), _strategy("load", options.parallel_load))
     except (CheckpointingException, OSError, RuntimeError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     for i, chunk in enumerate(chunks):
         chunk.module.load_state_dict(state["model" if len(chunks) == 1 else f"model{i}"], strict=False)
         if scales:
             set_delayed_scales(chunk.module, state["fp8_scales"][i])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"]), state["guard"], state["objective"]
-
-
-def check_room(folder: Path, parameters: int, bytes_per_weight: int, options: TrainerConfig) -> None:
-    """Raise UserError when the checkpoints that the run will hold at once, and one being written, have no room.
-
-    A parameter takes its own bytes and 12 of the optimizer (float32 master weights and both moments of Adam).
-    """
-    wanted = options.keep_last + 1 + options.keep_best - len(find_checkpoints(folder))
-    need = max(1, wanted) * parameters * (bytes_per_weight + 12)
-    why = f"trainer.keep_last={options.keep_last} and one being written"
-    check_space(folder, need, f"the checkpoints of {folder.parent}", why=why)

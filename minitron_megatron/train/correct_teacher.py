@@ -6,19 +6,39 @@ original peak learning rate: the validation loss of the distillation was more th
 for it.
 """
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from minitron_megatron.checkpoints.folder import ModelFolder
 from minitron_megatron.config import CorrectTeacherConfig
-from minitron_megatron.models.objective import NextToken
-from minitron_megatron.train.run import Recipe, check_training, run_training
+from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.train.checks import Checked, Recipe, check_run, check_training
+
+if TYPE_CHECKING:
+    from minitron_megatron.models.objective import NextToken
 
 
-def correct_teacher(cfg: CorrectTeacherConfig) -> None:
-    """Check everything, train or continue, publish the corrected teacher."""
+def check_correct_teacher(cfg: CorrectTeacherConfig) -> Checked:
+    """Model, data and output, checked before torch is there. Raises UserError."""
+
+    def objective(folders: Mapping[str, ModelFolder], layout: Layout) -> "NextToken":
+        from minitron_megatron.models.objective import NextToken
+
+        return NextToken(folders["model"].shape.vocab_size)
+
     recipe = Recipe(
         verb="correct",
         models={"model": cfg.model},
         trained="model",
         check=lambda shapes, layout: check_training(shapes, cfg, layout),
-        objective=lambda folders, layout: NextToken(folders["model"].shape.vocab_size),
+        objective=objective,
         fp8_of=lambda name: ("trainer.fp8", cfg.trainer.fp8),
     )
-    run_training(cfg, recipe)
+    return check_run(cfg, recipe)
+
+
+def correct_teacher(cfg: CorrectTeacherConfig, checked: Checked | None = None) -> None:
+    """Train or continue, publish the corrected teacher."""
+    from minitron_megatron.train.run import run_training
+
+    run_training(cfg, checked or check_correct_teacher(cfg))

@@ -4,8 +4,6 @@ It runs anywhere, for any number of GPUs: models are built for real, on the meta
 arithmetic (memory.py, speed.py) whose assumptions are printed beside the figures.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,10 +14,10 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters, flops_per_token
 from minitron_megatron.models.build import attention_in_fixed_order, model_dtype
 from minitron_megatron.models.limits import sequence_parts
-from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.hardware import hardware, peak_flops
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.census import Stage, take_census
+from minitron_megatron.train.checks import TENSOR_SIZES, Check, Models
 from minitron_megatron.train.memory import (
     CHECKPOINT_BYTES,
     RECOMPUTE,
@@ -33,25 +31,9 @@ from minitron_megatron.train.speed import FP8_GAIN, LINK_EFFICIENCY, Step, time_
 
 # CUDA's context, NCCL's buffers, workspaces of cuBLAS and what the allocator cannot use.
 RESERVED_GIB = 6
-TENSOR_SIZES, PIPELINE_SIZES = (1, 2, 4, 8), (1, 2, 4, 8, 16)
+PIPELINE_SIZES = (1, 2, 4, 8, 16)
 # Layouts that are shown, the fastest that fit first.
 SHOWN = 12
-# Whether a layout can run the job: raises UserError where it cannot.
-Check = Callable[[Layout], None]
-
-
-@dataclass(frozen=True)
-class Models:
-    """What is trained, and the teacher that runs beside it, if any; engines as `model.engine` says them.
-
-    `teacher_layout` gives the teacher's layout beside a student in one.
-    """
-
-    student: ModelShape
-    student_engine: str
-    teacher: ModelShape | None
-    teacher_engine: str
-    teacher_layout: Callable[[Layout], Layout]
 
 
 @dataclass(frozen=True)
@@ -145,17 +127,6 @@ def foresee(cfg: TrainingConfig, layout: Layout, steps: int, models: Models, che
     _show_time(found, steps)
     _show_assumptions(found)
     show_layouts(cfg, layout, models, check)
-
-
-@contextlib.contextmanager
-def listing_layouts(cfg: TrainingConfig, layout: Layout, models: Models, check: Check) -> Iterator[None]:
-    """Where a dry run's layout is refused within, print those that are not before the refusal goes on."""
-    try:
-        yield
-    except UserError:
-        if cfg.dry_run:
-            show_layouts(cfg, layout, models, check)
-        raise
 
 
 def layouts_that_run(layout: Layout, sequence_length: int, check: Check) -> list[Layout]:

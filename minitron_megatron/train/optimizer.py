@@ -15,6 +15,7 @@ from minitron_megatron.config import DdpConfig, OptimConfig, TrainerConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.fp8 import fp8_fields
 from minitron_megatron.models.graphs import graph_fields, graph_safe_wrapping
+from minitron_megatron.train.checks import recomputation
 from minitron_megatron.train.overlap import overlap_fields
 
 
@@ -107,24 +108,6 @@ def wrap_and_optimize(
     return wrapped, optimizer
 
 
-def recomputation(options: TrainerConfig) -> dict[str, Any]:
-    """Fields of Megatron's TransformerConfig for activation recomputation. Raises UserError for modules that a layer has not."""
-    # Megatron's layernorm is not among them: local layers cannot, and Transformer Engine's norms are part of their linears.
-    known = ("core_attn", "mlp")
-    wrong = [name for name in options.recompute_modules if name not in known]
-    if wrong:
-        raise UserError(f"trainer.recompute_modules has {wrong[0]}: use {' or '.join(known)}, or both")
-    if options.recompute == "none":
-        return {}
-    if options.recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": list(options.recompute_modules)}
-    return {
-        "recompute_granularity": "full",
-        "recompute_method": options.recompute_method,
-        "recompute_num_layers": options.recompute_num_layers,
-    }
-
-
 def training_fields(options: TrainerConfig) -> dict[str, Any]:
     """Fields of Megatron's TransformerConfig for a model that is trained. Raises UserError as `recomputation`."""
     return {
@@ -133,12 +116,6 @@ def training_fields(options: TrainerConfig) -> dict[str, Any]:
         **graph_fields(options.cuda_graphs),
         **overlap_fields(options.tp_comm_overlap),
     }
-
-
-def check_ddp(options: DdpConfig) -> None:
-    """Raise UserError for what Megatron would refuse once models are built."""
-    if options.overlap_param_gather and not options.overlap_grad_reduce:
-        raise UserError("ddp.overlap_param_gather=true needs ddp.overlap_grad_reduce=true")
 
 
 def gather_weights(chunks: Sequence[Any]) -> None:

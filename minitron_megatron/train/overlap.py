@@ -18,8 +18,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.models.build import check_fused
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
-
-OPTION = "trainer.tp_comm_overlap"
+from minitron_megatron.train.checks import OVERLAP_OPTION
 
 
 def overlap_fields(wanted: bool) -> dict[str, Any]:
@@ -27,28 +26,14 @@ def overlap_fields(wanted: bool) -> dict[str, Any]:
     return {"tp_comm_overlap": True} if wanted else {}
 
 
-def check_overlap(trainer: TrainerConfig, layout: Layout) -> None:
-    """Raise UserError where there is nothing to overlap, or what cannot be."""
-    if not trainer.tp_comm_overlap:
-        return
-    if layout.tensor == 1 or not layout.sequence:
-        raise UserError(
-            f"{OPTION}=true is for sequence parallelism: set {layout.option}.tensor= above 1 and {layout.option}.sequence=true"
-        )
-    if trainer.cuda_graphs:
-        raise UserError(f"{OPTION}=true does not go with trainer.cuda_graphs=true: use one of them")
-    if trainer.fp8 == "blockwise":
-        raise UserError(f"{OPTION}=true does not go with trainer.fp8=blockwise, whose scales its buffers do not carry")
-
-
 def check_overlap_device(wanted: bool, engine: str, dtype: torch.dtype) -> None:
     """Raise UserError where a model's engine (te or local) or its precision cannot overlap transfers."""
     if not wanted:
         return
-    check_fused(OPTION, "true", "false", engine, dtype)
+    check_fused(OVERLAP_OPTION, "true", "false", engine, dtype)
     if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
         raise UserError(
-            f"{OPTION}=true needs CUDA_DEVICE_MAX_CONNECTIONS=1 in the environment: transfers start first then"
+            f"{OVERLAP_OPTION}=true needs CUDA_DEVICE_MAX_CONNECTIONS=1 in the environment: transfers start first then"
         )
 
 

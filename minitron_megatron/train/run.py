@@ -7,15 +7,13 @@ output/config.yaml, metrics.jsonl, checkpoints/, wandb/     while it trains; the
 output/precision.json                                       what precision=auto was when it began (parallel/precision.py)
 output/model/                                               what was trained as a model folder, when it is done
 
-The commands (train/distill.py, train/correct_teacher.py) say in a `Recipe` which models there are and what is minimised.
+The commands (train/distill.py, train/correct_teacher.py) say in a `Recipe` which models there are and what is minimised;
+checks.py has all that is checked before torch is there.
 """
 
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +24,20 @@ from minitron_megatron.checkpoints.folder import (
     DIVERGED,
     WEIGHTS,
     ModelFolder,
-    load_yaml,
-    open_model_folder,
     output_folder,
 )
-from minitron_megatron.checkpoints.hf import copy_companions, write_shape
-from minitron_megatron.checkpoints.index import check_weights
+from minitron_megatron.checkpoints.hf_folder import copy_companions, write_shape
 from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.checkpoints.weights import Chunk, load_model, verify_digest, write_weights
 from minitron_megatron.config import (
-    ModelConfig,
-    TeacherParallelConfig,
     TrainingConfig,
-    flat,
-    number_of_steps,
     tokens_of_run,
-    tokens_per_step,
 )
 from minitron_megatron.console import print_table
 from minitron_megatron.data.datasets import Windows, training_samples
-from minitron_megatron.data.folder import Data, DocumentMasks, check_enough, open_data, verify_data
-from minitron_megatron.errors import Diverged, UserError
+from minitron_megatron.data.folder import Data, verify_data
+from minitron_megatron.errors import Diverged
 from minitron_megatron.launcher import command_line, resolved_config
-from minitron_megatron.lengths import check_positions
 from minitron_megatron.models.axes import count_parameters, flops_per_token
 from minitron_megatron.models.build import (
     build_model_chunks,
@@ -59,8 +48,6 @@ from minitron_megatron.models.build import (
 )
 from minitron_megatron.models.fp8 import check_fp8_device
 from minitron_megatron.models.graphs import check_graphs_device
-from minitron_megatron.models.limits import check_fp8, check_graphs, check_layout, check_sequence
-from minitron_megatron.models.objective import Objective
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.job import Job, parallel_job, pick_device
@@ -69,85 +56,45 @@ from minitron_megatron.parallel.precision import FILE as COMPUTED_IN
 from minitron_megatron.parallel.precision import asks_machine, keep, recalled, record
 from minitron_megatron.parallel.torchrun import REQUEUE
 from minitron_megatron.starts import record_start
-from minitron_megatron.train import checkpoint
-from minitron_megatron.train.foresee import TENSOR_SIZES, Models, foresee, listing_layouts
+from minitron_megatron.train import checkpoint, saved
+from minitron_megatron.train.checks import (
+    Checked,
+    Recipe,
+    Shapes,
+    schedule_of,
+)
+from minitron_megatron.train.foresee import foresee
 from minitron_megatron.train.loop import StepResult, Trainer, stop_on_signal
 from minitron_megatron.train.metrics import Metrics, StepMetrics
 from minitron_megatron.train.optimizer import (
-    check_ddp,
     check_optimizer,
     check_state_precision,
     gather_weights,
-    recomputation,
     training_fields,
     wrap_and_optimize,
 )
-from minitron_megatron.train.overlap import check_overlap, check_overlap_device, user_buffers
-from minitron_megatron.train.schedule import Schedule
+from minitron_megatron.train.overlap import check_overlap_device, user_buffers
 
 log = logging.getLogger(__name__)
-# What may differ between the command that began a run and the one that continues it.
-_MAY_CHANGE = frozenset({"parallel", "device", "resume", "verify", "dry_run", "output", "logger", "cluster", "ddp"})
-_MAY_CHANGE_TOO = frozenset(
-    f"trainer.{name}"
-    for name in """stop_after save_interval keep_last keep_best publish checkpoint_format async_save parallel_save parallel_load
-    time_limit_minutes recompute recompute_modules recompute_method recompute_num_layers cuda_graphs
-    tp_comm_overlap""".split()
-) | frozenset(
-    {"data.max_epochs", "distill.teacher_ahead", "distill.teacher_offload", "distill.logits_mib"}
-    | {f"distill.teacher_parallel.{f.name}" for f in fields(TeacherParallelConfig)}
-)
-_MAY_GROW = frozenset({"trainer.steps", "trainer.tokens"})
-Shapes = Mapping[str, ModelShape]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What a command that trains has of its own.
-
-    Attributes:
-        verb: what is done to the model, as in "distill".
-        models: every model that takes part, by the name of its option.
-        trained: which of them is trained and published; the others are only read.
-        check: raises UserError when these models do not go together in a layout.
-        objective: what is minimised, made of the opened folders in a live layout.
-        fp8_of: the option that says how a model's FP8 is scaled, and what it says, by the model's name.
-        layout_of: layout of a model, by its name and the layout of the one that is trained; that one, if not given.
-    """
-
-    verb: str
-    models: Mapping[str, ModelConfig]
-    trained: str
-    check: Callable[[Shapes, Layout], None]
-    objective: Callable[[Mapping[str, ModelFolder], Layout], Objective]
-    fp8_of: Callable[[str], tuple[str, str]]
-    layout_of: Callable[[str, Layout], Layout] = lambda name, layout: layout
-
-
-def run_training(cfg: TrainingConfig, recipe: Recipe) -> None:
-    """Check everything, train or continue, publish.
+def run_training(cfg: TrainingConfig, checked: Checked) -> None:
+    """Train what has been checked, or continue, and publish.
 
     Ends with exit status 75 when it was stopped before the last step, by a signal or its time limit: saved, and to be continued.
     With trainer.stop_after it ends there with status 0, saved and not published.
     """
     began = time.monotonic()
-    layout = Layout.from_config(cfg.parallel)
-    steps = number_of_steps(cfg)
-    shapes = {name: _shape(model, name, cfg.dry_run) for name, model in recipe.models.items()}
-    models, check = _models(recipe, shapes), partial(recipe.check, shapes)
-    with listing_layouts(cfg, layout, models, check):
-        check(layout)
-    run = Path(cfg.output)
-    # A rehearsal of presets has no folders to look into.
-    if not (cfg.dry_run and any(model.path is None for model in recipe.models.values())):
-        folders, data = _inputs(cfg, recipe)
-        check_run_folder(run, cfg)
-        check_checkpoints(run / "checkpoints", cfg, layout, folders[recipe.trained].shape)
+    recipe, layout, shapes, run = checked.recipe, checked.layout, checked.shapes, Path(cfg.output)
+    folders, data = checked.folders, checked.data
     device = pick_device(cfg.device)
     if cfg.dry_run:
-        foresee(cfg, layout, steps, models, check)
+        foresee(cfg, layout, checked.steps, checked.models, checked.check)
         foretell_dtype(cfg.precision, device, *shapes.values())
         return
+    if cfg.precision == "auto" and device.type == "cpu":
+        # What CPUs compute in is settled later; float32 takes more than the folder's own dtype, which was checked for.
+        saved.check_room(run / "checkpoints", count_parameters(shapes[recipe.trained]), 4, cfg.trainer)
     with recalled(run / COMPUTED_IN):
         _check_device(cfg, recipe, shapes, layout, device)
     buffers = user_buffers(cfg.trainer, shapes[recipe.trained], layout, cfg.data.sequence_length)
@@ -206,137 +153,6 @@ def _check_device(cfg: TrainingConfig, recipe: Recipe, shapes: Shapes, layout: L
     check_state_precision(cfg.optim, model_dtype(shapes[recipe.trained], cfg.precision), device)
 
 
-def _models(recipe: Recipe, shapes: Shapes) -> Models:
-    """What is trained, and what is read beside it."""
-    teacher = next((name for name in shapes if name != recipe.trained), None)
-    return Models(
-        shapes[recipe.trained],
-        recipe.models[recipe.trained].engine,
-        shapes[teacher] if teacher else None,
-        recipe.models[teacher].engine if teacher else "auto",
-        partial(recipe.layout_of, teacher),
-    )
-
-
-def schedule_of(cfg: TrainingConfig) -> Schedule:
-    """The learning rates of the run. Raises UserError."""
-    return Schedule.of_run(cfg.optim, number_of_steps(cfg), tokens_per_step(cfg))
-
-
-def _shape(model: ModelConfig, name: str, dry_run: bool) -> ModelShape:
-    if model.path is None and dry_run:
-        return ModelShape.from_dict(model.sizes(name), name)
-    return open_model_folder(model.folder(name)).shape
-
-
-def _inputs(cfg: TrainingConfig, recipe: Recipe) -> tuple[dict[str, ModelFolder], Data]:
-    """Models and data, checked to be whole and to go together. Raises UserError."""
-    folders = {name: open_model_folder(model.folder(name)) for name, model in recipe.models.items()}
-    for folder in folders.values():
-        check_weights(folder)
-    shape = folders[recipe.trained].shape
-    masks = DocumentMasks(cfg.data.reset_attention_mask, cfg.data.eod_mask_loss)
-    data = open_data(cfg.data.path, "train", shape, cfg.data.sequence_length, masks)
-    check_enough(data, tokens_of_run(cfg), cfg.data.max_epochs)
-    if cfg.trainer.validation_samples:
-        open_data(cfg.data.path, "validation", shape, cfg.data.sequence_length)
-    return folders, data
-
-
-def check_training(shapes: Shapes, cfg: TrainingConfig, layout: Layout) -> None:
-    """Raise UserError when models, batch and layout do not go together."""
-    for name, shape in shapes.items():
-        check_model(name, shape, cfg.data.sequence_length, layout)
-        tokens = cfg.trainer.micro_batch_size * cfg.data.sequence_length // layout.context
-        check_fp8("trainer.fp8", cfg.trainer.fp8, shape, layout, tokens, cfg.trainer.fp8_bf16_layers)
-    batch, micro = cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size
-    at_once = micro * layout.data * (layout.pipeline if layout.virtual_pipeline else 1)
-    if batch % at_once:
-        stages = " × pipeline stages" if layout.virtual_pipeline else ""
-        fits = [str(n) for n in (batch // at_once * at_once, (batch // at_once + 1) * at_once) if n]
-        fits += [f"parallel.tensor={n}" for n in _tensor_sizes_that_divide(shapes, batch // micro, layout)]
-        raise UserError(
-            f"trainer.global_batch_size={batch} is not a multiple of {at_once} (trainer.micro_batch_size={micro} × "
-            f"{layout.data} data-parallel ranks{stages}): use {' or '.join(fits)}"
-        )
-    schedule_of(cfg)
-    recomputation(cfg.trainer)
-    check_ddp(cfg.ddp)
-    check_graphs(cfg.trainer.cuda_graphs, cfg.trainer.recompute, cfg.data.sequence_length, layout)
-    check_overlap(cfg.trainer, layout)
-    trainer = cfg.trainer
-    if trainer.keep_best and not trainer.validation_samples:
-        raise UserError("trainer.keep_best=true needs validations: set trainer.validation_samples= above 0")
-    if trainer.publish == "best" and not trainer.keep_best:
-        raise UserError("trainer.publish=best needs trainer.keep_best=true")
-
-
-def check_model(name: str, shape: ModelShape, sequence_length: int, layout: Layout) -> None:
-    """Raise UserError when a model and its sequences do not go into a layout."""
-    check_layout(shape, layout, f"the {name}")
-    check_sequence(sequence_length, layout)
-    check_positions(sequence_length, shape.max_position_embeddings, f"the {name}")
-
-
-def _tensor_sizes_that_divide(shapes: Shapes, samples: int, layout: Layout) -> list[int]:
-    """Other tensor-parallel sizes, up to 8, with which so many micro-batches divide over the data-parallel ranks."""
-    found = []
-    for tensor in TENSOR_SIZES:
-        with contextlib.suppress(UserError):
-            other = replace(layout, tensor=tensor)
-            for shape in shapes.values():
-                check_layout(shape, other)
-            if samples % (other.data * (other.pipeline if other.virtual_pipeline else 1)) == 0:
-                found.append(tensor)
-    return found
-
-
-def what_is_trained(cfg: TrainingConfig) -> dict[str, Any]:
-    """Options that a run has from beginning to end, by their dotted names."""
-    values = flat(resolved_config(cfg))
-    return {k: v for k, v in values.items() if k.split(".")[0] not in _MAY_CHANGE and k not in _MAY_CHANGE_TOO}
-
-
-def check_run_folder(run: Path, cfg: TrainingConfig) -> None:
-    """Raise UserError when the output folder holds another run, or something else."""
-    # A run killed in its first moments leaves this alone.
-    if not run.exists() or {path.name for path in run.iterdir()} <= {".model.partial"}:
-        return
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"output={run} exists and is not a run folder: choose another output=")
-    if not cfg.resume:
-        raise UserError(f"output={run} has a run in it and resume=false: remove it or choose another output=")
-    before, now = flat(load_yaml(run / "config.yaml")), what_is_trained(cfg)
-    differ = [k for k in now if before.get(k, now[k]) != now[k]]
-    longer = [k for k in differ if k in _MAY_GROW and None not in (before[k], now[k]) and now[k] > before[k]]
-    differ = [k for k in differ if k not in longer]
-    if differ:
-        first, *others = differ
-        also = f" ({', '.join(others[:3])} too)" if others else ""
-        raise UserError(
-            f"output={run} holds a run with {first}={before[first]}, not {now[first]}{also}: "
-            "give the same, or another output="
-        )
-    for key in longer:
-        log.info(
-            "%s grows from %s to %s: from here on the learning rate is that of the longer run",
-            key,
-            before[key],
-            now[key],
-        )
-
-
-def check_checkpoints(folder: Path, cfg: TrainingConfig, layout: Layout, shape: ModelShape) -> None:
-    """Raise UserError when this layout cannot go on from what is there, or the checkpoints have no room."""
-    there = checkpoint.find_checkpoints(folder)
-    if there:
-        checkpoint.check_readable(there[-1][1], layout)
-    # What CPUs compute in is settled later; float32 takes more.
-    settled_later = cfg.precision == "auto" and pick_device(cfg.device).type == "cpu"
-    dtype = torch.float32 if settled_later else model_dtype(shape, cfg.precision)
-    checkpoint.check_room(folder, count_parameters(shape), dtype.itemsize, cfg.trainer)
-
-
 class _Run:
     """A run between its checks and its end: the loop, its metrics and its checkpoints."""
 
@@ -370,7 +186,7 @@ class _Run:
         objective.attach(chunks)
         wrapped, optimizer = wrap_and_optimize(chunks, cfg.optim, cfg.ddp)
         loop, start = Trainer(wrapped, optimizer, objective, layout, cfg), 0
-        there = checkpoint.find_checkpoints(self.folder)
+        there = saved.find_checkpoints(self.folder)
         if there:
             start, guard, of_objective = checkpoint.load(there[-1][1], wrapped, optimizer, cfg.trainer)
             loop.guard.load_state_dict(guard)
@@ -437,7 +253,7 @@ class _Run:
         best = None
         if trainer.keep_best and measured:
             self.saver.finish()  # it may be the best one so far
-            before = checkpoint.find_best(self.folder)
+            before = saved.find_best(self.folder)
             best = measured["validation_loss"] if before is None or measured["validation_loss"] < before[1] else None
         if best is None and not stop and done % trainer.save_interval and done < self.end:
             return
@@ -467,10 +283,10 @@ class _Run:
     def to_publish(self) -> Path:
         """The checkpoint that becomes the model."""
         if self.cfg.trainer.publish == "best":
-            path, loss = checkpoint.find_best(self.folder)
+            path, loss = saved.find_best(self.folder)
             log.info("publishing %s, whose validation loss is %.4f", path.name, loss)
             return path
-        return checkpoint.find_checkpoints(self.folder)[-1][1]
+        return saved.find_checkpoints(self.folder)[-1][1]
 
 
 def publish(weights: Path, shape: ModelShape, saved: Path) -> str:

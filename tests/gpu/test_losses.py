@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from minitron_megatron.distill.losses import DistillationLoss, Divergence
+from minitron_megatron.distill.choices import Divergence
+from minitron_megatron.distill.losses import DistillationLoss
 from minitron_megatron.models.head import Head, fused_loss
 from minitron_megatron.models.objective import CrossEntropy
 from minitron_megatron.parallel.job import parallel_job

@@ -1,0 +1,58 @@
+"""What launch/layers.py checks by its options and folders alone: before torch is there."""
+
+from dataclasses import dataclass
+
+from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
+from minitron_megatron.checkpoints.index import check_weights
+from minitron_megatron.config import LayersConfig
+from minitron_megatron.data.folder import Data, open_data
+from minitron_megatron.data.questions import QuestionFile
+from minitron_megatron.data.tokenizer import check_tokenizer
+from minitron_megatron.data.windows import WindowPlan
+from minitron_megatron.importance.blocks import Block, contiguous_blocks
+from minitron_megatron.importance.layers import check_blocks
+from minitron_megatron.models.limits import check_layout, check_sequence
+from minitron_megatron.outputs import check_command_output
+from minitron_megatron.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Analysing:
+    """A model, what is taken out of it, and what judges it, checked.
+
+    Attributes:
+        layout, folder, data: of the model; which windows run through it.
+        lengths, blocks: what is taken out.
+        count: windows.
+        file: questions, if any.
+        inputs: digests for the manifest.
+    """
+
+    layout: Layout
+    folder: ModelFolder
+    data: Data
+    lengths: list[int]
+    blocks: list[Block]
+    count: int
+    file: QuestionFile | None
+    inputs: dict[str, str]
+
+
+def check_layers(cfg: LayersConfig) -> Analysing:
+    """Model, layout, blocks, data, questions and output. Raises UserError."""
+    layout = Layout.from_config(cfg.parallel)
+    folder = open_model_folder(cfg.model.folder("model"))
+    check_layout(folder.shape, layout)
+    check_sequence(cfg.data.sequence_length, layout)
+    check_weights(folder)
+    lengths = check_blocks(cfg.block, folder.shape.num_layers)
+    blocks = contiguous_blocks(folder.shape.num_layers, lengths)
+    data = open_data(cfg.data.path, cfg.split, folder.shape, cfg.data.sequence_length)
+    # Full windows only: padding would have a share in Block Influence.
+    count = min(cfg.samples, WindowPlan(data, cfg.split, cfg.data.sequence_length).whole)
+    file = QuestionFile(cfg.questions, cfg.limit) if cfg.questions else None
+    if file or cfg.tasks:
+        check_tokenizer(folder.path)
+    inputs = {"model": folder.digest, "data": data.digest, **({"questions": file.digest} if file else {})}
+    check_command_output(cfg, inputs)
+    return Analysing(layout, folder, data, lengths, blocks, count, file, inputs)

@@ -1,0 +1,310 @@
+"""Everything about a training run that can be checked by its options and folders alone: before torch is there."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minitron_megatron.checkpoints.folder import ModelFolder, load_yaml, open_model_folder
+from minitron_megatron.checkpoints.index import check_weights
+from minitron_megatron.config import (
+    DdpConfig,
+    ModelConfig,
+    TeacherParallelConfig,
+    TrainerConfig,
+    TrainingConfig,
+    flat,
+    number_of_steps,
+    tokens_of_run,
+    tokens_per_step,
+)
+from minitron_megatron.data.folder import Data, DocumentMasks, check_enough, open_data
+from minitron_megatron.errors import UserError
+from minitron_megatron.launcher import resolved_config
+from minitron_megatron.lengths import check_positions
+from minitron_megatron.models.axes import count_parameters
+from minitron_megatron.models.limits import (
+    ITEMSIZES,
+    check_fp8,
+    check_graphs,
+    check_layout,
+    check_sequence,
+    computing_dtype,
+)
+from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.train import saved
+from minitron_megatron.train.schedule import Schedule
+
+if TYPE_CHECKING:
+    from minitron_megatron.models.objective import Objective
+
+log = logging.getLogger(__name__)
+# What may differ between the command that began a run and the one that continues it.
+_MAY_CHANGE = frozenset({"parallel", "device", "resume", "verify", "dry_run", "output", "logger", "cluster", "ddp"})
+_MAY_CHANGE_TOO = frozenset(
+    f"trainer.{name}"
+    for name in """stop_after save_interval keep_last keep_best publish checkpoint_format async_save parallel_save parallel_load
+    time_limit_minutes recompute recompute_modules recompute_method recompute_num_layers cuda_graphs
+    tp_comm_overlap""".split()
+) | frozenset(
+    {"data.max_epochs", "distill.teacher_ahead", "distill.teacher_offload", "distill.logits_mib"}
+    | {f"distill.teacher_parallel.{f.name}" for f in fields(TeacherParallelConfig)}
+)
+_MAY_GROW = frozenset({"trainer.steps", "trainer.tokens"})
+Shapes = Mapping[str, ModelShape]
+OVERLAP_OPTION = "trainer.tp_comm_overlap"
+TENSOR_SIZES = (1, 2, 4, 8)
+# Whether a layout can run the job: raises UserError where it cannot.
+Check = Callable[[Layout], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a command that trains has of its own.
+
+    Attributes:
+        verb: what is done to the model, as in "distill".
+        models: every model that takes part, by the name of its option.
+        trained: which of them is trained and published; the others are only read.
+        check: raises UserError when these models do not go together in a layout.
+        objective: what is minimised, made of the opened folders in a live layout.
+        fp8_of: the option that says how a model's FP8 is scaled, and what it says, by the model's name.
+        layout_of: layout of a model, by its name and the layout of the one that is trained; that one, if not given.
+    """
+
+    verb: str
+    models: Mapping[str, ModelConfig]
+    trained: str
+    check: Callable[[Shapes, Layout], None]
+    objective: Callable[[Mapping[str, ModelFolder], Layout], "Objective"]
+    fp8_of: Callable[[str], tuple[str, str]]
+    layout_of: Callable[[str, Layout], Layout] = lambda name, layout: layout
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is trained, and the teacher that runs beside it, if any; engines as `model.engine` says them.
+
+    `teacher_layout` gives the teacher's layout beside a student in one.
+    """
+
+    student: ModelShape
+    student_engine: str
+    teacher: ModelShape | None
+    teacher_engine: str
+    teacher_layout: Callable[[Layout], Layout]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A run of which all has been checked that options and folders show.
+
+    `check` asks whether another layout would do; `folders` and `data` are None in a rehearsal of presets.
+    """
+
+    recipe: Recipe
+    layout: Layout
+    steps: int
+    shapes: Shapes
+    models: Models
+    check: Check
+    folders: Mapping[str, ModelFolder] | None
+    data: Data | None
+
+
+def check_run(cfg: TrainingConfig, recipe: Recipe) -> Checked:
+    """Check a run before torch is there. Raises UserError, before which a dry run prints the layouts that would do."""
+    layout = Layout.from_config(cfg.parallel)
+    steps = number_of_steps(cfg)
+    shapes = {name: _shape(model, name, cfg.dry_run) for name, model in recipe.models.items()}
+    models, check = _models(recipe, shapes), partial(recipe.check, shapes)
+    try:
+        check(layout)
+    except UserError:
+        if cfg.dry_run:
+            from minitron_megatron.train.foresee import show_layouts
+
+            show_layouts(cfg, layout, models, check)
+        raise
+    # A rehearsal of presets has no folders to look into.
+    if cfg.dry_run and any(model.path is None for model in recipe.models.values()):
+        return Checked(recipe, layout, steps, shapes, models, check, None, None)
+    folders, data = _inputs(cfg, recipe)
+    run = Path(cfg.output)
+    check_run_folder(run, cfg)
+    check_checkpoints(run / "checkpoints", cfg, layout, folders[recipe.trained].shape)
+    return Checked(recipe, layout, steps, shapes, models, check, folders, data)
+
+
+def _models(recipe: Recipe, shapes: Shapes) -> Models:
+    """What is trained, and what is read beside it."""
+    teacher = next((name for name in shapes if name != recipe.trained), None)
+    return Models(
+        shapes[recipe.trained],
+        recipe.models[recipe.trained].engine,
+        shapes[teacher] if teacher else None,
+        recipe.models[teacher].engine if teacher else "auto",
+        partial(recipe.layout_of, teacher),
+    )
+
+
+def schedule_of(cfg: TrainingConfig) -> Schedule:
+    """The learning rates of the run. Raises UserError."""
+    return Schedule.of_run(cfg.optim, number_of_steps(cfg), tokens_per_step(cfg))
+
+
+def _shape(model: ModelConfig, name: str, dry_run: bool) -> ModelShape:
+    if model.path is None and dry_run:
+        return ModelShape.from_dict(model.sizes(name), name)
+    return open_model_folder(model.folder(name)).shape
+
+
+def _inputs(cfg: TrainingConfig, recipe: Recipe) -> tuple[dict[str, ModelFolder], Data]:
+    """Models and data, checked to be whole and to go together. Raises UserError."""
+    folders = {name: open_model_folder(model.folder(name)) for name, model in recipe.models.items()}
+    for folder in folders.values():
+        check_weights(folder)
+    shape = folders[recipe.trained].shape
+    masks = DocumentMasks(cfg.data.reset_attention_mask, cfg.data.eod_mask_loss)
+    data = open_data(cfg.data.path, "train", shape, cfg.data.sequence_length, masks)
+    check_enough(data, tokens_of_run(cfg), cfg.data.max_epochs)
+    if cfg.trainer.validation_samples:
+        open_data(cfg.data.path, "validation", shape, cfg.data.sequence_length)
+    return folders, data
+
+
+def check_training(shapes: Shapes, cfg: TrainingConfig, layout: Layout) -> None:
+    """Raise UserError when models, batch and layout do not go together."""
+    for name, shape in shapes.items():
+        check_model(name, shape, cfg.data.sequence_length, layout)
+        tokens = cfg.trainer.micro_batch_size * cfg.data.sequence_length // layout.context
+        check_fp8("trainer.fp8", cfg.trainer.fp8, shape, layout, tokens, cfg.trainer.fp8_bf16_layers)
+    batch, micro = cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size
+    at_once = micro * layout.data * (layout.pipeline if layout.virtual_pipeline else 1)
+    if batch % at_once:
+        stages = " × pipeline stages" if layout.virtual_pipeline else ""
+        fits = [str(n) for n in (batch // at_once * at_once, (batch // at_once + 1) * at_once) if n]
+        fits += [f"parallel.tensor={n}" for n in _tensor_sizes_that_divide(shapes, batch // micro, layout)]
+        raise UserError(
+            f"trainer.global_batch_size={batch} is not a multiple of {at_once} (trainer.micro_batch_size={micro} × "
+            f"{layout.data} data-parallel ranks{stages}): use {' or '.join(fits)}"
+        )
+    schedule_of(cfg)
+    recomputation(cfg.trainer)
+    check_ddp(cfg.ddp)
+    check_graphs(cfg.trainer.cuda_graphs, cfg.trainer.recompute, cfg.data.sequence_length, layout)
+    check_overlap(cfg.trainer, layout)
+    trainer = cfg.trainer
+    if trainer.keep_best and not trainer.validation_samples:
+        raise UserError("trainer.keep_best=true needs validations: set trainer.validation_samples= above 0")
+    if trainer.publish == "best" and not trainer.keep_best:
+        raise UserError("trainer.publish=best needs trainer.keep_best=true")
+
+
+def check_model(name: str, shape: ModelShape, sequence_length: int, layout: Layout) -> None:
+    """Raise UserError when a model and its sequences do not go into a layout."""
+    check_layout(shape, layout, f"the {name}")
+    check_sequence(sequence_length, layout)
+    check_positions(sequence_length, shape.max_position_embeddings, f"the {name}")
+
+
+def _tensor_sizes_that_divide(shapes: Shapes, samples: int, layout: Layout) -> list[int]:
+    """Other tensor-parallel sizes, up to 8, with which so many micro-batches divide over the data-parallel ranks."""
+    found = []
+    for tensor in TENSOR_SIZES:
+        with contextlib.suppress(UserError):
+            other = replace(layout, tensor=tensor)
+            for shape in shapes.values():
+                check_layout(shape, other)
+            if samples % (other.data * (other.pipeline if other.virtual_pipeline else 1)) == 0:
+                found.append(tensor)
+    return found
+
+
+def what_is_trained(cfg: TrainingConfig) -> dict[str, Any]:
+    """Options that a run has from beginning to end, by their dotted names."""
+    values = flat(resolved_config(cfg))
+    return {k: v for k, v in values.items() if k.split(".")[0] not in _MAY_CHANGE and k not in _MAY_CHANGE_TOO}
+
+
+def check_run_folder(run: Path, cfg: TrainingConfig) -> None:
+    """Raise UserError when the output folder holds another run, or something else."""
+    # A run killed in its first moments leaves this alone.
+    if not run.exists() or {path.name for path in run.iterdir()} <= {".model.partial"}:
+        return
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"output={run} exists and is not a run folder: choose another output=")
+    if not cfg.resume:
+        raise UserError(f"output={run} has a run in it and resume=false: remove it or choose another output=")
+    before, now = flat(load_yaml(run / "config.yaml")), what_is_trained(cfg)
+    differ = [k for k in now if before.get(k, now[k]) != now[k]]
+    longer = [k for k in differ if k in _MAY_GROW and None not in (before[k], now[k]) and now[k] > before[k]]
+    differ = [k for k in differ if k not in longer]
+    if differ:
+        first, *others = differ
+        also = f" ({', '.join(others[:3])} too)" if others else ""
+        raise UserError(
+            f"output={run} holds a run with {first}={before[first]}, not {now[first]}{also}: "
+            "give the same, or another output="
+        )
+    for key in longer:
+        log.info(
+            "%s grows from %s to %s: from here on the learning rate is that of the longer run",
+            key,
+            before[key],
+            now[key],
+        )
+
+
+def check_checkpoints(folder: Path, cfg: TrainingConfig, layout: Layout, shape: ModelShape) -> None:
+    """Raise UserError when this layout cannot go on from what is there, or the checkpoints have no room."""
+    there = saved.find_checkpoints(folder)
+    if there:
+        saved.check_readable(there[-1][1], layout)
+    itemsize = ITEMSIZES[computing_dtype(shape, cfg.precision)]
+    saved.check_room(folder, count_parameters(shape), itemsize, cfg.trainer)
+
+
+def recomputation(options: TrainerConfig) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig for activation recomputation. Raises UserError for modules that a layer has not."""
+    # Megatron's layernorm is not among them: local layers cannot, and Transformer Engine's norms are part of their linears.
+    known = ("core_attn", "mlp")
+    wrong = [name for name in options.recompute_modules if name not in known]
+    if wrong:
+        raise UserError(f"trainer.recompute_modules has {wrong[0]}: use {' or '.join(known)}, or both")
+    if options.recompute == "none":
+        return {}
+    if options.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(options.recompute_modules)}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": options.recompute_method,
+        "recompute_num_layers": options.recompute_num_layers,
+    }
+
+
+def check_ddp(options: DdpConfig) -> None:
+    """Raise UserError for what Megatron would refuse once models are built."""
+    if options.overlap_param_gather and not options.overlap_grad_reduce:
+        raise UserError("ddp.overlap_param_gather=true needs ddp.overlap_grad_reduce=true")
+
+
+def check_overlap(trainer: TrainerConfig, layout: Layout) -> None:
+    """Raise UserError where there is nothing to overlap, or what cannot be."""
+    if not trainer.tp_comm_overlap:
+        return
+    if layout.tensor == 1 or not layout.sequence:
+        raise UserError(
+            f"{OVERLAP_OPTION}=true is for sequence parallelism: set {layout.option}.tensor= above 1 and "
+            f"{layout.option}.sequence=true"
+        )
+    if trainer.cuda_graphs:
+        raise UserError(f"{OVERLAP_OPTION}=true does not go with trainer.cuda_graphs=true: use one of them")
+    if trainer.fp8 == "blockwise":
+        raise UserError(
+            f"{OVERLAP_OPTION}=true does not go with trainer.fp8=blockwise, whose scales its buffers do not carry"
+        )

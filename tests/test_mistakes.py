@@ -1,0 +1,186 @@
+"""A mistake that options and folders show is one line, and said before torch is there: by every command."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitron_megatron.cli.commands import COMMANDS
+from tests.first_mistakes import HEAVY
+from tests.test_prune import random_scores, write_scores
+from tests.tiny import data_folder, hf_model, imported
+
+ROOT = Path(__file__).resolve().parent.parent
+# Options that would do, in three processes where the layout says so; {…} are folders of `whole`.
+DATA = "data.path={data} data.sequence_length=32"
+TRAINS = f"{DATA} data.max_epochs=100 trainer.steps=2 trainer.global_batch_size=3 trainer.validation_samples=0"
+BY_HAND = {
+    "demo": "",
+    "smollm2": "",
+    "import_hf": "hf={hf}",
+    "import_nemo": "nemo={nemo}",
+    "random_model": "model=smollm2_135m",
+    "prepare_data": "input={text} model={model} validation_fraction=0.2",
+    "adopt_data": "train={data}/train validation={data}/validation model={model}",
+    "importance": "model={model} samples=2 " + DATA,
+    "merge_scores": "scores=[{scores},{more_scores}]",
+    "layers": "model={model} samples=2 " + DATA,
+    "search": "model={model} scores={scores} budget.parameters=50000 space.multiple=4",
+    "prune": "model={model} scores={scores} target.hidden_size=16",
+    "cache_teacher": "teacher={model} distill.top_k=8 " + TRAINS,
+    "correct_teacher": "model={model} " + TRAINS,
+    "distill": "teacher={model} student={model} " + TRAINS,
+    "evaluate": "model={model} " + DATA,
+    "export_hf": "model={model}",
+    "export_megatron": "model={model}",
+    "export_nemo": "model={model}",
+    "throughput": "models={{one:{model}}} engine=[megatron] input_length=16 output_length=16",
+    "compress": "model={model} rounds='[{{name: one, prune: {{target: {{hidden_size: 16}}}}}}]' importance.samples=2 "
+    "distill.trainer.steps=2 " + DATA,
+    "distill_candidates": "found={found} ranks=[1,2] distill.trainer.steps=2 distill.distill.top_k=8 data.max_epochs=100 "
+    + DATA,
+    "benchmark": "measure=cut model={model} target.hidden_size=16 sequence_length=32",
+    "report": "folders={model}",
+    "status": "folder={model}",
+    "submit": "submit=false nodes=1",
+}
+# What takes a layout, and what is to be added for it.
+IN_THREE = {
+    **dict.fromkeys(
+        ("importance", "layers", "cache_teacher", "correct_teacher", "distill", "evaluate", "benchmark"), ""
+    ),
+    "prune": "data.path={data} data.sequence_length=32 loss_samples=2",
+    "throughput": "",
+    "compress": "processes=3",
+}
+# Their outputs are no folders of ours that are compared with a manifest.
+OTHER_OUTPUT = {"demo": "is not a demo's folder", "compress": "is not the folder of a chain"}
+OTHER_OUTPUT |= {"distill_candidates": "is not the folder of", "correct_teacher": "is not a run folder"}
+OTHER_OUTPUT |= {"distill": "is not a run folder", "report": "exists and is not a report"}
+# What is taken out of a folder to leave half of it.
+HALF = {"hf": "model.safetensors", "nemo": "context"}
+# These take a tokenizer and data that lie in any folder.
+NEEDS_NO_MANIFEST = ("prepare_data", "adopt_data", "status")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[str, Path]:
+    """A whole folder of each kind, by its name; and `half`, the same without what makes them whole."""
+    root = tmp_path_factory.mktemp("whole")
+    model = Path(imported(hf_model(), root))
+    found = {"model": model, "hf": root / "hf", "data": data_folder(root, model), "text": root / "text.jsonl"}
+    for name in ("scores", "more_scores"):
+        part = {"data": name, "seed": 0, "first_sample": 0, "samples": 2}
+        results = {
+            "sequence_length": 32,
+            "sequence_aggregation": "mean",
+            "batch_aggregation": "l2",
+            "heads": "per_token",
+        }
+        results |= {"head_dim": 8, "samples": 2, "tokens": 64, "parts": [part]}
+        found[name] = write_scores(random_scores(model), root / name, results)
+    (root / "nemo" / "context").mkdir(parents=True)
+    (root / "nemo" / "context" / "model.yaml").write_text("{}")
+    found["nemo"] = root / "nemo"
+    search = BY_HAND["search"].format(**found).split()
+    run("search", [*search, f"output={root / 'found'}"])
+    found["found"] = root / "found"
+    for name, folder in found.items():
+        if folder.is_dir():
+            half = root / "half" / name
+            shutil.copytree(folder, half)
+            out = half / HALF.get(name, "manifest.yaml")
+            shutil.rmtree(out) if out.is_dir() else out.unlink()
+    return {**found, "root": root}
+
+
+def run(name: str, words: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, f"launch/{name}.py", *words], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def answers(name: str, cases: list[list[str]], **environment: str) -> list[dict]:
+    """What each case of a command ends with, in one fresh process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.first_mistakes", name],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def words_of(template: str, folders: dict[str, object]) -> list[str]:
+    return shlex.split(template.format(**folders))
+
+
+def check_all(found: list[dict], says: list[str]) -> None:
+    for answer, wanted in zip(found, says, strict=True):
+        assert answer["status"] == 2, answer
+        assert answer["said"].startswith("error: ") and answer["said"].count("\n") == 1, answer
+        assert wanted in answer["said"], answer
+        assert not answer["heavy"], answer
+
+
+def test_every_command_has_its_mistakes():
+    assert set(BY_HAND) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_module_that_checks_imports_nothing_heavy(name):
+    module = f"minitron_megatron.{COMMANDS[name].check.partition(':')[0]}"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys, {module}; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    assert not set(HEAVY) & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_first_mistakes_are_one_line_each_before_torch_is_there(name, whole, tmp_path):
+    """An unknown option; each folder missing, and half-written; an output that is there with other options."""
+    template, output = BY_HAND[name], f"output={tmp_path / 'x'}"
+    command = ["--", "prune", "nonsense=1", "output=y"] if name == "submit" else []
+    # It writes nothing, and half-written outputs are what it is for.
+    writes = name != "status"
+    outputs = [output] if writes else []
+    cases, says = [[*words_of(template, whole), *outputs, "nonsense=1"]], ["unknown option 'nonsense'"]
+    for key in sorted(set(re.findall(r"(?<!{){(\w+)}(?!})", template))):
+        for kind in ("nowhere", "half"):
+            place = whole["root"] / kind / key
+            if kind == "nowhere" or (place.is_dir() and name not in NEEDS_NO_MANIFEST):
+                cases.append([*words_of(template, {**whole, key: place}), *outputs])
+                says.append(f"{kind}/{key}")
+    if name == "submit":
+        cases.append([*words_of(template, whole), output, *command])
+        says.append("unknown option 'nonsense' of launch/prune.py")
+    elif writes:
+        shutil.copytree(whole["model"], tmp_path / "other")
+        cases.append([*words_of(template, whole), f"output={tmp_path / 'other'}"])
+        says.append(OTHER_OUTPUT.get(name, "was made with other options or inputs"))
+    check_all(answers(name, cases), says)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", IN_THREE)
+def test_a_shape_that_does_not_divide_is_one_line_before_torch_is_there(name, whole, tmp_path):
+    words = words_of(f"{BY_HAND[name]} {IN_THREE[name]}", whole)
+    started = {} if name in ("throughput", "compress") else {"WORLD_SIZE": "3"}
+    check_all(
+        answers(name, [[*words, "parallel.tensor=3", f"output={tmp_path / 'x'}"]], **started), ["does not divide"]
+    )
