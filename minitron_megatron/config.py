@@ -986,8 +986,20 @@ class BenchmarkConfig(CommandConfig):
         "importance",
         "ceilings of the machine; the distillation loss with both heads; a distillation step; it in several layouts; hooks over "
         "a forward pass; cutting files over copying them; cutting in memory; a layer analysis over passes; activations as a dry "
-        "run counts them over those kept; forward passes of a model and its target",
-        ("ceilings", "loss", "step", "scaling", "importance", "prune", "cut", "layers", "memory", "throughput"),
+        "run counts them over those kept; forward passes of a model and its target; every command's first mistake and start",
+        (
+            "ceilings",
+            "loss",
+            "step",
+            "scaling",
+            "importance",
+            "prune",
+            "cut",
+            "layers",
+            "memory",
+            "throughput",
+            "mistakes",
+        ),
     )
     model: ModelConfig = group(ModelConfig)
     target: TargetConfig = group(TargetConfig)

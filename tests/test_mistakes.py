@@ -184,3 +184,9 @@ def test_a_shape_that_does_not_divide_is_one_line_before_torch_is_there(name, wh
     check_all(
         answers(name, [[*words, "parallel.tensor=3", f"output={tmp_path / 'x'}"]], **started), ["does not divide"]
     )
+
+
+def test_the_benchmark_knows_every_commands_mistake():
+    from minitron_megatron.benchmark.mistakes import MISTAKES, STARTS
+
+    assert set(MISTAKES) == set(COMMANDS) and set(STARTS) <= set(COMMANDS)

@@ -7,7 +7,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.outputs import check_command_output
-from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.parallel.layout import Layout, world_size_from_env
 from minitron_megatron.prune.select import target_shape
 
 # Measures of a model in a layout, of a folder or of a preset; and of presets with their targets. (The others: ceilings has no
@@ -32,6 +32,8 @@ def check_benchmark(cfg: BenchmarkConfig) -> Layout:
         check_layout(target, layout, "the target")
     elif cfg.measure == "prune":
         check_weights(open_model_folder(cfg.model.folder("model")))
+    if cfg.measure == "mistakes" and world_size_from_env() > 1:
+        raise UserError("start measure=mistakes with plain python: it starts every command itself")
     if cfg.measure == "memory" and layout.pipeline > 1:
         raise UserError(f"parallel.pipeline={layout.pipeline}: measure=memory takes one stage, use parallel.tensor")
     return layout

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from minitron_megatron.benchmark import mistakes
 from minitron_megatron.benchmark.ceilings import ceilings
 from minitron_megatron.benchmark.checks import check_benchmark
 from minitron_megatron.benchmark.cut import cutting_in_memory
@@ -45,7 +46,11 @@ FORESEEN: dict[str, Callable[[BenchmarkConfig, Layout], dict[str, float]]] = {"s
 
 def benchmark(cfg: BenchmarkConfig, layout: Layout | None = None) -> None:
     """Measure `measure=` on this machine, rank 0 writing what it found."""
-    layout, device = layout or check_benchmark(cfg), pick_device(cfg.device)
+    layout = layout or check_benchmark(cfg)
+    if cfg.measure == "mistakes" and not cfg.dry_run:
+        _of_processes(cfg)
+        return
+    device = pick_device(cfg.device)
     if cfg.dry_run:
         _foresee(cfg, layout, device)
         return
@@ -73,6 +78,16 @@ def benchmark(cfg: BenchmarkConfig, layout: Layout | None = None) -> None:
         show(out.results)
     else:
         print_table(f"{cfg.measure}, {layout}", ["", "value"], list(out.results.items()))
+
+
+def _of_processes(cfg: BenchmarkConfig) -> None:
+    """Measure processes that are started one after another; this one has nothing to do meanwhile."""
+    with command_output(cfg, {}) as out:
+        if out.done:
+            return
+        out.results = {**mistakes.first_mistakes_and_starts(cfg), "device": processor()[0]}
+        (out.path / RESULTS).write_text(json.dumps(out.results, indent=2) + "\n", encoding="utf-8")
+    mistakes.show(out.results)
 
 
 def _foresee(cfg: BenchmarkConfig, layout: Layout, device: torch.device) -> None:
