@@ -1,6 +1,7 @@
 """What is said about options and folders is said before torch and Megatron are there."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,26 @@ def tiny_model(tmp_path_factory) -> Path:
     from tests.tiny import hf_model, imported
 
     return Path(imported(hf_model(), tmp_path_factory.mktemp("light")))
+
+
+def test_megatron_is_imported_without_torchs_compiler_where_there_is_no_gpu():
+    """And what was left out meanwhile is there again."""
+    code = """
+import sys
+import torch
+whole = torch.compile
+from minitron_megatron.parallel.cpu import import_megatron
+import_megatron("models.gpt.gpt_model")
+print(torch.compile is whole, "torch._inductor" in sys.modules, "wandb" in sys.modules)
+import wandb
+print(wandb.__version__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        check=True,
+    )
+    assert done.stdout.splitlines()[0] == "True False False" and len(done.stdout.splitlines()) == 2

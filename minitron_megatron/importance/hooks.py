@@ -23,8 +23,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from megatron.core import parallel_state as ps
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.statistics import (
@@ -35,8 +33,10 @@ from minitron_megatron.importance.statistics import (
     partial_sums,
 )
 from minitron_megatron.models.axes import PROBES, Probe
-from minitron_megatron.parallel.cpu import without_adapter
+from minitron_megatron.parallel.cpu import import_megatron, without_adapter
 
+ps = import_megatron("parallel_state")
+TransformerLayer = import_megatron("transformer.transformer_layer").TransformerLayer
 # The order of scores in a chunk's row: what sequence parallelism splits comes last, Block Influence at the very end.
 _ORDER = sorted(PROBES, key=lambda probe: probe.sequence_sharded)
 LAYERS = "layers"
@@ -126,7 +126,7 @@ class _Chunk:
         for layer in layers:
             self._watch(layer, last=layer is layers[-1])
 
-    def _watch(self, layer: TransformerLayer, *, last: bool) -> None:
+    def _watch(self, layer: torch.nn.Module, *, last: bool) -> None:
         number = layer.layer_number - 1
         te = layer.config.transformer_impl == "transformer_engine"
         for probe in PROBES:

@@ -20,16 +20,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core import parallel_state as ps
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from minitron_megatron.importance.blocks import Block
 from minitron_megatron.importance.statistics import cosine_sums
 from minitron_megatron.models.forward import Batch
 from minitron_megatron.models.vocab_parallel import vocab_parallel_nll
-from minitron_megatron.parallel.cpu import without_adapter
+from minitron_megatron.parallel.cpu import import_megatron, without_adapter
 
+ps = import_megatron("parallel_state")
+gather_from_sequence_parallel_region = import_megatron("tensor_parallel").gather_from_sequence_parallel_region
+TransformerLayer = import_megatron("transformer.transformer_layer").TransformerLayer
 # Positions that go through the head at once: logits [positions, vocabulary / tp] are the largest tensor of a pass.
 HEAD_POSITIONS = 2048
 

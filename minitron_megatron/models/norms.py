@@ -5,8 +5,12 @@ there; the `sequence_parallel` mark makes Megatron sum them over the tensor-para
 see the rank's own heads only: Megatron sums those too, by `config.qk_layernorm` and their place in the layer.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
-from megatron.core.transformer import TransformerConfig
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
 
 
 class Norm(torch.nn.Module):
@@ -15,7 +19,7 @@ class Norm(torch.nn.Module):
     With `config.layernorm_zero_centered_gamma` the gain is `weight` + 1, as in Nemotron's LayerNorm1P.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+    def __init__(self, config: "TransformerConfig", hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
         self.rms = config.normalization == "RMSNorm"
         self.zero_centered = config.layernorm_zero_centered_gamma

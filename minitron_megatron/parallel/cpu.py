@@ -7,6 +7,8 @@ holds for the thread that entered it, which is also the one that runs a CPU back
 
 import contextlib
 import functools
+import importlib
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +17,35 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
+
+
+def import_megatron(name: str = "") -> Any:
+    """megatron.core, or a module of it, without what is imported along with it for nothing.
+
+    Only GPUs run its fused functions, and marking them as such imports torch's compiler: 2 s. Its own switch for that
+    (megatron.core.jit.disable_jit_fuser) can be reached only once it has happened, so where there is no GPU torch.compile marks
+    nothing meanwhile. Its timers import wandb if there is one: 0.3 s.
+    """
+    if "megatron.core" not in sys.modules:
+        compiler, without_wandb = torch.compile, "wandb" not in sys.modules
+        if without_wandb:
+            sys.modules["wandb"] = None
+        if not torch.cuda.is_available():
+            torch.compile = _marks_nothing
+        try:
+            importlib.import_module("megatron.core")
+        finally:
+            torch.compile = compiler
+            if without_wandb:
+                del sys.modules["wandb"]
+        if not torch.cuda.is_available():
+            importlib.import_module("megatron.core.jit").disable_jit_fuser()
+    return importlib.import_module(f"megatron.core.{name}" if name else "megatron.core")
+
+
+def _marks_nothing(function: Any = None, **_: Any) -> Any:
+    """torch.compile for functions that are left as they are."""
+    return function if function is not None else lambda given: given
 
 
 def _is_cuda(device: Any) -> bool:
@@ -186,6 +217,7 @@ def adapter() -> Iterator[None]:
         finally:
             _Active.depth -= 1
         return
+    import_megatron()
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random
 
