@@ -171,7 +171,7 @@ def test_first_mistakes_are_one_line_each_before_torch_is_there(name, whole, tmp
         says.append("unknown option 'nonsense' of launch/prune.py")
     elif writes:
         shutil.copytree(whole["model"], tmp_path / "other")
-        cases.append([*words_of(template, whole), f"output={tmp_path / 'other'}"])
+        cases.append([*words_of(template, whole), "seed=7", f"output={tmp_path / 'other'}"])
         says.append(OTHER_OUTPUT.get(name, "was made with other options or inputs"))
     check_all(answers(name, cases), says)
     assert not (tmp_path / "x").exists()
