@@ -107,8 +107,9 @@ def choose(
         },
         "evaluate": {**at_once, "samples": _WINDOWS[device]},
     }
-    seconds = _seconds(cfg, pair, length, samples, steps * batch * length, device, foreseen)
-    found.lines.append(seconds)
+    if device == "cpu":
+        found.lines.append(_line_of_memory(cfg, pair, layout))
+    found.lines.append(_seconds(cfg, pair, length, samples, steps * batch * length, device, foreseen))
     return found
 
 
@@ -215,6 +216,22 @@ def _line_of_layout(cfg: CompressConfig, layout: Layout, micro: int, foreseen: F
     memory = f", {foreseen.gib:.0f} of {foreseen.gpu.memory_gib:g} GiB of a {foreseen.gpu.gpu}" if foreseen else ""
     processes = f"{layout.world_size} processes" if layout.world_size > 1 else "one process"
     return "layout", str(layout), f"{processes}, micro-batches of {micro}{memory}"
+
+
+def _line_of_memory(cfg: CompressConfig, pair: Pair, layout: Layout) -> tuple[str, str, str]:
+    """What the distillation keeps in a machine's memory, on CPUs. Raises UserError where there is not as much."""
+    item = getattr(torch, precision_of(cfg, pair.student, "cpu")[0]).itemsize
+    teacher, student = count_parameters(pair.teacher), count_parameters(pair.student)
+    # Data-parallel ranks have all weights and float32 gradients each, and share out master weights and both moments.
+    need = layout.data * (item * teacher + (item + 4) * student) + 12 * student
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    what = f"{need / 2**30:,.1f} GiB"
+    if need > there:
+        raise UserError(
+            f"teacher and student take {what} on CPUs (weights, gradients, optimizer), this machine has "
+            f"{there / 2**30:,.0f} GiB: use a larger machine or one with GPUs, or fewer processes="
+        )
+    return "memory", what, f"of weights, gradients and optimizer, of {there / 2**30:,.0f} GiB here"
 
 
 def _seconds(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from minitron_megatron.checkpoints.folder import MANIFEST, ModelFolder, open_model_folder
+from minitron_megatron.checkpoints.folder import MANIFEST, ModelFolder, check_space, open_model_folder
 from minitron_megatron.checkpoints.hf_folder import HfFolder
 from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.chosen import Choices, Pair, Text
@@ -193,6 +193,8 @@ def make_plan(cfg: CompressConfig, device: str) -> Plan:
     for one in rounds:
         check_round(one, source)
     last = _last_stages(cfg, rounds) if cfg.export else []
+    if not rehearsal and not Path(cfg.output).exists():
+        _check_room(cfg, source, rounds)
     return Plan(source, rounds, last, chosen, asked)
 
 
@@ -492,7 +494,8 @@ def check_round(one: Round, source: Source) -> None:
                 check_pair(one.teacher, one.target, cfg, layout)
                 splits += ["validation"] if cfg.trainer.validation_samples else []
             else:
-                check_layout(one.source if stage.command == "importance" else one.target, layout)
+                for shape in [one.source] if stage.command == "importance" else [one.target, one.teacher]:
+                    check_layout(shape, layout)
                 check_sequence(cfg.data.sequence_length, layout)
                 splits = [cfg.split] if stage.command == "evaluate" else splits
             samples = cfg.first_sample + cfg.samples if stage.command == "importance" else 1
@@ -514,6 +517,17 @@ def _check_text(text: Text, length: int, splits: list[str], samples: int) -> Non
                 f"input= has {about}{tokens:,} tokens for the {split} split, {samples} samples of {length} tokens are needed: "
                 "give more text, or lower data.sequence_length="
             )
+
+
+def _check_room(cfg: CompressConfig, source: Source, rounds: list[Round]) -> None:
+    """Raise UserError where the disk has no room for the models and checkpoints of a run that has not begun."""
+    item = {"float32": 4}.get(source.shape.dtype, 2)
+    need = count_parameters(source.shape) * item if cfg.hf else 0
+    for one in rounds:
+        kept = one.stages["distill"].config.trainer.keep_last + 1
+        need += count_parameters(one.target) * (2 * item + kept * (item + 12))
+    need += count_parameters(rounds[-1].target) * item if cfg.export else 0
+    check_space(Path(cfg.output), need, f"output={cfg.output}", why="models and checkpoints of every round")
 
 
 def _last_stages(cfg: CompressConfig, rounds: list[Round]) -> list[Stage]:

@@ -33,6 +33,7 @@ _NOT_AS_A_JOB = {
     "compress": "slurm/compress.sh runs a chain on all nodes",
     "distill_candidates": "slurm/distill_candidates.sh runs them on all nodes, slurm/halving.sh side by side",
     "demo": "it runs on one machine",
+    "status": "it reads files: run it here",
     "submit": "name the command that the job is to run",
     "throughput": "it starts its processes itself, on one machine",
 }

@@ -1,6 +1,7 @@
 """One command from a Hugging Face folder and text to a student: what is chosen, what is refused, and the whole of it."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -179,6 +180,19 @@ def test_a_model_of_8_billion_on_a_node_of_gpus(hydra, tmp_path, capsys):
     assert "8 processes" in printed and "GiB of a h100" in printed and "8,030,261,248" in printed
     assert "data.sequence_length=4096" in printed and "optim.lr=0.0001" in printed
     assert "torchrun" in printed and list(tmp_path.iterdir()) == []
+
+
+def test_what_a_machine_has_no_room_for_is_said(hydra, given, tmp_path, monkeypatch):
+    plan = ["model=llama3_1_70b", "budget.parameters=4e10", "dry_run=true", f"output={tmp_path}", "precision=fp32"]
+    with pytest.raises(
+        UserError, match=r"take [\d,.]+ GiB on CPUs \(weights, gradients, optimizer\), this machine has"
+    ):
+        compress(compose("compress", plan))
+    room = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
+    with pytest.raises(UserError, match=r"no space left for output=.*models and checkpoints of every round"):
+        compress(compose("compress", words(given, tmp_path / "x", "budget.parameters=30000")))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_does_not_fit_is_said(hydra, tmp_path):

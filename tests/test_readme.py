@@ -14,6 +14,7 @@ from tests.tiny import TEXT, hf_model, save_hf
 
 # What a reader puts in: his model and text, a budget and batches of their size. The rest stands as it is.
 OWN = {
+    "samples=1024": "samples=8",
     "budget.parameters=4.5e9": "budget.parameters=28000",
     "trainer.tokens=1e9": "trainer.tokens=2000",
     "trainer.global_batch_size=128": "trainer.global_batch_size=4",
