@@ -13,6 +13,8 @@ from typing import Any
 from minitron_megatron.errors import UserError
 
 REQUIRED = "???"
+# The value of an option that the machine and the other options decide (automatic.py).
+AUTO = "auto"
 # Architectures: a table each in models/axes.py and an entry in models/families.py.
 FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "nemotron")
 # How FP8 is scaled (models/fp8.py); weights that never change have no past values to take scales from.
@@ -20,12 +22,17 @@ FP8_FROZEN = ("none", "tensorwise", "blockwise")
 FP8_SCALINGS = ("none", "delayed", "tensorwise", "blockwise")
 
 
-def option(default: Any, doc: str, choices: tuple[str, ...] = ()) -> Any:
+def option(default: Any, doc: str, choices: tuple[Any, ...] = ()) -> Any:
     """A config field with its line of documentation and, where there are some, its allowed values."""
     metadata = {"doc": doc, "choices": choices}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def switch(doc: str) -> Any:
+    """An option that is auto, true or false: on where automatic.py finds nothing against it."""
+    return option(AUTO, doc, (AUTO, True, False))
 
 
 def group(kind: type, doc: str = "") -> Any:
@@ -153,8 +160,8 @@ class TrainerConfig:
         FP8_SCALINGS,
     )
     fp8_bf16_layers: int = option(0, "layers at either end of the model that stay in bf16; not with delayed")
-    cuda_graphs: bool = option(
-        False, "launch a layer's kernels as one CUDA graph, of the teacher's too; needs Transformer Engine"
+    cuda_graphs: Any = switch(
+        "launch a layer's kernels as one CUDA graph, of the teacher's too; auto: where they can be, and their memory fits"
     )
     tp_comm_overlap: bool = option(
         False,
@@ -192,9 +199,11 @@ class TrainerConfig:
 class DdpConfig:
     """Megatron's data parallelism: when gradients are reduced and weights gathered. The sums are the same."""
 
-    overlap_grad_reduce: bool = option(False, "reduce gradients bucket by bucket while the backward pass runs")
-    overlap_param_gather: bool = option(
-        False, "gather weights bucket by bucket while the next forward pass runs; needs overlap_grad_reduce"
+    overlap_grad_reduce: Any = switch(
+        "reduce gradients bucket by bucket while the backward pass runs; auto: on GPUs with data parallelism"
+    )
+    overlap_param_gather: Any = switch(
+        "gather weights bucket by bucket while the next forward pass runs; auto: with overlap_grad_reduce"
     )
     bucket_size: int | None = option(None, "parameters of a bucket; Megatron's choice if not given")
     grad_reduce_in_fp32: bool = option(True, "accumulate and reduce gradients in float32, false: in the model's dtype")
@@ -460,7 +469,10 @@ class PrepareDataConfig(CommandConfig):
     model: ModelConfig = group(ModelConfig)
     validation_fraction: float = option(0.05, "share of the documents that goes to the validation split")
     text_key: str = option("text", "key of the text in each JSON line, or Parquet column")
-    workers: int = option(1, "processes that tokenise")
+    workers: int | None = option(
+        None,
+        "processes that tokenise, to the same bytes; if not given, as many as have a core and 8 MB of input, 32 at most",
+    )
 
 
 @dataclass
@@ -961,7 +973,7 @@ class BenchmarkStepConfig:
     teacher_head_fp8: bool = option(False, "distill.teacher_head_fp8")
     state_precision: str = option("fp32", "optim.state_precision", ("fp32", "bf16"))
     logits_mib: int = option(1024, "distill.logits_mib")
-    cuda_graphs: bool = option(False, "trainer.cuda_graphs")
+    cuda_graphs: Any = switch("trainer.cuda_graphs")
     overlap: bool = option(
         False, "ddp.overlap_grad_reduce and overlap_param_gather, with parallel.sequence trainer.tp_comm_overlap too"
     )
@@ -1050,7 +1062,7 @@ class Option:
     type: str
     default: Any
     doc: str
-    choices: tuple[str, ...]
+    choices: tuple[Any, ...]
 
 
 def options(config: type, prefix: str = "") -> Iterator[Option]:
@@ -1099,6 +1111,11 @@ _NOT_NEGATIVE = frozenset(
 )
 
 
+def as_typed(value: Any) -> str:
+    """A value as it stands on a command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def check(config: Any, prefix: str = "") -> None:
     """Check every value on its own: allowed words, signs. Raises UserError naming the option."""
     for f in fields(config):
@@ -1107,10 +1124,11 @@ def check(config: Any, prefix: str = "") -> None:
             check(value, f"{name}.")
             continue
         choices = f.metadata["choices"]
-        if choices and value is not None and value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1)
+        if choices and (value, f.default) != (None, None) and value not in choices:
+            words = [as_typed(choice) for choice in choices]
+            near = difflib.get_close_matches(str(value), words, n=1)
             hint = f": did you mean {near[0]}?" if near else ""
-            raise UserError(f"{name}={value} is not one of {', '.join(choices)}{hint}")
+            raise UserError(f"{name}={value} is not one of {', '.join(words)}{hint}")
         if isinstance(value, str) and not value:
             raise UserError(f"{name}= is empty")
         if isinstance(value, int | float) and not isinstance(value, bool):

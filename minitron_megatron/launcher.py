@@ -22,6 +22,7 @@ from minitron_megatron.config import (
     REQUIRED,
     CommandConfig,
     Option,
+    as_typed,
     check,
     free_options,
     options,
@@ -398,7 +399,7 @@ def show_help(name: str, config_class: type[CommandConfig]) -> None:
         table.add_column(column, overflow="fold", style="bold" if column == "option" else "")
     for o in _shown(config_class):
         default = "required" if o.default == REQUIRED else "" if o.default is None else str(o.default)
-        words = f" [{', '.join(o.choices)}]" if o.choices else ""
+        words = f" [{', '.join(map(as_typed, o.choices))}]" if o.choices else ""
         table.add_row(o.name, o.type.replace(" | None", ""), default, (o.doc + words).replace("[", "\\["))
     screen.print(table)
     for kind, names in presets(name).items():

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from minitron_megatron.checkpoints.folder import open_model_folder
-from minitron_megatron.config import DdpConfig, TrainerConfig
+from minitron_megatron.config import TrainerConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.limits import check_layout, layers_of_stages
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.train.checks import check_ddp, recomputation
+from minitron_megatron.train.checks import recomputation
 from tests import jobs
 from tests.test_models import names
 from tests.tiny import hf_model, imported
@@ -104,5 +104,3 @@ def test_a_split_that_leaves_a_stage_empty_is_refused(pair):
 def test_what_megatron_would_refuse_is_refused_first():
     with pytest.raises(UserError, match=r"trainer\.recompute_modules has moe: use core_attn or mlp, or both"):
         recomputation(TrainerConfig(recompute="selective", recompute_modules=["moe"]))
-    with pytest.raises(UserError, match=r"needs ddp\.overlap_grad_reduce=true"):
-        check_ddp(DdpConfig(overlap_param_gather=True))

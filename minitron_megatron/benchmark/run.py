@@ -16,7 +16,7 @@ from minitron_megatron.benchmark.loss import loss_with_heads
 from minitron_megatron.benchmark.memory import planned_over_kept
 from minitron_megatron.benchmark.prune import pruning_over_copying
 from minitron_megatron.benchmark.scaling import Scaling, show
-from minitron_megatron.benchmark.step import distillation_step, foreseen_step
+from minitron_megatron.benchmark.step import distillation_step, foreseen_step, settled_step
 from minitron_megatron.benchmark.throughput import forward_throughput
 from minitron_megatron.checkpoints.folder import RESULTS
 from minitron_megatron.config import BenchmarkConfig
@@ -54,6 +54,7 @@ def benchmark(cfg: BenchmarkConfig, layout: Layout | None = None) -> None:
     if cfg.dry_run:
         _foresee(cfg, layout, device)
         return
+    asked, cfg = cfg, settled_step(cfg, layout, device) if cfg.measure == "step" else cfg
     scaling = Scaling(cfg, layout.world_size, device) if cfg.measure == "scaling" else None
     if scaling:
         job, measure = scaling.job(), scaling.measure
@@ -65,7 +66,7 @@ def benchmark(cfg: BenchmarkConfig, layout: Layout | None = None) -> None:
     planned = foreseen(cfg, layout) if foreseen else {}
     with (
         job,
-        command_output(cfg, {}) as out,
+        command_output(asked, {}) as out,
     ):
         if out.done:
             return

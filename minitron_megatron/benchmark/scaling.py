@@ -54,6 +54,9 @@ class Scaling:
             case.check()
             if check_device:
                 case.check_device(device)
+        if check_device:
+            self.alone = self.alone.settled(device)
+            self.cases = {name: case.settled(device) for name, case in self.cases.items()}
         self.foreseen: dict[str, dict[str, float]] = {}
         self.measured_alone: Timed | str = ""
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from minitron_megatron.automatic import Built, is_on
 from minitron_megatron.benchmark.checks import source_and_target
 from minitron_megatron.benchmark.peers import can_run, modelopt_loss
 from minitron_megatron.benchmark.weights import draw_weights, drawn_teacher
@@ -37,7 +38,7 @@ from minitron_megatron.models.axes import flops_per_token
 from minitron_megatron.models.build import build_model_chunks, model_dtype, pick_engine
 from minitron_megatron.models.forward import Batch
 from minitron_megatron.models.fp8 import check_fp8_device
-from minitron_megatron.models.graphs import check_graphs_device, peak_memory
+from minitron_megatron.models.graphs import peak_memory
 from minitron_megatron.models.head import Summed
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.hardware import gpu_of, hardware, peak_flops
@@ -54,6 +55,7 @@ from minitron_megatron.train.optimizer import (
     wrap_and_optimize,
 )
 from minitron_megatron.train.overlap import check_overlap_device, user_buffers
+from minitron_megatron.train.run import decide
 from minitron_megatron.train.schedule import Schedule
 
 
@@ -96,17 +98,28 @@ class Case:
         engine = pick_engine(self.cfg.model.engine, self.layout, dtype, device)
         for option, scaling in (("step.fp8", run.trainer.fp8), ("step.teacher_fp8", run.distill.teacher_fp8)):
             check_fp8_device(option, scaling, engine, dtype, device)
-        check_graphs_device(run.trainer.cuda_graphs, engine, dtype, "step.cuda_graphs")
         check_overlap_device(run.trainer.tp_comm_overlap, engine, dtype)
         check_state_precision(run.optim, dtype, device)
 
     def foreseen(self) -> dict[str, float]:
         """What a dry run says of it; see `foreseen_step`."""
         self.check()
-        (teacher, student), run, engine = self.shapes, self.run, self.cfg.model.engine
-        models = Models(student, engine, teacher, engine, partial(teacher_layout, run))
-        planned = forecast(run, self.layout, models)
+        planned = forecast(self.run, self.layout, self._models)
         return {"foreseen_gib": planned.gib, "foreseen_seconds": planned.step.total}
+
+    def settled(self, device: torch.device) -> "Case":
+        """The same with step.cuda_graphs as auto becomes on this device. Before the job is there. Raises UserError."""
+        dtype = model_dtype(self.shapes[1], self.cfg.precision)
+        built = [
+            Built("model", pick_engine(self.cfg.model.engine, self.layout, dtype, device), dtype is torch.bfloat16)
+        ]
+        graphs, *_ = decide(self.run, self.layout, self._models, built, device, {})
+        return replace(self, cfg=replace(self.cfg, step=replace(self.cfg.step, cuda_graphs=graphs.value)))
+
+    @property
+    def _models(self) -> Models:
+        (teacher, student), engine = self.shapes, self.cfg.model.engine
+        return Models(student, engine, teacher, engine, partial(teacher_layout, self.run))
 
     def buffers(self) -> AbstractContextManager[None]:
         """What overlapped transfers need, around the trainer."""
@@ -126,6 +139,11 @@ class Timed:
     seconds: float
     peak_gib: float
     loss: float
+
+
+def settled_step(cfg: BenchmarkConfig, layout: Layout, device: torch.device) -> BenchmarkConfig:
+    """The options of a step with what is auto decided; see `Case.settled`."""
+    return Case.of(cfg, layout).settled(device).cfg
 
 
 def foreseen_step(cfg: BenchmarkConfig, layout: Layout) -> dict[str, float]:
@@ -246,7 +264,7 @@ def timed(case: Case, trainer: Trainer) -> Timed:
         ends.append(time.perf_counter())
     torch.cuda.synchronize()
     found = [after - before for before, after in itertools.pairwise(ends)]
-    peak = peak_memory(cfg.step.cuda_graphs) / 2**30 if torch.cuda.is_available() else 0.0
+    peak = peak_memory(is_on(cfg.step.cuda_graphs)) / 2**30 if torch.cuda.is_available() else 0.0
     return Timed(statistics.median(found[2:]), peak, losses[0])
 
 
@@ -273,6 +291,7 @@ def figures(case: Case, measured: Timed) -> dict[str, float]:
     tokens = run.trainer.global_batch_size * length
     rate = tokens / seconds / layout.world_size
     found = {"tokens": tokens, "seconds": seconds, "tokens_per_second_per_gpu": rate, "loss": measured.loss}
+    found["cuda_graphs"] = is_on(case.cfg.step.cuda_graphs)
     if torch.cuda.is_available():
         found["peak_gib"] = measured.peak_gib
         if gpu_of(torch.cuda.get_device_name()):

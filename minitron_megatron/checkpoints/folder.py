@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 _HOW_NOT_WHAT = frozenset(
     {"parallel", "device", "dry_run", "resume", "verify", "output", "logger", "cluster", "workers"}
 )
+# The same of options within a part of the config: those that automatic.py decides.
+_SWITCHES = {"trainer": {"cuda_graphs"}, "ddp": {"overlap_grad_reduce", "overlap_param_gather"}}
 # In a partial folder that can be continued: the fingerprint of what it was to become, and what models compute in.
 _MADE_OF = ".made-of"
 COMPUTED_IN = ".computed-in"
@@ -176,6 +179,7 @@ def output_folder(
     resume: bool,
     continues: bool = False,
     anew: bool = False,
+    reasons: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Output]:
     """Write a folder that appears whole or not at all; every rank enters, rank 0 creates, renames and sweeps.
 
@@ -187,6 +191,7 @@ def output_folder(
         resume: when a whole folder with the same config and inputs is there already, yield it with `done=True`.
         continues: the command goes on from what a killed run with the same config and inputs left in the partial folder.
         anew: a whole folder that is there is replaced, once the new one is written: for views of other folders.
+        reasons: for the manifest, why options that were auto became what they are in `config`.
 
     Raises:
         UserError: `path` exists and was made otherwise, another run is writing it, or the disk is full.
@@ -211,7 +216,7 @@ def output_folder(
         output.keep = False
         collectives.barrier()
         if lock is not None:
-            _finish(output, path, command, config, inputs, fingerprint, anew)
+            _finish(output, path, command, config, inputs, fingerprint, anew, reasons)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"no space left while writing {path}: free some and run the same command again") from error
@@ -297,6 +302,7 @@ def _finish(
     inputs: Mapping[str, str],
     fingerprint: str,
     anew: bool,
+    reasons: Mapping[str, str],
 ) -> None:
     for mark in _MARKS:
         (output.path / mark).unlink(missing_ok=True)
@@ -311,6 +317,7 @@ def _finish(
         "inputs": dict(inputs),
         "results": output.results,
         "versions": _versions(),
+        **({"automatic": dict(reasons)} if reasons else {}),
         "config": dict(config),
         "files": files,
     }
@@ -346,7 +353,11 @@ def _fingerprint(config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
 
 
 def _what(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in _HOW_NOT_WHAT}
+    what = {key: value for key, value in config.items() if key not in _HOW_NOT_WHAT}
+    for part, names in _SWITCHES.items():
+        if isinstance(what.get(part), Mapping):
+            what[part] = {name: value for name, value in what[part].items() if name not in names}
+    return what
 
 
 def _plain(config: Mapping[str, Any]) -> str:

@@ -21,12 +21,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from minitron_megatron.automatic import tokenising_processes
 from minitron_megatron.checkpoints.folder import TOKENIZER, Output
 from minitron_megatron.config import PrepareDataConfig
 from minitron_megatron.console import print_table, progress, speaks
@@ -134,6 +135,9 @@ def prepare_data(cfg: PrepareDataConfig, checked: Preparing | None = None) -> No
         return
     checked = checked or check_prepare(cfg)
     files, digests = checked.files, checked.inputs
+    if cfg.workers is None:
+        size = sum(file.stat().st_size for file in files)
+        cfg = replace(cfg, workers=tokenising_processes(size, len(os.sched_getaffinity(0))))
     tokenizer_folder = Path(cfg.model.folder("model"))
     tokenizer = load_tokenizer(tokenizer_folder)
     check_vocabulary(tokenizer_folder, tokenizer)

@@ -6,7 +6,7 @@
 
 Graphs replay the kernels that were captured, with the tensors that they had then: inputs are copied there, weights and
 gradients stay where they are. Embedding, head, loss and optimizer are launched as ever. They go before the process groups do:
-NCCL waits for ever to end a communicator that a graph has captured transfers of.
+NCCL waits for ever to end a communicator that a graph has captured transfers of. Where they can be is in automatic.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from minitron_megatron.models.build import check_fused
-from minitron_megatron.models.limits import GRAPHS_OPTION
 from minitron_megatron.parallel.job import before_groups_end
 from minitron_megatron.parallel.layout import Layout
 
@@ -26,10 +24,8 @@ def graph_fields(wanted: bool) -> dict[str, Any]:
     return {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": []} if wanted else {}
 
 
-def check_graphs_device(wanted: bool, engine: str, dtype: torch.dtype, option: str = GRAPHS_OPTION) -> None:
-    """Raise UserError where a model's engine (te or local) or precision has no graphs."""
-    if wanted:
-        check_fused(option, "true", "false", engine, dtype)
+# Bytes at the most until the layers were captured, when what they work in counts as taken.
+_UNTIL_CAPTURED = [0]
 
 
 def peak_memory(wanted: bool) -> int:
@@ -41,7 +37,7 @@ def peak_memory(wanted: bool) -> int:
     if not wanted:
         return most
     pools = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0)]
-    return most + sum(segment["total_size"] - segment["allocated_size"] for segment in pools)
+    return max(_UNTIL_CAPTURED[0], most + sum(segment["total_size"] - segment["allocated_size"] for segment in pools))
 
 
 @contextmanager
@@ -53,6 +49,8 @@ def graph_safe_wrapping(config: Any) -> Iterator[None]:
     if config.cuda_graph_impl == "none":
         yield
         return
+    # The nodes' stream is another than that of the passes on purpose.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(before)
     with torch.cuda.stream(stream):
@@ -92,6 +90,9 @@ def capture_layers(
     try:
         helper = _helper()(list(chunks), chunks[0].config, sequence_length, micro_batch_size, [optimizer])
         helper.create_cudagraphs()
+        # From here on it counts as free: it would be in the peak twice.
+        _UNTIL_CAPTURED[0] = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
         before_groups_end(helper.delete_cuda_graphs)
     finally:
         calculator.destroy_num_microbatches_calculator()

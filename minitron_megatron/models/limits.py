@@ -1,7 +1,7 @@
-"""What the sizes of a model allow: layouts, sequences, FP8 and CUDA graphs, found by numbers alone.
+"""What the sizes of a model allow: layouts, sequences and FP8, found by numbers alone.
 
-Nothing heavy is imported: commands ask this before torch and Megatron are there. What depends on a device is asked in build.py,
-fp8.py and graphs.py.
+Nothing heavy is imported: commands ask this before torch and Megatron are there. What depends on a device is asked in build.py
+and fp8.py; options that a machine decides in automatic.py.
 """
 
 import math
@@ -14,9 +14,6 @@ from minitron_megatron.parallel.precision import auto_dtype
 
 # What sizes of FP8 products, and tokens of a rank, must be multiples of.
 FP8_MULTIPLE, FP8_MULTIPLE_OF_BLOCKS = 16, 128
-GRAPHS_OPTION = "trainer.cuda_graphs"
-# What the keys that a fused attention kernel sees at once must be a multiple of, to be captured.
-MULTIPLE_OF_KEYS = 128
 # Megatron's notation of pipeline layouts.
 _LETTERS = {"E": "embedding", "L": "loss", "t": "decoder", "m": "mtp"}
 
@@ -194,18 +191,3 @@ def check_fp8(option: str, scaling: str, shape: ModelShape, layout: Layout, toke
     for name, size in sizes.items():
         if size % multiple:
             raise UserError(f"{option}={scaling} needs multiples of {multiple}: {name} is {size}")
-
-
-def check_graphs(wanted: bool, recompute: str, sequence_length: int, layout: Layout) -> None:
-    """Raise UserError where graphs do not go with what is recomputed, or with the length of samples in a layout."""
-    if not wanted:
-        return
-    if recompute == "full":
-        raise UserError(f"{GRAPHS_OPTION}=true cannot recompute whole layers: use trainer.recompute=selective or none")
-    # cuDNN up to 9.15: without it attention would be unfused in graphs, and with context parallelism not at all.
-    multiple = MULTIPLE_OF_KEYS * (2 * layout.context if layout.context > 1 else 1)
-    if sequence_length % multiple:
-        raise UserError(
-            f"{GRAPHS_OPTION}=true needs data.sequence_length to be a multiple of {multiple}, not {sequence_length}: fused "
-            "attention over others cannot be captured"
-        )

@@ -3,15 +3,15 @@
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minitron_megatron.automatic import check_switches, is_on
 from minitron_megatron.checkpoints.folder import ModelFolder, load_yaml, open_model_folder
 from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.config import (
-    DdpConfig,
     ModelConfig,
     TeacherParallelConfig,
     TrainerConfig,
@@ -29,7 +29,6 @@ from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.limits import (
     ITEMSIZES,
     check_fp8,
-    check_graphs,
     check_layout,
     check_sequence,
     computing_dtype,
@@ -71,7 +70,7 @@ class Recipe:
         models: every model that takes part, by the name of its option.
         trained: which of them is trained and published; the others are only read.
         check: raises UserError when these models do not go together in a layout.
-        objective: what is minimised, made of the opened folders in a live layout.
+        objective: what is minimised, made of the decided options and the opened folders in a live layout.
         fp8_of: the option that says how a model's FP8 is scaled, and what it says, by the model's name.
         layout_of: layout of a model, by its name and the layout of the one that is trained; that one, if not given.
     """
@@ -80,7 +79,7 @@ class Recipe:
     models: Mapping[str, ModelConfig]
     trained: str
     check: Callable[[Shapes, Layout], None]
-    objective: Callable[[Mapping[str, ModelFolder], Layout], "Objective"]
+    objective: Callable[[TrainingConfig, Mapping[str, ModelFolder], Layout], "Objective"]
     fp8_of: Callable[[str], tuple[str, str]]
     layout_of: Callable[[str, Layout], Layout] = lambda name, layout: layout
 
@@ -103,7 +102,8 @@ class Models:
 class Checked:
     """A run of which all has been checked that options and folders show.
 
-    `check` asks whether another layout would do; `folders` and `data` are None in a rehearsal of presets.
+    `check` asks whether another layout would do; `folders` and `data` are None in a rehearsal of presets. `before` are options
+    of the run in the output folder so far, by their dotted names.
     """
 
     recipe: Recipe
@@ -114,6 +114,7 @@ class Checked:
     check: Check
     folders: Mapping[str, ModelFolder] | None
     data: Data | None
+    before: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_run(cfg: TrainingConfig, recipe: Recipe) -> Checked:
@@ -135,9 +136,9 @@ def check_run(cfg: TrainingConfig, recipe: Recipe) -> Checked:
         return Checked(recipe, layout, steps, shapes, models, check, None, None)
     folders, data = _inputs(cfg, recipe)
     run = Path(cfg.output)
-    check_run_folder(run, cfg)
+    before = check_run_folder(run, cfg)
     check_checkpoints(run / "checkpoints", cfg, layout, folders[recipe.trained].shape)
-    return Checked(recipe, layout, steps, shapes, models, check, folders, data)
+    return Checked(recipe, layout, steps, shapes, models, check, folders, data, before)
 
 
 def _models(recipe: Recipe, shapes: Shapes) -> Models:
@@ -195,8 +196,7 @@ def check_training(shapes: Shapes, cfg: TrainingConfig, layout: Layout) -> None:
         )
     schedule_of(cfg)
     recomputation(cfg.trainer)
-    check_ddp(cfg.ddp)
-    check_graphs(cfg.trainer.cuda_graphs, cfg.trainer.recompute, cfg.data.sequence_length, layout)
+    check_switches(cfg, layout)
     check_overlap(cfg.trainer, layout)
     trainer = cfg.trainer
     if trainer.keep_best and not trainer.validation_samples:
@@ -231,11 +231,14 @@ def what_is_trained(cfg: TrainingConfig) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k.split(".")[0] not in _MAY_CHANGE and k not in _MAY_CHANGE_TOO}
 
 
-def check_run_folder(run: Path, cfg: TrainingConfig) -> None:
-    """Raise UserError when the output folder holds another run, or something else."""
+def check_run_folder(run: Path, cfg: TrainingConfig) -> dict[str, Any]:
+    """The options that the run in the output folder has had so far, by their dotted names; none where there is no run.
+
+    Raises UserError when it is another run, or something else.
+    """
     # A run killed in its first moments leaves this alone.
     if not run.exists() or {path.name for path in run.iterdir()} <= {".model.partial"}:
-        return
+        return {}
     if not (run / "config.yaml").is_file():
         raise UserError(f"output={run} exists and is not a run folder: choose another output=")
     if not cfg.resume:
@@ -258,6 +261,7 @@ def check_run_folder(run: Path, cfg: TrainingConfig) -> None:
             before[key],
             now[key],
         )
+    return before
 
 
 def check_checkpoints(folder: Path, cfg: TrainingConfig, layout: Layout, shape: ModelShape) -> None:
@@ -287,12 +291,6 @@ def recomputation(options: TrainerConfig) -> dict[str, Any]:
     }
 
 
-def check_ddp(options: DdpConfig) -> None:
-    """Raise UserError for what Megatron would refuse once models are built."""
-    if options.overlap_param_gather and not options.overlap_grad_reduce:
-        raise UserError("ddp.overlap_param_gather=true needs ddp.overlap_grad_reduce=true")
-
-
 def check_overlap(trainer: TrainerConfig, layout: Layout) -> None:
     """Raise UserError where there is nothing to overlap, or what cannot be."""
     if not trainer.tp_comm_overlap:
@@ -302,7 +300,7 @@ def check_overlap(trainer: TrainerConfig, layout: Layout) -> None:
             f"{OVERLAP_OPTION}=true is for sequence parallelism: set {layout.option}.tensor= above 1 and "
             f"{layout.option}.sequence=true"
         )
-    if trainer.cuda_graphs:
+    if is_on(trainer.cuda_graphs):
         raise UserError(f"{OVERLAP_OPTION}=true does not go with trainer.cuda_graphs=true: use one of them")
     if trainer.fp8 == "blockwise":
         raise UserError(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def check_correct_teacher(cfg: CorrectTeacherConfig) -> Checked:
     """Model, data and output, checked before torch is there. Raises UserError."""
 
-    def objective(folders: Mapping[str, ModelFolder], layout: Layout) -> "NextToken":
+    def objective(_: CorrectTeacherConfig, folders: Mapping[str, ModelFolder], layout: Layout) -> "NextToken":
         from minitron_megatron.models.objective import NextToken
 
         return NextToken(folders["model"].shape.vocab_size)

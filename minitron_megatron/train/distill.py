@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
+from minitron_megatron.automatic import is_on
 from minitron_megatron.checkpoints.folder import ModelFolder
 from minitron_megatron.config import DistillConfig
 from minitron_megatron.distill.cache import Cache, CachedTeacher
@@ -55,7 +56,7 @@ def build_teacher(cfg: DistillConfig, teacher: TeacherWeights, layout: Layout) -
     own, ahead = teacher_layout(cfg, layout), cfg.distill.teacher_ahead
     dtype = model_dtype(teacher.shape, cfg.precision)
     options, fp8 = cfg.distill, fp8_fields(cfg.distill.teacher_fp8, frozen=True)
-    how = {"head_fp8": options.teacher_head_fp8, "graphs": cfg.trainer.cuda_graphs}
+    how = {"head_fp8": options.teacher_head_fp8, "graphs": is_on(cfg.trainer.cuda_graphs)}
     if own != layout:
         how |= {"fp8": fp8, "offload": options.teacher_offload}
         return RoutedTeacher(teacher, own, layout, dtype, cfg.teacher.engine, ahead, **how)

@@ -29,7 +29,7 @@ def recipe_of(cfg: DistillConfig, cache: CacheFolder | None) -> Recipe:
     """The student, and the teacher where its answers are not cached."""
     models = {"student": cfg.student} if cfg.distill.cache else {"teacher": cfg.teacher, "student": cfg.student}
 
-    def objective(folders: Mapping[str, ModelFolder], layout: Layout) -> "Distillation":
+    def objective(cfg: DistillConfig, folders: Mapping[str, ModelFolder], layout: Layout) -> "Distillation":
         from minitron_megatron.train.distill import distillation
 
         return distillation(cfg, cache, folders, layout)
@@ -134,12 +134,6 @@ def check_teacher(teacher: ModelShape | None, cfg: DistillConfig, layout: Layout
         raise UserError(
             f"distill.teacher_offload=true and distill.teacher_fp8={options.teacher_fp8}: FP8 weights stay on the GPU: choose one"
         )
-    for name in ("intermediate", "teacher_offload"):
-        if cfg.trainer.cuda_graphs and getattr(options, name):
-            raise UserError(
-                f"trainer.cuda_graphs=true replays the teacher's layers, and distill.{name} has work to do between them: leave "
-                "one of them out"
-            )
     if ahead is not None and layout.virtual_pipeline and ahead % layout.pipeline:
         raise UserError(
             f"distill.teacher_ahead={ahead} is not a multiple of the {layout.pipeline} stages of the interleaved pipeline"

@@ -4,11 +4,26 @@ It runs anywhere, for any number of GPUs: models are built for real, on the meta
 arithmetic (memory.py, speed.py) whose assumptions are printed beside the figures.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
-from minitron_megatron.config import DistillConfig, HardwareConfig, TrainerConfig, TrainingConfig
+from minitron_megatron.automatic import (
+    GRAPHS,
+    WHY,
+    Built,
+    Choice,
+    Obstacle,
+    began_without,
+    choose,
+    graph_obstacles,
+    graph_obstacles_of_machine,
+    memory_obstacle,
+)
+from minitron_megatron.config import AUTO, DistillConfig, HardwareConfig, TrainerConfig, TrainingConfig
 from minitron_megatron.console import print_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters, flops_per_token
@@ -44,6 +59,7 @@ class Forecast:
     stages: list[Stage]
     step: Step
     gpu: HardwareConfig
+    graphs: Choice
 
     @property
     def memory(self) -> list[dict[str, int]]:
@@ -53,7 +69,7 @@ class Forecast:
     @property
     def gib(self) -> float:
         """GiB of the fullest rank."""
-        return max(sum(kinds.values()) for kinds in self.memory) / 2**30
+        return gib_of_fullest(self.stages, self.plan)
 
     @property
     def fits(self) -> bool:
@@ -66,8 +82,19 @@ class Forecast:
         return self.step.tokens / self.step.total
 
 
-def forecast(cfg: TrainingConfig, layout: Layout, models: Models) -> Forecast:
-    """Build a rank of each stage of a layout and work out what it takes."""
+def gib_of_fullest(stages: list[Stage], plan: Plan) -> float:
+    """GiB of the fullest rank."""
+    return max(sum(memory_of_stage(stage, plan).values()) for stage in stages) / 2**30
+
+
+def forecast(
+    cfg: TrainingConfig, layout: Layout, models: Models, before: Mapping[str, Any] = MappingProxyType({})
+) -> Forecast:
+    """Build a rank of each stage of a layout and work out what it takes.
+
+    `before` are the options of the run that is to be continued, by their dotted names. trainer.cuda_graphs=auto becomes what it
+    would become on these GPUs, their memory considered (`Forecast.graphs`).
+    """
     trainer, (student, teacher) = cfg.trainer, (models.student, models.teacher)
     dtype = model_dtype(student, cfg.precision)
     theirs = model_dtype(teacher, cfg.precision) if teacher else dtype
@@ -88,14 +115,35 @@ def forecast(cfg: TrainingConfig, layout: Layout, models: Models) -> Forecast:
         teacher_how=_of_teacher(cfg, theirs, _engine(models.teacher_engine, theirs)),
         state_precision=cfg.optim.state_precision if dtype is torch.bfloat16 else "fp32",
         **({"logits_bytes": cfg.distill.logits_mib * 2**20} if isinstance(cfg, DistillConfig) else {}),
-        cuda_graphs=trainer.cuda_graphs,
+        cuda_graphs=True,
         tp_comm_overlap=trainer.tp_comm_overlap,
         teacher_layout=None if own == layout else own,
         ahead=cfg.distill.teacher_ahead if isinstance(cfg, DistillConfig) else None,
     )
     stages = take_census(student, teacher, layout, dtype, theirs, plan.teacher_layout)
     gpu = hardware(cfg.cluster)
-    return Forecast(plan, stages, time_of_step(stages, plan, gpu), gpu)
+    built = [Built("student" if teacher else "model", plan.how.engine, dtype is torch.bfloat16)]
+    built += [Built("teacher", plan.teacher_how.engine, theirs is torch.bfloat16)] if teacher else []
+    graphs = _graphs_of(cfg, layout, built, before, gib_of_fullest(stages, plan), gpu)
+    plan = replace(plan, cuda_graphs=graphs.value)
+    return Forecast(plan, stages, time_of_step(stages, plan, gpu), gpu, graphs)
+
+
+def _graphs_of(
+    cfg: TrainingConfig,
+    layout: Layout,
+    built: list[Built],
+    before: Mapping[str, Any],
+    gib: float,
+    gpu: HardwareConfig,
+) -> Choice:
+    """Whether there would be graphs; `gib` of the fullest rank with them. What was asked for is not refused here."""
+    given, against = cfg.trainer.cuda_graphs, list[Obstacle]()
+    if given == AUTO:
+        # The environment is that of the job, not of who plans it.
+        against += [*graph_obstacles_of_machine(built, {}), *graph_obstacles(cfg, layout)]
+        against += [*began_without(GRAPHS, before), *memory_obstacle(gib + RESERVED_GIB, gpu.memory_gib)]
+    return choose(GRAPHS, given, against, WHY[GRAPHS])
 
 
 def _of_teacher(cfg: TrainingConfig, dtype: torch.dtype, engine: str) -> Arithmetic:
@@ -118,10 +166,17 @@ def _engine(asked: str, dtype: torch.dtype) -> str:
     return asked if asked != "auto" else "te" if dtype is torch.bfloat16 else "local"
 
 
-def foresee(cfg: TrainingConfig, layout: Layout, steps: int, models: Models, check: Check) -> None:
-    """Print what the job would be; nothing is written."""
+def foresee(
+    cfg: TrainingConfig,
+    layout: Layout,
+    steps: int,
+    models: Models,
+    check: Check,
+    before: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Print what the job would be; nothing is written. `before` as of `forecast`."""
     layout = _without_idle_options(layout)
-    found = forecast(cfg, layout, models)
+    found = forecast(cfg, layout, models, before)
     _show_job(found, steps, cfg)
     _show_memory(found)
     _show_time(found, steps)
@@ -282,13 +337,17 @@ def _show_assumptions(found: Forecast) -> None:
             if plan.cuda_graphs
             else f"{gpu.launch_ms:g} ms for a layer's forward pass (cluster.launch_ms)",
         ],
+        [
+            GRAPHS,
+            f"{'on' if plan.cuda_graphs else 'off'}: {found.graphs.reason}",
+        ],
         ["recomputation", again[plan.how.recompute]],
         ["layers", engines[plan.how.engine]],
         ["reserved", f"{RESERVED_GIB} GiB a GPU for CUDA, NCCL and fragmentation"],
         [
             "not counted",
             "validation, checkpoints, reading data, exchange between context-parallel ranks, intermediate losses"
-            + (", memory of CUDA graphs" if plan.cuda_graphs else ""),
+            + (", graphs of every micro-batch" if plan.cuda_graphs and plan.layout.pipeline > 1 else ""),
         ],
     ]
     print_table("assumptions", ["", "value"], rows)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from minitron_megatron.automatic import is_on
 from minitron_megatron.config import TrainingConfig
 from minitron_megatron.data.datasets import MicroBatches, Samples
 from minitron_megatron.models.forward import Batch, attention_mask, forward_only, on_device
@@ -67,7 +68,7 @@ class Trainer:
         self.layout, self.cfg = layout, cfg
         self.guard = SpikeGuard(cfg.guard)
         self.stop_asked = False
-        self.to_capture = cfg.trainer.cuda_graphs
+        self.to_capture = is_on(cfg.trainer.cuda_graphs)
 
     def micro_batches(self, samples: Samples, numbers: range) -> MicroBatches:
         """This rank's share of some samples."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from minitron_megatron.automatic import is_on
 from minitron_megatron.config import DdpConfig, OptimConfig, TrainerConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.fp8 import fp8_fields
@@ -69,7 +70,9 @@ def wrap_and_optimize(
     )
 
     bf16 = next(chunks[0].parameters()).dtype is torch.bfloat16
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, **asdict(options))
+    gathers, given = is_on(options.overlap_param_gather), asdict(options)
+    given |= {"overlap_grad_reduce": is_on(options.overlap_grad_reduce), "overlap_param_gather": gathers}
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, **given)
     for chunk in chunks:
         _fuse_gradient_sums(chunk)
     with graph_safe_wrapping(chunks[0].config):
@@ -89,7 +92,7 @@ def wrap_and_optimize(
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=True,
-        overlap_param_gather=options.overlap_param_gather,
+        overlap_param_gather=gathers,
         use_precision_aware_optimizer=optim.state_precision != "fp32",
         exp_avg_dtype=moments,
         exp_avg_sq_dtype=moments,
@@ -113,7 +116,7 @@ def training_fields(options: TrainerConfig) -> dict[str, Any]:
     return {
         **recomputation(options),
         **fp8_fields(options.fp8, bf16_layers=options.fp8_bf16_layers),
-        **graph_fields(options.cuda_graphs),
+        **graph_fields(is_on(options.cuda_graphs)),
         **overlap_fields(options.tp_comm_overlap),
     }
 

@@ -13,13 +13,25 @@ checks.py has all that is checked before torch is there.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from minitron_megatron.automatic import (
+    Built,
+    Choice,
+    agreed,
+    choose_graphs,
+    choose_overlaps,
+    decided,
+    is_on,
+    reasons_of,
+    said,
+)
 from minitron_megatron.checkpoints.folder import (
     DIVERGED,
     WEIGHTS,
@@ -47,7 +59,6 @@ from minitron_megatron.models.build import (
     pick_engine,
 )
 from minitron_megatron.models.fp8 import check_fp8_device
-from minitron_megatron.models.graphs import check_graphs_device
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.job import Job, parallel_job, pick_device
@@ -59,11 +70,12 @@ from minitron_megatron.starts import record_start
 from minitron_megatron.train import checkpoint, saved
 from minitron_megatron.train.checks import (
     Checked,
+    Models,
     Recipe,
     Shapes,
     schedule_of,
 )
-from minitron_megatron.train.foresee import foresee
+from minitron_megatron.train.foresee import forecast, foresee
 from minitron_megatron.train.loop import StepResult, Trainer, stop_on_signal
 from minitron_megatron.train.metrics import Metrics, StepMetrics
 from minitron_megatron.train.optimizer import (
@@ -86,27 +98,37 @@ def run_training(cfg: TrainingConfig, checked: Checked) -> None:
     """
     began = time.monotonic()
     recipe, layout, shapes, run = checked.recipe, checked.layout, checked.shapes, Path(cfg.output)
-    folders, data = checked.folders, checked.data
+    folders, data, before = checked.folders, checked.data, checked.before
     device = pick_device(cfg.device)
     if cfg.dry_run:
-        foresee(cfg, layout, checked.steps, checked.models, checked.check)
+        foresee(cfg, layout, checked.steps, checked.models, checked.check, before)
         foretell_dtype(cfg.precision, device, *shapes.values())
         return
     if cfg.precision == "auto" and device.type == "cpu":
         # What CPUs compute in is settled later; float32 takes more than the folder's own dtype, which was checked for.
         saved.check_room(run / "checkpoints", count_parameters(shapes[recipe.trained]), 4, cfg.trainer)
     with recalled(run / COMPUTED_IN):
-        _check_device(cfg, recipe, shapes, layout, device)
+        built = _check_device(cfg, recipe, shapes, layout, device)
+        choices = decide(cfg, layout, checked.models, built, device, before)
     buffers = user_buffers(cfg.trainer, shapes[recipe.trained], layout, cfg.data.sequence_length)
     with parallel_job(layout, seed=cfg.seed, device=cfg.device) as job, buffers:
         check_optimizer(job.device)
+        choices = agreed(collectives.all_gather_objects(choices))
+        lines, reasons, cfg = said(cfg, choices), reasons_of(cfg, choices), decided(cfg, choices)
+        for line in lines:
+            log.info("%s", line)
         if cfg.verify:
             for folder in folders.values():
                 verify_digest(folder)
             verify_data(data)
         inputs = {**{name: folder.digest for name, folder in folders.items()}, "data": data.digest}
         with output_folder(
-            run / "model", command=command_line(), config=resolved_config(cfg), inputs=inputs, resume=cfg.resume
+            run / "model",
+            command=command_line(),
+            config=resolved_config(cfg),
+            inputs=inputs,
+            resume=cfg.resume,
+            reasons=reasons,
         ) as out:
             if out.done:
                 return
@@ -139,18 +161,45 @@ def run_training(cfg: TrainingConfig, checked: Checked) -> None:
         print_table(f"{run / 'model'}: {recipe.verb}ed", ["", "value"], list(results.items()))
 
 
-def _check_device(cfg: TrainingConfig, recipe: Recipe, shapes: Shapes, layout: Layout, device: torch.device) -> None:
-    """Raise UserError where models cannot run on this device as asked."""
+def _check_device(
+    cfg: TrainingConfig, recipe: Recipe, shapes: Shapes, layout: Layout, device: torch.device
+) -> list[Built]:
+    """How each model is built on this device. Raises UserError where it cannot run as asked."""
+    built = []
     for name, model in recipe.models.items():
         own, dtype = recipe.layout_of(name, layout), model_dtype(shapes[name], cfg.precision)
         engine = pick_engine(model.engine, own, dtype, device, name)
         check_document_masks(cfg.data.reset_attention_mask, engine, name)
         option, scaling = recipe.fp8_of(name)
         check_fp8_device(option, scaling, engine, dtype, device)
-        check_graphs_device(cfg.trainer.cuda_graphs, engine, dtype)
+        built.append(Built(name, engine, dtype is torch.bfloat16))
         if name == recipe.trained:
             check_overlap_device(cfg.trainer.tp_comm_overlap, engine, dtype)
     check_state_precision(cfg.optim, model_dtype(shapes[recipe.trained], cfg.precision), device)
+    return built
+
+
+def decide(
+    cfg: TrainingConfig,
+    layout: Layout,
+    models: Models,
+    built: Sequence[Built],
+    device: torch.device,
+    before: Mapping[str, Any],
+) -> list[Choice]:
+    """What every option that is auto becomes on this rank; before its job is there, since memory is foreseen in a fake one.
+
+    `built` says how each model is built here, `before` are the options of the run that is continued. Raises UserError for what
+    was asked for and cannot be had.
+    """
+
+    def foreseen() -> Choice:
+        has = torch.cuda.get_device_properties(device).total_memory / 2**30
+        cluster = replace(cfg.cluster, memory_gib=min(has, cfg.cluster.memory_gib or has))
+        return forecast(replace(cfg, cluster=cluster), layout, models, before).graphs
+
+    graphs = choose_graphs(cfg, layout, built, before, foreseen)
+    return [graphs, *choose_overlaps(cfg, layout, device.type, before)]
 
 
 class _Run:
@@ -172,12 +221,12 @@ class _Run:
         # Forward and twice that backward for the model that is trained, forward alone for the others.
         flops = sum((3 if n == recipe.trained else 1) * flops_per_token(s, length) for n, s in self.shapes.items())
         of_job = flops, job.layout.world_size, dtype, job.device, cfg.cluster
-        self.of_step = StepMetrics(*of_job, graphs=cfg.trainer.cuda_graphs)
+        self.of_step = StepMetrics(*of_job, graphs=is_on(cfg.trainer.cuda_graphs))
 
     def _prepare(self, folders: Mapping[str, ModelFolder]) -> tuple[Trainer, int]:
         """Objective, model and optimizer on this rank, and the step to begin with."""
         cfg, recipe, layout = self.cfg, self.recipe, self.layout
-        objective = recipe.objective(folders, layout)
+        objective = recipe.objective(cfg, folders, layout)
         source = folders[recipe.trained]
         dtype = model_dtype(source.shape, cfg.precision)
         engine = recipe.models[recipe.trained].engine

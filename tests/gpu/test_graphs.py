@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 import torch
+import yaml
 
+from minitron_megatron.automatic import GRAPHS as OPTION
 from tests.gpu.test_fp8 import SIZES, distilled, losses
 from tests.tiny import data_folder, hf_model, imported
 
@@ -57,6 +59,22 @@ def without(folders, tmp_path_factory):
 def test_losses_are_those_without_graphs(folders, without, tmp_path, options):
     found = measured(distilled(folders, tmp_path / "run", **GRAPHS, **options))
     assert found == pytest.approx(without, rel=2e-3)
+
+
+def test_auto_is_on_where_graphs_can_be_and_is_kept_when_a_run_continues(folders, tmp_path):
+    """The run by default is the run with graphs, bit for bit; one that began without goes on without."""
+    options = {**GRAPHS, "trainer.cuda_graphs": "auto"}
+    found = measured(distilled(folders, tmp_path / "auto", **options))
+    assert found == measured(distilled(folders, tmp_path / "true", **GRAPHS))
+    manifest = yaml.safe_load((tmp_path / "auto" / "model" / "manifest.yaml").read_text())
+    assert manifest["config"]["trainer"]["cuda_graphs"] is True and "is on" in manifest["automatic"][OPTION]
+    run = tmp_path / "began_without"
+    wanted = measured(distilled(folders, run, **{**options, "trainer.cuda_graphs": False}))
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "checkpoints" / "step_00000008")
+    assert measured(distilled(folders, run, **options)) == wanted
+    manifest = yaml.safe_load((run / "model" / "manifest.yaml").read_text())
+    assert manifest["config"]["trainer"]["cuda_graphs"] is False and "began without" in manifest["automatic"][OPTION]
 
 
 @pytest.mark.parametrize("scaling", ["delayed", "tensorwise", "blockwise"])
