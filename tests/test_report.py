@@ -43,7 +43,7 @@ def distilled(words: list[str], cfg: DistillConfig) -> None:
     """In a process of the pool, as if typed."""
     from minitron_megatron.train.distill import distill
 
-    launcher._TYPED[:] = words
+    launcher.TYPED[:] = words
     distill(cfg)
 
 
@@ -69,7 +69,7 @@ def chain(gloo, tmp_path_factory):
             assert gloo(1, distilled, typed, config) == [None]
             return
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(launcher, "_TYPED", typed)
+            patch.setattr(launcher, "TYPED", typed)
             command(config)
 
     scores = str(root / "scores")

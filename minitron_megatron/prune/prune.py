@@ -28,7 +28,6 @@ from minitron_megatron.config import PruneConfig
 from minitron_megatron.console import print_table
 from minitron_megatron.data.vocabulary import KEPT_FILE, choose_tokens, renumber_config, write_tokenizer
 from minitron_megatron.errors import UserError
-from minitron_megatron.importance.measure import measure_importance
 from minitron_megatron.importance.scores import Scores, check_scores, load_scores
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.build import foretell_dtype
@@ -100,6 +99,9 @@ def decide(cfg: PruneConfig, goal: Goal) -> tuple[Kept, Kept | None]:
     if goal.scored:
         where = cfg.scores
         if where is None:
+            # It brings Megatron, of which a cut by scores that are there has no need.
+            from minitron_megatron.importance.measure import measure_importance
+
             measure_importance(importance_command(cfg))
             where = importance_command(cfg).output
         scores = load_scores(where)
