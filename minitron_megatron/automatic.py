@@ -4,8 +4,8 @@
     false   off
     auto    on where there is no obstacle; else off, and the first obstacle is the reason, said in one line
 
-All reasons are here. An option is `auto` only where on and off give the same result, and on is at least as fast. Nothing heavy
-is imported: what the options alone can tell is known at once.
+All reasons are here. An option is `auto` only where on and off give the same result, to rounding. Nothing heavy is imported: what
+the options alone can tell is known at once.
 """
 
 import os
