@@ -1,6 +1,7 @@
 """Fixtures: `gloo`, which runs a function in several processes."""
 
 import os
+import warnings
 from collections.abc import Iterator
 
 # Tiny models: threads that wait for one another cost more than they save, in this process and in those it starts.
@@ -11,7 +12,21 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 
 import pytest
 
+from tests import computing
 from tests.pool import Pool
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _watching(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ[computing.VARIABLE] = str(tmp_path_factory.mktemp("computing") / "bf16")
+    computing.watch()
+
+
+@pytest.fixture(autouse=True)
+def _bf16_has_its_mark(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if computing.seen() and request.node.get_closest_marker("bf16") is None:
+        warnings.warn(f"{request.node.nodeid} computes with a bfloat16 model: mark it bf16", stacklevel=1)
 
 
 @pytest.fixture(scope="session")

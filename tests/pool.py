@@ -181,7 +181,9 @@ def _work(rank: int, pipe: Connection, stack_file: str) -> None:
         import megatron.core.optimizer  # noqa: F401
 
         from minitron_megatron.parallel.cpu import adapter
+        from tests.computing import watch
 
+        watch()
         with adapter():
             # What is imported stays: collecting garbage after every layout need not look at it.
             gc.freeze()

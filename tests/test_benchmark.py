@@ -46,7 +46,7 @@ def test_pruning_is_compared_with_copying(model, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
-@pytest.mark.parametrize("preset", [False, True], ids=["folder", "preset"])
+@pytest.mark.parametrize("preset", [False, pytest.param(True, marks=pytest.mark.bf16)], ids=["folder", "preset"])
 def test_importance_is_compared_with_a_plain_forward(model, tmp_path, preset):
     sizes = {**open_model_folder(model).shape.to_dict(), "dtype": "bfloat16"}
     given = ModelConfig(**sizes) if preset else model_option(model)

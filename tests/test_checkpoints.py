@@ -69,6 +69,7 @@ def test_weights_survive_every_layout(gloo, source, tmp_path, ranks, layout):
     assert set(digests) == {folder.digest}
 
 
+@pytest.mark.bf16
 def test_transformers_loads_the_export_and_computes_the_same(source, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -159,7 +159,7 @@ def test_cross_entropy_equals_torch_in_float64(gloo, ranks):
     check_loss_and_gradient(found, wanted, plain.grad)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.bf16)])
 def test_low_precision_is_as_exact_as_its_inputs(gloo, dtype):
     student, teacher = random_logits(0).to(dtype), random_logits(1).to(dtype)
     found = gloo(1, divergences_on_ranks, student, teacher, KINDS, torch.ones(5, 3), layout={})[0]
@@ -205,7 +205,7 @@ def test_what_lies_outside_k_is_all_that_top_k_misses(gloo):
     assert (missed > 1e-3).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.bf16)])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_equal_logits_are_chosen_by_their_number_in_every_layout(gloo, ranks, dtype):
     """Few different values, both zeros among them, so that most of the K and what ends them are tied."""

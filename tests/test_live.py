@@ -94,17 +94,20 @@ def check(gloo, cuts, family, name, source, target):
     assert wrong == [[]] * 4, (name, source, target)
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("name", [*TARGETS, *GROUPS])
 def test_every_axis_from_one_layout_to_another(gloo, cuts, name):
     """Kept indices lie unevenly over the source's ranks: the tensor-parallel ranks of the target share them anew."""
     check(gloo, cuts, "llama", name, {"tensor": 4}, {"tensor": 2, "pipeline": 2})
 
 
+@pytest.mark.bf16
 def test_a_piece_that_several_replicas_need_is_made_once(gloo, cuts):
     """One rank has the embedding and sends it to three: the bound on what is alive at once does not know how many."""
     check(gloo, cuts, "llama", "vocab", {"pipeline": 4}, {})
 
 
+@pytest.mark.bf16
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from(FAMILY_NAMES),

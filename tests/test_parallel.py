@@ -205,7 +205,9 @@ def _losses(layout, dtype, overlap=False):
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["fp32", "bf16"]
+    "dtype",
+    [torch.float32, pytest.param(torch.bfloat16, marks=[pytest.mark.slow, pytest.mark.bf16])],
+    ids=["fp32", "bf16"],
 )
 @pytest.mark.parametrize(
     ("world_size", "sizes"),
@@ -263,7 +265,9 @@ def _optimizer_resumes(folder, kind, dtype, layout):
     return [first.step() for _ in range(3)], [second.step() for _ in range(3)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.bf16)], ids=["fp32", "bf16"]
+)
 @pytest.mark.parametrize("kind", ["dp_reshardable", "fully_reshardable"])
 @pytest.mark.parametrize(("world_size", "sizes"), [(1, {}), (4, {"tensor": 2})], ids=str)
 def test_the_distributed_optimizer_resumes_exactly_on_cpus(gloo, tmp_path, world_size, sizes, kind, dtype):

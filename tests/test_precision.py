@@ -76,6 +76,7 @@ def test_rank_zeros_machine_decides_for_all(gloo, sources, dtypes):
     assert answers == [[["bfloat16", "float32", *asked], [dtypes[0], "float32", *asked]]] * 2
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("began", DTYPES)
 def test_a_run_keeps_the_precision_it_began_with(gloo, sources, tmp_path, began):
     """On a machine for another one it goes on bit for bit as where it began, and a finished one is left as it is."""
@@ -97,6 +98,7 @@ def test_a_run_keeps_the_precision_it_began_with(gloo, sources, tmp_path, began)
     assert read_manifest(tmp_path / "stopped" / "model")["made"] == made
 
 
+@pytest.mark.bf16
 def test_the_choice_shows_in_the_sums_and_not_on_disk(gloo, sources, tmp_path):
     """A student computed in float32 is published in its folder's bfloat16."""
     for dtype in DTYPES:
@@ -110,6 +112,7 @@ def test_the_choice_shows_in_the_sums_and_not_on_disk(gloo, sources, tmp_path):
         assert {v.properties.dtype for v in stored.values() if hasattr(v, "properties")} == {torch.bfloat16}
 
 
+@pytest.mark.bf16
 def test_a_run_from_before_machines_decided_is_in_its_folders_dtype(gloo, sources, tmp_path):
     cfg = options(sources, tmp_path / "run", dtype="bfloat16", steps=2, validation_samples=0)
     gloo(1, on_a_machine_for, ["bfloat16"], exit_code, replace(cfg, trainer=replace(cfg.trainer, stop_after=1)))
@@ -118,6 +121,7 @@ def test_a_run_from_before_machines_decided_is_in_its_folders_dtype(gloo, source
     assert read_manifest(tmp_path / "run" / "model")["precision"]["computed_in"] == "bfloat16"
 
 
+@pytest.mark.bf16
 def test_a_damaged_record_of_a_run_is_one_line(gloo, sources, tmp_path):
     cfg = options(sources, tmp_path / "run", dtype="bfloat16", steps=2, validation_samples=0)
     gloo(1, on_a_machine_for, ["bfloat16"], exit_code, replace(cfg, trainer=replace(cfg.trainer, stop_after=1)))
@@ -145,6 +149,7 @@ def cached_until(cfg: CacheTeacherConfig, files: int) -> None:
         cache_teacher.write_chunk = write
 
 
+@pytest.mark.bf16
 def test_a_killed_cache_goes_on_in_what_it_began_with(gloo, sources, tmp_path):
     """The same bytes as one that was made at once; made in the other dtype they differ."""
     cfg = CacheTeacherConfig(
@@ -167,6 +172,7 @@ def test_a_killed_cache_goes_on_in_what_it_began_with(gloo, sources, tmp_path):
     assert not list((tmp_path / "killed").glob(".*"))
 
 
+@pytest.mark.bf16
 def test_a_finished_output_is_the_same_on_every_machine(gloo, sources, tmp_path):
     """The same words find it, whatever this machine would compute in."""
     given = {"model": model_option(sources / "teacher" / "model"), "data": DataConfig(str(sources / "data"), LENGTH)}
@@ -181,6 +187,7 @@ def test_a_finished_output_is_the_same_on_every_machine(gloo, sources, tmp_path)
         assert read_manifest(cfg.output) == manifest
 
 
+@pytest.mark.bf16
 def test_what_is_asked_for_is_what_is_done(gloo, sources, tmp_path):
     """precision=fp32 and bf16 ask no machine, and the manifest's options say so already."""
     given = {"model": model_option(sources / "teacher" / "model"), "data": DataConfig(str(sources / "data"), LENGTH)}

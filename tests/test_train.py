@@ -54,7 +54,7 @@ LENGTH = 32
 RUNS = [
     (1, {}, "float32"),
     pytest.param(4, {"tensor": 2, "pipeline": 2, "sequence": True}, "float32", marks=pytest.mark.slow),
-    pytest.param(2, {"pipeline": 2, "virtual_pipeline": 2}, "bfloat16", marks=pytest.mark.slow),
+    pytest.param(2, {"pipeline": 2, "virtual_pipeline": 2}, "bfloat16", marks=[pytest.mark.slow, pytest.mark.bf16]),
 ]
 
 
