@@ -1054,6 +1054,11 @@ class StatusConfig:
 MODEL_OPTIONS = ("model", "teacher", "student")
 
 
+def model_options(config: type) -> list[str]:
+    """Those of MODEL_OPTIONS that name a model of a command; `student=` of a report is a name on a page."""
+    return [one.name for one in fields(config) if one.name in MODEL_OPTIONS and one.type is ModelConfig]
+
+
 @dataclass(frozen=True)
 class Option:
     """One option as `--help` shows it."""

@@ -25,6 +25,7 @@ from minitron_megatron.config import (
     as_typed,
     check,
     free_options,
+    model_options,
     options,
 )
 from minitron_megatron.console import console, speaks, write_anywhere
@@ -260,7 +261,7 @@ def check_words(words: list[str], name: str, config_class: type[CommandConfig]) 
     """Refuse unknown options and presets, options given twice, and deletions. Raises UserError."""
     known = [o.name for o in options(config_class)]
     groups = presets(name)
-    models = [key for key in MODEL_OPTIONS if key in config_class.__dataclass_fields__]
+    models = model_options(config_class)
     free = free_options(config_class)
     seen: set[str] = set()
     for word in words:
@@ -301,7 +302,7 @@ def with_preset_files(
     """
     free = free_options(config_class)
     known = [o.name for o in options(config_class) if o.name not in free]
-    models = [key for key in MODEL_OPTIONS if key in config_class.__dataclass_fields__]
+    models = model_options(config_class)
     groups = [*presets(name), *models]
     taken: list[str] = []
     keys: dict[str, list[str]] = {}
@@ -329,7 +330,7 @@ def _rewrite(word: str, config_class: type[CommandConfig]) -> str:
         return f"{key}=''"
     if value == "~" or value.startswith("~/"):
         value = os.path.expanduser(value)
-    if key in MODEL_OPTIONS and key in config_class.__dataclass_fields__:
+    if key in model_options(config_class):
         if (CONF / "model" / f"{value}.yaml").is_file():
             return f"{group_of(key)}={value}"
         key = f"{key}.path"
@@ -416,7 +417,7 @@ def _shown(config_class: type[CommandConfig]) -> list[Option]:
     shown = []
     for o in options(config_class):
         first, dot, last = o.name.partition(".")
-        if dot and first in MODEL_OPTIONS:
+        if dot and first in model_options(config_class):
             if last == "path":
                 doc = config_class.__dataclass_fields__[first].metadata["doc"]
                 if doc:
@@ -434,7 +435,7 @@ def _shown(config_class: type[CommandConfig]) -> list[Option]:
 def presets(name: str) -> dict[str, list[str]]:
     """Groups of conf/ that a command can use (those its own conf file lists, and models), with their presets."""
     own = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
-    models = any(option in COMMANDS[name].config.__dataclass_fields__ for option in MODEL_OPTIONS)
+    models = model_options(COMMANDS[name].config)
     return {
         folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
         for folder in sorted(path for path in CONF.iterdir() if path.is_dir())

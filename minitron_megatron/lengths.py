@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from minitron_megatron.config import MODEL_OPTIONS
+from minitron_megatron.config import model_options
 from minitron_megatron.errors import UserError
 
 # Tokens of a sample, and of a prompt, of models that take as many.
@@ -68,11 +68,11 @@ def _settle(options: Any, name: str, models: Mapping[str, int], reserved: int) -
 def _models_of(config: Any) -> dict[str, int]:
     """Positions of every model that the options name, where they can be known, by what the option says."""
     found = {}
-    for option in MODEL_OPTIONS:
-        model = getattr(config, option, None)
-        if model is not None and model.path is None and model.max_position_embeddings is not None:
+    for option in model_options(type(config)):
+        model = getattr(config, option)
+        if model.path is None and model.max_position_embeddings is not None:
             found[f"{option}="] = model.max_position_embeddings
-        elif model is not None and model.path is not None:
+        elif model.path is not None:
             found |= _of_folder(f"{option}={model.path}", Path(model.path))
     if getattr(config, "hf", None):
         found |= _of_folder(f"hf={config.hf}", Path(config.hf))

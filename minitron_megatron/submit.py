@@ -20,7 +20,7 @@ import jinja2
 
 from minitron_megatron.checkpoints.folder import output_folder
 from minitron_megatron.cli.commands import COMMANDS
-from minitron_megatron.config import MODEL_OPTIONS, ClusterConfig, HardwareConfig, SubmitConfig, flat
+from minitron_megatron.config import ClusterConfig, HardwareConfig, SubmitConfig, flat, model_options
 from minitron_megatron.console import console
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, compose, resolved_config
@@ -60,7 +60,7 @@ def check_submit(cfg: SubmitConfig) -> Job:
     check_job(cfg)
     if cfg.submit and not cfg.dry_run and name not in _WITHOUT_WEIGHTS:
         # The rehearsal takes a preset for a model, and knows which ones the command can do without.
-        for option in (option for option in MODEL_OPTIONS if hasattr(config, option)):
+        for option in model_options(type(config)):
             if getattr(config, option).num_layers is not None:
                 getattr(config, option).folder(option)
     return Job(name, words, config)

@@ -13,7 +13,7 @@ import pytest
 
 from minitron_megatron.checkpoints.folder import output_folder
 from minitron_megatron.cli.commands import COMMANDS
-from minitron_megatron.config import MODEL_OPTIONS, ModelConfig, options
+from minitron_megatron.config import ModelConfig, model_options, options
 from minitron_megatron.launcher import CONF, group_of, presets
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.shape import ModelShape
@@ -77,8 +77,7 @@ def test_every_command_has_its_file_and_its_config():
     assert {p.stem for p in (ROOT / "launch").glob("*.py")} == set(COMMANDS)
     assert {p.stem for p in CONF.glob("*.yaml")} == set(COMMANDS)
     for name, command in COMMANDS.items():
-        fields = command.config.__dataclass_fields__
-        for model in (model for model in MODEL_OPTIONS if model in fields and fields[model].type is ModelConfig):
+        for model in model_options(command.config):
             assert f"- {group_of(model)}: null" in (CONF / f"{name}.yaml").read_text(), name
 
 

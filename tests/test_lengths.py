@@ -8,7 +8,7 @@ import yaml
 from hydra import initialize_config_dir
 
 from minitron_megatron.cli.commands import COMMANDS
-from minitron_megatron.config import MODEL_OPTIONS, options
+from minitron_megatron.config import model_options, options
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF, compose, resolved_config
 from minitron_megatron.lengths import DEFAULT, settle_lengths
@@ -17,8 +17,7 @@ from minitron_megatron.lengths import DEFAULT, settle_lengths
 WITH_LENGTH = [
     name
     for name, command in COMMANDS.items()
-    if any(o.name == "data.sequence_length" for o in options(command.config))
-    and any(model in command.config.__dataclass_fields__ for model in MODEL_OPTIONS)
+    if any(o.name == "data.sequence_length" for o in options(command.config)) and model_options(command.config)
 ]
 
 
@@ -38,7 +37,7 @@ def model(folder: Path, positions: int, file: str = "model.yaml") -> Path:
 
 def words(name: str, folder: Path, *more: str) -> list[str]:
     """The command with every model at the same folder."""
-    models = [one for one in MODEL_OPTIONS if one in COMMANDS[name].config.__dataclass_fields__]
+    models = model_options(COMMANDS[name].config)
     rounds = ["rounds=[{name: a}]"] if name == "compress" else []
     return [*(f"{one}={folder}" for one in models), "data.path=d", "output=out", *rounds, *more]
 
@@ -58,7 +57,7 @@ def test_a_length_that_nobody_gives_is_the_models_and_1024_at_most(tmp_path, nam
 def test_a_given_length_stays_up_to_the_models_and_above_it_is_refused_with_the_value_to_type(tmp_path, name):
     folder = model(tmp_path / "m", 512)
     assert compose(name, words(name, folder, "data.sequence_length=512")).data.sequence_length == 512
-    option = next(one for one in MODEL_OPTIONS if one in COMMANDS[name].config.__dataclass_fields__)
+    option = model_options(COMMANDS[name].config)[0]
     with pytest.raises(UserError) as refused:
         compose(name, words(name, folder, "data.sequence_length=513"))
     assert str(refused.value) == (

@@ -8,7 +8,7 @@ import yaml
 from hydra import initialize_config_dir
 
 from minitron_megatron.cli.commands import COMMANDS
-from minitron_megatron.config import MODEL_OPTIONS, REQUIRED, options
+from minitron_megatron.config import REQUIRED, model_options, options
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF, compose, presets, resolved_config
 from tests.test_commands import error_of, run
@@ -31,9 +31,8 @@ def cases():
     for command, config in ((name, one.config) for name, one in COMMANDS.items()):
         for group, names in presets(command).items():
             for name in names[:1] if group == "model" else names:
-                for option in MODEL_OPTIONS if group == "model" else [group]:
-                    if group != "model" or option in config.__dataclass_fields__:
-                        yield pytest.param(command, option, group, name, id=f"{command}-{option}-{name}")
+                for option in model_options(config) if group == "model" else [group]:
+                    yield pytest.param(command, option, group, name, id=f"{command}-{option}-{name}")
 
 
 @pytest.mark.parametrize(("command", "option", "group", "name"), cases())

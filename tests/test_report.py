@@ -7,6 +7,7 @@ from pathlib import Path
 import html5lib
 import pytest
 import yaml
+from hydra import initialize_config_dir
 
 from minitron_megatron import launcher
 from minitron_megatron.checkpoints.folder import SHAPE_FILE, output_folder, read_manifest
@@ -349,6 +350,10 @@ def test_a_page_is_about_the_last_student_beside_the_root_of_its_lineage(rounds)
     assert heading(page_of(root))[0] == f"two/distilled: {share(17, 30)} of teacher"
     for given in ("one/distilled", str(root / "one" / "distilled")):
         assert heading(page_of(root, student=given))[0] == f"one/distilled: {share(23, 30)} of teacher"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        words = [f"folders={root}", f"output={root / 'page.html'}", "student=one/distilled"]
+        report(launcher.compose("report", words))
+    assert heading((root / "page.html").read_text())[0].startswith("one/distilled: ")
     with pytest.raises(UserError, match=r"student=three is no model of folders=: give one of .*two/distilled"):
         page_of(root, student="three")
 
