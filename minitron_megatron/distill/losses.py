@@ -23,14 +23,13 @@ import torch.distributed as dist
 from minitron_megatron.distill.choices import Divergence
 from minitron_megatron.models.head import Head, Terms, in_blocks
 from minitron_megatron.models.vocab_parallel import (
-    BLOCK_ELEMENTS,
     Total,
+    block_rows,
     have_kernels,
     label_loss,
     label_nll,
     log2_normalisers,
     log_softmax,
-    log_softmax_,
     reduce_over,
     valid_columns,
     vocab_parallel_argmax,
@@ -93,18 +92,28 @@ class DistillationLoss:
 
     def __call__(self, logits: torch.Tensor, rows: slice, weight: torch.Tensor | None) -> Terms:
         """Of the rows `rows`: LossOfRows of models/head.py."""
-        if self.how.kind in _WITH_KERNELS and have_kernels(logits):
-            return self._terms_by(self._by_kernels, logits, rows, weight)
-        # Copies in float32 are made of a block at a time.
-        return in_blocks(partial(self._terms_by, self._by_torch), logits, rows, weight)
-
-    def _terms_by(
-        self, terms: Callable[..., Terms], logits: torch.Tensor, rows: slice, weight: torch.Tensor | None
-    ) -> Terms:
         given = self.teacher
         targets = TopK(*(part[rows] for part in given)) if isinstance(given, TopK) else given.logits(rows)
-        measured = self._measured(logits, targets) if self.measure else {}
         labels = None if self.labels is None else self.labels[rows]
+        if self.how.kind in _WITH_KERNELS and have_kernels(logits):
+            return self._terms_by(self._by_kernels, logits, targets, labels, weight)
+
+        def of_block(some: torch.Tensor, block: slice, of: torch.Tensor | None) -> Terms:
+            part = TopK(*(t[block] for t in targets)) if isinstance(targets, TopK) else targets[block]
+            return self._terms_by(self._by_torch, some, part, None if labels is None else labels[block], of)
+
+        # Copies in float32 are made of a block at a time.
+        return in_blocks(of_block, logits, slice(0, len(logits)), weight)
+
+    def _terms_by(
+        self,
+        terms: Callable[..., Terms],
+        logits: torch.Tensor,
+        targets: torch.Tensor | TopK,
+        labels: torch.Tensor | None,
+        weight: torch.Tensor | None,
+    ) -> Terms:
+        measured = self._measured(logits, targets) if self.measure else {}
         return {**terms(logits, targets, labels, weight), **measured}
 
     def _by_torch(
@@ -115,10 +124,10 @@ class DistillationLoss:
         weight: torch.Tensor | None,
     ) -> Terms:
         columns, total = valid_columns(logits, self.vocab_size, self.group), _total(self.group)
-        temperature, of_label, moved = self.how.temperature, None, 0
+        temperature, of_label, moved = self.how.temperature, None, None
         if labels is not None:
             of_label, moved = label_loss(logits, labels, columns, self.group)
-            moved = moved.mul_(self.cross_entropy) if self.cross_entropy else 0
+            moved = moved.mul_(self.cross_entropy) if self.cross_entropy else None
         log_q = log_softmax(logits, columns, temperature, self.group)
         if isinstance(targets, torch.Tensor) and self.how.kind == "topk_kl":
             k = self.how.top_k
@@ -129,7 +138,11 @@ class DistillationLoss:
             kinds = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": partial(_jsd, beta=self.how.beta)}
             loss, gradient = kinds[self.how.kind](log_q, log_softmax(targets, columns, temperature, self.group), total)
         if weight is not None:
-            logits[:, :columns] = gradient.mul_(temperature).add_(moved).mul_(weight[:, None])
+            if moved is not None:
+                gradient = moved.add_(gradient, alpha=temperature).mul_(weight[:, None])
+            else:
+                gradient.mul_(temperature * weight[:, None])
+            logits[:, :columns] = gradient
             logits[:, columns:] = 0
         return self._named(loss.mul_(temperature**2), of_label)
 
@@ -192,7 +205,7 @@ def top_k(logits: torch.Tensor, k: int, *, vocab_size: int, temperature: float =
     log_probs, rest = rows.new_empty(len(rows), k, dtype=compute), rows.new_empty(len(rows), dtype=compute)
     for block in _blocks(rows):
         ids[block] = _largest(rows[block, :columns], first, k, group)
-        log_p = log_softmax_(rows[block, :columns].to(compute, copy=True).div_(temperature), group)
+        log_p = log_softmax(rows[block], columns, temperature, group)
         places = _places(ids[block], first, columns)
         log_probs[block] = reduce_over(_take(log_p, places), dist.ReduceOp.SUM, group)
         rest[block] = total(log_p.exp_().masked_fill_(_inside(places, columns), 0))
@@ -205,7 +218,8 @@ def top_k(logits: torch.Tensor, k: int, *, vocab_size: int, temperature: float =
 
 def _forward_kl(log_q: torch.Tensor, log_p: torch.Tensor, total: Total) -> LossAndGradient:
     p = log_p.exp()
-    return total(p * (log_p - log_q)), log_q.exp_().sub_(p)
+    loss = total(log_p.sub_(log_q).mul_(p))
+    return loss, log_q.exp_().sub_(p)
 
 
 def _reverse_kl(log_q: torch.Tensor, log_p: torch.Tensor, total: Total) -> LossAndGradient:
@@ -301,5 +315,5 @@ def _rows(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(rows: torch.Tensor) -> list[slice]:
-    step = max(1, BLOCK_ELEMENTS // rows.shape[-1])
+    step = block_rows(rows)
     return [slice(start, start + step) for start in range(0, len(rows), step)]

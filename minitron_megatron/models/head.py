@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from minitron_megatron.models.fp8 import Fp8Matrix
-from minitron_megatron.models.vocab_parallel import BLOCK_ELEMENTS
+from minitron_megatron.models.vocab_parallel import block_rows
 
 # Per-token values by name.
 Terms = dict[str, torch.Tensor]
@@ -103,7 +103,7 @@ def terms_of(head: Head, loss: LossOfRows, *, logits_bytes: int = LOGITS_BYTES) 
 
 def in_blocks(loss: LossOfRows, logits: torch.Tensor, rows: slice, weight: torch.Tensor | None) -> Terms:
     """A loss that makes copies of logits, of so few rows at a time that they stay small."""
-    step, parts = max(1, BLOCK_ELEMENTS // logits.shape[-1]), []
+    step, parts = block_rows(logits), []
     for start in range(0, len(logits), step):
         block = slice(start, min(start + step, len(logits)))
         of_tokens = slice(rows.start + block.start, rows.start + block.stop)
