@@ -11,9 +11,14 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ.setdefault("PET_MASTER_PORT", str(29510 + int(worker.removeprefix("gw"))))
 
 import pytest
+from hypothesis import settings
 
 from tests import computing
 from tests.pool import Pool
+
+# How long an example takes says more about what else runs on the machine than about the code.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)
