@@ -7,10 +7,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from minitron_megatron import stages
+from minitron_megatron.checkpoints.folder import load_yaml
+from minitron_megatron.cli import starting
 from minitron_megatron.cli.commands import COMMANDS
 from tests.first_mistakes import HEAVY
 from tests.test_prune import random_scores, write_scores
@@ -190,3 +194,26 @@ def test_the_benchmark_knows_every_commands_mistake():
     from minitron_megatron.benchmark.mistakes import MISTAKES, STARTS
 
     assert set(MISTAKES) == set(COMMANDS) and set(STARTS) <= set(COMMANDS)
+
+
+def test_manifests_say_how_long_the_command_took_to_start(whole, tmp_path):
+    """Of a search, which has no need of torch; of a training run a stage finds it in its model's folder."""
+    began = time.monotonic()
+    run("search", [*words_of(BY_HAND["search"], whole), f"output={tmp_path / 'found'}"])
+    seconds = load_yaml(tmp_path / "found" / "manifest.yaml")["seconds_starting"]
+    assert 0 < seconds < time.monotonic() - began
+    (tmp_path / "run").mkdir()
+    shutil.copytree(tmp_path / "found", tmp_path / "run" / "model")
+    assert stages._seconds_starting(tmp_path / "run") == stages._seconds_starting(tmp_path / "found") == seconds
+    assert stages._seconds_starting(tmp_path) is None
+
+
+def test_the_first_useful_work_is_noted_once(monkeypatch):
+    monkeypatch.setattr(starting, "_began", None)
+    assert starting.seconds_starting(otherwise=1.234) == 1.23
+    starting.at_work()
+    first = starting.seconds_starting(otherwise=0)
+    assert 0 < first <= starting.seconds_of_process() + 0.01
+    time.sleep(0.05)
+    starting.at_work()
+    assert starting.seconds_starting(otherwise=0) == first
