@@ -9,7 +9,7 @@ import pytest
 
 from minitron_megatron.checkpoints.folder import read_manifest
 from tests.test_commands import ROOT
-from tests.test_next import paste
+from tests.test_next import command_of, paste
 from tests.tiny import TEXT, hf_model, save_hf
 
 # What a reader puts in: his model and text, a budget and batches of their size. The rest stands as it is.
@@ -30,10 +30,6 @@ def blocks(heading: str) -> list[list[str]]:
     section = re.search(rf"^## {heading}\n(.*?)^## ", (ROOT / "README.md").read_text(), re.S | re.M)[1]
     found = re.findall(r"^```\n(.*?)^```$", section, re.S | re.M)
     return [block.replace("\\\n", " ").strip().splitlines() for block in found]
-
-
-def command_of(line: str) -> str:
-    return re.search(r"(?:launch/|minitron (?:--nproc-per-node \d+ )?)(\w+)", line)[1]
 
 
 @pytest.fixture
