@@ -6,6 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= $(or $(shell command -v python3.12),python3)
 UV := .venv/bin/python -m uv
 READY := .venv/.ready
+MINUTES ?= 15
 # Two files of tests at once where there are two cores and 9 GiB: one alone uses a core, and what it starts (at most four ranks) 4 GiB.
 AT_ONCE := $(shell [ "$$(nproc)" -ge 2 ] && awk '/^MemAvailable/ {exit $$2 < 9e6}' /proc/meminfo && printf '%s' '-n 2 --dist loadfile')
 
@@ -22,8 +23,8 @@ $(READY): requirements/lock.txt requirements/no-deps.txt pyproject.toml
 	@$(PYTHON) requirements/setup.py
 	@touch $@
 
-demo: $(READY) ## SmolLM2-135M to a student of 60 % of its size, on this machine's CPUs
-	.venv/bin/python launch/demo.py output=outputs/demo
+demo: $(READY) ## SmolLM2-135M to a student of 60 % of its size, on this machine's CPUs, in 15 minutes or MINUTES=
+	.venv/bin/python launch/demo.py output=outputs/demo minutes=$(MINUTES)
 
 test: $(READY) ## the tests, under 10 minutes
 	.venv/bin/python -m pytest $(AT_ONCE) -m "not slow and not gpu"

@@ -424,6 +424,7 @@ class DemoConfig(CommandConfig):
     """SmolLM2-135M to a student of 60 % of its size, on CPUs, end to end."""
 
     output: str = option("outputs/demo", "folder of all stages")
+    minutes: float = option(15, "most minutes to plan for: a slower machine does less")
     short: bool = option(False, "a short form that shows that every stage works")
 
 
@@ -1107,7 +1108,8 @@ _POSITIVE = frozenset(
     decay_share window stop_after recompute_num_layers bucket_size keep_last time_limit_minutes world_size nvlink_gpus
     memory_gib bf16_tflops fp8_tflops fp32_tflops memory_gb_s nvlink_gb_s network_gb_s host_gb_s launch_ms efficiency
     teacher_ahead logits_mib micro_batches parameters non_embedding_parameters flops_per_token latency_ms tokens_per_second batch
-    weight_bytes cache_bytes multiple power keep factor candidate input_length output_length prompts""".split()
+    weight_bytes cache_bytes multiple power keep factor candidate input_length output_length prompts
+    minutes""".split()
 )
 _NOT_NEGATIVE = frozenset(
     """min_lr warmup_steps warmup_tokens loss_factor grad_norm_factor weight_decay clip_grad validation_interval

@@ -1,56 +1,45 @@
 """The whole road on a laptop: SmolLM2-135M to a student of 60 % of its size, each stage as a user would run it, to a report.
 
-Every stage is a command of its own in a process of its own, printed before it runs; its outputs are whole or not there,
-so a second run continues where the first stopped. What is done is remembered in `stages.json`.
+What it does depends on the machine (demo_plan.py): that is measured first, and the plan is kept in `plan.json`. Every stage is a
+command of its own in a process of its own, printed before it runs; its outputs are whole or not there, so a second run
+continues where the first stopped. What is done is remembered in `stages.json`.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from minitron_megatron.checkpoints.folder import RESULTS
 from minitron_megatron.config import CommandConfig, DemoConfig
 from minitron_megatron.console import console, print_table
+from minitron_megatron.demo_plan import FULL, SHORT, VALIDATED_SHARE, Plan, make_plan, measure_machine
 from minitron_megatron.errors import UserError
 from minitron_megatron.stages import Stages, write_json
 
 STAGES_FILE = "stages.json"
+PLAN_FILE = "plan.json"
 PROMPT = "A list in Python is"
 TITLE = "SmolLM2-135M cut to 60 % of its parameters"
 MODELS = ("teacher", "pruned", "distilled")
-# 60 % of the parameters of SmolLM2-135M; sizes that its 9 heads of 64 channels, in 3 groups, go with.
-SEARCH = ("budget.parameters=81e6", "space.multiple=48", "space.tensor=3")
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How much the demo does: the whole takes minutes, the short form shows that every stage works."""
-
-    calibration_samples: int
-    steps: int
-    sequence_length: int
-    validation_samples: int
-
-    @property
-    def distill(self) -> list[str]:
-        """Options of the distillation."""
-        warmup = max(1, self.steps // 20)
-        return [
-            f"trainer.steps={self.steps}",
-            f"data.sequence_length={self.sequence_length}",
-            "data.max_epochs=2",  # one has 98 thousand tokens
-            "trainer.global_batch_size=8",
-            "trainer.micro_batch_size=4",
-            f"trainer.save_interval={max(10, self.steps // 4)}",
-            "optim.lr=1e-3",
-            "optim.min_lr=1e-4",
-            f"optim.warmup_steps={warmup}",
-        ]
-
-
-WHOLE = Effort(calibration_samples=64, steps=60, sequence_length=256, validation_samples=64)
-SHORT = Effort(calibration_samples=8, steps=12, sequence_length=128, validation_samples=8)
+def options_of_distillation(plan: Plan) -> list[str]:
+    """Options of launch/distill.py."""
+    level = plan.of
+    return [
+        f"trainer.steps={plan.steps}",
+        f"data.sequence_length={level.sequence_length}",
+        "data.max_epochs=2",  # one has 98 thousand tokens
+        f"trainer.global_batch_size={level.batch}",
+        f"trainer.micro_batch_size={min(4, level.batch // plan.processes)}",
+        f"trainer.save_interval={max(10, plan.steps // 4)}",
+        f"trainer.validation_samples={level.validation_samples // VALIDATED_SHARE}",
+        "distill.logits_mib=256",
+        "optim.lr=6e-4",
+        "optim.min_lr=6e-5",
+        f"optim.warmup_steps={max(1, plan.steps // 8)}",
+    ]
 
 
 def write_text(folder: Path) -> None:
@@ -65,31 +54,53 @@ def write_text(folder: Path) -> None:
         file.write_text(text, encoding="utf-8")
 
 
-def check_demo(cfg: DemoConfig) -> None:
-    """The output. Raises UserError."""
+def check_demo(cfg: DemoConfig) -> Plan | None:
+    """The output; gives the plan of the demo that is continued there. Raises UserError."""
     root = Path(cfg.output)
     if root.exists() and not (root / STAGES_FILE).is_file() and any(root.iterdir()):
         raise UserError(f"output={root} exists and is not a demo's folder: choose another output=")
+    if not (root / PLAN_FILE).is_file():
+        return None
+    try:
+        plan = Plan.from_json(json.loads((root / PLAN_FILE).read_text(encoding="utf-8")))
+    except ValueError:
+        raise UserError(f"{root / PLAN_FILE} cannot be read: remove {root}, or choose another output=") from None
+    if (plan.of is SHORT) != cfg.short:
+        begun = "short" if plan.of is SHORT else "whole"
+        raise UserError(f"output={root} was begun with the {begun} demo: go on with that, or choose another output=")
+    return plan
 
 
-def run_demo(cfg: DemoConfig, _: None = None) -> None:
-    """`launch/demo.py`: every stage, a table, summary.json and a report."""
-    root, effort = Path(cfg.output), SHORT if cfg.short else WHOLE
+def run_demo(cfg: DemoConfig, begun: Plan | None) -> None:
+    """`launch/demo.py`: a plan, every stage, a table, summary.json and a report. Raises UserError."""
+    root, plan = Path(cfg.output), begun or make_plan(measure_machine(), cfg.minutes, short=cfg.short)
+    _say(plan, "Continuing what takes" if begun else "This takes")
     if cfg.dry_run:
-        console().print(f"would run the stages of the demo in {root}: {effort}")
         return
     root.mkdir(parents=True, exist_ok=True)
+    # A continued demo keeps the plan that it began with, whatever else runs on the machine now.
+    write_json(root / PLAN_FILE, asdict(plan))
     stages = Stages(root / STAGES_FILE, words=[] if cfg.seed == CommandConfig.seed else [f"seed={cfg.seed}"])
     folders = {
         name: root / name for name in ("smollm2", "teacher", "text", "data", "scores", "found", "pruned", "distilled")
     }
-    _make_models(stages, folders, effort)
-    _judge(stages, root, folders, effort)
-    _show(stages, root, folders)
+    plan = _make_models(stages, folders, plan, cfg.minutes)
+    _judge(stages, root, folders, plan)
+    _show(stages, root, folders, plan)
 
 
-def _make_models(stages: Stages, at: dict[str, Path], effort: Effort) -> None:
-    """From the packaged model to the distilled student."""
+def _say(plan: Plan, verb: str) -> None:
+    """What is going to be done, and how long that takes."""
+    minutes = f"about {max(1, round(plan.total / 60))} minutes"
+    what = f"{plan.seconds['distill'] / 60:.0f} of them distillation over {plan.tokens:,} tokens"
+    console().print(f"Machine: {plan.machine}", markup=False, highlight=False)
+    more = "" if plan.of in (FULL, SHORT) else "; a faster machine does more"
+    console().print(f"{verb} {minutes}, {what}{more}", markup=False, highlight=False)
+
+
+def _make_models(stages: Stages, at: dict[str, Path], plan: Plan, minutes: float) -> Plan:
+    """From the packaged model to the distilled student; gives the plan as the stages before the distillation have left it."""
+    level = plan.of
     stages.command("source", at["smollm2"], "launch/smollm2.py")
     stages.command("import", at["teacher"], "launch/import_hf.py", f"hf={at['smollm2']}")
     write_text(at["text"])
@@ -107,14 +118,14 @@ def _make_models(stages: Stages, at: dict[str, Path], effort: Effort) -> None:
         "launch/importance.py",
         f"model={at['teacher']}",
         f"data.path={at['data']}",
-        f"data.sequence_length={effort.sequence_length}",
-        f"samples={effort.calibration_samples}",
+        f"data.sequence_length={level.sequence_length}",
+        f"samples={level.calibration_samples}",
         "trainer.micro_batch_size=4",
-        "parallel.pipeline=2",
-        processes=2,
+        f"parallel.pipeline={plan.processes}",
+        processes=plan.processes,
     )
     stages.command(
-        "search", at["found"], "launch/search.py", f"model={at['teacher']}", f"scores={at['scores']}", *SEARCH
+        "search", at["found"], "launch/search.py", f"model={at['teacher']}", f"scores={at['scores']}", *level.search
     )
     stages.command(
         "prune",
@@ -123,8 +134,9 @@ def _make_models(stages: Stages, at: dict[str, Path], effort: Effort) -> None:
         f"model={at['teacher']}",
         f"scores={at['scores']}",
         f"target={at['found']}/targets/rank_01.yaml",
-        processes=2,
+        processes=plan.processes,
     )
+    plan = _planned_again(stages, plan, minutes)
     stages.command(
         "distill",
         at["distilled"],
@@ -132,24 +144,46 @@ def _make_models(stages: Stages, at: dict[str, Path], effort: Effort) -> None:
         f"teacher={at['teacher']}",
         f"student={at['pruned']}",
         f"data.path={at['data']}",
-        *effort.distill,
-        processes=2,
+        *options_of_distillation(plan),
+        processes=plan.processes,
     )
+    return plan
 
 
-def _judge(stages: Stages, root: Path, at: dict[str, Path], effort: Effort) -> None:
+def _planned_again(stages: Stages, plan: Plan, minutes: float) -> Plan:
+    """Fewer steps where the stages so far took longer than planned; a continued demo knows their times and finds the same."""
+    done = [name for name in plan.seconds if name in stages.seconds]
+    before = done[: done.index("prune") + 1]
+    spent = sum(stages.seconds[name] for name in before)
+    # The stage that computes as the distillation does.
+    fewer = plan.fewer(stages.seconds["importance"] / plan.seconds["importance"], spent, minutes)
+    if fewer.steps < plan.steps:
+        console().print(
+            f"\nSlower than planned (other work on this machine?): {fewer.steps} steps rather than {plan.steps}"
+        )
+    left = sum(seconds for name, seconds in fewer.seconds.items() if name not in before)
+    if spent + left > 60 * minutes:
+        console().print(
+            f"\nThis is going to take {(spent + left) / 60:.0f} minutes, more than planned; fewer steps would show too little"
+        )
+    return fewer
+
+
+def _judge(stages: Stages, root: Path, at: dict[str, Path], plan: Plan) -> None:
     """Perplexity of the three models, and the pruned and distilled ones as Hugging Face folders."""
-    for name in MODELS:
+    for name in ("pruned", "distilled"):
         stages.command(
             f"evaluate {name}",
             root / f"evaluate_{name}",
             "launch/evaluate.py",
             f"model={at[name]}",
             f"data.path={at['data']}",
-            f"data.sequence_length={effort.sequence_length}",
-            f"samples={effort.validation_samples}",
+            f"data.sequence_length={plan.of.sequence_length}",
+            f"samples={plan.of.validation_samples}",
             "split=validation",
-            processes=2,
+            "trainer.micro_batch_size=4",
+            *([f"teacher={at['teacher']}"] if name == "distilled" else []),
+            processes=plan.processes,
         )
     for name in ("pruned", "distilled"):
         stages.command(f"export {name}", root / f"{name}_hf", "launch/export_hf.py", f"model={at[name]}")
@@ -168,7 +202,7 @@ def complete(folder: Path, prompt: str = PROMPT, tokens: int = 32) -> str:
     return " ".join(str(tokenizer.decode(ids[0], skip_special_tokens=True)).split())
 
 
-def _show(stages: Stages, root: Path, at: dict[str, Path]) -> None:
+def _show(stages: Stages, root: Path, at: dict[str, Path], plan: Plan) -> None:
     """The report, the table and summary.json."""
     from minitron_megatron.checkpoints.folder import open_model_folder
     from minitron_megatron.models.axes import count_parameters
@@ -181,12 +215,18 @@ def _show(stages: Stages, root: Path, at: dict[str, Path]) -> None:
     )
     samples = json.loads(file.read_text(encoding="utf-8"))
     stages.command("report", root / "report", "launch/report.py", f"folders={root}", f"title={TITLE}")
-    results = {name: json.loads((root / f"evaluate_{name}" / RESULTS).read_text(encoding="utf-8")) for name in MODELS}
+    pruned, distilled = (
+        json.loads((root / f"evaluate_{name}" / RESULTS).read_text(encoding="utf-8"))
+        for name in ("pruned", "distilled")
+    )
+    perplexity = (distilled["teacher_perplexity"], pruned["perplexity"], distilled["perplexity"])
     summary: dict[str, Any] = {
         "parameters": {name: count_parameters(open_model_folder(at[name]).shape) for name in MODELS},
-        "perplexity": {name: results[name]["perplexity"] for name in MODELS},
+        "perplexity": dict(zip(MODELS, perplexity, strict=True)),
+        "agreement": distilled["agreement"],
         "seconds": stages.seconds,
         "seconds_starting": stages.starting,
+        "plan": asdict(plan),
     }
     write_json(root / "summary.json", summary)
     print_table(
@@ -195,7 +235,10 @@ def _show(stages: Stages, root: Path, at: dict[str, Path]) -> None:
         [[n, summary["parameters"][n], round(summary["perplexity"][n], 1), samples[n]] for n in MODELS],
     )
     total = sum(stages.seconds.values())
-    rows = [[name, seconds, stages.starting.get(name, "")] for name, seconds in stages.seconds.items()]
-    whole = ["all", round(total, 1), round(sum(stages.starting.values()), 1)]
-    print_table("Time", ["stage", "seconds", "of these, to start"], [*rows, whole])
+    rows = [
+        [name, round(plan.seconds.get(name, 0)), seconds, stages.starting.get(name, "")]
+        for name, seconds in stages.seconds.items()
+    ]
+    whole = ["all", round(plan.total), round(total, 1), round(sum(stages.starting.values()), 1)]
+    print_table("Time", ["stage", "planned", "seconds", "of these, to start"], [*rows, whole])
     console().print(f"Written: {root / 'summary.json'}, {root / 'report' / 'report.html'}")

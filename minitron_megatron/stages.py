@@ -27,6 +27,7 @@ from minitron_megatron.checkpoints.folder import MANIFEST, load_yaml
 from minitron_megatron.config import CompressConfig
 from minitron_megatron.console import console
 from minitron_megatron.errors import UserError
+from minitron_megatron.machine import usable_cores
 from minitron_megatron.parallel.torchrun import REQUEUE
 from minitron_megatron.starts import record_start
 
@@ -180,11 +181,6 @@ def _seconds_starting(output: Path) -> float | None:
     """What the manifest of a command's output, or of the model that a training run published, says of its start."""
     file = next((file for file in (output / MANIFEST, output / "model" / MANIFEST) if file.is_file()), None)
     return None if file is None else load_yaml(file).get("seconds_starting")
-
-
-def usable_cores() -> int:
-    """Cores that this process may use, which taskset or a cpuset may hold below the machine's."""
-    return len(os.sched_getaffinity(0))
 
 
 def run_program(program: list[str], processes: int) -> tuple[int, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minitron_megatron.checkpoints.index import _DTYPES, stored_tensors
@@ -37,7 +37,6 @@ def test_shared_modules_import_nothing_heavy():
     assert not loaded & set(HEAVY)
 
 
-@settings(deadline=None)
 @given(st.text("Etm|L(),*0123", max_size=12))
 def test_pipeline_layouts_read_as_megatron_reads_them(notation):
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout

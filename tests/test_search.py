@@ -463,7 +463,7 @@ def test_multiples_follow_the_model(preset):
     assert min(len(space.layers), len(space.hidden), len(space.ffn)) > 4
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(hidden=st.integers(2, 5000), ffn=st.integers(1, 20000), groups=st.integers(1, 9), heads=st.integers(1, 8))
 def test_a_space_of_any_model_keeps_to_its_multiples(hidden, ffn, groups, heads):
     source = llama().resized(

@@ -24,12 +24,13 @@ from minitron_megatron.checkpoints.folder import COMPUTED_IN, Output
 from minitron_megatron.config import ThroughputConfig
 from minitron_megatron.console import console, format_value, print_table, progress
 from minitron_megatron.errors import UserError
+from minitron_megatron.machine import usable_cores
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.limits import computing_dtype
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel.layout import Layout, world_size_from_env
 from minitron_megatron.parallel.precision import asks_machine, keep, record, settled
-from minitron_megatron.stages import ROOT, outlive, program_of, start_words, usable_cores
+from minitron_megatron.stages import ROOT, outlive, program_of, start_words
 from minitron_megatron.throughput import tensorrt_llm
 from minitron_megatron.throughput.show import COLUMNS, best_rows, table_rows, write_results
 from minitron_megatron.throughput.sources import MADE, Source, check_room, check_sources, open_sources
