@@ -12,7 +12,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -229,14 +228,11 @@ def measure_machine() -> Machine:
     processes = 2 if cores > 1 and memory >= 2 * GIB_OF_A_PROCESS else 1
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // processes))}
     command = [sys.executable, "-m", "minitron_megatron.demo_speed"]
-    started = [
-        subprocess.Popen([*command, str(time.time())], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(processes)
-    ]
+    started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
     printed = [child.communicate()[0] for child in started]
     if any(child.returncode for child in started):
         raise UserError(
-            "this machine's speed could not be measured (python -m minitron_megatron.demo_speed 0): see above"
+            "this machine's speed could not be measured (python -m minitron_megatron.demo_speed): see above"
         )
     found = [Speed(**json.loads(lines.splitlines()[-1])) for lines in printed]
     slowest = Speed(

@@ -1,12 +1,11 @@
-"""How fast this machine is at what the demo does, as one of its processes sees it: `python -m minitron_megatron.demo_speed TIME`.
+"""How fast this machine is at what the demo does, as one of its processes sees it: `python -m minitron_megatron.demo_speed`.
 
 As many of these run at once as the demo has processes, so that each sees what the others leave it. It prints one line of JSON,
-the fields of `Speed`; TIME is when it was started, in seconds since the epoch.
+the fields of `Speed`.
 """
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ class Speed:
         dtype: what models are computed in (parallel/precision.py).
         gflops: forward and backward products of a linear layer, GFLOP/s.
         elements: elements of the vocabulary that a loss does a second, in millions.
-        start: seconds from the start of Python until torch is there.
+        start: seconds of CPU time until torch is imported. (A disk that is read for the first time would count for all stages.)
     """
 
     processor: str
@@ -36,13 +35,13 @@ class Speed:
     start: float
 
 
-def measure(started: float) -> Speed:
-    """Measure this process's speed; `started` is seconds since the epoch."""
+def measure() -> Speed:
+    """Measure this process's speed, just after its start."""
     import torch
 
     from minitron_megatron.parallel.precision import of_this_machine, processor
 
-    start = time.time() - started
+    start = time.process_time()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     dtype = of_this_machine().dtype
     draw = torch.Generator().manual_seed(0)
@@ -81,4 +80,4 @@ def _times_a_second(work: Callable[[], None]) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(measure(float(sys.argv[1])))))
+    print(json.dumps(asdict(measure())))
