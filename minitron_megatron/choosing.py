@@ -48,9 +48,8 @@ def choose_length(cfg: CompressConfig, shape: ModelShape, text: Text | None, dev
     if cfg.data.sequence_length is not None:
         return cfg.data.sequence_length, "as given"
     most, positions = _LENGTH[device], shape.max_position_embeddings
-    length, why = (
-        (positions, "as many as the model takes") if positions <= most else (most, f"enough on a {device.upper()}")
-    )
+    machine = "GPUs" if device == "cuda" else "CPUs"
+    length, why = (positions, "as many as the model takes") if positions <= most else (most, f"at most, on {machine}")
     while text and length > _SHORTEST and (text.train < _FEWEST_SAMPLES * length or text.validation <= length):
         length, why = length // 2, f"so that the text has {_FEWEST_SAMPLES} samples"
     return max(1, length - length % 16 if length > 16 else length), why
@@ -125,9 +124,7 @@ def _steps(
     tokens = int(min(MOST_TOKENS, there * epochs))
     if cfg.data.max_epochs is None and not _asked(own):
         read = tokens / max(1, there)
-        found.lines.append(
-            ("text", f"{there:,} tokens", f"to train on, read {read:.2g} times (data.max_epochs= for another)")
-        )
+        found.lines.append(("epochs", f"{read:.2g}", "times that the text is read to train on (data.max_epochs=)"))
     batch = own.get("trainer.global_batch_size")
     if own.get("trainer.steps") is not None and type(own["trainer.steps"]) is int:
         steps = own["trainer.steps"]
