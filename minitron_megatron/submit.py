@@ -7,6 +7,7 @@ The script is made from job.sh.jinja and sources slurm/common.sh, as those in sl
 are the same. It can be read, edited and given to sbatch again.
 """
 
+import os
 import re
 import shlex
 import shutil
@@ -25,9 +26,11 @@ from minitron_megatron.console import console
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import command_line, compose, resolved_config
 from minitron_megatron.parallel.layout import world_size_from_env
-from minitron_megatron.stages import ROOT, run_program
+from minitron_megatron.stages import ROOT, run_program, runnable, stage_words
 
 SCRIPT = "job.sh"
+# slurm/ of the repository, or the package's copy of it.
+SCRIPTS = (Path(__file__).parent / "slurm").resolve()
 # These start processes themselves, or are this one.
 _NOT_AS_A_JOB = {
     "compress": "slurm/compress.sh runs a chain on all nodes",
@@ -138,7 +141,7 @@ def rehearse(name: str, words: list[str], processes: int) -> None:
     """The command's own dry run, as one of the job's processes would see it. Raises UserError with what it says."""
     # The device is the job's, not this machine's.
     here = [word for word in words if word.partition("=")[0] not in ("dry_run", "device")]
-    program = [sys.executable, str(ROOT / "launch" / f"{name}.py"), *here, "dry_run=true"]
+    program = [*runnable(stage_words("", 1, f"launch/{name}.py")), *here, "dry_run=true"]
     status, reason = run_program(["env", "-u", "MASTER_ADDR", f"WORLD_SIZE={processes}", *program], 1)
     if status:
         raise UserError(f"{name}: {reason or f'its dry run ended with status {status}'}")
@@ -176,7 +179,7 @@ def render(cfg: SubmitConfig, name: str, words: list[str], config: Any) -> str:
         "OUTPUT": Path(config.output).absolute(),
         "GPUS": processes_per_node(cluster),
         "LOGS": folder.parent / f"{folder.name}_logs",
-        "ACTIVATE": Path(cluster.activate).absolute() if cluster.activate else None,
+        "ACTIVATE": _activate(cluster),
         "CONTAINER": cluster.container,
         "MOUNTS": ",".join(cluster.mounts) or None,
     }
@@ -192,10 +195,21 @@ def render(cfg: SubmitConfig, name: str, words: list[str], config: Any) -> str:
         directory=Path.cwd(),
         variables={key: value for key, value in variables.items() if value is not None},
         setup=cluster.setup,
+        scripts=SCRIPTS,
         folders=_folders(config),
         command=name,
         words=words,
     )
+
+
+def _activate(cluster: ClusterConfig) -> Path | None:
+    """What a node sources: the cluster's file or, for an installed package, its environment's; None: what common.sh says."""
+    if cluster.activate:
+        return Path(cluster.activate).absolute()
+    if (ROOT / "launch").is_dir() or cluster.container:
+        return None
+    own = Path(sys.prefix) / "bin" / "activate"
+    return own if own.is_file() else Path(os.devnull)
 
 
 def _has_checkpoints(config: Any) -> bool:

@@ -125,11 +125,13 @@ persist() {
     done
 }
 
-# launch/COMMAND.py on every node of the job, with these options.
+# launch/COMMAND.py on every node of the job, with these options; an installed package has its commands in a module.
 launch() {
-    local command=$1
+    local command=$1 program
     shift
-    persist on_nodes "$ROOT/launch/$command.py" "$@"
+    program=("$ROOT/launch/$command.py")
+    [ -e "${program[0]}" ] || program=(-m minitron_megatron "$command")
+    persist on_nodes "${program[@]}" "$@"
 }
 
 # A rendezvous is used once: each start has one of its own.
