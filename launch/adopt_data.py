@@ -1,6 +1,6 @@
 """Datasets of Megatron-LM as a data folder. `python launch/adopt_data.py --help` lists the options."""
 
-from minitron_megatron.launcher import command
+from minitron_megatron.cli.main import command
 
 if __name__ == "__main__":
     command("adopt_data")

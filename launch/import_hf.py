@@ -1,6 +1,6 @@
 """A Hugging Face folder into a Megatron model folder. `python launch/import_hf.py --help` lists the options."""
 
-from minitron_megatron.launcher import command
+from minitron_megatron.cli.main import command
 
 if __name__ == "__main__":
     command("import_hf")

@@ -1,6 +1,6 @@
 """Which layers a model can lose, by three judges. `python launch/layers.py --help` lists the options."""
 
-from minitron_megatron.launcher import command
+from minitron_megatron.cli.main import command
 
 if __name__ == "__main__":
     command("layers")

@@ -73,7 +73,7 @@ def stage_processes(cfg: Whole, processes: Any) -> int:
     """The number of processes of a stage, checked together with what starts them. Raises UserError."""
     if type(processes) is not int or processes < 1:
         raise UserError(f"processes={processes} must be a whole number of at least 1")
-    program, *_ = start_words(cfg.start, processes)
+    program = "python" if processes == 1 else start_words(cfg.start, processes)[0]
     if program_of(program) is None:
         raise UserError(f"start={cfg.start}: there is no program {program!r} here")
     if "{processes}" not in cfg.start and processes not in (1, cfg.processes):

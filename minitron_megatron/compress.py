@@ -42,7 +42,7 @@ from minitron_megatron.console import console, print_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.parallel.job import pick_device
-from minitron_megatron.stages import Stages, start_words, write_json
+from minitron_megatron.stages import Stages, stage_words, write_json
 
 
 def compress(cfg: CompressConfig, _: None = None) -> None:
@@ -165,7 +165,7 @@ def _show_plan(cfg: CompressConfig, plan: Plan) -> None:
     if plan.chosen:
         _show_choices(plan)
     for _, stage in plan.stages:
-        words = [*start_words(cfg.start, stage.processes), stage.file, *stage.words, f"output={stage.output}"]
+        words = [*stage_words(cfg.start, stage.processes, stage.file), *stage.words, f"output={stage.output}"]
         console().print(f"$ {shlex.join(words)}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -814,7 +814,7 @@ class ThroughputConfig(CommandConfig):
     batch: list[int] = option([1, 8, 32], "prompts at once, each number measured on its own")
     repeats: int = option(3, "timed passes, of which the median counts")
     warmup: int = option(1, "passes before them")
-    start: str = option("torchrun --nproc-per-node {processes}", "what starts Megatron in several processes")
+    start: str = option("minitron --nproc-per-node {processes}", "what starts Megatron in several processes")
     vllm: VllmConfig = group(VllmConfig)
     tensorrt_llm: TensorrtLlmConfig = group(TensorrtLlmConfig)
 
@@ -883,7 +883,7 @@ class CompressConfig(CommandConfig):
     processes: int | None = option(
         None, "processes of a stage, over all nodes; as many as this machine has GPUs if not given, or one"
     )
-    start: str = option("torchrun --nproc-per-node {processes}", "what starts a stage of several processes")
+    start: str = option("minitron --nproc-per-node {processes}", "what starts a stage of several processes")
     cluster: HardwareConfig = group(HardwareConfig)
 
 

@@ -1,16 +1,14 @@
-"""From a command line to a checked config and one clear line when something is wrong: what every file in launch/ calls.
+"""From a command line to a checked config and one clear line when something is wrong: what cli/main.py calls.
 
 Hydra composes the config out of conf/, the dataclasses and the command line. `model=FOLDER` and `model=PRESET` are told
-apart here. Exit status: 0 done, 2 the user can mend it, 130 interrupted; torchrun itself turns any failure into 1.
+apart here. How a command ends when something is wrong: ending.py.
 """
 
 import difflib
-import errno
 import logging
 import os
 import shlex
 import sys
-import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -37,23 +35,10 @@ from minitron_megatron.words import PLAIN_VALUE, quoted
 log = logging.getLogger(__name__)
 # The command as it was typed; sys.argv is Hydra's later on.
 TYPED = list(sys.argv)
-CONF = Path(__file__).resolve().parent.parent / "conf"
-# Troubles with files that a user can put right.
-_OF_THE_USER = frozenset(
-    (
-        errno.ENOENT,
-        errno.ENOTDIR,
-        errno.EISDIR,
-        errno.EEXIST,
-        errno.ENOTEMPTY,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.ENAMETOOLONG,
-    )
-)
+# In the repository a link to its conf/; a package has the folder itself.
+CONF = Path(__file__).resolve().parent / "conf"
+# The repository, where its launch/ is beside the package.
+ROOT = CONF.parent.parent
 # Chatter of the libraries that says nothing to a user of these commands.
 _HARMLESS = (
     ".*[Aa]pex is not installed.*",
@@ -80,11 +65,10 @@ _HARMLESS = (
 )
 
 
-def command(name: str) -> None:
-    """Run one command: compose its config from sys.argv, check it, do the work, and exit."""
+def command(entry: Command, *, only_check: bool = False) -> None:
+    """Compose a command's config from sys.argv, check it, and do the work unless `only_check`. Raises UserError."""
+    name, config_class = entry.name, entry.config
     write_anywhere()
-    entry = COMMANDS[name]
-    config_class = entry.config
     arguments = sys.argv[1:]
     if entry.after_dashes:
         arguments = words_after_dashes(arguments, entry.after_dashes)
@@ -96,32 +80,14 @@ def command(name: str) -> None:
         return
     _quiet()
     # Python puts a script's folder first, where evaluate.py would stand for Hugging Face's package of that name.
-    sys.path[:] = [place for place in sys.path if Path(place).resolve() != CONF.parent / "launch"]
-    try:
-        check_words(arguments, name, config_class)
-        words, files = with_preset_files(arguments, name, config_class)
-        with naming_files(files):
-            _hydra(entry, [_rewrite(word, config_class) for word in words])
-    except UserError as error:
-        _stop(str(error), 2)
-    except OSError as error:
-        if error.filename is None or error.errno not in _OF_THE_USER:
-            raise
-        _stop(f"{error.filename}: {error.strerror}: mend it or choose another place, and run the same command again", 2)
-    except KeyboardInterrupt:
-        _stop("interrupted; the same command continues where it can", 130)
+    sys.path[:] = [place for place in sys.path if Path(place).resolve() != ROOT / "launch"]
+    check_words(arguments, name, config_class)
+    words, files = with_preset_files(arguments, name, config_class)
+    with naming_files(files):
+        _hydra(entry, [_rewrite(word, config_class) for word in words], only_check)
 
 
-def _stop(message: str, status: int) -> None:
-    if speaks():
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    else:
-        # torchrun ends all ranks with the first: rank 0 needs the time to say why, on a busy machine too.
-        time.sleep(20)
-    sys.exit(status)
-
-
-def _hydra(entry: Command, words: list[str]) -> None:
+def _hydra(entry: Command, words: list[str], only_check: bool) -> None:
     """Have Hydra compose the config, and run the command with it; Hydra's own complaints become one line."""
     import hydra
     from hydra.core.config_store import ConfigStore
@@ -135,18 +101,21 @@ def _hydra(entry: Command, words: list[str]) -> None:
             _hydras_main(entry, flags, [word for word in words if _is_override(word)])
             return
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            _run(entry, hydra.compose(config_name=entry.name, overrides=words))
+            _run(entry, hydra.compose(config_name=entry.name, overrides=words), only_check)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from None
 
 
-def _run(entry: Command, composed: Any) -> None:
+def _run(entry: Command, composed: Any, only_check: bool = False) -> None:
     """Check a composed config, run the command with it, and say what comes next."""
     config = _checked(composed, entry.name, entry.config)
     if isinstance(config, CommandConfig):
         check_processes(config)
     settled = settle_lengths(config)
     _logging()
+    if only_check:
+        entry.only_check(config)
+        return
     if settled:
         log.info("%s", settled)
     entry(config)
@@ -170,7 +139,9 @@ def _hydras_main(entry: Command, flags: list[str], words: list[str]) -> None:
             _run(entry, composed)
         except OmegaConfBaseException as error:
             stopped.append(UserError(_first_line(error)))
-        except (UserError, KeyboardInterrupt) as error:
+        except SystemExit:
+            raise
+        except BaseException as error:
             stopped.append(error)
 
     # The working directory stays, and no folders or log files of Hydra's appear in it.
@@ -244,7 +215,7 @@ def _check_required(composed: Any, name: str, config_class: type[CommandConfig])
     missing = [o for o in options(config_class) if is_missing(o.name)]
     if missing:
         what = ", ".join(f"{o.name}=… ({o.doc})" for o in missing)
-        raise UserError(f"launch/{name}.py needs {what}")
+        raise UserError(f"{called(name)} needs {what}")
 
 
 def _is_override(word: str) -> bool:
@@ -282,7 +253,7 @@ def check_words(words: list[str], name: str, config_class: type[CommandConfig]) 
             near = difflib.get_close_matches(key, [*known, *groups, *models], n=1)
             near = near or difflib.get_close_matches(key.partition(".")[0], free, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"unknown option {key!r} of launch/{name}.py: {hint}(--help lists all)")
+            raise UserError(f"unknown option {key!r} of {called(name)}: {hint}(--help lists all)")
 
 
 def _check_preset(group: str, value: str, names: list[str]) -> None:
@@ -392,9 +363,10 @@ def show_help(name: str, config_class: type[CommandConfig]) -> None:
     from rich.table import Table
 
     screen = console()
-    screen.print(f"launch/{name}.py: {(config_class.__doc__ or '').strip()}\n", highlight=False)
-    screen.print(f"  python launch/{name}.py {example(config_class)}", highlight=False, soft_wrap=True)
-    screen.print(f"  torchrun --nproc-per-node 2 launch/{name}.py …\n", highlight=False)
+    screen.print(f"{called(name)}: {(config_class.__doc__ or '').strip()}\n", highlight=False)
+    python = "python " * called(name).endswith(".py")
+    screen.print(f"  {python}{called(name)} {example(config_class)}", highlight=False, soft_wrap=True)
+    screen.print(f"  minitron --nproc-per-node 2 {name} …\n", highlight=False)
     table = Table(box=None, pad_edge=False)
     for column in ("option", "type", "default", ""):
         table.add_column(column, overflow="fold", style="bold" if column == "option" else "")
@@ -449,9 +421,15 @@ def example(config_class: type[CommandConfig]) -> str:
     return " ".join(words)
 
 
+def called(name: str) -> str:
+    """What a command is called where this one was started: launch/NAME.py, or minitron NAME."""
+    return f"minitron {name}" if TYPED[0].startswith("minitron ") else f"launch/{name}.py"
+
+
 def command_line() -> str:
     """The command as it was typed, for manifests."""
-    return shlex.join(["python", *TYPED])
+    program = TYPED[0].split(" ") if TYPED[0].startswith("minitron ") else ["python", TYPED[0]]
+    return shlex.join([*program, *TYPED[1:]])
 
 
 def resolved_config(config: CommandConfig) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import secrets
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -26,13 +25,13 @@ from typing import Any
 from minitron_megatron.checkpoints.folder import MANIFEST, load_yaml
 from minitron_megatron.config import CompressConfig
 from minitron_megatron.console import console
+from minitron_megatron.ending import STATUS_OF_SIGNAL, stop_together
 from minitron_megatron.errors import UserError
 from minitron_megatron.machine import usable_cores
-from minitron_megatron.parallel.torchrun import REQUEUE
+from minitron_megatron.parallel.torchrun import exit_status
 from minitron_megatron.starts import record_start
 
 ROOT = Path(__file__).resolve().parent.parent
-TORCHRUN_PORT = 29500
 # In the environment of a stage: what follows on it is known already, and need not be said.
 STAGE = "MINITRON_STAGE"
 # A daemon that a stage left behind may hold its standard error open: do not wait for that one.
@@ -51,19 +50,42 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
     write_whole(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
-def start_words(start: str, processes: int) -> list[str]:
-    """The words before launch/NAME.py that start `processes` of it. Raises UserError when `start` cannot be taken apart."""
+def stage_words(start: str, processes: int, file: str) -> list[str]:
+    """The words that start `processes` of launch/NAME.py, before its options. Raises UserError when `start` cannot be read.
+
+    A package without launch/ has its commands as `minitron NAME`.
+    """
+    name, there = Path(file).stem, (ROOT / file).is_file()
     if processes == 1:
-        return ["python"]
+        return ["python", file] if there else ["minitron", name]
+    words = start_words(start, processes)
+    if words[:1] == ["minitron"]:
+        return [*words, name]
+    return [*words, file] if there else [*words, "-m", "minitron_megatron", name]
+
+
+def start_words(start: str, processes: int) -> list[str]:
+    """The words of `start` for so many processes. Raises UserError when they cannot be taken apart."""
     try:
-        words = shlex.split(start.replace("{processes}", str(processes)))
+        return shlex.split(start.replace("{processes}", str(processes)))
     except ValueError as error:
         raise UserError(f"start={start} cannot be read ({error}): mend its quotes") from None
-    return words + (_another_port() if start == CompressConfig.start else [])
+
+
+def runnable(words: Sequence[str]) -> list[str]:
+    """The same words with this Python, whatever the PATH says, and files where they are."""
+    program, *rest = [
+        str(ROOT / word) if word.startswith("launch/") and (ROOT / word).is_file() else word for word in words
+    ]
+    if program == "minitron":
+        rest = ["-m", "minitron_megatron", *rest]
+    return [program_of(program) or program, *rest]
 
 
 def program_of(word: str) -> str | None:
-    """Where a program is: beside this Python (torchrun), or on the PATH; None when nowhere."""
+    """Where a program is: this Python, beside it (torchrun), or on the PATH; None when nowhere."""
+    if word in ("python", "minitron"):
+        return sys.executable
     beside_python = Path(sys.executable).parent / word
     return str(beside_python) if beside_python.is_file() else shutil.which(word)
 
@@ -156,17 +178,14 @@ class Stages:
             whole: whether an output is what the stage is to make.
         """
         options = [*words, *self.words, f"output={output}"]
-        program, *start = start_words(self.start, processes)
-        line = shlex.join([program, *start, file, *options])
+        words = [*stage_words(self.start, processes, file), *options]
+        line = shlex.join(words)
 
         def work() -> None:
             console().print(f"\n$ {line}", style="bold", markup=False, highlight=False, soft_wrap=True)
-            status, reason = run_program(
-                [program_of(program) or program, *start, str(ROOT / file), *options], processes
-            )
-            if status == REQUEUE:
-                console().print(f"{name}: saved before its end; the same command continues it", markup=False)
-                raise SystemExit(REQUEUE)
+            status, reason = run_program(runnable(words), processes)
+            if status in STATUS_OF_SIGNAL.values():
+                stop_together(f"in {name}, {reason or 'which was asked to end: the same command continues'}", status)
             if status:
                 reason = reason or f"ended with status {status}; mend what it says and run the same command again"
                 raise UserError(f"{name}: {reason}")
@@ -184,7 +203,10 @@ def _seconds_starting(output: Path) -> float | None:
 
 
 def run_program(program: list[str], processes: int) -> tuple[int, str]:
-    """Run a program to its end; gives its status and its `error: …` line, which is left to the caller to show."""
+    """Run a program to its end; gives its status and why it ended before its time, which is left to the caller to show.
+
+    A status of STATUS_OF_SIGNAL where this process was asked to end, whatever the program made of it: no other starts.
+    """
     threads = str(max(1, usable_cores() // processes))
     environment = {"OMP_NUM_THREADS": threads, **os.environ, STAGE: "1"}
     reasons: list[str] = []
@@ -192,51 +214,40 @@ def run_program(program: list[str], processes: int) -> tuple[int, str]:
     def listen() -> None:
         with child.stderr as lines:
             for line in lines:
-                if line.startswith("error: "):
-                    reasons.append(line.removeprefix("error: ").strip())
+                word, _, reason = line.partition(" ")
+                if word in ("error:", "stopped"):
+                    reasons.append(reason.strip())
                 else:
                     print(line, end="", file=sys.stderr, flush=True)
 
     child = subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
-    with outlive(child):
+    with outlive(child) as asked:
         child.wait()
     listener.join(SECONDS_FOR_LAST_WORDS)
-    return child.returncode, reasons[0] if reasons else ""
+    status = exit_status(child.returncode)
+    if asked and status not in STATUS_OF_SIGNAL.values():
+        status = STATUS_OF_SIGNAL[asked[0]]
+    return status, reasons[0] if reasons else ""
 
 
 @contextmanager
-def outlive(child: subprocess.Popen) -> Iterator[None]:
-    """Let a child end first when this process is asked to: SIGTERM is passed on, Ctrl-C reaches it from the terminal.
+def outlive(child: subprocess.Popen) -> Iterator[list[int]]:
+    """Let a child end first when this process is asked to; yields the signals that asked.
 
-    Raises KeyboardInterrupt then: no other stage starts.
+    SIGTERM and SIGUSR1 are passed on; Ctrl-C reaches the child from the terminal.
     """
     asked: list[int] = []
 
     def ask(number: int, _: Any) -> None:
         asked.append(number)
-        if number == signal.SIGTERM:
+        if number != signal.SIGINT:
             child.send_signal(number)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, ask) for number in STATUS_OF_SIGNAL}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if asked:
-        raise KeyboardInterrupt
-
-
-def _another_port() -> list[str]:
-    """torchrun's option for a free port, where its default one is taken by another job on this machine."""
-    try:
-        with socket.socket() as default:
-            default.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            default.bind(("127.0.0.1", TORCHRUN_PORT))
-        return []
-    except OSError:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            return ["--master-port", str(free.getsockname()[1])]

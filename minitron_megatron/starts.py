@@ -31,7 +31,7 @@ def record_start(folder: Path, step: int | None = None) -> None:
         "born": born(os.getpid()),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "directory": str(Path.cwd()),
-        "command": this_line(Path(sys.argv[0]).stem, TYPED[1:]),
+        "command": this_line(Path(sys.argv[0].removeprefix("minitron ")).stem, TYPED[1:]),
     }
     with contextlib.suppress(OSError), open(folder / STARTS, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

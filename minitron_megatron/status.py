@@ -141,7 +141,7 @@ def _figures(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _command_of(line: str) -> str:
-    found = re.search(r"launch/(\w+)\.py", line)
+    found = re.search(r"(?:launch/|minitron (?:--nproc-per-node \d+ )?|minitron_megatron )(\w+)", line)
     return found[1] if found else "output"
 
 

@@ -313,7 +313,7 @@ def test_a_dry_run_shows_every_command_and_writes_nothing(folders, tmp_path, cap
     start(words(folders, tmp_path / "out", "dry_run=true", "processes=2"))
     printed = capsys.readouterr().out
     assert "20 steps of 24: 17% less" in printed and "candidates of each rung: 3 2" in printed
-    assert printed.count("$ torchrun --nproc-per-node 2") == 7 and "trainer.stop_after" not in printed
+    assert printed.count("$ minitron --nproc-per-node 2") == 7 and "trainer.stop_after" not in printed
     assert list(tmp_path.iterdir()) == []
 
 

@@ -127,7 +127,7 @@ def test_the_whole_road_by_pasting_what_is_said(tmp_path, processes):
         line = last_line(printed)
         assert command_of(line) == command
         if processes and command == "importance":
-            line = line.replace("python ", f"torchrun --nproc-per-node {processes} ", 1)
+            line = f"{sys.executable} -m minitron_megatron --nproc-per-node {processes} {line.partition(' ')[2]}"
         if command == "distill":
             line += " logger.wandb=disabled"
         printed = paste(line, folder)

@@ -102,8 +102,12 @@ def test_a_job_script_finds_the_package(installed, tmp_path):
     assert done.returncode == 0, done.stderr
     script = (tmp_path / "job" / "job.sh").read_text()
     sourced = run(
-        installed, "bash", "-c", script.partition("# shellcheck")[0] + 'echo "$ROOT" "$ACTIVATE"', cwd=tmp_path
+        installed,
+        "bash",
+        "-c",
+        script.partition("# shellcheck")[0] + 'printf "%s\\n" "$ROOT" "$ACTIVATE"',
+        cwd=tmp_path,
     )
-    root, _, activate = sourced.stdout.strip().partition(" ")
     assert "minitron_megatron/slurm'/common.sh" in script or "minitron_megatron/slurm/common.sh" in script
-    assert Path(activate) == installed / "activate" or Path(root).is_relative_to(installed.parent), sourced.stdout
+    root, activate = sourced.stdout.splitlines()
+    assert Path(activate) == installed / "activate" and Path(root).is_relative_to(installed.parent)

@@ -31,7 +31,7 @@ from minitron_megatron.console import console, print_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.layout import world_size_from_env
 from minitron_megatron.parallel.tools import check_device
-from minitron_megatron.stages import Stages, is_whole, start_words, write_json
+from minitron_megatron.stages import Stages, is_whole, stage_words, write_json
 from minitron_megatron.train.checks import schedule_of
 from minitron_megatron.train.saved import find_checkpoints
 
@@ -291,5 +291,5 @@ def _show_plan(cfg: DistillCandidatesConfig, plan: Plan) -> None:
     stages = [plan.cache] if plan.cache else []
     stages += [stage for one in plan.candidates for stage in (one.prune, one.distill)]
     for stage in stages:
-        words = [*start_words(cfg.start, stage.processes), stage.file, *stage.words, f"output={stage.output}"]
+        words = [*stage_words(cfg.start, stage.processes, stage.file), *stage.words, f"output={stage.output}"]
         screen.print(f"$ {shlex.join(words)}", markup=False, highlight=False, soft_wrap=True)

@@ -28,6 +28,7 @@ import yaml
 
 from minitron_megatron import __version__
 from minitron_megatron.cli.starting import seconds_of_process, seconds_starting
+from minitron_megatron.ending import NOTHING_KEPT, SOME_KEPT, keeping
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
@@ -212,7 +213,8 @@ def output_folder(
     collectives.barrier()
     output = Output(partial)
     try:
-        yield output
+        with keeping(lambda: SOME_KEPT if output.keep else NOTHING_KEPT):
+            yield output
         output.keep = False
         collectives.barrier()
         if lock is not None:

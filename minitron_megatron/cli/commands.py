@@ -44,6 +44,10 @@ class Command:
             run = _load(self.run)
         run(config, checked)
 
+    def only_check(self, config: Any) -> None:
+        """Check, without the work. Raises UserError."""
+        _load(self.check)(config)
+
 
 def _load(dotted: str) -> Callable[..., Any]:
     module, _, function = dotted.partition(":")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.checkpoints.folder import MANIFEST, SHAPE_FILE, load_yaml
-from minitron_megatron.config import CommandConfig, CompressConfig, ParallelConfig
+from minitron_megatron.config import CommandConfig, ParallelConfig
 from minitron_megatron.console import console, speaks
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters
@@ -93,23 +93,20 @@ def _same_way(found: Next, config: CommandConfig) -> dict[str, Any]:
 def _program(found: Next) -> list[str]:
     """What starts a command as this one was started."""
     processes = (found.processes or _processes()) if found.command in _PARALLEL else 1
-    typed, python = Path(sys.argv[0]), _on_path("python", sys.executable)
+    typed = Path(sys.argv[0])
+    if processes > 1:
+        return [*_minitron(), "--nproc-per-node", str(processes), found.command]
     if typed.parent.name == "launch":
-        script = str(typed.parent / f"{found.command}.py")
-        if processes == 1:
-            return [python, script]
-        return [*_start(processes), script]
-    if processes == 1 and typed.name == "minitron":
-        return [_on_path("minitron", sys.argv[0]), found.command]
-    if processes == 1:
-        return [python, "-m", "minitron_megatron", found.command]
-    return [*_start(processes), "-m", "minitron_megatron", found.command]
+        return [_on_path("python", sys.executable), str(typed.parent / f"{found.command}.py")]
+    return [*_minitron(), found.command]
 
 
-def _start(processes: int) -> list[str]:
-    """What starts several processes, as a chain starts those of its stages."""
-    program, *rest = shlex.split(CompressConfig.start.replace("{processes}", str(processes)))
-    return [_on_path(program, str(Path(sys.executable).parent / program)), *rest]
+def _minitron() -> list[str]:
+    """The program that pip installs beside Python, or the package where it does not."""
+    beside = Path(sys.executable).parent / "minitron"
+    if beside.is_file():
+        return [_on_path("minitron", str(beside))]
+    return [_on_path("python", sys.executable), "-m", "minitron_megatron"]
 
 
 def _on_path(name: str, this: str) -> str:

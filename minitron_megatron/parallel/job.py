@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from minitron_megatron.ending import said_at_once
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.cpu import adapter
 from minitron_megatron.parallel.layout import Layout
@@ -98,7 +99,8 @@ def process_group(
     else:
         dist.init_process_group(**own, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
-        yield
+        with said_at_once():
+            yield
     finally:
         dist.destroy_process_group()
 
@@ -132,7 +134,8 @@ def model_parallel(
         # Transformer Engine's generators, where it is installed, can be taken into CUDA graphs.
         generators = {"te_rng_tracker": dist.get_backend() == "nccl", "force_reset_rng": True}
         model_parallel_cuda_manual_seed(seed, **generators)
-        yield
+        with said_at_once():
+            yield
     finally:
         while _RELEASES:
             _RELEASES.pop()()

@@ -1,24 +1,43 @@
-"""torchrun for job scripts: `python -m minitron_megatron.parallel.torchrun …` takes what torchrun takes.
+"""torchrun that says one line: `python -m minitron_megatron.parallel.torchrun …` takes what torchrun takes.
 
-    srun ──SIGUSR1 or SIGTERM──▶ this, on every node ──▶ each of its processes, which may save and then end
-    srun ◀──exit status────────── this ◀─── that of the first process that failed
+    a signal, Ctrl-C ──▶ this, on every node ──▶ each of its processes, which may save and then end
+    exit status      ◀── that of the first process that failed
 
-torchrun by itself dies of SIGUSR1, kills its processes 30 seconds after a SIGTERM (too few to save), and exits with 1 whatever
-they exited with: a mistake of the user (2) and a wish to be requeued (75) would look like a crash. The first process of a node
-that ends with another status than 0 ends the others there: what has to be finished comes before a barrier.
+torchrun by itself dies of SIGUSR1, kills its processes 30 seconds after a SIGTERM (too few to save), exits with 1 whatever
+they exited with (a mistake of the user, 2, and a wish to be requeued, 75, would look like a crash), and prints a page about
+a failure whose reason its process has said (ending.py). Only a process that was killed cannot: its rank and signal are said here.
+On one node the port is a free one. The first process of a node that ends with another status than 0 ends the others there: what
+has to be finished comes before a barrier.
 """
 
+import contextlib
+import logging
 import os
 import signal
+import socket
 import sys
+import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import NoReturn
 
-# EX_TEMPFAIL of sysexits.h: saved, not finished; the same command continues.
-REQUEUE = 75
-_PASSED_ON = (signal.SIGUSR1, signal.SIGTERM)
-# torchrun's own list without SIGTERM.
-_LEFT_TO_TORCHRUN = "SIGINT,SIGHUP,SIGQUIT"
+from minitron_megatron.ending import CLAIM, LAUNCHER, REQUEUE, STATUS_OF_SIGNAL, TOLD, read_claim, say
+from minitron_megatron.errors import in_one_line
+
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# Processes that do not answer a second Ctrl-C wait in a library for one another.
+SECONDS_AFTER_SECOND_CTRL_C = 5
+SECONDS_FOR_OTHER_NODES = 12.0
+_LIKELY = {
+    signal.SIGKILL: "most often the machine was out of memory (dmesg says so), or someone ended it",
+    signal.SIGSEGV: "a crash in compiled code",
+    signal.SIGBUS: "a crash; most often /dev/shm or the disk of a mapped file is full",
+    signal.SIGABRT: "a library gave up; what it wrote stands above",
+    signal.SIGTERM: "someone ended it",
+}
+# Options of torchrun that say where processes of several nodes meet.
+_MEETING = ("--nnodes", "--node-rank", "--rdzv", "--master", "--standalone")
 
 
 def children(of: int) -> list[int]:
@@ -32,21 +51,10 @@ def children(of: int) -> list[int]:
             stat = (folder / "stat").read_text(errors="replace")
         except OSError:
             continue  # it ended meanwhile
-        if int(stat.rpartition(")")[2].split()[1]) == of:
+        state, parent = stat.rpartition(")")[2].split()[:2]
+        if int(parent) == of and state != "Z":
             found.append(int(folder.name))
     return found
-
-
-def _pass_on(number: int, _: Any) -> None:
-    """Send a signal to every process of this node; before there are any, nothing is lost by ending at once."""
-    workers = children(os.getpid())
-    if not workers:
-        sys.exit(REQUEUE if number == signal.SIGUSR1 else 128 + number)
-    for pid in workers:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            continue
 
 
 def exit_status(code: int) -> int:
@@ -54,19 +62,123 @@ def exit_status(code: int) -> int:
     return 128 - code if code < 0 else code
 
 
-def main() -> None:
-    """Run torchrun with this process's arguments and end with its processes' exit status."""
-    for number in _PASSED_ON:
-        signal.signal(number, _pass_on)
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
+def completed(words: list[str], folder: Path) -> list[str]:
+    """torchrun's words, with a free port on one node, its logs in `folder`, and signals left to this module, unless they say."""
+    from torch.distributed.run import get_args_parser
 
-    try:
-        torchrun([f"--signals-to-handle={_LEFT_TO_TORCHRUN}", *sys.argv[1:]])
-    except ChildFailedError as error:
-        _, first = error.get_first_failure()
-        # Its processes have said what is wrong; torchrun's table of them is in the log too.
-        sys.exit(exit_status(first.exitcode))
+    given = get_args_parser().parse_args(words)
+    own = ["--signals-to-handle=SIGQUIT"]
+    before = words[: len(words) - len(given.training_script_args) - 1]
+    if not any(word.replace("_", "-").startswith(_MEETING) for word in before):
+        own += ["--standalone", "--local-addr=127.0.0.1"]
+    if not given.log_dir:
+        own.append(f"--log-dir={folder}")
+    return [*own, *words]
+
+
+class Launcher:
+    """One run of torchrun on this node; `told` are the signals that came from outside."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.told, self.killed_before = folder, [], _killed_for_memory()
+        self.several_nodes = False
+
+    def pass_on(self, number: int, _: FrameType | None) -> None:
+        """Send a signal to every process of this node; before there are any, nothing is lost by ending at once."""
+        self.told.append(number)
+        (self.folder / TOLD).touch()
+        # A terminal that is closed: save what can be saved.
+        number = signal.SIGTERM if number == signal.SIGHUP else number
+        workers = children(os.getpid())
+        if not workers:
+            say(f"stopped by {signal.Signals(number).name} before a process began")
+            sys.exit(STATUS_OF_SIGNAL[number])
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        if self.told.count(signal.SIGINT) == 2:
+            signal.signal(signal.SIGALRM, lambda *_: _kill_all())
+            signal.alarm(SECONDS_AFTER_SECOND_CTRL_C)
+
+    def run(self, words: list[str]) -> int:
+        """Run torchrun; gives the exit status of what it started."""
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.run import main as torchrun
+
+        # The table of its processes, and what it tells of their ends.
+        logging.disable(logging.ERROR)
+        try:
+            torchrun(words)
+        except ChildFailedError as error:
+            status = self._after(*error.get_first_failure())
+            if self.several_nodes:
+                # This process may hold the store in which other nodes look for who spoke first.
+                time.sleep(SECONDS_FOR_OTHER_NODES)
+            return status
+        except SignalException as error:
+            return 128 + error.sigval
+        except Exception as error:
+            # Its rendezvous: a port that is taken, nodes that do not come or that ended first.
+            claims = [read_claim(file) for file in self.folder.rglob(CLAIM)]
+            if claims and claims[0] is not None:
+                return claims[0].status
+            say(f"error: torchrun on {socket.gethostname()}: {in_one_line(error, 300)}")
+            return 1
+        return 0
+
+    def _after(self, rank: int, failure: object) -> int:
+        """Say what the process that failed first could not say itself; gives its exit status."""
+        code, where = failure.exitcode, f"rank {rank} on {socket.gethostname()}"
+        if code < 0 and -code in self.told:
+            say(f"stopped by {signal.Signals(-code).name}: {where} had not begun")
+            return STATUS_OF_SIGNAL.get(-code, exit_status(code))
+        if code < 0:
+            # What it had started, such as a checkpoint's writer, works for nobody now.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(failure.pid, signal.SIGKILL)
+            likely = _LIKELY.get(-code, "")
+            if -code == signal.SIGKILL and _killed_for_memory() > self.killed_before:
+                likely = "the kernel killed processes here meanwhile since memory was out"
+            say(f"error: {where} was killed by {signal.Signals(-code).name}{likely and ': '}{likely}")
+        elif not self.told and code != REQUEUE and not list(self.folder.rglob(CLAIM)):
+            say(f"error: {where} ended with status {code} and did not say why")
+        return exit_status(code)
+
+
+def _kill_all() -> None:
+    for pid in children(os.getpid()):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def _killed_for_memory() -> int:
+    """How many processes the kernel of this machine has killed for memory since it started."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text(encoding="utf-8").splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+def launch(words: list[str]) -> int:
+    """Run torchrun with these words, and give the exit status of its processes."""
+    with tempfile.TemporaryDirectory(prefix="minitron-") as folder:
+        launcher = Launcher(Path(folder))
+        os.environ[LAUNCHER] = folder
+        # Of the store, when nodes end one after another: a page of addresses.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        for number in _PASSED_ON:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, launcher.pass_on)
+        words = completed(words, launcher.folder)
+        launcher.several_nodes = "--standalone" not in words
+        return launcher.run(words)
+
+
+def main() -> NoReturn:
+    """`python -m minitron_megatron.parallel.torchrun`."""
+    sys.exit(launch(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -68,8 +68,11 @@ class RunFolder:
 
     @cached_property
     def command(self) -> str:
-        """NAME of launch/NAME.py that made it; empty when another program did."""
-        found = (_LAUNCH.fullmatch(word) for word in _split(self.manifest["command"]))
+        """NAME of the launch/NAME.py, or minitron NAME, that made it; empty when another program did."""
+        words = _split(self.manifest["command"])
+        if words[:1] == ["minitron"]:
+            return words[1] if len(words) > 1 else ""
+        found = (_LAUNCH.fullmatch(word) for word in words)
         return next((match[1] for match in found if match), "")
 
     @cached_property

@@ -170,11 +170,15 @@ def commands_section(lineage: Lineage) -> Section:
 
 
 def _command(folder: RunFolder) -> str:
-    """As a user types it: the file below the repository, under torchrun where there were several processes."""
+    """As a user types it: the file below the repository, or minitron, as where there were several processes."""
     if not folder.command:
         return str(folder.manifest["command"])
     many = folder.processes or 1
-    start = ["python"] if many == 1 else ["torchrun", "--nproc-per-node", str(many)]
+    # "python … /…/launch/NAME.py …" or "minitron NAME …"
     words = shlex.split(folder.manifest["command"])
-    file = next(i for i, word in enumerate(words) if word.endswith(f"launch/{folder.command}.py"))
-    return shlex.join([*start, f"launch/{folder.command}.py", *words[file + 1 :]])
+    name = next(i for i, word in enumerate(words) if Path(word).stem == folder.command)
+    options = words[name + 1 :]
+    start = ["minitron", folder.command] if words[0] == "minitron" else ["python", f"launch/{folder.command}.py"]
+    if many > 1:
+        start = ["minitron", "--nproc-per-node", str(many), folder.command]
+    return shlex.join([*start, *options])

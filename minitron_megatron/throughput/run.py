@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from minitron_megatron.checkpoints.folder import COMPUTED_IN, Output
 from minitron_megatron.config import ThroughputConfig
 from minitron_megatron.console import console, format_value, print_table, progress
+from minitron_megatron.ending import Stopped
 from minitron_megatron.errors import UserError
 from minitron_megatron.machine import usable_cores
 from minitron_megatron.models.axes import count_parameters
@@ -30,7 +31,7 @@ from minitron_megatron.models.limits import computing_dtype
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel.layout import Layout, world_size_from_env
 from minitron_megatron.parallel.precision import asks_machine, keep, record, settled
-from minitron_megatron.stages import ROOT, outlive, program_of, start_words
+from minitron_megatron.stages import ROOT, outlive, runnable, start_words
 from minitron_megatron.throughput import tensorrt_llm
 from minitron_megatron.throughput.show import COLUMNS, best_rows, table_rows, write_results
 from minitron_megatron.throughput.sources import MADE, Source, check_room, check_sources, open_sources
@@ -226,14 +227,14 @@ class _Measuring:
         request.write_text(json.dumps(asdict(work)), encoding="utf-8")
         parallel = self.cfg.parallel
         processes = parallel.tensor * parallel.pipeline if work.engine == "megatron" else 1
-        program, *start = start_words(self.cfg.start, processes)
+        start = ["python"] if processes == 1 else start_words(self.cfg.start, processes)
         if work.engine == "vllm" and self.cfg.vllm.python:
-            program = self.cfg.vllm.python
+            start = [self.cfg.vllm.python]
         own = {
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             "OMP_NUM_THREADS": str(max(1, usable_cores() // processes)),
         }
-        words = [program_of(program) or program, *start, "-m", WORKER, str(request.absolute())]
+        words = [*runnable(start), "-m", WORKER, str(request.absolute())]
         self._program(source, work, words, {**own, **os.environ, "PYTHONPATH": own["PYTHONPATH"]}, add)
 
     def _trtllm_bench(self, source: Source, work: Work, add: Callable[[Row], object]) -> None:
@@ -259,7 +260,7 @@ class _Measuring:
                 words, env=dict(environment), stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
             )
             try:
-                with outlive(child):
+                with outlive(child) as asked:
                     for line in child.stdout:
                         if line.startswith('{"batch"'):
                             add(json.loads(line))
@@ -268,6 +269,8 @@ class _Measuring:
                     child.wait()
             finally:
                 child.kill()  # nothing, once it has ended
+        if asked:
+            raise Stopped(asked[0])
         if child.returncode:
             raise UserError(f"engine={work.engine}, {source.name}: {_reason(file)} (all of it: {file})")
 

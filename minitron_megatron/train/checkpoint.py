@@ -84,10 +84,10 @@ def _mark_best(folder: Path, step: int, validation_loss: float) -> None:
 def _undisturbed() -> Iterator[None]:
     """Processes that a save starts never get the signals that ask for a stop: they inherit that these are blocked.
 
-    Slurm sends a signal to every process of a job. Megatron's writers start a helper in the first save that all later ones
-    need; without this it dies of the very signal that asks for a save.
+    Slurm sends a signal to every process of a job, as a terminal does at Ctrl-C. Megatron's writers start a helper in the first
+    save that all later ones need; without this it dies of the very signal that asks for a save.
     """
-    signals = (signal.SIGTERM, signal.SIGUSR1)
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         # Python's own helper lets SIGTERM in again when it starts: have it started.

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ import torch
 from minitron_megatron.automatic import is_on
 from minitron_megatron.config import TrainingConfig
 from minitron_megatron.data.datasets import MicroBatches, Samples
+from minitron_megatron.ending import say_from_rank_zero
 from minitron_megatron.models.forward import Batch, attention_mask, forward_only, on_device
 from minitron_megatron.models.graphs import capture_layers
 from minitron_megatron.models.head import Summed
@@ -67,7 +69,7 @@ class Trainer:
         self.chunks, self.optimizer, self.objective = chunks, optimizer, objective
         self.layout, self.cfg = layout, cfg
         self.guard = SpikeGuard(cfg.guard)
-        self.stop_asked = False
+        self.stop_asked, self.interrupted = False, False
         self.to_capture = is_on(cfg.trainer.cuda_graphs)
 
     def micro_batches(self, samples: Samples, numbers: range) -> MicroBatches:
@@ -91,6 +93,7 @@ class Trainer:
             self.forward_backward(batches)
         self._drop_gradients()
         terms, tokens, stop = self.forward_backward(batches, measure=self._measures(step, schedule.steps))
+        self.stop_asked = self.stop_asked or stop  # every rank knows of what one was asked
         lr, grad_norm = schedule.learning_rate(step), gradient_norm(self.optimizer, tokens)
         taken = self.guard.takes(step, terms["loss"], grad_norm)
         if taken:
@@ -213,14 +216,25 @@ class Trainer:
 
 @contextmanager
 def stop_on_signal(trainer: Trainer) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 (what Slurm sends before a limit) ask for a stop after the step that is running."""
+    """SIGTERM, SIGUSR1 (what Slurm sends before a limit) and Ctrl-C ask for a stop after the step that is running.
 
-    def ask(_: int, __: Any) -> None:
+    A second Ctrl-C ends at once.
+    """
+    signals = [n for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and trainer.interrupted:
+            before[signal.SIGINT](number, frame)
         trainer.stop_asked = True
+        if number == signal.SIGINT:
+            trainer.interrupted = True
+            say_from_rank_zero("Ctrl-C: this step is finished and saved first; a second Ctrl-C ends at once")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, ask) for number in signals}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        # A process that was asked is on its way out; asking again changes nothing.
+        if not trainer.stop_asked:
+            for number, handler in before.items():
+                signal.signal(number, handler)

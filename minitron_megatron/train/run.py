@@ -12,11 +12,12 @@ checks.py has all that is checked before torch is there.
 """
 
 import logging
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -48,6 +49,13 @@ from minitron_megatron.config import (
 from minitron_megatron.console import print_table
 from minitron_megatron.data.datasets import Windows, training_samples
 from minitron_megatron.data.folder import Data, verify_data
+from minitron_megatron.ending import (
+    REQUEUE,
+    STATUS_OF_SIGNAL,
+    finish_whatever_comes,
+    keeping,
+    stop_together,
+)
 from minitron_megatron.errors import Diverged
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import count_parameters, flops_per_token
@@ -65,7 +73,6 @@ from minitron_megatron.parallel.job import Job, parallel_job, pick_device
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.precision import FILE as COMPUTED_IN
 from minitron_megatron.parallel.precision import asks_machine, keep, recalled, record
-from minitron_megatron.parallel.torchrun import REQUEUE
 from minitron_megatron.starts import record_start
 from minitron_megatron.train import checkpoint, saved
 from minitron_megatron.train.checks import (
@@ -122,14 +129,17 @@ def run_training(cfg: TrainingConfig, checked: Checked) -> None:
                 verify_digest(folder)
             verify_data(data)
         inputs = {**{name: folder.digest for name, folder in folders.items()}, "data": data.digest}
-        with output_folder(
-            run / "model",
-            command=command_line(),
-            config=resolved_config(cfg),
-            inputs=inputs,
-            resume=cfg.resume,
-            reasons=reasons,
-        ) as out:
+        with (
+            output_folder(
+                run / "model",
+                command=command_line(),
+                config=resolved_config(cfg),
+                inputs=inputs,
+                resume=cfg.resume,
+                reasons=reasons,
+            ) as out,
+            keeping(lambda: _what_is_saved(run / "checkpoints")),
+        ):
             if out.done:
                 return
             if collectives.is_rank_zero():
@@ -151,7 +161,8 @@ def run_training(cfg: TrainingConfig, checked: Checked) -> None:
                     (run / DIVERGED).write_text(f"{error}\n", encoding="utf-8")
                 raise
             if results is None:
-                raise SystemExit(REQUEUE if training.asked_to_stop else 0)
+                training.leave()
+            finish_whatever_comes()
             out.results, out.precision = results, record()
             source = folders[recipe.trained]
             out.digest = publish(out.path / WEIGHTS, source.shape, training.to_publish())
@@ -200,6 +211,14 @@ def decide(
 
     graphs = choose_graphs(cfg, layout, built, before, foreseen)
     return [graphs, *choose_overlaps(cfg, layout, device.type, before)]
+
+
+def _what_is_saved(checkpoints: Path) -> str:
+    """What a run that is ended at once has, and how it goes on."""
+    there = saved.find_checkpoints(checkpoints)
+    if not there:
+        return "no step is saved yet; the same command starts the run again"
+    return f"step {there[-1][0]} is the last that is saved; the same command continues from there"
 
 
 class _Run:
@@ -275,13 +294,21 @@ class _Run:
             metrics.close()
         # The first process of a node that ends takes the others with it: rank 0 has its files written by now.
         collectives.barrier()
-        if self.asked_to_stop:
-            log.warning("stopped at step %d of %d: the same command continues it", step + 1, steps)
-        elif self.end < steps:
-            log.info("step %d of %d: as far as trainer.stop_after=%d goes", step + 1, steps, cfg.trainer.stop_after)
+        self.reached = step + 1
         if self.asked_to_stop or self.end < steps:
             return None
         return self._results(last, validation)
+
+    def leave(self) -> NoReturn:
+        """End the process with steps left: they are for the same command, later."""
+        steps = self.schedule.steps
+        if self.asked_to_stop:
+            status = STATUS_OF_SIGNAL[signal.SIGINT] if self.loop.interrupted else REQUEUE
+            stop_together(f"at step {self.reached} of {steps}, which is saved: the same command continues it", status)
+        log.info(
+            "step %d of %d: as far as trainer.stop_after=%d goes", self.reached, steps, self.cfg.trainer.stop_after
+        )
+        raise SystemExit(0)
 
     def _look_at_the_clock(self) -> None:
         limit = self.cfg.trainer.time_limit_minutes

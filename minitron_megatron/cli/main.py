@@ -1,0 +1,173 @@
+"""The command line: `minitron NAME option=value …`, one process or several, and what each file in launch/ calls.
+
+    minitron prune model=…                                   one process, as python launch/prune.py model=…
+    minitron --nproc-per-node 8 prune model=…                eight: checked here, then started by torchrun without its noise
+    torchrun --nproc-per-node 8 -m minitron_megatron prune model=…          plain torchrun
+
+torchrun's options, before the command's name or after it, say how it starts. Nothing heavy is imported before the signals are
+handled.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from minitron_megatron import ending
+
+# torchrun's options that may follow the command's name, with how many words each takes.
+_OF_TORCHRUN = {
+    "--nproc-per-node": 1,
+    "--nnodes": 1,
+    "--node-rank": 1,
+    "--rdzv-backend": 1,
+    "--rdzv-endpoint": 1,
+    "--rdzv-id": 1,
+    "--rdzv-conf": 1,
+    "--master-addr": 1,
+    "--master-port": 1,
+    "--local-addr": 1,
+    "--max-restarts": 1,
+    "--log-dir": 1,
+    "--tee": 1,
+    "--redirects": 1,
+    "--standalone": 0,
+}
+# Several nodes: each one's part of the job cannot be checked as the whole.
+_OF_NODES = ("--nnodes", "--node-rank", "--rdzv", "--master")
+_USAGE = """minitron COMMAND option=value …                         in one process
+minitron --nproc-per-node 8 COMMAND option=value …      in eight on this machine
+minitron COMMAND --help                                 its options"""
+
+
+def main() -> None:
+    """`minitron …` and `python -m minitron_megatron …`."""
+    with ends_in_one_line():
+        start, words = split(sys.argv[1:])
+        if words[:1] == ["-m"]:
+            # A module of this software's own, as torchrun takes it.
+            _start([*start, *words])
+        if not words or words[0] in ("--help", "-h"):
+            show_commands()
+            return
+        name = find(words[0])
+        _as_if_typed(name, words[1:])
+        if not start or {"--help", "-h"} & set(words):
+            run(name)
+            return
+        if "RANK" in os.environ:
+            from minitron_megatron.errors import UserError
+
+            raise UserError(f"{start[0]} inside a job that has its processes: leave it out")
+        _check_here(name, start, words[1:])
+        _start([*start, "-m", "minitron_megatron", name, *words[1:]])
+
+
+def command(name: str) -> None:
+    """One command with the words of sys.argv: what launch/NAME.py calls."""
+    with ends_in_one_line():
+        run(name)
+
+
+@contextmanager
+def ends_in_one_line() -> Iterator[None]:
+    """Whatever ends a command before its time is said once, in a line; gives the process its exit status."""
+    ending.handle_signals()
+    try:
+        yield
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if ending.is_a_bug(error) and not ending.several():
+            raise
+        sys.exit(ending.report(error))
+    finally:
+        ending.no_more_signals()
+
+
+def run(name: str, *, only_check: bool = False) -> None:
+    """Run a command of this process's words, or look only at what they ask for. Raises UserError."""
+    from minitron_megatron.cli.commands import COMMANDS
+    from minitron_megatron.launcher import command
+
+    command(COMMANDS[name], only_check=only_check)
+
+
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """(how to start, the command's name and its words). Raises UserError."""
+    start: list[str] = []
+    rest: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if word == "--":
+            return start, [*rest, word, *left]
+        option, has_value, _ = word.partition("=")
+        takes = _OF_TORCHRUN.get(option.replace("_", "-"))
+        if takes is None:
+            rest.append(word)
+            continue
+        if takes and not has_value and not left:
+            from minitron_megatron.errors import UserError
+
+            raise UserError(f"{word} needs a value, as in {word} 8")
+        start += [word, *([left.pop(0)] if takes and not has_value else [])]
+    return start, rest
+
+
+def find(word: str) -> str:
+    """The command that a word names: prune, or a path of launch/prune.py. Raises UserError with the nearest one."""
+    from minitron_megatron.cli.commands import COMMANDS
+    from minitron_megatron.errors import UserError
+
+    name = word.rpartition("launch/")[2].removesuffix(".py")
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"there is no command {word!r}: {hint}(minitron --help lists all)")
+    return name
+
+
+def show_commands() -> None:
+    """Every command with a line about it."""
+    from rich.table import Table
+
+    from minitron_megatron.cli.commands import COMMANDS
+    from minitron_megatron.console import console
+
+    screen, table = console(), Table(box=None, show_header=False, pad_edge=False)
+    screen.print(f"{_USAGE}\n", markup=False, highlight=False)
+    for name, entry in COMMANDS.items():
+        table.add_row(name, " ".join((entry.config.__doc__ or "").split()).partition(". ")[0])
+    screen.print(table)
+
+
+def _as_if_typed(name: str, words: list[str]) -> None:
+    """Messages and manifests then have the command as it is typed."""
+    sys.argv = [f"minitron {name}", *words]
+
+
+def _check_here(name: str, start: list[str], words: list[str]) -> None:
+    """Say a mistake before any process starts, where the number of processes is known. Raises UserError."""
+    options = [word.partition("=")[0].replace("_", "-") for word in start]
+    given = dict(zip(options, [*start[1:], ""], strict=True))
+    processes = next((word.partition("=")[2] for word in start if word.startswith("--nproc") and "=" in word), None)
+    processes = processes or given.get("--nproc-per-node", "")
+    if not processes.isdecimal() or any(option.startswith(_OF_NODES) for option in options):
+        return
+    if any(word.startswith("-") and word != "--" for word in words):
+        return  # Hydra's own flags
+    os.environ["WORLD_SIZE"] = processes
+    try:
+        run(name, only_check=True)
+    finally:
+        del os.environ["WORLD_SIZE"]
+        _as_if_typed(name, words)
+
+
+def _start(words: list[str]) -> NoReturn:
+    from minitron_megatron.parallel.torchrun import launch
+
+    sys.exit(launch(words))

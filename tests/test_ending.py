@@ -1,0 +1,261 @@
+"""How commands end before their time: one line, from the rank that failed first, and the exit status that is documented.
+
+The first half tries the claims with processes that do nothing else; the second with real training under torchrun, by itself,
+by the launcher, and by two launchers that stand for two nodes.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from minitron_megatron import ending
+from minitron_megatron.errors import UserError
+from tests.test_commands import ROOT, TORCHRUN, distill_words, environment, free_port
+from tests.tiny import data_folder, hf_model, imported
+
+HOST = socket.gethostname()
+LAUNCHER = [sys.executable, "-m", "minitron_megatron.parallel.torchrun"]
+DAMAGED = "this rank's folder is damaged: copy it again"
+
+# --- Claims, without torch --------------------------------------------------------------------------------------------
+
+RANK = """
+import sys, time
+from minitron_megatron import ending
+from minitron_megatron.errors import UserError
+ending.handle_signals()
+what, wait = sys.argv[1], float(sys.argv[2])
+time.sleep(wait)
+error = {
+    "mistake": UserError("a mistake"), "bug": ValueError("a bug"),
+    "peer": RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234"),
+}[what]
+status = ending.report(error)
+assert "torch" not in sys.modules
+sys.exit(status)
+"""
+
+
+def ranks(folder: Path, whats: Sequence[tuple[str, float]], **variables: str) -> list[tuple[int, str]]:
+    """(exit status, standard error) of processes that fail so, each after so many seconds, as ranks of a node."""
+    started = []
+    for rank, (what, wait) in enumerate(whats):
+        own = {"RANK": str(rank), "WORLD_SIZE": str(len(whats)), "LOCAL_WORLD_SIZE": str(len(whats)), **variables}
+        file = folder / "attempt_0" / str(rank) / "error.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        own |= {} if variables else {"TORCHELASTIC_ERROR_FILE": str(file), "GROUP_WORLD_SIZE": "1"}
+        words = [sys.executable, "-c", RANK, what, str(wait)]
+        started.append(subprocess.Popen(words, env={**os.environ, **own}, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+    return [(process.wait(60), process.communicate()[1]) for process in started]
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_of_ranks_that_fail_alike_one_speaks(tmp_path, count):
+    ended = ranks(tmp_path, [("mistake", 0.0)] * count)
+    assert [status for status, _ in ended] == [2] * count
+    (line,) = "".join(said for _, said in ended).splitlines()
+    assert re.fullmatch(rf"error: rank \d on {HOST}: a mistake", line)
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_the_first_speaks_and_the_others_end_with_its_status(tmp_path, first):
+    whats = [("bug", 1.5)] * 3
+    whats[first] = ("mistake", 0.0)
+    ended = ranks(tmp_path, whats)
+    assert [status for status, _ in ended] == [2, 2, 2]
+    assert [said for _, said in ended if said] == [f"error: rank {first} on {HOST}: a mistake\n"]
+
+
+def test_who_lost_a_peer_leaves_the_word_to_the_peer(tmp_path):
+    ended = ranks(tmp_path, [("peer", 0.0), ("mistake", 1.0)])
+    assert [status for status, _ in ended] == [2, 2]
+    assert [said for _, said in ended] == ["", f"error: rank 1 on {HOST}: a mistake\n"]
+
+
+def test_who_lost_a_peer_that_says_nothing_says_so_in_a_line(tmp_path):
+    (status, said), *_ = ranks(tmp_path, [("peer", 0.0), ("peer", 9.0)])
+    assert status == 1 and len(said.splitlines()) == 1
+    assert "rank 0" in said and "lost another process of the job" in said and "closed by peer [127.0.0.1]:1234" in said
+
+
+def test_a_bug_of_several_processes_has_its_traceback_once(tmp_path):
+    ended = ranks(tmp_path, [("bug", 0.0), ("bug", 1.0)])
+    said = "".join(said for _, said in ended)
+    assert said.startswith(f"error: rank 0 on {HOST}: ValueError: a bug\n") and said.count("ValueError: a bug") == 2
+    assert [status for status, _ in ended] == [1, 1]
+
+
+def test_without_torchrun_a_job_speaks_every_time(tmp_path):
+    for _ in range(2):
+        ended = ranks(tmp_path, [("mistake", 0.0), ("mistake", 0.5)], TMPDIR=str(tmp_path))
+        assert [status for status, _ in ended] == [2, 2]
+        assert "".join(said for _, said in ended).count("a mistake") == 1
+
+
+def test_a_store_that_does_not_answer_keeps_nobody_silent(tmp_path, monkeypatch, capsys):
+    unreachable = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "10.255.255.1",
+        "MASTER_PORT": "9",
+        "TMPDIR": str(tmp_path),
+    }
+    for name, value in unreachable.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ending._State, "status", None)
+    monkeypatch.setattr(ending.tempfile, "tempdir", str(tmp_path))
+    began = time.monotonic()
+    assert ending.report(UserError("a mistake")) == 2
+    assert capsys.readouterr().err == f"error: rank 1 on {HOST}: a mistake\n"
+    assert time.monotonic() - began < ending.SECONDS_FOR_THE_STORE + 5
+
+
+# --- Real jobs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """Options of a distillation of tiny models, without its output."""
+    folder = tmp_path_factory.mktemp("ending")
+    teacher = imported(hf_model(), folder)
+    student = imported(hf_model(1, hidden_size=16), folder / "student")
+    data = data_folder(folder, teacher)
+    return [str(word) for word in distill_words(teacher, student, data, "", steps=400)[1:-1]] + ["data.max_epochs=99"]
+
+
+def failing(rank: int, where: str | int, what: str, words: list[str], output: Path) -> list[str]:
+    script = str(ROOT / "tests" / "failing.py")
+    return [script, "distill", str(rank), str(where), what, *words, f"output={output}"]
+
+
+def job(start: list[str], command: list[str], **variables: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*start, *command], env={**environment(), "PYTHONPATH": str(ROOT), **variables}, cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def gone(*jobs: subprocess.Popen) -> Iterator[None]:
+    """Nothing of them is left behind."""
+    try:
+        yield
+    finally:
+        for one in jobs:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(one.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "rank", "where", "what", "status", "says"),
+    [
+        (2, 1, "start", "mistake", 2, [f"error: rank 1 on {HOST}: {DAMAGED}"]),
+        (2, 1, 3, "mistake", 2, [f"error: rank 1 on {HOST}: {DAMAGED}"]),
+        (4, 3, "start", "bug", 1, [f"error: rank 3 on {HOST}: ValueError: a bug of this rank", "Traceback"]),
+        (2, 1, 3, "kill", 137, [f"error: rank 1 on {HOST} was killed by SIGKILL: "]),
+        (2, 0, 3, "exit", 3, [f"error: rank 0 on {HOST} ended with status 3 and did not say why"]),
+    ],
+    ids=["mistake at start", "mistake in training", "bug on the last rank", "killed", "without a word"],
+)
+def test_under_the_launcher_the_reason_is_all_that_is_said(words, tmp_path, processes, rank, where, what, status, says):
+    running = job([*LAUNCHER, "--nproc-per-node", str(processes)], failing(rank, where, what, words, tmp_path / "x"))
+    with gone(running):
+        said = running.communicate(timeout=400)[1].splitlines()
+    assert running.returncode == status, said
+    assert [line[: len(start)] for line, start in zip(said, says, strict=False)] == says
+    assert len(said) == len(says) or (what == "bug" and said[-1] == "ValueError: a bug of this rank"), said
+
+
+@pytest.mark.slow
+def test_under_plain_torchrun_the_reason_is_said_once(words, tmp_path):
+    start = [TORCHRUN, "--nproc-per-node", "2", "--master-port", str(free_port())]
+    running = job(start, failing(1, 3, "mistake", words, tmp_path / "x"))
+    with gone(running):
+        said = running.communicate(timeout=400)[1]
+    assert [line for line in said.splitlines() if "error:" in line] == [f"error: rank 1 on {HOST}: {DAMAGED}"]
+    assert "gloo" not in said and said.count("Traceback") == 1, "torchrun's own"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "where", "what"), [(0, 3, "mistake")])
+def test_two_nodes_say_it_once(words, tmp_path, rank, where, what):
+    meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "x"]
+    start = [*LAUNCHER, *meet, "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"]
+    nodes = [job(start, failing(rank, where, what, words, tmp_path / "x")) for _ in range(2)]
+    with gone(*nodes):
+        said = [line for node in nodes for line in node.communicate(timeout=400)[1].splitlines()]
+    assert said == [f"error: rank {rank} on {HOST}: {DAMAGED}"]
+    assert {node.returncode for node in nodes} == {2}
+
+
+def wait_for_step(running: subprocess.Popen, output: Path, timeout: float = 400.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not list((output / "checkpoints").glob("step_*")):
+        assert time.monotonic() < deadline and running.poll() is None, running.communicate()
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_in_training_ends_with_what_is_saved(words, tmp_path, processes, number, status):
+    output = tmp_path / "x"
+    start = [sys.executable, "-m", "minitron_megatron"] + (["--nproc-per-node", "2"] if processes == 2 else [])
+    running = job(start, ["distill", *words, f"output={output}"])
+    with gone(running):
+        wait_for_step(running, output)
+        os.killpg(running.pid, number)  # as a terminal does
+        said = running.communicate(timeout=400)[1].splitlines()
+    assert running.returncode == status, said
+    step = max(int(path.name.partition("_")[2]) for path in (output / "checkpoints").glob("step_*"))
+    assert said[-1] == f"stopped at step {step} of 400, which is saved: the same command continues it"
+    asked = ["Ctrl-C: this step is finished and saved first; a second Ctrl-C ends at once"] * (number == signal.SIGINT)
+    assert said[:-1] == asked
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once(words, tmp_path):
+    output = tmp_path / "x"
+    slow = failing(0, 3, "slow", [word.replace("save_interval=2", "save_interval=1") for word in words], output)
+    running = job([sys.executable], slow)
+    with gone(running):
+        wait_for_step(running, output)
+        time.sleep(3)
+        os.killpg(running.pid, signal.SIGINT)
+        time.sleep(1)
+        os.killpg(running.pid, signal.SIGINT)
+        said = running.communicate(timeout=30)[1].splitlines()
+    assert running.returncode == 130 and len(said) == 2
+    assert re.fullmatch(
+        r"stopped by Ctrl-C: step \d is the last that is saved; the same command continues from there", said[1]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.3, 1.0, 3.0])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
+def test_a_signal_while_a_command_starts_is_one_line(words, tmp_path, delay, number, status):
+    running = job([sys.executable, str(ROOT / "launch" / "distill.py")], [*words, f"output={tmp_path / 'x'}"])
+    with gone(running):
+        # Python itself has to be up.
+        while Path(f"/proc/{running.pid}/status").read_text().find("SigCgt:\t0000000000000") >= 0:
+            time.sleep(0.005)
+        time.sleep(delay)
+        running.send_signal(number)
+        said = running.communicate(timeout=120)[1]
+    assert "Traceback" not in said
+    if said:
+        assert running.returncode == status
+        assert said.startswith("stopped by ") and len(said.splitlines()) == 1 and "the same command" in said
+    else:  # before the first line of this software
+        assert running.returncode == -number
