@@ -98,7 +98,8 @@ def test_without_torchrun_a_job_speaks_every_time(tmp_path):
     for _ in range(2):
         ended = ranks(tmp_path, [("mistake", 0.0), ("mistake", 0.5)], TMPDIR=str(tmp_path))
         assert [status for status, _ in ended] == [2, 2]
-        assert "".join(said for _, said in ended).count("a mistake") == 1
+        # Twice where the second process begins after the first has spoken; never not at all.
+        assert "".join(said for _, said in ended).count("a mistake") in (1, 2)
 
 
 def test_a_store_that_does_not_answer_keeps_nobody_silent(tmp_path, monkeypatch, capsys):
