@@ -179,7 +179,7 @@ def test_a_model_of_8_billion_on_a_node_of_gpus(hydra, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "8 processes" in printed and "GiB of a h100" in printed and "8,030,261,248" in printed
     assert "data.sequence_length=4096" in printed and "optim.lr=0.0001" in printed
-    assert "torchrun" in printed and list(tmp_path.iterdir()) == []
+    assert "$ minitron --nproc-per-node 8 distill" in printed and list(tmp_path.iterdir()) == []
 
 
 def test_what_a_machine_has_no_room_for_is_said(hydra, given, tmp_path, monkeypatch):
