@@ -130,13 +130,13 @@ class Launcher:
     def _after(self, rank: int, failure: object) -> int:
         """Say what the process that failed first could not say itself; gives its exit status."""
         code, where = failure.exitcode, f"rank {rank} on {socket.gethostname()}"
+        # What it had started, such as a checkpoint's writer, works for nobody now.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(failure.pid, signal.SIGKILL)
         if code < 0 and -code in self.told:
             say(f"stopped by {signal.Signals(-code).name}: {where} had not begun")
             return STATUS_OF_SIGNAL.get(-code, exit_status(code))
         if code < 0:
-            # What it had started, such as a checkpoint's writer, works for nobody now.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(failure.pid, signal.SIGKILL)
             likely = _LIKELY.get(-code, "")
             if -code == signal.SIGKILL and _killed_for_memory() > self.killed_before:
                 likely = "the kernel killed processes here meanwhile since memory was out"
