@@ -10,7 +10,7 @@ from hydra import initialize_config_dir
 from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.config import REQUIRED, model_options, options
 from minitron_megatron.errors import UserError
-from minitron_megatron.launcher import CONF, compose, presets, resolved_config
+from minitron_megatron.launcher import CONF, ROOT, compose, presets, resolved_config
 from tests.test_commands import error_of, run
 
 
@@ -130,7 +130,7 @@ def test_a_folder_whose_name_ends_like_a_file_is_a_folder(tmp_path):
 
 
 def test_the_chain_of_the_documentation_is_one(tmp_path):
-    text = (CONF.parent / "docs" / "chains.md").read_text()
+    text = (ROOT / "docs" / "chains.md").read_text()
     file = write(tmp_path, text.partition("```yaml\n")[2].partition("```")[0])
     config = composed("compress", f"chain={file}")
     assert [one["name"] for one in config["rounds"]] == ["half", "quarter"]
