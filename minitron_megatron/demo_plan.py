@@ -10,6 +10,7 @@ cost. A plan never takes longer than asked. Constants are CPU seconds of two kin
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from typing import Any
 
 from minitron_megatron.demo_speed import WORDS, Speed
 from minitron_megatron.errors import UserError
+from minitron_megatron.first_moments import STATUS_OF_SIGNAL
 from minitron_megatron.machine import free_gib, usable_cores
 
 # Of the minutes that are asked for, what is planned: the rest is for what the estimate does not see, and for making .venv.
@@ -228,8 +230,24 @@ def measure_machine() -> Machine:
     processes = 2 if cores > 1 and memory >= 2 * GIB_OF_A_PROCESS else 1
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // processes))}
     command = [sys.executable, "-m", "minitron_megatron.demo_speed"]
-    started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
-    printed = [child.communicate()[0] for child in started]
+    started: list[subprocess.Popen] = []
+    try:
+        for _ in range(processes):
+            # Ctrl-C is for this process, which ends them: all that it has started, whenever it comes.
+            signal.pthread_sigmask(signal.SIG_BLOCK, STATUS_OF_SIGNAL)
+            try:
+                started.append(
+                    subprocess.Popen(
+                        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+                    )
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, STATUS_OF_SIGNAL)
+        printed = [child.communicate()[0] for child in started]
+    finally:
+        for child in started:
+            child.kill()  # nothing, once it has ended
+            child.wait()
     if any(child.returncode for child in started):
         raise UserError(
             "this machine's speed could not be measured (python -m minitron_megatron.demo_speed): see above"

@@ -12,6 +12,7 @@ several nodes alone.
 import contextlib
 import datetime
 import errno
+import fcntl
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,9 +31,8 @@ from types import FrameType
 from typing import Any, ClassVar, NoReturn
 
 from minitron_megatron.errors import UserError, in_one_line
+from minitron_megatron.first_moments import NAMES, NOTHING_KEPT, STATUS_OF_SIGNAL
 
-# EX_TEMPFAIL of sysexits.h: not finished; the same command continues.
-REQUEUE = 75
 USER_MISTAKE = 2
 # A process that lost its peer, or was told to end, waits so long for the reason of the one that failed first.
 SECONDS_OF_PATIENCE = 5.0
@@ -44,8 +45,6 @@ LAUNCHER = "MINITRON_LAUNCHER"
 TOLD = "told"
 # Which rank speaks, beside the logs of torchrun's processes.
 CLAIM = "first_failure.json"
-STATUS_OF_SIGNAL = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: REQUEUE}
-_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1"}
 # Troubles with files that a user can put right.
 _OF_THE_USER = frozenset(
     (
@@ -68,18 +67,25 @@ _PEER_IS_GONE = re.compile(
     r"|failed to recv, got 0 bytes|connect.*timed out|timed out waiting \d+ms|wait timeout|store is unreachable",
     re.IGNORECASE,
 )
+# Their own words, not another library's of a connection of its own.
+_OF_GROUPS = re.compile(r"gloo|nccl|TCPStore|store is unreachable|wait timeout|ProcessGroup", re.IGNORECASE)
 _BEGAN = time.time()
+# Without torchrun the ranks of a job begin one after another: a rank may find the claim of one that failed before it began.
+SECONDS_BETWEEN_RANKS = 30.0
 
+try:
+    _FOLDER = os.getcwd()
+except OSError:  # it was removed
+    _FOLDER = ""
 
 SOME_KEPT = "what is done so far is kept; the same command continues"
-NOTHING_KEPT = "nothing of it is kept; the same command starts again"
 
 
 class Stopped(BaseException):
     """A signal asked for the end: what has begun is unwound, and the command ends."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"by {_NAMES[number]}: {_State.kept[-1]()}")
+        super().__init__(f"by {NAMES[number]}: {_State.kept[-1]()}")
         self.number = number
 
 
@@ -100,13 +106,19 @@ class Reason:
 
 @dataclass(frozen=True)
 class Claim:
-    """Who speaks for a node or a job, how it ends, and whether the reason has been printed."""
+    """Who speaks for a node or a job, how it ends, and whether the reason has been printed.
+
+    text: the reason. when: seconds since the epoch. silent: ranks that left the word to it.
+    """
 
     rank: int
     host: str
     status: int
     pid: int
     said: bool = False
+    text: str = ""
+    when: float = 0.0
+    silent: tuple[int, ...] = ()
 
 
 class _State:
@@ -140,10 +152,12 @@ def reason_of(error: BaseException) -> Reason:
     if isinstance(error, OSError) and error.filename is not None and error.errno in _OF_THE_USER:
         advice = "mend it or choose another place, and run the same command again"
         return Reason(f"{error.filename}: {error.strerror}: {advice}", USER_MISTAKE)
+    trace = "".join(traceback.format_exception(error))
     if several() and any(_is_of_a_peer(cause) for cause in chain):
         where = _last_own_line(error)
-        return Reason(f"lost another process of the job{where}: {in_one_line(error, 200)}", 1, follows=True)
-    trace = "".join(traceback.format_exception(error))
+        surely = any(_OF_GROUPS.search(str(cause)) for cause in chain)
+        text = f"lost another process of the job{where}: {in_one_line(error, 200)}"
+        return Reason(text, 1, trace="" if surely else trace, follows=True)
     return Reason(f"{type(error).__name__}: {in_one_line(error, 200)}", 1, trace=trace)
 
 
@@ -266,10 +280,12 @@ def _spans_nodes() -> bool:
 
 
 def _as_one_of_several(reason: Reason) -> int:
-    mine = Claim(_number("RANK", 0), socket.gethostname(), reason.status, os.getpid())
+    mine = Claim(
+        _number("RANK", 0), socket.gethostname(), reason.status, os.getpid(), text=reason.text, when=time.time()
+    )
     file = claim_file()
     if reason.follows:
-        first = _claimed_meanwhile(file)
+        first = _claimed_meanwhile(file, reason, mine)
         if first is not None:
             return _wait_until_said(file, first, reason, mine)
         if _a_neighbour_is_gone():
@@ -278,73 +294,132 @@ def _as_one_of_several(reason: Reason) -> int:
             reason = Reason("another process of this node was killed, or ended without a word: torchrun names it", 1)
     if file is not None:
         with contextlib.suppress(OSError):  # no place for a claim: say it
-            if not _claim(file, mine):
+            if not _claim(file, reason, mine):
                 return _wait_until_said(file, None, reason, mine)
     if _spans_nodes():
         first = _first_of_job(mine)
         if first is not None:
-            _mark_as_said(file, first)
+            _mark_as_said(file, mine, first)
             return first.status
     _speak(reason, mine)
-    _mark_as_said(file, mine)
+    _mark_as_said(file, mine, mine)
     return reason.status
 
 
 def claim_file() -> Path | None:
     """The file that the first rank of a node makes.
 
-    torchrun gives each start of a job a folder on each node. Without it the name is that of the job, and a claim from before
-    this process began is another job's.
+    torchrun gives each start of a job a folder on each node. Without it the name is that of the job: where its processes meet,
+    their command line and folder. Another job may have had that name before (`_is_of_my_job`).
     """
     if os.environ.get("TORCHELASTIC_ERROR_FILE"):
         return Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parent.parent / CLAIM
     of_job = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_STEP_ID")
     name = "-".join(re.sub(r"\W", "_", os.environ.get(variable, "")) for variable in of_job)
+    words = "\0".join((_FOLDER, *sys.orig_argv)).encode(errors="surrogateescape")
     folder = Path(tempfile.gettempdir()) / f"minitron-{os.getuid()}"
-    file = folder / f"{name}.json"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        if file.stat().st_mtime < _BEGAN:
-            file.unlink()
-    except FileNotFoundError:
-        pass
     except OSError:
         return None
-    return file
+    return folder / f"{name}-{zlib.crc32(words):08x}.json"
 
 
-def _claim(file: Path, mine: Claim) -> bool:
-    """Take a node's claim; False when another rank has it."""
-    try:
-        with open(file, "x", encoding="utf-8") as out:
-            json.dump(asdict(mine), out)
-    except FileExistsError:
+def _is_of_my_job(claim: Claim, reason: Reason, mine: Claim) -> bool:
+    """Whether the word may be left to a claim. With torchrun always; without it only to one of the same start, for all we know.
+
+    Its reason is this rank's own too, or one that this rank's follows from; it is of this rank's time; and this rank has not
+    spoken by it, or been silent for it, before: that was an earlier start of the job.
+    """
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        return True
+    if mine.rank in (claim.rank, *claim.silent):
         return False
+    if reason.follows:
+        return claim.when >= _BEGAN
+    return claim.text == reason.text and claim.when >= _BEGAN - SECONDS_BETWEEN_RANKS
+
+
+def _claim(file: Path, reason: Reason, mine: Claim) -> bool:
+    """Take a node's claim; False when the word is left to another rank, which has it."""
+    with _one_at_a_time(file):
+        try:
+            with open(file, "x", encoding="utf-8") as out:
+                json.dump(asdict(mine), out)
+        except FileExistsError:
+            if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+                return False
+            if _left_to(file, reason, mine):
+                return False
+            _write(file, mine)
     return True
+
+
+def _left_to(file: Path, reason: Reason, mine: Claim) -> Claim | None:
+    """The claim to which this rank leaves the word, which then says so."""
+    claim = read_claim(file)
+    if claim is None or not _is_of_my_job(claim, reason, mine):
+        return None
+    if not os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        _write(file, replace(claim, silent=(*claim.silent, mine.rank)))
+    return claim
+
+
+@contextlib.contextmanager
+def _one_at_a_time(file: Path) -> Iterator[None]:
+    """Of the processes that look at a claim and change it; a lock that cannot be had in time is done without."""
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        yield  # making the file is all
+        return
+    with open(file.with_suffix(".lock"), "a", encoding="utf-8") as lock:
+        deadline = time.monotonic() + SECONDS_OF_PATIENCE
+        while time.monotonic() < deadline:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.02)
+        yield
+
+
+def _claim_in(text: str) -> Claim:
+    values = json.loads(text)
+    return Claim(**{**values, "silent": tuple(values["silent"])})
 
 
 def read_claim(file: Path | None) -> Claim | None:
     """The claim in a file, None when there is none or it is being written."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         if file is not None:
-            return Claim(**json.loads(file.read_text(encoding="utf-8")))
+            return _claim_in(file.read_text(encoding="utf-8"))
     return None
 
 
-def _mark_as_said(file: Path | None, claim: Claim) -> None:
+def _write(file: Path, claim: Claim) -> None:
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(asdict(claim)), encoding="utf-8")
+    partial.replace(file)
+
+
+def _mark_as_said(file: Path | None, mine: Claim, first: Claim) -> None:
+    """Have the node's claim, which is `mine`, say that the reason of `first` is printed."""
     with contextlib.suppress(OSError):
         if file is not None:
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(asdict(replace(claim, said=True))), encoding="utf-8")
-            partial.replace(file)
+            with _one_at_a_time(file):
+                now = read_claim(file) or mine
+                if (now.rank, now.pid) == (mine.rank, mine.pid):
+                    _write(file, replace(first, said=True, when=mine.when, silent=now.silent))
 
 
-def _claimed_meanwhile(file: Path | None) -> Claim | None:
+def _claimed_meanwhile(file: Path | None, reason: Reason, mine: Claim) -> Claim | None:
     """The claim of a rank that failed before this one, which may still be on its way to say so."""
-    deadline = time.monotonic() + SECONDS_OF_PATIENCE
-    while (claim := read_claim(file)) is None and time.monotonic() < deadline and not _a_neighbour_is_gone():
+    deadline, more = time.monotonic() + SECONDS_OF_PATIENCE, file is not None
+    while more:
+        more = time.monotonic() < deadline and not _a_neighbour_is_gone()
+        with contextlib.suppress(OSError), _one_at_a_time(file):
+            if (claim := _left_to(file, reason, mine)) is not None:
+                return claim
         time.sleep(0.05)
-    return claim or read_claim(file)
+    return None
 
 
 def _wait_until_said(file: Path, first: Claim | None, reason: Reason, mine: Claim) -> int:
@@ -392,7 +467,7 @@ def _first_of_job(mine: Claim) -> Claim | None:
     os.close(shown)
     if not found:
         return None
-    first = Claim(**json.loads(found[0]))
+    first = _claim_in(found[0])
     return None if first == mine else first
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from minitron_megatron.checkpoints.folder import MANIFEST, load_yaml
 from minitron_megatron.config import CompressConfig
 from minitron_megatron.console import console
-from minitron_megatron.ending import STATUS_OF_SIGNAL, stop_together
+from minitron_megatron.ending import NOTHING_KEPT, STATUS_OF_SIGNAL, keeping, stop_together
 from minitron_megatron.errors import UserError
 from minitron_megatron.machine import usable_cores
 from minitron_megatron.parallel.torchrun import exit_status
@@ -152,7 +152,8 @@ class Stages:
             console().print(f"[dim]{name}: done before in {before['seconds']:.0f} s ({there})[/dim]")
             return
         began = time.monotonic()
-        work()
+        with keeping(lambda: _kept(name)):
+            work()
         self.done[name] = {"seconds": round(time.monotonic() - began, 1), "what": what}
         if output is not None:
             self.done[name]["starting"] = _seconds_starting(output)
@@ -185,7 +186,8 @@ class Stages:
             console().print(f"\n$ {line}", style="bold", markup=False, highlight=False, soft_wrap=True)
             status, reason = run_program(runnable(words), processes)
             if status in STATUS_OF_SIGNAL.values():
-                stop_together(f"in {name}, {reason or 'which was asked to end: the same command continues'}", status)
+                reason = (reason or f"which was asked to end: {NOTHING_KEPT}").replace(NOTHING_KEPT, _kept(name))
+                stop_together(f"in {name}, {reason}", status)
             if status:
                 reason = reason or f"ended with status {status}; mend what it says and run the same command again"
                 raise UserError(f"{name}: {reason}")
@@ -194,6 +196,11 @@ class Stages:
 
         what = {"command": [file, *options], "inputs": self.inputs}
         self.run(name, output if whole(output) else output / MANIFEST, work, what, output)
+
+
+def _kept(name: str) -> str:
+    """What an end in the middle of a stage leaves, whose command keeps nothing of it."""
+    return f"the stages before {name} are kept; the same command continues with it"
 
 
 def _seconds_starting(output: Path) -> float | None:

@@ -1,7 +1,8 @@
 """A command of launch/ in which something happens on one rank: `python tests/failing.py NAME RANK WHERE WHAT option=value …`.
 
 WHERE: "start", before the options are checked, or the number of a training step, after the collectives of those before it.
-WHAT: "mistake" (UserError), "bug" (ValueError), "kill" (SIGKILL), "exit" (status 3 without a word), "slow" (a minute).
+WHAT: "mistake" (UserError), "bug" (ValueError), "kill" (SIGKILL), "exit" (status 3 without a word), "slow" (a minute),
+"nothing"; one for each start of the job by torchrun, as "bug,nothing".
 """
 
 import os
@@ -15,9 +16,10 @@ from minitron_megatron.cli.main import command
 from minitron_megatron.errors import UserError
 
 
-def happen(what: str) -> None:
-    """What is to happen."""
-    match what:
+def happen(whats: str) -> None:
+    """What is to happen in this start of the job; the last is for all that come after."""
+    start, each = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), whats.split(",")
+    match each[min(start, len(each) - 1)]:
         case "mistake":
             raise UserError("this rank's folder is damaged: copy it again")
         case "bug":

@@ -17,8 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from minitron_megatron import ending
+from minitron_megatron import ending, stages
+from minitron_megatron.cli import main
 from minitron_megatron.errors import UserError
+from minitron_megatron.parallel import torchrun
+from minitron_megatron.parallel.torchrun import children
 from tests.test_commands import ROOT, TORCHRUN, distill_words, environment, free_port
 from tests.tiny import data_folder, hf_model, imported
 
@@ -29,31 +32,45 @@ DAMAGED = "this rank's folder is damaged: copy it again"
 # --- Claims, without torch --------------------------------------------------------------------------------------------
 
 RANK = """
-import sys, time
+import os, sys, time
 from minitron_megatron import ending
 from minitron_megatron.errors import UserError
 ending.handle_signals()
-what, wait = sys.argv[1], float(sys.argv[2])
+what, wait = os.environ["FAILS"].rsplit(" ", 1)
+wait = float(wait)
 time.sleep(wait)
 error = {
     "mistake": UserError("a mistake"), "bug": ValueError("a bug"),
     "peer": RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234"),
-}[what]
+    "other": UserError("another mistake"),
+}.get(what) or RuntimeError(what)
+try:
+    raise error
+except Exception:
+    pass
 status = ending.report(error)
 assert "torch" not in sys.modules
 sys.exit(status)
 """
 
 
-def ranks(folder: Path, whats: Sequence[tuple[str, float]], **variables: str) -> list[tuple[int, str]]:
-    """(exit status, standard error) of processes that fail so, each after so many seconds, as ranks of a node."""
+def ranks(
+    folder: Path, whats: Sequence[tuple[str, float]], apart: float = 0.0, **variables: str
+) -> list[tuple[int, str]]:
+    """(exit status, standard error) of processes that fail so, each after so many seconds, as ranks of a node.
+
+    They start so many seconds `apart`; with variables it is without torchrun.
+    """
     started = []
     for rank, (what, wait) in enumerate(whats):
         own = {"RANK": str(rank), "WORLD_SIZE": str(len(whats)), "LOCAL_WORLD_SIZE": str(len(whats)), **variables}
         file = folder / "attempt_0" / str(rank) / "error.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         own |= {} if variables else {"TORCHELASTIC_ERROR_FILE": str(file), "GROUP_WORLD_SIZE": "1"}
-        words = [sys.executable, "-c", RANK, what, str(wait)]
+        # The words are the same for all, as those of a job.
+        own["FAILS"] = f"{what} {wait}"
+        words = [sys.executable, "-c", RANK]
+        time.sleep(apart)
         started.append(subprocess.Popen(words, env={**os.environ, **own}, cwd=ROOT, stderr=subprocess.PIPE, text=True))
     return [(process.wait(60), process.communicate()[1]) for process in started]
 
@@ -77,7 +94,7 @@ def test_the_first_speaks_and_the_others_end_with_its_status(tmp_path, first):
 
 def test_who_lost_a_peer_leaves_the_word_to_the_peer(tmp_path):
     ended = ranks(tmp_path, [("peer", 0.0), ("mistake", 1.0)])
-    assert [status for status, _ in ended] == [2, 2]
+    assert [status for status, _ in ended] == [2, 2], ended
     assert [said for _, said in ended] == ["", f"error: rank 1 on {HOST}: a mistake\n"]
 
 
@@ -97,9 +114,30 @@ def test_a_bug_of_several_processes_has_its_traceback_once(tmp_path):
 def test_without_torchrun_a_job_speaks_every_time(tmp_path):
     for _ in range(2):
         ended = ranks(tmp_path, [("mistake", 0.0), ("mistake", 0.5)], TMPDIR=str(tmp_path))
-        assert [status for status, _ in ended] == [2, 2]
+        assert [status for status, _ in ended] == [2, 2], ended
         # Twice where the second process begins after the first has spoken; never not at all.
         assert "".join(said for _, said in ended).count("a mistake") in (1, 2)
+
+
+@pytest.mark.parametrize("apart", [0.0, 3.0])
+def test_without_torchrun_ranks_that_fail_alike_speak_once_however_late_they_begin(tmp_path, apart):
+    for _ in range(2):
+        ended = ranks(tmp_path, [("mistake", 0.0)] * 3, apart, TMPDIR=str(tmp_path))
+        assert [status for status, _ in ended] == [2, 2, 2]
+        assert "".join(said for _, said in ended).count("a mistake") == 1
+
+
+def test_without_torchrun_a_reason_of_ones_own_is_said(tmp_path):
+    """Two jobs may look alike from here: the same words, the same place to meet."""
+    ended = ranks(tmp_path, [("mistake", 0.0), ("other", 1.0)], TMPDIR=str(tmp_path))
+    assert ["another mistake" in said for _, said in ended] == [False, True] and "a mistake" in ended[0][1]
+    ended = ranks(tmp_path, [("mistake", 1.0), ("peer", 0.0)], TMPDIR=str(tmp_path))
+    assert [said for _, said in ended] == [f"error: rank 0 on {HOST}: a mistake\n", ""]
+
+
+def test_a_connection_that_is_no_ranks_keeps_its_traceback(tmp_path):
+    (status, said), *_ = ranks(tmp_path, [("connection reset by a server of data", 0.0), ("mistake", 9.0)])
+    assert status == 1 and "Traceback" in said and 'File "<string>"' in said and said.count("error:") == 1
 
 
 def test_a_store_that_does_not_answer_keeps_nobody_silent(tmp_path, monkeypatch, capsys):
@@ -118,6 +156,97 @@ def test_a_store_that_does_not_answer_keeps_nobody_silent(tmp_path, monkeypatch,
     assert ending.report(UserError("a mistake")) == 2
     assert capsys.readouterr().err == f"error: rank 1 on {HOST}: a mistake\n"
     assert time.monotonic() - began < ending.SECONDS_FOR_THE_STORE + 5
+
+
+# --- Before the work ----------------------------------------------------------------------------------------------------
+
+FIRST_MOMENTS = """
+import os, sys
+class Signal:
+    def find_spec(self, name, *rest):
+        if name == "minitron_megatron.ending":
+            os.kill(os.getpid(), int(sys.argv[1]))
+sys.meta_path.insert(0, Signal())
+import minitron_megatron.cli.main
+"""
+
+
+@pytest.mark.parametrize("rank", [None, 0])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
+def test_a_signal_in_the_imports_is_one_line_or_the_launchers_to_say(number, status, rank):
+    words = [sys.executable, "-c", FIRST_MOMENTS, str(int(number))]
+    own = {} if rank is None else {"RANK": "0", "WORLD_SIZE": "2"}
+    done = subprocess.run(words, env={**os.environ, **own}, cwd=ROOT, capture_output=True, text=True, check=False)
+    said = [f"stopped by {ending.NAMES[number]}: {ending.NOTHING_KEPT}"] if rank is None else []
+    assert (done.returncode, done.stderr.splitlines()) == (status if rank is None else -number, said)
+
+
+def test_importing_the_commands_leaves_signals_alone():
+    look = "import signal, minitron_megatron.cli.main; print([signal.getsignal(2), signal.getsignal(15)])"
+    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "default_int_handler" in done.stdout and "SIG_DFL" in done.stdout
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_the_demo_measures_the_machine_is_one_line_and_ends_the_measuring(number, status):
+    measure = "from minitron_megatron.cli.main import ends_in_one_line as e\nwith e():\n    from minitron_megatron"
+    running = job([sys.executable, "-c", f"{measure}.demo_plan import measure_machine as m; m()"], [])
+    with gone(running):
+        while not (measuring := children(running.pid)):
+            assert running.poll() is None
+            time.sleep(0.01)
+        os.killpg(running.pid, number)  # as a terminal does
+        said = running.communicate(timeout=60)[1]
+    assert (running.returncode, len(said.splitlines())) == (status, 1) and said.startswith("stopped by "), said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in measuring)
+
+
+def test_a_stage_that_a_signal_ended_says_that_those_before_are_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stages, "run_program", lambda *_: (143, f"by SIGTERM: {ending.NOTHING_KEPT}"))
+    monkeypatch.setattr(ending._State, "status", None)
+    with pytest.raises(SystemExit) as raised:
+        stages.Stages(tmp_path / "stages.json").command("prune", tmp_path / "out", "launch/prune.py")
+    assert raised.value.code == 143
+    kept = "the stages before prune are kept; the same command continues with it"
+    assert capsys.readouterr().err == f"stopped in prune, by SIGTERM: {kept}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        *(
+            (f"--nproc-per-node {value} prune", f"--nproc-per-node {value}: it takes")
+            for value in ("x", "1.5", "-1", "0")
+        ),
+        ("prune --nproc_per_node=0", "--nproc-per-node 0: it takes"),
+        ("--nnodes abc prune", "--nnodes abc: it takes"),
+        ("--nnodes 2:x prune", "--nnodes 2:x: it takes"),
+        ("--max-restarts -1 prune", "--max-restarts -1: it takes"),
+        ("-m", "-m needs a module"),
+    ],
+)
+def test_how_to_start_is_checked_before_torchrun(words, says, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["minitron", *words.split()])
+    monkeypatch.setattr(main, "_start", lambda _: pytest.fail("torchrun was started"))
+    monkeypatch.setattr(main, "ends_in_one_line", contextlib.nullcontext)
+    with pytest.raises(UserError, match=f"^{re.escape(says)}"):
+        main.main()
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGHUP, "SIGTERM", 143)]
+)
+def test_a_launcher_without_processes_says_how_to_go_on(number, name, status, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torchrun, "children", lambda _: [])
+    with pytest.raises(SystemExit) as raised:
+        torchrun.Launcher(tmp_path).pass_on(number, None)
+    assert raised.value.code == status
+    assert capsys.readouterr().err == f"stopped by {name}: no process was at work; {torchrun.SAVED_BEFORE}\n"
+
+
+@pytest.mark.parametrize("value", ["gpu", "cpu", "auto"])
+def test_torchruns_words_for_how_many_are_left_to_it(value):
+    main.check_start(["--nproc-per-node", value, "--nnodes", "1:4"])
 
 
 # --- Real jobs ----------------------------------------------------------------------------------------------------------
@@ -197,6 +326,39 @@ def test_two_nodes_say_it_once(words, tmp_path, rank, where, what):
         said = [line for node in nodes for line in node.communicate(timeout=400)[1].splitlines()]
     assert said == [f"error: rank {rank} on {HOST}: {DAMAGED}"]
     assert {node.returncode for node in nodes} == {2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["launcher", "torchrun", "static"])
+def test_a_job_that_torchrun_starts_again_goes_on(words, tmp_path, start):
+    own = {
+        "launcher": LAUNCHER,
+        "torchrun": [TORCHRUN, "--standalone", "--local-addr", "127.0.0.1"],
+        "static": [TORCHRUN, "--master-port", str(free_port())],
+    }[start]
+    again = ["--nproc-per-node", "2", "--max-restarts", "1"]
+    output = tmp_path / "x"
+    running = job(
+        [*own, *again], failing(1, 3, "bug,nothing", [word.replace("steps=400", "steps=6") for word in words], output)
+    )
+    with gone(running):
+        said = running.communicate(timeout=400)[1]
+    assert running.returncode == 0 and (output / "model" / "manifest.yaml").is_file(), said
+    assert said.count(f"error: rank 1 on {HOST}: ValueError: a bug of this rank") == 1
+
+
+@pytest.mark.slow
+def test_a_start_without_a_word_is_told_from_the_one_before_in_a_folder_of_logs(words, tmp_path):
+    started = [*LAUNCHER, "--nproc-per-node", "2", "--max-restarts", "1", "--log-dir", str(tmp_path / "logs")]
+    for what, status, second in (
+        ("mistake,exit", 3, "ended with status 3 and did not say why"),
+        ("mistake", 2, DAMAGED),
+    ):
+        running = job(started, failing(1, "start", what, words, tmp_path / "x"))
+        with gone(running):
+            said = running.communicate(timeout=400)[1].splitlines()
+        assert running.returncode == status
+        assert said[0] == f"error: rank 1 on {HOST}: {DAMAGED}" and len(said) == 2 and said[1].endswith(second), said
 
 
 def wait_for_step(running: subprocess.Popen, output: Path, timeout: float = 400.0) -> None:

@@ -4,12 +4,18 @@
     minitron --nproc-per-node 8 prune model=…                eight: checked here, then started by torchrun without its noise
     torchrun --nproc-per-node 8 -m minitron_megatron prune model=…          plain torchrun
 
-torchrun's options, before the command's name or after it, say how it starts. Nothing heavy is imported before the signals are
+torchrun's options, before the command's name or after it, say how it starts. Nothing is imported before the signals are
 handled.
 """
+# ruff: noqa: E402
+
+from minitron_megatron.first_moments import give_back, handle_first_signals
+
+_BEFORE = handle_first_signals()
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,18 +41,34 @@ _OF_TORCHRUN = {
     "--redirects": 1,
     "--standalone": 0,
 }
+# Those that are numbers: how they look, and in words.
+_COUNT = "[1-9][0-9]*"
+_NUMBERS = {
+    "--nproc-per-node": (f"{_COUNT}|gpu|cpu|auto|xpu", "how many processes to start, 1 or more, or gpu, cpu or auto"),
+    "--nnodes": (
+        f"{_COUNT}(:{_COUNT})?",
+        "how many nodes there are, 1 or more, as 2, or as 2:4 for the least and the most",
+    ),
+    "--node-rank": ("[0-9]+", "this node's number, from 0"),
+    "--master-port": ("[0-9]+", "a port's number"),
+    "--max-restarts": ("[0-9]+", "how often to start again, 0 or more"),
+}
 # Several nodes: each one's part of the job cannot be checked as the whole.
 _OF_NODES = ("--nnodes", "--node-rank", "--rdzv", "--master")
 _USAGE = """minitron COMMAND option=value …                         in one process
 minitron --nproc-per-node 8 COMMAND option=value …      in eight on this machine
 minitron COMMAND --help                                 its options"""
+give_back(_BEFORE)
 
 
 def main() -> None:
     """`minitron …` and `python -m minitron_megatron …`."""
     with ends_in_one_line():
         start, words = split(sys.argv[1:])
+        check_start(start)
         if words[:1] == ["-m"]:
+            if len(words) == 1:
+                _refuse("-m needs a module: minitron --help lists the commands, which need none")
             # A module of this software's own, as torchrun takes it.
             _start([*start, *words])
         if not words or words[0] in ("--help", "-h"):
@@ -58,9 +80,7 @@ def main() -> None:
             run(name)
             return
         if "RANK" in os.environ:
-            from minitron_megatron.errors import UserError
-
-            raise UserError(f"{start[0]} inside a job that has its processes: leave it out")
+            _refuse(f"{start[0]} inside a job that has its processes: leave it out")
         _check_here(name, start, words[1:])
         _start([*start, "-m", "minitron_megatron", name, *words[1:]])
 
@@ -110,11 +130,33 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
             rest.append(word)
             continue
         if takes and not has_value and not left:
-            from minitron_megatron.errors import UserError
-
-            raise UserError(f"{word} needs a value, as in {word} 8")
+            _refuse(f"{word} needs a value, as in {word} 8")
         start += [word, *([left.pop(0)] if takes and not has_value else [])]
     return start, rest
+
+
+def check_start(start: list[str]) -> None:
+    """Say which number of how to start is none, before torchrun is imported. Raises UserError."""
+    for option, value in _values(start).items():
+        wanted, what = _NUMBERS.get(option, (".*", ""))
+        if not re.fullmatch(wanted, value):
+            _refuse(f"{option} {value}: it takes {what}")
+
+
+def _values(start: list[str]) -> dict[str, str]:
+    """The value of each of torchrun's options, as --nproc-per-node 2 or --nproc_per_node=2."""
+    values, left = {}, list(start)
+    while left:
+        option, has_value, value = left.pop(0).partition("=")
+        option = option.replace("_", "-")
+        values[option] = value if has_value or not _OF_TORCHRUN[option] else left.pop(0)
+    return values
+
+
+def _refuse(why: str) -> NoReturn:
+    from minitron_megatron.errors import UserError
+
+    raise UserError(why)
 
 
 def find(word: str) -> str:
@@ -151,11 +193,9 @@ def _as_if_typed(name: str, words: list[str]) -> None:
 
 def _check_here(name: str, start: list[str], words: list[str]) -> None:
     """Say a mistake before any process starts, where the number of processes is known. Raises UserError."""
-    options = [word.partition("=")[0].replace("_", "-") for word in start]
-    given = dict(zip(options, [*start[1:], ""], strict=True))
-    processes = next((word.partition("=")[2] for word in start if word.startswith("--nproc") and "=" in word), None)
-    processes = processes or given.get("--nproc-per-node", "")
-    if not processes.isdecimal() or any(option.startswith(_OF_NODES) for option in options):
+    given = _values(start)
+    processes = given.get("--nproc-per-node", "")
+    if not processes.isdecimal() or any(option.startswith(_OF_NODES) for option in given):
         return
     if any(word.startswith("-") and word != "--" for word in words):
         return  # Hydra's own flags

@@ -95,7 +95,8 @@ def process_group(
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     own = {"backend": "nccl" if device.type == "cuda" else "gloo"}
     if not alone and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(**own, timeout=timeout)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        dist.init_process_group(**own, store=_of_this_start(store), rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(**own, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
@@ -103,6 +104,17 @@ def process_group(
             yield
     finally:
         dist.destroy_process_group()
+
+
+def _of_this_start(store: dist.Store) -> dist.Store:
+    """The store without what an earlier start of the same job left in it: addresses of processes that are gone.
+
+    torchrun's agents keep one store over restarts. Agents of several nodes may count restarts differently: there
+    parallel/torchrun.py has each start make a store of its own.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return store
+    return dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ On one node the port is a free one. The first process of a node that ends with a
 has to be finished comes before a barrier.
 """
 
+import argparse
 import contextlib
 import logging
 import os
@@ -22,8 +23,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from minitron_megatron.ending import CLAIM, LAUNCHER, REQUEUE, STATUS_OF_SIGNAL, TOLD, read_claim, say
+from minitron_megatron.ending import CLAIM, LAUNCHER, TOLD, Claim, read_claim, say
 from minitron_megatron.errors import in_one_line
+from minitron_megatron.first_moments import NAMES, REQUEUE, STATUS_OF_SIGNAL
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # Processes that do not answer a second Ctrl-C wait in a library for one another.
@@ -36,6 +38,7 @@ _LIKELY = {
     signal.SIGABRT: "a library gave up; what it wrote stands above",
     signal.SIGTERM: "someone ended it",
 }
+SAVED_BEFORE = "what was saved before is kept, and the same command goes on from it"
 # Options of torchrun that say where processes of several nodes meet.
 _MEETING = ("--nnodes", "--node-rank", "--rdzv", "--master", "--standalone")
 
@@ -62,11 +65,15 @@ def exit_status(code: int) -> int:
     return 128 - code if code < 0 else code
 
 
-def completed(words: list[str], folder: Path) -> list[str]:
-    """torchrun's words, with a free port on one node, its logs in `folder`, and signals left to this module, unless they say."""
+def understood(words: list[str]) -> argparse.Namespace:
+    """What torchrun makes of its words."""
     from torch.distributed.run import get_args_parser
 
-    given = get_args_parser().parse_args(words)
+    return get_args_parser().parse_args(words)
+
+
+def completed(words: list[str], given: argparse.Namespace, folder: Path) -> list[str]:
+    """torchrun's words, with a free port on one node, its logs in `folder`, and signals left to this module, unless they say."""
     own = ["--signals-to-handle=SIGQUIT"]
     before = words[: len(words) - len(given.training_script_args) - 1]
     if not any(word.replace("_", "-").startswith(_MEETING) for word in before):
@@ -77,11 +84,12 @@ def completed(words: list[str], folder: Path) -> list[str]:
 
 
 class Launcher:
-    """One run of torchrun on this node; `told` are the signals that came from outside."""
+    """One run of torchrun on this node; `told` are the signals that came from outside, `logs` is where its processes' are."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.told, self.killed_before = folder, [], _killed_for_memory()
-        self.several_nodes = False
+        self.folder, self.logs, self.began = folder, folder, time.time()
+        self.told, self.killed_before = [], _killed_for_memory()
+        self.several_nodes, self.restarts = False, 0
 
     def pass_on(self, number: int, _: FrameType | None) -> None:
         """Send a signal to every process of this node; before there are any, nothing is lost by ending at once."""
@@ -91,7 +99,7 @@ class Launcher:
         number = signal.SIGTERM if number == signal.SIGHUP else number
         workers = children(os.getpid())
         if not workers:
-            say(f"stopped by {signal.Signals(number).name} before a process began")
+            say(f"stopped by {NAMES[number]}: no process was at work; {SAVED_BEFORE}")
             sys.exit(STATUS_OF_SIGNAL[number])
         for pid in workers:
             with contextlib.suppress(ProcessLookupError):
@@ -120,12 +128,17 @@ class Launcher:
             return 128 + error.sigval
         except Exception as error:
             # Its rendezvous: a port that is taken, nodes that do not come or that ended first.
-            claims = [read_claim(file) for file in self.folder.rglob(CLAIM)]
-            if claims and claims[0] is not None:
-                return claims[0].status
+            if claims := self._claims():
+                return claims[-1].status
             say(f"error: torchrun on {socket.gethostname()}: {in_one_line(error, 300)}")
             return 1
         return 0
+
+    def _claims(self, start: int | str = "*") -> list[Claim]:
+        """Of the processes of one start of this run, or of all; in a folder that the user named others' may lie beside."""
+        found = [read_claim(file) for file in self.logs.rglob(f"attempt_{start}/{CLAIM}")]
+        own = [claim for claim in found if claim is not None and claim.when >= self.began]
+        return sorted(own, key=lambda claim: claim.when)
 
     def _after(self, rank: int, failure: object) -> int:
         """Say what the process that failed first could not say itself; gives its exit status."""
@@ -134,14 +147,14 @@ class Launcher:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(failure.pid, signal.SIGKILL)
         if code < 0 and -code in self.told:
-            say(f"stopped by {signal.Signals(-code).name}: {where} had not begun")
+            say(f"stopped by {NAMES.get(-code, signal.Signals(-code).name)}: {where} had not begun; {SAVED_BEFORE}")
             return STATUS_OF_SIGNAL.get(-code, exit_status(code))
         if code < 0:
             likely = _LIKELY.get(-code, "")
             if -code == signal.SIGKILL and _killed_for_memory() > self.killed_before:
                 likely = "the kernel killed processes here meanwhile since memory was out"
             say(f"error: {where} was killed by {signal.Signals(-code).name}{likely and ': '}{likely}")
-        elif not self.told and code != REQUEUE and not list(self.folder.rglob(CLAIM)):
+        elif not self.told and code != REQUEUE and not self._claims(self.restarts):
             say(f"error: {where} ended with status {code} and did not say why")
         return exit_status(code)
 
@@ -171,8 +184,16 @@ def launch(words: list[str]) -> int:
         for number in _PASSED_ON:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, launcher.pass_on)
-        words = completed(words, launcher.folder)
+        given = understood(words)
+        # torchrun gives up in the last start.
+        launcher.restarts = given.max_restarts
+        if given.log_dir:
+            launcher.logs = Path(given.log_dir)
+        words = completed(words, given, launcher.folder)
         launcher.several_nodes = "--standalone" not in words
+        if launcher.several_nodes and given.max_restarts:
+            # Each start then has a store of its own, which ends with rank 0: a reason may be said on each node.
+            os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         return launcher.run(words)
 
 

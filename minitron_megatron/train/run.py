@@ -50,13 +50,13 @@ from minitron_megatron.console import print_table
 from minitron_megatron.data.datasets import Windows, training_samples
 from minitron_megatron.data.folder import Data, verify_data
 from minitron_megatron.ending import (
-    REQUEUE,
     STATUS_OF_SIGNAL,
     finish_whatever_comes,
     keeping,
     stop_together,
 )
 from minitron_megatron.errors import Diverged
+from minitron_megatron.first_moments import REQUEUE
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import count_parameters, flops_per_token
 from minitron_megatron.models.build import (
