@@ -6,6 +6,7 @@ Everything here is arithmetic over sizes, but for a quarter of a second in which
 given stay as they are, and the others follow from them.
 """
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -72,12 +73,17 @@ def choose(
     samples = max(1, min(_SAMPLES[device], there // length))
     found.lines.append(("calibration", f"{samples:,} samples", f"of {length:,} tokens, for the importance scores"))
     own = given["distill"]
-    steps, batch, of_distill = _steps(cfg, own, length, there, found)
+    steps, batch, of_distill = _steps(cfg, own, length, there)
     layout, micro, foreseen = choose_layout(cfg, pair, length, batch, device, own)
     data = layout.data
     if "trainer.global_batch_size" not in own:
         batch = max(1, round(batch / (micro * data))) * micro * data
-        steps = steps if _asked(own) else max(1, of_distill // (batch * length))
+        steps = _steps_of(own, of_distill, batch * length)
+    if text:
+        read, most = steps * batch * length / max(1, there), _most_epochs(cfg)
+        found.lines.append(
+            ("epochs", f"{read:.2g}", f"times that the text is read to train on, of {most:g} (data.max_epochs=)")
+        )
     found.lines.append(("distillation", f"{steps:,} steps", f"of {batch:,} samples, {steps * batch * length:,} tokens"))
     found.lines.append(("precision", *precision_of(cfg, pair.student, device)))
     found.lines.append(_line_of_layout(cfg, layout, micro, foreseen))
@@ -98,7 +104,7 @@ def choose(
             "trainer.global_batch_size": batch,
             "trainer.save_interval": every,
             "trainer.validation_interval": every,
-            "data.max_epochs": cfg.data.max_epochs or _EPOCHS,
+            "data.max_epochs": _most_epochs(cfg),
             "optim.lr": rate,
             "optim.min_lr": own.get("optim.lr", rate) / 10,
             "optim.warmup_steps": warmup,
@@ -112,28 +118,29 @@ def choose(
     return found
 
 
-def _asked(own: Mapping[str, Any]) -> bool:
-    return own.get("trainer.steps") is not None or own.get("trainer.tokens") is not None
-
-
-def _steps(
-    cfg: CompressConfig, own: Mapping[str, Any], length: int, there: int, found: Choices
-) -> tuple[int, int, int]:
+def _steps(cfg: CompressConfig, own: Mapping[str, Any], length: int, there: int) -> tuple[int, int, int]:
     """Steps, samples of one, and tokens of the run: as given, or by the size of the text."""
-    epochs = cfg.data.max_epochs or _EPOCHS
-    tokens = int(min(MOST_TOKENS, there * epochs))
-    if cfg.data.max_epochs is None and not _asked(own):
-        read = tokens / max(1, there)
-        found.lines.append(("epochs", f"{read:.2g}", "times that the text is read to train on (data.max_epochs=)"))
+    tokens = int(min(MOST_TOKENS, there * _most_epochs(cfg)))
     batch = own.get("trainer.global_batch_size")
-    if own.get("trainer.steps") is not None and type(own["trainer.steps"]) is int:
+    if own.get("trainer.steps") is not None:
         steps = own["trainer.steps"]
         batch = batch or max(1, min(_LARGEST_BATCH, max(_SMALLEST_BATCH, tokens // max(1, _STEPS * length))))
         return steps, batch, steps * batch * length
     if own.get("trainer.tokens") is not None:
         tokens = int(float(own["trainer.tokens"]))
     batch = batch or min(_LARGEST_BATCH, max(_SMALLEST_BATCH, tokens // (_STEPS * length)))
-    return max(1, tokens // (batch * length)), batch, tokens
+    return _steps_of(own, tokens, batch * length), batch, tokens
+
+
+def _steps_of(own: Mapping[str, Any], tokens: int, of_a_step: int) -> int:
+    """Steps of so many tokens: as given; as the run counts given tokens; or so that no more are read than there are."""
+    if own.get("trainer.steps") is not None:
+        return own["trainer.steps"]
+    return math.ceil(tokens / of_a_step) if own.get("trainer.tokens") is not None else max(1, tokens // of_a_step)
+
+
+def _most_epochs(cfg: CompressConfig) -> float:
+    return _EPOCHS if cfg.data.max_epochs is None else cfg.data.max_epochs
 
 
 def _rate(student: ModelShape) -> float:
@@ -153,7 +160,10 @@ def choose_layout(
     asked = cfg.parallel != given
     if device == "cpu":
         layout = Layout.from_config(cfg.parallel, processes)
-        fits = next((n for n in _MICRO_BATCHES[1:] if batch >= n * layout.data), 1)
+        exact = "trainer.global_batch_size" in own
+        fits = next(
+            (n for n in _MICRO_BATCHES[1:] if batch >= n * layout.data and not (exact and batch % (n * layout.data))), 1
+        )
         return layout, micro or fits, None
     layouts = (
         [Layout.from_config(cfg.parallel, processes)]

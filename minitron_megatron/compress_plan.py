@@ -8,6 +8,7 @@ chosen by the student's size is chosen by that shape in any case: a run that con
 """
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import numpy as np
 from minitron_megatron.checkpoints.folder import MANIFEST, ModelFolder, check_space, open_model_folder
 from minitron_megatron.checkpoints.hf_folder import HfFolder
 from minitron_megatron.checkpoints.index import check_weights
+from minitron_megatron.checkpoints.stamps import file_stamps
 from minitron_megatron.chosen import Choices, Pair, Text
 from minitron_megatron.composing import Stage, check_data, check_root, compose_stage, flat_options, naming
 from minitron_megatron.config import (
@@ -26,13 +28,14 @@ from minitron_megatron.config import (
     CompressConfig,
     RoundConfig,
     check,
+    flat,
     number_of_steps,
     options,
     tokens_of_run,
 )
 from minitron_megatron.data.estimate import estimate_tokens
 from minitron_megatron.data.folder import check_enough, data_digest, open_data
-from minitron_megatron.data.prepare import find_inputs
+from minitron_megatron.data.prepare import check_documents, check_fraction, find_inputs
 from minitron_megatron.data.tokenizer import check_tokenizer, check_vocabulary, load_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import resolved_config
@@ -40,6 +43,7 @@ from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.families import check_exportable
 from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.outputs import check_command_output
 from minitron_megatron.parallel.layout import Layout, world_size_from_env
 from minitron_megatron.prune.select import target_shape
 from minitron_megatron.search.budget import Budget
@@ -59,10 +63,20 @@ FOLDERS = {
 }
 STAGES_FILE, SUMMARY, CHOSEN = "stages.json", "chain.json", "chosen.json"
 TEACHER, DATA, EXPORTED, REPORT = "teacher", "data", "hf", "report"
+_INPUTS = {
+    "importance": ("model",),
+    "search": ("model", "scores"),
+    "prune": ("model", "scores"),
+    "distill": ("teacher", "student"),
+    "evaluate": ("model",),
+}
 # What is set here itself. A plan's indices are those of one model, and stand for scores.
 _SET_BY_CHAIN = frozenset("model hf input teacher student scores plan folders output resume dry_run hydra".split())
 # Stands for the model's and the data's folders in the command lines of a rehearsal by sizes alone.
 _NO_MODEL, _NO_DATA = "MODEL", "DATA"
+# How far the tokens to train on may be off before they are prepared: where all text was counted (its documents are split by
+# chance), and where they are estimated.
+_UNSURE = {True: 1.2, False: 1.5}
 # Below so many bytes of text a tenth of it is for validation, rather than a twentieth.
 _SMALL_TEXT = 8_000_000
 
@@ -161,11 +175,14 @@ def _check_source(cfg: CompressConfig) -> None:
     if cfg.hf:
         source = HfFolder(cfg.hf)
         source.check()
+        _import_stage(cfg, source)
         shape = source.shape
     else:
         folder = open_model_folder(cfg.model.folder("model"))
         check_weights(folder)
         shape = folder.shape
+    if not cfg.rounds:
+        _check_given(cfg, shape)
     if cfg.input:
         find_inputs(cfg.input)
         check_tokenizer(cfg.hf or cfg.model.folder("model"))
@@ -188,7 +205,8 @@ def make_plan(cfg: CompressConfig, device: str) -> Plan:
     chosen = asked = None
     if chooses:
         cfg, chosen, asked = _choose(cfg, source, device)
-    cfg = replace(cfg, data=replace(cfg.data, max_epochs=cfg.data.max_epochs or 1.0))
+    epochs = 1.0 if cfg.data.max_epochs is None else cfg.data.max_epochs
+    cfg = replace(cfg, data=replace(cfg.data, max_epochs=epochs))
     rounds = plan_rounds(cfg, source, chosen)
     for one in rounds:
         check_round(one, source)
@@ -216,6 +234,10 @@ def _check_asked(cfg: CompressConfig, rehearsal: bool) -> bool:
         raise UserError("input= and data.path=: give one of them, text or a data folder")
     if not rehearsal and not cfg.input and not cfg.data.path:
         raise UserError("no text: give input=FILE (text, .jsonl, …) or data.path=FOLDER (the output of prepare_data)")
+    if cfg.data.max_epochs is not None and cfg.data.max_epochs <= 0:
+        raise UserError(
+            f"data.max_epochs={cfg.data.max_epochs:g} must be above 0: it is how often the text may be read"
+        )
     budget, target = given_limits(cfg.budget), [k for k, v in vars(cfg.target).items() if v is not None]
     if cfg.rounds and (budget or target):
         what = f"budget.{budget[0]}=" if budget else f"target.{target[0]}="
@@ -242,12 +264,15 @@ def open_source(cfg: CompressConfig, rehearsal: bool) -> Source:
     elif cfg.hf:
         hf, model = HfFolder(cfg.hf), str(root / TEACHER)
         hf.check()
-        shape, inputs["model"] = hf.shape, _stamp(sorted({*hf.files.values(), hf.path / "config.json"}))
-        stages.append(compose_stage(cfg, "import_hf", {"hf": cfg.hf}, {"processes": 1}, Path(model)))
+        shape = hf.shape
+        inputs |= hf.stamps
+        stages.append(_import_stage(cfg, hf))
     else:
         folder: ModelFolder = open_model_folder(cfg.model.folder("model"))
         check_weights(folder)
         shape, model, inputs["model"] = folder.shape, str(folder.path), folder.digest
+        # The digest is that of the weights alone.
+        inputs |= file_stamps(folder.path, folder.tokenizer_path.glob("*"))
     if not cfg.input:
         text = None
         if cfg.data.path and not rehearsal:
@@ -262,17 +287,45 @@ def open_source(cfg: CompressConfig, rehearsal: bool) -> Source:
         own = {"validation_fraction": 0.1 if small else 0.05, **_own(cfg, "prepare_data"), "processes": 1}
         stage = compose_stage(cfg, "prepare_data", {"model": model, "input": typed}, own, root / DATA)
     stages.append(stage)
+    with naming("prepare_data"):
+        check_fraction(stage.config.validation_fraction)
     if (stage.output / MANIFEST).is_file():
         data = open_data(str(stage.output), "train", shape, 1)
         return Source(model, shape, Text(data.tokens("train"), data.tokens("validation"), True), True, stages, inputs)
     if rehearsal:
         return Source(model, shape, None, False, stages, inputs)
+    with naming("prepare_data"):
+        check_documents(files, stage.config)
     tokenizer_of = Path(cfg.hf or model)
     tokenizer = load_tokenizer(tokenizer_of)
     check_vocabulary(tokenizer_of, tokenizer)
     tokens, exact = estimate_tokens(files, stage.config.text_key, tokenizer)
     for_validation = round(stage.config.validation_fraction * tokens)
     return Source(model, shape, Text(tokens - for_validation, for_validation, exact), False, stages, inputs)
+
+
+def _check_given(cfg: CompressConfig, shape: ModelShape) -> None:
+    """Every option of a stage as it was given, and the budget or target. Raises UserError."""
+    cfg = replace(cfg, processes=cfg.processes or 1, data=replace(cfg.data, path=cfg.data.path or _NO_DATA))
+    for stage in FOLDERS:
+        _given_config(cfg, stage)
+    _planned_target(cfg, shape)
+
+
+def _given_config(cfg: CompressConfig, stage: str) -> Any:
+    """A stage's config by what was given for it, its inputs aside: every option has its type. Raises UserError."""
+    with naming(stage):
+        own = {key: value for key, value in _own(cfg, stage).items() if key != "processes"}
+        inputs = {key: _NO_MODEL for key in _INPUTS[stage]}
+        return compose_stage(cfg, stage, inputs, own, Path(FOLDERS[stage])).config
+
+
+def _import_stage(cfg: CompressConfig, hf: HfFolder) -> Stage:
+    """The import. Raises UserError where what is there was imported from other files."""
+    with naming("import_hf"):
+        stage = compose_stage(cfg, "import_hf", {"hf": cfg.hf}, {"processes": 1}, Path(cfg.output) / TEACHER)
+        check_command_output(stage.config, hf.stamps)
+    return stage
 
 
 def _stamp(files: list[Path]) -> str:
@@ -298,7 +351,10 @@ def _choose(cfg: CompressConfig, source: Source, device: str) -> tuple[CompressC
     given = {}
     for stage in FOLDERS:
         with naming(stage):
-            given[stage] = _own(cfg, stage)
+            own = _own(cfg, stage)
+        # As numbers, where they were typed as such.
+        typed = flat(resolved_config(_given_config(cfg, stage)))
+        given[stage] = {key: typed.get(key, value) for key, value in own.items()}
     length, why = choose_length(cfg, source.shape, source.text, device)
     cfg = replace(cfg, data=replace(cfg.data, sequence_length=length))
     # Any target divides as the source does: the search's own default sees to it.
@@ -345,7 +401,7 @@ def _planned_target(cfg: CompressConfig, source: ModelShape) -> ModelShape:
     with naming("search"):
         searching = _search_stage(cfg, "x", Path("x")).config
         whole = uniform(source)
-        budget = Budget.of(whole, searching.budget)
+        budget = Budget.to_prune(whole, searching.budget)
         space = make_space(source, searching.space, searching.prune)
         scan(space, budget)
         return target_shape(source, _largest(space, budget), [], searching.prune)
@@ -505,6 +561,8 @@ def check_round(one: Round, source: Source) -> None:
                     check_enough(data, one.tokens, cfg.data.max_epochs)
             elif source.text:
                 _check_text(source.text, cfg.data.sequence_length, splits, samples)
+                if stage.command == "distill":
+                    _check_epochs(source.text, one.tokens, cfg.data.max_epochs)
 
 
 def _check_text(text: Text, length: int, splits: list[str], samples: int) -> None:
@@ -513,10 +571,26 @@ def _check_text(text: Text, length: int, splits: list[str], samples: int) -> Non
     for split in splits:
         tokens = getattr(text, split)
         if tokens < samples * length + 1:
+            fewer, advice = tokens // length, ""
+            if split == "validation":
+                advice = "a larger prepare_data.validation_fraction=, "
+            if samples > 1 and fewer:
+                advice = f"importance.samples={fewer} at most, "
             raise UserError(
                 f"input= has {about}{tokens:,} tokens for the {split} split, {samples} samples of {length} tokens are needed: "
-                "give more text, or lower data.sequence_length="
+                f"give more text, {advice}or lower data.sequence_length="
             )
+
+
+def _check_epochs(text: Text, tokens: int, most: float) -> None:
+    """Raise UserError where a run on text that is not prepared yet would clearly read it more often than it may."""
+    epochs = tokens / max(1, text.train)
+    if epochs > most * _UNSURE[text.exact]:
+        raise UserError(
+            f"the run takes {tokens:,} tokens, and input= has about {text.train:,} to train on ({epochs:,.4g} epochs): give more "
+            "text, lower distill.trainer.tokens= or distill.trainer.steps=, or allow it by "
+            f"data.max_epochs={math.ceil(epochs * _UNSURE[text.exact])}"
+        )
 
 
 def _check_room(cfg: CompressConfig, source: Source, rounds: list[Round]) -> None:

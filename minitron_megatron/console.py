@@ -110,7 +110,9 @@ def format_value(value: object) -> str:
     """A number with thousands separators or four significant figures; anything else as text."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    return f"{value:,}" if isinstance(value, int) or (value.is_integer() and abs(value) >= 1e4) else f"{value:.5g}"
+    if isinstance(value, int) or (value.is_integer() and abs(value) >= 1e4):
+        return f"{int(value):,}"
+    return f"{value:.5g}"
 
 
 @contextmanager

@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 from hydra import initialize_config_dir
 
+from minitron_megatron.checkpoints import stamps
 from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
+from minitron_megatron.checkpoints.hf import import_hf
 from minitron_megatron.choosing import Choices, Pair, Text, choose, choose_length
 from minitron_megatron.compress import compress, settle_machine
-from minitron_megatron.compress_plan import CHOSEN, FOLDERS, SUMMARY, make_plan
+from minitron_megatron.compress_plan import CHOSEN, FOLDERS, STAGES_FILE, SUMMARY, check_compress, make_plan
 from minitron_megatron.config import CompressConfig, ModelConfig
 from minitron_megatron.data.estimate import estimate_tokens
 from minitron_megatron.data.tokenizer import load_tokenizer
@@ -265,3 +267,29 @@ def test_a_run_goes_on_with_what_was_chosen(hydra, given, tmp_path, monkeypatch)
     assert make_plan(*settle_machine(cfg)).rounds[0].stages["distill"].config.optim.lr == 0.125
     other = compose("compress", words(given, root, "budget.parameters=30001"))
     assert make_plan(*settle_machine(other)).rounds[0].stages["distill"].config.optim.lr != 0.125
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json", "generation_config.json"])
+def test_a_model_that_was_replaced_is_not_taken_for_the_one_before(hydra, given, tmp_path, monkeypatch, file):
+    """As large files are told, and as small ones: the same bytes copied with their times are the same, others are refused."""
+    hf, output = tmp_path / "hf", tmp_path / "x"
+    shutil.copytree(given / "hf", hf)
+    (hf / "generation_config.json").write_text("{}")
+    monkeypatch.setattr(stamps, "LARGEST_READ", 0 if file == "model.safetensors" else stamps.LARGEST_READ)
+    command = compose("compress", [f"hf={hf}", *words(given, output, "budget.parameters=30000", "processes=1")[1:]])
+    before = make_plan(command, "cpu").source.inputs
+    importing = compose("import_hf", [f"hf={hf}", f"output={output / 'teacher'}"])
+    import_hf(importing)
+    shutil.copytree(hf, tmp_path / "copy")
+    shutil.rmtree(hf)
+    shutil.copytree(tmp_path / "copy", hf)
+    import_hf(importing)
+    assert make_plan(command, "cpu").source.inputs == before
+    changed = (hf / file).read_bytes()
+    (hf / file).write_bytes(changed + b" " if file.endswith(".json") else changed[:-1] + bytes([changed[-1] ^ 1]))
+    (output / STAGES_FILE).write_text("{}")
+    for again in (lambda: import_hf(importing), lambda: make_plan(command, "cpu"), lambda: check_compress(command)):
+        with pytest.raises(
+            UserError, match=rf"teacher was made from other files: {file} changed since; choose another"
+        ):
+            again()

@@ -27,6 +27,7 @@ from typing import Any
 import yaml
 
 from minitron_megatron import __version__
+from minitron_megatron.checkpoints.stamps import PREFIX, other_files
 from minitron_megatron.cli.starting import seconds_of_process, seconds_starting
 from minitron_megatron.ending import NOTHING_KEPT, SOME_KEPT, keeping
 from minitron_megatron.errors import UserError, in_one_line
@@ -82,7 +83,7 @@ def check_output(
         before = manifest.get("inputs", {})
         return _plain(manifest.get("config", {})) == what and all(before.get(n) == d for n, d in inputs.items())
 
-    _already_there(Path(path), None if anew else same, resume)
+    _already_there(Path(path), None if anew else same, resume, config, inputs)
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,9 @@ def output_folder(
     path = Path(path)
     fingerprint = _fingerprint(config, inputs)
     if (
-        _already_there(path, None if anew else lambda found: found.get("fingerprint") == fingerprint, resume)
+        _already_there(
+            path, None if anew else lambda found: found.get("fingerprint") == fingerprint, resume, config, inputs
+        )
         and not anew
     ):
         log.info("%s is complete already: nothing to do", path)
@@ -256,10 +259,16 @@ def has_work(partial: Path) -> bool:
     return any(path.name not in _MARKS and not path.name.startswith(".") for path in partial.iterdir())
 
 
-def _already_there(path: Path, same: Callable[[Mapping[str, Any]], bool] | None, resume: bool) -> bool:
+def _already_there(
+    path: Path,
+    same: Callable[[Mapping[str, Any]], bool] | None,
+    resume: bool,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+) -> bool:
     """Whether a whole folder is there; `same`, if given, says of its manifest whether it is what is asked for.
 
-    Raises UserError for what is in the way.
+    Raises UserError for what is in the way; it names the files that are others now than `inputs` says.
     """
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not existing.is_dir():
@@ -272,7 +281,14 @@ def _already_there(path: Path, same: Callable[[Mapping[str, Any]], bool] | None,
         raise UserError(f"output={path} exists and is not one of our folders: choose another output=")
     if not resume:
         raise UserError(f"output={path} exists and resume=false: remove it or choose another output=")
-    if same is not None and not same(read_manifest(path)):
+    if same is not None and not same(found := read_manifest(path)):
+        before = found.get("inputs") or {}
+        others = other_files({n: d for n, d in before.items() if n in inputs or n.startswith(PREFIX)}, inputs)
+        if others and _plain(found.get("config") or {}) == _plain(config):
+            raise UserError(
+                f"output={path} was made from other files: {', '.join(others[:3])}{' …' * (len(others) > 3)} "
+                "changed since; choose another output="
+            )
         raise UserError(f"output={path} was made with other options or inputs: remove it or choose another output=")
     return True
 

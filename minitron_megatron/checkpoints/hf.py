@@ -70,7 +70,7 @@ def import_hf(cfg: ImportHfConfig, source: HfFolder | None = None) -> None:
         if cfg.dry_run:
             print_shape(f"{cfg.hf} would be imported", shape)
             return
-        with command_output(cfg, {}) as out:
+        with command_output(cfg, source.stamps) as out:
             if out.done:
                 return
             began = time.monotonic()

@@ -5,6 +5,7 @@ hf.py reads and writes the weights.
 
 import math
 import shutil
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from minitron_megatron.checkpoints.folder import SHAPE_FILE, TOKENIZER, ModelFolder, load_json
+from minitron_megatron.checkpoints.stamps import file_stamps
 from minitron_megatron.console import print_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import Slot, count_parameters, slots
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 HF_FILES = "huggingface"
 
 
-GENERATION = "generation_config.json"
+GENERATION, INDEX = "generation_config.json", "model.safetensors.index.json"
 
 
 CONFIG_FILES = ("config.json", GENERATION)
@@ -56,8 +58,14 @@ class HfFolder:
         self.shape = shape_from_hf(self.config, str(self.path / "config.json"))
         self.files = self._index()
 
+    @cached_property
+    def stamps(self) -> dict[str, str]:
+        """Stamps of every file that an import reads, as inputs of a manifest."""
+        beside = (*CONFIG_FILES, *TOKENIZER_FILES, INDEX)
+        return file_stamps(self.path, [*set(self.files.values()), *(self.path / name for name in beside)])
+
     def _index(self) -> dict[str, Path]:
-        index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
+        index, single = self.path / INDEX, self.path / "model.safetensors"
         if index.is_file():
             names = load_json(index).get("weight_map", {})
             if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):

@@ -69,7 +69,7 @@ def import_nemo(cfg: ImportNemoConfig, checked: Opened | None = None) -> None:
         if cfg.dry_run:
             print_shape(f"{path} would be imported", source.shape)
             return
-        with command_output(cfg, {}) as out:
+        with command_output(cfg, checked.inputs) as out:
             if out.done:
                 return
             began = time.monotonic()

@@ -13,6 +13,7 @@ from minitron_megatron.checkpoints.archive import Archive
 from minitron_megatron.checkpoints.folder import WEIGHTS, load_yaml
 from minitron_megatron.checkpoints.hf_folder import TOKENIZER_FILES
 from minitron_megatron.checkpoints.index import Stored, stored_tensors
+from minitron_megatron.checkpoints.stamps import file_stamps, stamp_of_folder
 from minitron_megatron.checkpoints.zarr_arrays import HEADER, ZarrArrays
 from minitron_megatron.config import ImportNemoConfig
 from minitron_megatron.errors import UserError
@@ -190,6 +191,7 @@ class Opened:
     source: NemoFolder
     archive: Archive | None
     scratch: tempfile.TemporaryDirectory
+    inputs: dict[str, str]
 
 
 def check_import_nemo(cfg: ImportNemoConfig) -> Opened:
@@ -207,7 +209,27 @@ def check_import_nemo(cfg: ImportNemoConfig) -> Opened:
         archive = _open_archive(path, Path(scratch.name)) if path.is_file() else None
         source = NemoFolder(Path(scratch.name) if archive else path, str(path), cfg.vocab_size)
         source.check()
+        inputs = _stamps(cfg, path, source)
+        check_command_output(cfg, inputs)
     except BaseException:
         scratch.cleanup()
         raise
-    return Opened(source, archive, scratch)
+    return Opened(source, archive, scratch, inputs)
+
+
+def _stamps(cfg: ImportNemoConfig, path: Path, source: NemoFolder) -> dict[str, str]:
+    """Stamps of what an import reads, as inputs: the archive, or config and weights; and the tokenizer."""
+    stamps: dict[str, str] = {}
+    if path.is_file():
+        stamps |= file_stamps(path.parent, [path])
+    else:
+        weights = [
+            f for f in source.weights.rglob("*") if f.is_file() and _is_wanted(str(f.relative_to(source.weights)))
+        ]
+        config = _config_file(source.root)
+        stamps |= file_stamps(path, [config] if config else [])
+        stamps |= stamp_of_folder("weights", source.weights, weights)
+    tokenizer = Path(cfg.tokenizer) if cfg.tokenizer is not None else None if path.is_file() else source.tokenizer()
+    if tokenizer is not None:
+        stamps |= file_stamps(tokenizer, [tokenizer / name for name in TOKENIZER_FILES])
+    return stamps

@@ -22,6 +22,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,13 +121,25 @@ class Preparing:
 
 def check_prepare(cfg: PrepareDataConfig) -> Preparing:
     """Text files, tokenizer and output, before transformers is there. Raises UserError."""
-    if not 0 < cfg.validation_fraction < 1:
-        raise UserError(f"validation_fraction={cfg.validation_fraction} must be between 0 and 1")
+    check_fraction(cfg.validation_fraction)
     files = find_inputs(cfg.input)
     path = check_tokenizer(cfg.model.folder("model"))
     inputs = {"tokenizer": tokenizer_digest(path), **{str(f): _stamp(f) for f in files}}
     check_command_output(cfg, inputs)
     return Preparing(files, inputs)
+
+
+def check_fraction(fraction: float) -> None:
+    """Raise UserError where a share of the text is none."""
+    if not 0 < fraction < 1:
+        raise UserError(f"validation_fraction={fraction} must be between 0 and 1")
+
+
+def check_documents(files: list[Path], cfg: PrepareDataConfig) -> None:
+    """Raise UserError where the text has no documents, or a single one that cannot be split; the first two are read."""
+    first = islice(_read(files, cfg.text_key, Done()), 2)
+    for _ in _with_validation(first, cfg.validation_fraction, cfg.seed):
+        pass
 
 
 def prepare_data(cfg: PrepareDataConfig, checked: Preparing | None = None) -> None:

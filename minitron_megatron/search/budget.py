@@ -1,5 +1,6 @@
 """What a shape costs, and which shapes are within the limits that were given: arrays of counts from the axis table."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,14 +58,22 @@ class Budget:
         table = read_latency(Path(options.table), source, column) if options.table else None
         return cls(source, options, limits, table)
 
+    @classmethod
+    def to_prune(cls, source: ModelShape, options: BudgetConfig) -> "Budget":
+        """The limits as `of` gives them. Raises UserError also where they leave nothing to prune."""
+        budget = cls.of(source, options)
+        budget.check_below()
+        return budget
+
     def check_below(self) -> None:
         """Raise UserError where the model itself is within every limit: then there is nothing to prune."""
         whole = {name: self.cost_of(name, self.source) for name in self.limits}
-        if any(limit <= whole[name] for name, limit in self.limits.items()):
+        if any(limit < whole[name] for name, limit in self.limits.items()):
             return
         name = next(iter(self.limits))
+        above = "above" if self.limits[name] > whole[name] else "at"
         raise UserError(
-            f"the budget is above the model's {format_value(whole[name])} {QUANTITIES[name]}, so nothing need be pruned: give "
+            f"the budget is {above} the model's {format_value(whole[name])} {QUANTITIES[name]}, so nothing need be pruned: give "
             f"less, such as {self.option(name, _SUGGESTED * whole[name])} ({_SUGGESTED:.0%} of it)"
         )
 
@@ -83,7 +92,8 @@ class Budget:
         """A limit as it is typed: milliseconds as tokens a second where those were given."""
         if quantity == "latency_ms" and self.options.tokens_per_second is not None:
             quantity, limit = "tokens_per_second", MILLISECONDS / limit
-        digits = 0 if quantity in _WHOLE else 3 - len(str(int(limit)))
+        # Three figures of it, wherever they begin: a small limit is not none.
+        digits = 0 if quantity in _WHOLE or limit <= 0 else 2 - math.floor(math.log10(limit))
         return f"budget.{quantity}={round(limit) if digits <= 0 else round(limit, digits)}"
 
     @property

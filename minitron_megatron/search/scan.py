@@ -95,6 +95,12 @@ def _check_found(found: Found, budget: Budget) -> None:
             "space.exportable=false if transformers need not load the export"
         )
     for name, limit in budget.limits.items():
+        whole = budget.cost_of(name, budget.source)
+        if found.smallest[name] >= whole:
+            raise UserError(
+                f"nothing fits: no shape of the space is below the model's {format_value(whole)} {QUANTITIES[name]}: "
+                "widen space, as with space.num_layers=[…]"
+            )
         if found.smallest[name] > limit:
             raise UserError(
                 f"nothing fits: the smallest possible shape has {format_value(found.smallest[name])} {QUANTITIES[name]}, "
@@ -107,8 +113,14 @@ def _check_found(found: Found, budget: Budget) -> None:
         )
     raise UserError(
         f"nothing fits: the {found.within:,} shapes within the budget use {found.used:.2%} of it at most, budget.at_least is "
-        f"{budget.options.at_least:.0%}: use budget.at_least={math.floor(1000 * found.used) / 1000} or widen space"
+        f"{budget.options.at_least:.0%}: use budget.at_least={_below(found.used):g} or widen space"
     )
+
+
+def _below(share: float) -> float:
+    """Three figures of a share, rounded down."""
+    unit = 10.0 ** (math.floor(math.log10(share)) - 2)
+    return math.floor(share / unit) * unit
 
 
 def _above(cost: float) -> float:

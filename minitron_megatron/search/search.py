@@ -124,9 +124,7 @@ def search_shapes(cfg: SearchConfig, checked: Searching | None = None) -> None:
 
 def _budget(cfg: SearchConfig, source: ModelShape) -> Budget:
     """The limits. Raises UserError where they are none, or leave nothing to prune."""
-    budget = Budget.of(uniform(source), cfg.budget)
-    budget.check_below()
-    return budget
+    return Budget.to_prune(uniform(source), cfg.budget)
 
 
 def _space(cfg: SearchConfig, source: ModelShape, judged: set[int] | None) -> Space:
