@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 from minitron_megatron.checkpoints.folder import RESULTS, read_manifest
-from minitron_megatron.choosing import words_of
 from minitron_megatron.composing import Stage
 from minitron_megatron.compress_plan import (
     EXPORTED,
@@ -38,7 +37,7 @@ from minitron_megatron.compress_plan import (
     remember_choices,
 )
 from minitron_megatron.config import CompressConfig
-from minitron_megatron.console import console, print_table
+from minitron_megatron.console import console, format_time, print_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.parallel.job import pick_device
@@ -188,7 +187,7 @@ def _show_choices(plan: Plan) -> None:
 
 def _show_results(cfg: CompressConfig, summary: Mapping[str, Any]) -> None:
     """The models beside one another, what was kept, and where everything is."""
-    columns = ["round", "parameters", "share", "loss", "perplexity", "KL", "seconds", "model"]
+    columns = ["round", "parameters", "share", "loss", "perplexity", "KL", "seconds of its stages", "model"]
     source = [_or_nothing(summary[name]) for name in ("loss", "perplexity")]
     rows: list[list[Any]] = [["source", summary["parameters"], "", *source, "", "", summary["model"]]]
     for one in summary["rounds"]:
@@ -207,7 +206,8 @@ def _show_results(cfg: CompressConfig, summary: Mapping[str, Any]) -> None:
             f"Kept: {last['parameters'] / summary['parameters']:.1%} of the parameters; perplexity {last['perplexity']:.4g} "
             f"beside the source's {summary['perplexity']:.4g}, {last['loss'] - summary['loss']:+.4f} nats a token"
         )
-    say(f"Took: {words_of(sum(summary['seconds'].values()))}")
+    stages = ", ".join(f"{name} {format_time(seconds)}" for name, seconds in summary["seconds"].items())
+    say(f"Took: {format_time(sum(summary['seconds'].values()))}, the start of each stage's program included: {stages}")
     say(f"Student: {last['model']}")
     if "hf" in summary:
         say(f"Hugging Face folder: {summary['hf']}")

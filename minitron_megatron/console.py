@@ -115,6 +115,16 @@ def format_value(value: object) -> str:
     return f"{value:.5g}"
 
 
+def format_time(seconds: object) -> str:
+    """Seconds in the largest unit of which there are two; a dash for what is no number."""
+    if not isinstance(seconds, int | float):
+        return "–"
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.0f} s"
+
+
 @contextmanager
 def progress(
     description: str, total: int, *, unit: str = "", made: str = "", done: int = 0

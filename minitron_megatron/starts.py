@@ -37,6 +37,14 @@ def record_start(folder: Path, step: int | None = None) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def seconds_left(step: int, steps: int, first: int, seconds: float) -> float:
+    """Seconds that a run needs from `step` of `steps` on, at the pace since its last start from step `first`, `seconds` ago.
+
+    What lies between steps is in it: validations and checkpoints.
+    """
+    return seconds / max(1, step - first) * (steps - step)
+
+
 def read_starts(folder: Path) -> list[dict[str, Any]]:
     """The starts of what is in a folder, oldest first; lines that cannot be read are left out."""
     return [line for line in tail_of(folder / STARTS) if isinstance(line.get("command"), str)]

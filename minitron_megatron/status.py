@@ -20,9 +20,9 @@ from typing import Any
 
 from minitron_megatron.checkpoints.folder import DIVERGED, MANIFEST, METRICS, load_yaml, partial_folder
 from minitron_megatron.config import StatusConfig
-from minitron_megatron.console import console, format_value, print_table
+from minitron_megatron.console import console, format_time, format_value, print_table
 from minitron_megatron.errors import UserError
-from minitron_megatron.starts import STARTS, is_alive, read_starts, tail_of
+from minitron_megatron.starts import STARTS, is_alive, read_starts, seconds_left, tail_of
 
 STAGES_FILE = "stages.json"
 # What a whole of several stages writes when all of it is done.
@@ -31,7 +31,7 @@ _CHECKPOINT = re.compile(r"step_(\d{8})")
 _PARTIAL = re.compile(r"\.(.+)\.partial")
 # A run whose process cannot be seen from here is taken to run while it writes.
 _SECONDS_OF_SILENCE = 600
-# Steps whose median time tells how long the others take.
+# Steps whose mean rate a run that is not done is shown with.
 _LAST_STEPS = 20
 # Folders of outputs inside folders of outputs.
 _DEPTH = 3
@@ -66,7 +66,10 @@ def look_at(path: Path) -> Status:
     path = Path(str(path).rstrip("/") or "/")
     if not path.is_dir() and not partial_folder(path).is_dir():
         what = "is a file" if path.exists() else "does not exist"
-        raise UserError(f"folder={path} {what}: give an output folder, or one that has some in it")
+        early = (
+            "" if path.exists() else "; a command that is still checking what it was given has not made its folder yet"
+        )
+        raise UserError(f"folder={path} {what}: give an output folder, or one that has some in it{early}")
     found = _status_of(path)
     if found is not None:
         return found
@@ -122,12 +125,19 @@ def _done(path: Path) -> Status:
         )
     results = manifest.get("results")
     figures = _figures(results if isinstance(results, Mapping) else {})
-    lines = [("made", str(manifest.get("made", "–"))), ("took", _time(manifest.get("seconds")))]
+    lines = [("made", str(manifest.get("made", "–"))), ("took", _took(manifest))]
     lines += [(name, value) for name, value in figures.items()]
     lines.append(("by", str(manifest.get("command", "–"))))
     return Status(
         path, command, "done", ", ".join(f"{name} {value}" for name, value in list(figures.items())[:3]), lines
     )
+
+
+def _took(manifest: Mapping[str, Any]) -> str:
+    """How long an output was written, and what came before it was begun."""
+    starting = manifest.get("seconds_starting")
+    before = f", after {format_time(starting)} from the program's start to its work" if starting is not None else ""
+    return f"{format_time(manifest.get('seconds'))} from its beginning to its end{before}"
 
 
 def _figures(results: Mapping[str, Any]) -> dict[str, str]:
@@ -177,12 +187,11 @@ def _run(path: Path) -> Status:
         lines.append(("loss", f"{last['loss']:.4f}, {_trend(trained)}"))
     if judged:
         lines.append(("validation loss", f"{judged[-1]['validation_loss']:.4f} at step {judged[-1]['step']:,}"))
-    if _number(last, "tokens_per_second"):
-        lines.append(("tokens/s", format_value(round(last["tokens_per_second"]))))
-    seconds = [line["step_seconds"] for line in trained[-_LAST_STEPS:] if _number(line, "step_seconds")]
-    left = (steps - step) * statistics.median(seconds) if seconds and steps else None
+    whole = (path / "model" / MANIFEST).is_file()
+    lines += _rate(trained if whole else trained[-_LAST_STEPS:])
+    left = _seconds_left(trained, steps, starts)
     if left:
-        lines.append(("time left", _time(left) if running else f"{_time(left)} once it goes on"))
+        lines.append(("time left", format_time(left) if running else f"{format_time(left)} once it goes on"))
     lines.append(("last line", _ago(written) if written else "none yet"))
     lines.append(("checkpoints", _checkpoints(path / "checkpoints")))
     lines.append(("skipped steps", str(last.get("skipped", 0))))
@@ -191,10 +200,12 @@ def _run(path: Path) -> Status:
     about = (
         f"step {step:,} of {steps:,}" + (f", loss {last['loss']:.4f}" if last else "") if steps else f"step {step:,}"
     )
-    if (path / "model" / MANIFEST).is_file():
+    if whole:
+        lines = [line for line in lines if line[0] != "lock" or running]
         done = _done(path / "model")
         state, about = done.state, f"{about}; {done.about}" if done.state == "damaged" else about
-        return Status(path, kind if kind != "run" else done.kind, state, about, [*lines, *done.lines[:2]])
+        again = [("took is", "of its last start")] if len(starts) > 1 else []
+        return Status(path, kind if kind != "run" else done.kind, state, about, [*lines, *done.lines[:2], *again])
     state = "running" if running else "stopped"
     if (path / DIVERGED).is_file() and not running:
         reason = " ".join((path / DIVERGED).read_text(encoding="utf-8", errors="replace").split())
@@ -203,8 +214,30 @@ def _run(path: Path) -> Status:
         state = "failed"
         lines.insert(0, ("failed", "it ended before its first step: the same command says why"))
     if running and left:
-        about += f", {_time(left)} left"
+        about += f", {format_time(left)} left"
     return Status(path, kind, state, about, [*lines, *_how_to_go_on(starts, running)])
+
+
+def _rate(trained: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Mean tokens a second of the steps of some lines, and which steps these are."""
+    known = [line for line in trained if _number(line, "tokens_per_second") and _number(line, "step_seconds")]
+    seconds = sum(line["step_seconds"] for line in known)
+    if not seconds:
+        return []
+    rate = sum(line["tokens_per_second"] * line["step_seconds"] for line in known) / seconds
+    about = f"mean of steps {known[0]['step']:,} to {known[-1]['step']:,}, without what is between steps"
+    return [("tokens/s", format_value(round(rate))), ("tokens/s is", about)]
+
+
+def _seconds_left(trained: list[dict[str, Any]], steps: int | None, starts: list[dict[str, Any]]) -> float | None:
+    """As the run's own log has it at its last line; where lines do not say how long it ran, by the time of its steps alone."""
+    if not trained or not steps:
+        return None
+    last, first = trained[-1], starts[-1].get("step") if starts else None
+    if _number(last, "run_seconds") and type(first) is int and first < last["step"]:
+        return seconds_left(last["step"], steps, first, last["run_seconds"])
+    seconds = [line["step_seconds"] for line in trained[-_LAST_STEPS:] if _number(line, "step_seconds")]
+    return (steps - last["step"]) * statistics.median(seconds) if seconds else None
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -238,11 +271,15 @@ def _whole(path: Path) -> Status:
     bad = next((one for one in inside if one.state in ("diverged", "damaged", "failed")), None)
     state = "running" if running else "done" if summary and not inside else bad.state if bad else "stopped"
     kind = _command_of(starts[-1]["command"]) if starts else "stages"
-    stages = ", ".join(f"{name} {_time(seconds)}" for name, seconds in done.items())
-    lines = [("done", stages or "no stage yet"), ("together", _time(sum(done.values())))]
+    stages = ", ".join(f"{name} {format_time(seconds)}" for name, seconds in done.items())
+    lines = [
+        ("done", stages or "no stage yet"),
+        ("together", f"{format_time(sum(done.values()))}, the start of each stage's program included"),
+    ]
     lines += [(one.path.name, f"{one.state}: {one.about}") for one in inside]
     if starts:
-        lines += [("starts", _words_of_starts(starts)), ("lock", _words_of_lock(None, starts))]
+        lines.append(("starts", _words_of_starts(starts)))
+        lines += [("lock", _words_of_lock(None, starts))] if state != "done" else []
     lines += [("result", str(path / summary))] if state == "done" else _how_to_go_on(starts, running)
     about = f"{len(done)} stages done" + (f"; {inside[0].path.name}: {inside[0].about}" if inside else "")
     return Status(path, kind, state, about, lines)
@@ -328,16 +365,7 @@ def _number(line: Mapping[str, Any], name: str) -> bool:
 
 
 def _ago(then: float) -> str:
-    return f"{_time(max(0.0, time.time() - then))} ago"
-
-
-def _time(seconds: Any) -> str:
-    if not isinstance(seconds, int | float):
-        return "–"
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:,.0f} s"
+    return f"{format_time(max(0.0, time.time() - then))} ago"
 
 
 def _show(one: Status) -> None:

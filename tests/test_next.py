@@ -13,7 +13,7 @@ from hydra import initialize_config_dir
 
 from minitron_megatron.cli import next_command
 from minitron_megatron.cli.commands import COMMANDS
-from minitron_megatron.cli.next_command import NEXT, Next, free_name, line_of
+from minitron_megatron.cli.next_command import NEXT, Next, free_name, line_of, load_words
 from minitron_megatron.config import ImportanceConfig, ModelConfig, ParallelConfig
 from minitron_megatron.launcher import CONF, compose
 from minitron_megatron.models.shape import ModelShape
@@ -250,3 +250,11 @@ def test_a_run_of_steps_reads_the_text_once(outputs, monkeypatch):
     options = NEXT["prune"](cfg).options
     assert options["data.path"] == str(outputs / "corpus") and options["trainer.global_batch_size"] == 9
     assert options["trainer.steps"] == 3000 // (9 * 64) and options["data.sequence_length"] == 64
+
+
+def test_a_line_has_quotes_that_can_be_read():
+    code = load_words("outputs/hf")[-1]
+    line = line_of(Next("", {}, "", shell=load_words("outputs/hf")), None)
+    assert line.endswith(f'"{code}"') and shlex.split(line)[-1] == code
+    for odd in ("it's $HOME", "a`b", "say!", 'a"b', "c\\d"):
+        assert shlex.split(line_of(Next("", {}, "", shell=load_words(odd)), None)) == load_words(odd)

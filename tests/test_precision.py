@@ -341,3 +341,16 @@ def test_a_dry_run_says_what_it_would_be(sources, tmp_path, monkeypatch, caplog)
     with caplog.at_level("INFO"):
         measure_importance(cfg)
     assert "precision=auto: would compute in float32, since it is faster" in caplog.text
+
+
+def test_a_run_that_goes_on_says_once_what_it_computes_in(tmp_path, caplog):
+    file = tmp_path / "precision.json"
+    file.write_text('{"computed_in": "float32"}')
+    with caplog.at_level("INFO", logger="minitron_megatron"):
+        with precision.recalled(file):
+            assert precision.auto_dtype("bfloat16") == "float32"
+        assert not caplog.records
+        with precision.settled("cpu"):
+            precision.keep(file, begun=True)
+            assert [precision.auto_dtype("bfloat16") for _ in range(2)] == ["float32"] * 2
+    assert len(caplog.records) == 1

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import html5lib
@@ -32,7 +33,7 @@ from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.report.folders import find, find_folders
 from minitron_megatron.report.lineage import trace
-from minitron_megatron.report.models import results_section, student, throughput_section
+from minitron_megatron.report.models import _caption, results_section, student, throughput_section
 from minitron_megatron.report.page import Table
 from minitron_megatron.report.report import report
 from minitron_megatron.report.training import process_seconds, recipe_section, unfinished_section
@@ -473,3 +474,39 @@ def test_rates_are_shown_as_a_run_reached_them(rounds):
 def test_columns_of_numbers_stand_to_the_right():
     rows = [["a", "1,024", "12.5 %", "0.7 ± 0.1", "9/3"], ["b", "–", "1.2×", "−3e-05", "30 × 2"]]
     assert Table(["", "x", "y", "z", "w"], rows).classes == ["short", "number", "number", "number", "short"]
+
+
+def test_of_equal_folders_the_one_that_was_named_is_the_source(tmp_path):
+    for place in ("a", "b"):
+        teacher = made(
+            tmp_path / place / "teacher", {"x": "same"}, config={"output": str(tmp_path / place / "teacher")}
+        )
+        inputs = {"teacher": read_manifest(teacher)["digest"]}
+        made(tmp_path / place / "judged", {"y": place}, inputs=inputs, config={"teacher": {"path": str(teacher)}})
+    lineage = trace(find_folders([str(tmp_path)]))
+    assert {n: s["teacher"].name for n, s in lineage.made_from.items() if s} == {
+        "a/judged": "a/teacher",
+        "b/judged": "b/teacher",
+    }
+
+
+def test_what_was_measured_is_said_and_not_what_was_asked_for(rounds):
+    root, digests = rounds
+    evaluated(root, "few", {"loss": 3.0, "tokens": 8500, "windows": 17}, model=digests["last"], data="d")
+    found = next(one for one in find_folders([str(root)]) if one.name == "few")
+    asked = {"data": {"path": "d", "sequence_length": 512}, "samples": 64}
+    folder = replace(found, manifest={**found.manifest, "config": asked})
+    assert "8,500 tokens in 17 windows of at most 512" in _caption(trace([folder]), folder)
+
+
+def test_a_run_takes_what_its_starts_took(tmp_path):
+    """A start of 30 s on 2 processes, and the last one as its manifest says."""
+    of_all = {"loss": 1.0, "tokens": 8, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second_per_gpu": 1.0}
+    lines = [
+        {**of_all, "step": step, "step_seconds": 1.0, "tokens_per_second": 2.0, "run_seconds": seconds}
+        for step, seconds in ((1, 10.0), (2, 30.0), (3, 5.0))
+    ]
+    made(tmp_path / "run" / "model", {"x": ""}, results={"tokens": 24})
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run,) = find_folders([str(tmp_path)])
+    assert process_seconds(run) == pytest.approx(60 + run.manifest["seconds"])

@@ -15,7 +15,7 @@ import yaml
 
 from minitron_megatron import starts
 from minitron_megatron.errors import UserError
-from minitron_megatron.starts import STARTS, born, is_alive, read_starts, record_start
+from minitron_megatron.starts import STARTS, born, is_alive, read_starts, record_start, seconds_left
 from minitron_megatron.status import look_at
 from tests.test_commands import ROOT, environment, error_of, run
 
@@ -215,3 +215,13 @@ def test_it_is_light_and_takes_bare_names(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment(), check=True
     )
     assert not {"torch", "megatron", "transformers"} & {name.partition(".")[0] for name in loaded.stdout.split()}
+
+
+def test_time_left_is_that_of_the_log_and_what_is_done_has_no_lock(tmp_path):
+    run_folder = training(tmp_path / "run", run_seconds=40.0)
+    write(run_folder / STARTS, start_of(os.getpid()))
+    assert long_form(run_folder)["time left"] == f"{seconds_left(4, 10, 0, 40.0):.0f} s" == "60 s"
+    assert long_form(run_folder)["tokens/s is"].startswith("mean of steps 1 to 4")
+    whole(run_folder / "model")
+    write(run_folder / STARTS, start_of(2**22 + 1, born=1))
+    assert "lock" not in long_form(run_folder) and "its beginning to its end" in long_form(run_folder)["took"]

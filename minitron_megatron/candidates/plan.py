@@ -56,7 +56,7 @@ class Candidate:
 
     @property
     def rank(self) -> int:
-        """By predicted loss, from 1."""
+        """By predicted damage, from 1."""
         return self.ranked.rank
 
     @cached_property

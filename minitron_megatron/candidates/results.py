@@ -73,7 +73,7 @@ def summary(plan: Plan, after: Mapping[int, Sequence[Mapping[str, Any]]]) -> dic
 def _correlations(
     plan: Plan, reached: Mapping[int, Sequence[float]], by_rank: Mapping[int, Candidate]
 ) -> dict[str, float | None]:
-    """Of the predicted loss with the validation KL, after each rung over those that it trained."""
+    """Of the predicted damage with the validation KL, after each rung over those that it trained."""
     found = {}
     for rung, step in enumerate(plan.rungs):
         ranks = [rank for rank, losses in reached.items() if len(losses) > rung]

@@ -280,7 +280,7 @@ def _show_plan(cfg: DistillCandidatesConfig, plan: Plan) -> None:
         [one.rank, " × ".join(map(str, one.ranked.target.values())), one.parameters, one.ranked.predicted_loss]
         for one in plan.candidates
     ]
-    columns = ["rank", "layers × hidden × ffn × heads × groups", "parameters", "predicted loss"]
+    columns = ["rank", "layers × hidden × ffn × heads × groups", "parameters", "predicted damage"]
     print_table(f"would be distilled in {plan.root}", columns, rows)
     rungs = [[i, step, size] for i, (step, size) in enumerate(zip(plan.rungs, plan.sizes, strict=True), start=1)]
     print_table("rungs", ["rung", "up to step", "candidates"], rungs)

@@ -187,7 +187,10 @@ def _calibration(step: Step) -> list[list[Any]]:
     return [
         *rows,
         ["importance over tokens, over samples", " ".join(str(measured.of(f"importance.{n}")) for n in _AGGREGATION)],
-        ["calibration", f"{measured.of('samples')} samples of {measured.of('data.sequence_length')} tokens"],
+        [
+            "calibration",
+            f"{measured.results.get('samples', measured.of('samples'))} samples of {measured.of('data.sequence_length')} tokens",
+        ],
         ["calibration data", measured.of("data.path")],
         ["digest of the scores", measured.digest],
     ]

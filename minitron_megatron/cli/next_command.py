@@ -8,6 +8,7 @@ where the text is, stands there in capitals. Nothing heavy is imported.
 """
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -59,12 +60,19 @@ def show_next(name: str, config: CommandConfig) -> None:
 def line_of(found: Next, config: CommandConfig) -> str:
     """The line to paste."""
     if found.shell:
-        return shlex.join(found.shell)
+        return " ".join(map(_quoted, found.shell))
     given = {**found.options, **_same_way(found, config)}
     if found.output:
-        given["output"] = free_name(Path(config.output).parent / found.output)
+        beside = Path(config.output).parent / found.output
+        # A report is written over an older one.
+        given["output"] = beside if (beside / "report.html").is_file() else free_name(beside)
     words = [f"{name}={word(value)}" for name, value in given.items() if value is not None]
     return shlex.join([*_program(found), *words])
+
+
+def _quoted(word: str) -> str:
+    """For the shell: in double quotes where single ones would have to be taken apart, and double ones change nothing."""
+    return f'"{word}"' if "'" in word and not re.search(r'[\\$`"!]', word) else shlex.quote(word)
 
 
 def free_name(path: Path) -> Path:

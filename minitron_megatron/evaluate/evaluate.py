@@ -105,7 +105,7 @@ def _measured(
     if cfg.tasks:
         found = _tasks(cfg, layout, folder, chunks, loaded)
     if data is not None:
-        found = {**perplexity(chunks, folder.shape, teacher, data, layout, cfg, count), **found}
+        found = {**perplexity(chunks, folder.shape, teacher, data, layout, cfg, count), "windows": count, **found}
     return {**found, "seconds": round(time.monotonic() - began, 2)}
 
 
@@ -149,7 +149,7 @@ def _evaluate_hf(cfg: EvaluateConfig, folder: Path, data: Data | None, count: in
             loaded, harness = _load(cfg), load_hf(folder, cfg)
             found, model = run_tasks(harness, loaded, cfg), harness.model
         if data:
-            found = {**hf_perplexity(model or load_model(folder, cfg), data, cfg, count), **found}
+            found = {**hf_perplexity(model or load_model(folder, cfg), data, cfg, count), "windows": count, **found}
         out.results, out.precision = {**found, "seconds": round(time.monotonic() - began, 2)}, record()
         _write(out.path, out.results)
     _show(f"{folder}" + (f" on {cfg.data.path}, {cfg.split}" if data else ""), out.results)

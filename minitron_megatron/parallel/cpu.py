@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -218,6 +219,10 @@ def adapter() -> Iterator[None]:
             _Active.depth -= 1
         return
     import_megatron()
+    # It orders kernels of a GPU.
+    warnings.filterwarnings(
+        "ignore", message="(?s).*recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS"
+    )
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random
 

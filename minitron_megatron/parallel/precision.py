@@ -80,14 +80,17 @@ class _Job:
     choice: Choice | None = None
     # What a model of this job, or of the last one, was computed in by it.
     used: Choice | None = None
+    # Within `recalled`: the job that follows says it.
+    ahead = False
 
 
 def auto_dtype(stored: str) -> str:
     """What `precision=auto` computes in, for a folder of this dtype: the folder's own, unless this job settled otherwise."""
     if stored != "bfloat16" or _Job.choice is None:
         return stored
-    if _Job.used is not _Job.choice:
-        say(_Job.choice)
+    if _Job.used != _Job.choice:
+        if not _Job.ahead:
+            say(_Job.choice)
         _Job.used = _Job.choice
     return _Job.choice.dtype
 
@@ -159,10 +162,11 @@ def recalled(file: Path) -> Iterator[None]:
     before = _Job.choice
     if file.exists():
         _Job.choice = Choice(_read_kept(file), f"in which {file.parent} was begun")
+    _Job.ahead = True
     try:
         yield
     finally:
-        _Job.choice = before
+        _Job.choice, _Job.ahead = before, False
 
 
 def _read_kept(file: Path) -> str:

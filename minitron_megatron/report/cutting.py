@@ -95,22 +95,22 @@ def _search(folder: RunFolder) -> Section:
         ]
         axes = list(listed[0]["predicted_loss_by_axis"])
         figures = [
-            Figure(f"Pareto front: predicted loss against {_COSTS[name]}", _front(listed, name)) for name in limits
+            Figure(f"Pareto front: predicted damage against {_COSTS[name]}", _front(listed, name)) for name in limits
         ]
         text = (
-            f"The best of {values['fitting']:,} shapes that fit the budget, of {values['shapes']:,}, by predicted loss and its "
+            f"The best of {values['fitting']:,} shapes that fit the budget, of {values['shapes']:,}, by predicted damage and its "
             "parts by axis: a heuristic of importance scores, not a measurement."
         )
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({error!r}): search again") from None
-    columns = ["rank", "layers × hidden × ffn", "heads/kv", *(_COSTS[name] for name in shown), "loss", *axes]
+    columns = ["rank", "layers × hidden × ffn", "heads/kv", *(_COSTS[name] for name in shown), "damage", *axes]
     return Section(f"Candidates: {folder.name}", text, [Table(columns, rows)], figures)
 
 
 def _front(listed: list[dict[str, Any]], quantity: str) -> str:
     points = sorted((one[quantity], one["predicted_loss"]) for one in listed if quantity in one["on_front_of"])
     ranked = [(one[quantity], one["predicted_loss"]) for one in listed if "rank" in one]
-    return plots.front(points, ranked, _COSTS[quantity], "predicted loss")
+    return plots.front(points, ranked, _COSTS[quantity], "predicted damage")
 
 
 def cut_sections(lineage: Lineage) -> list[Section]:

@@ -1,12 +1,14 @@
 """What was made from what: by the digests in manifests, and where those say nothing by the paths in commands.
 
-An input's digest is that of the folder it came from, wherever that is now. Some commands note no digest of what only guided
+An input's digest is that of the folder it came from, wherever that is now; of folders of equal contents it is the one that the
+command names. Some commands note no digest of what only guided
 them (prune of its scores, import_hf of its source): then the path in the command counts, if it is one folder's.
 """
 
 import graphlib
+import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,16 +47,34 @@ class Lineage:
 
 def trace(folders: Sequence[RunFolder]) -> Lineage:
     """Who was made from whom."""
-    by_digest: dict[str, RunFolder] = {}
-    for folder in sorted(folders, key=lambda one: one.manifest["made"], reverse=True):
-        by_digest[folder.digest] = folder  # of equal contents the first that was made
+    by_digest: dict[str, list[RunFolder]] = {}
+    for folder in sorted(folders, key=lambda one: one.manifest["made"]):
+        by_digest.setdefault(folder.digest, []).append(folder)
     made_from, by_path = {}, {}
     for folder in folders:
-        digests = {option: by_digest[d] for option, d in folder.inputs.items() if d in by_digest}
+        digests = {o: _named(folder, o, by_digest[d]) for o, d in folder.inputs.items() if d in by_digest}
         paths = {o: one for o, one in _by_path(folder, folders).items() if o not in digests}
         made_from[folder.name] = {o: one for o, one in {**digests, **paths}.items() if one is not folder}
         by_path[folder.name] = set(paths)
     return Lineage(_ordered(folders, made_from), made_from, by_path)
+
+
+def _named(folder: RunFolder, option: str, equal: Sequence[RunFolder]) -> RunFolder:
+    """Of folders of equal contents, oldest first, the one that an option of the command names; the first where it names none.
+
+    Where the path names several, as relative ones of two places do, the one that is nearest to what was made of it.
+    """
+    given = folder.config.get(option)
+    path = given.get("path") if isinstance(given, Mapping) else given
+    if len(equal) == 1 or not isinstance(path, str):
+        return equal[0]
+    own = folder.path.resolve()
+
+    def nearness(one: RunFolder) -> int:
+        return len(Path(os.path.commonpath([own, one.path.resolve()])).parts)
+
+    there = [one for one in equal if _is_in(path, one)]
+    return max(there, key=nearness) if there else equal[0]
 
 
 def _by_path(folder: RunFolder, folders: Sequence[RunFolder]) -> dict[str, RunFolder]:

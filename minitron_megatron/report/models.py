@@ -24,7 +24,7 @@ from minitron_megatron.report.trials import Trial
 
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
 # Figures of an evaluation that are no score, and options that do not say what was measured.
-_NOT_SCORES = ("tokens", "seconds", "tasks")
+_NOT_SCORES = ("tokens", "windows", "seconds", "tasks")
 _OF_TASKS = ("fewshot", "questions")
 # Figures of the teacher in an evaluation of its student begin so.
 _OF_TEACHER = "teacher_"
@@ -193,13 +193,18 @@ def _caption(lineage: Lineage, folder: RunFolder) -> str:
     options, data = flat(folder.config), lineage.source(folder, "data")
     words = []
     if options.get("data.path"):
-        windows = options.get("samples")
-        words.append(f"{'all' if windows is None else windows} windows of {options.get('data.sequence_length')} tokens")
+        # `samples` is only how many at most; what was measured is in the results, in those of older evaluations as tokens alone.
+        measured, length = folder.read_json(RESULTS), options.get("data.sequence_length")
+        tokens = f"{measured['tokens']:,} tokens" if isinstance(measured.get("tokens"), int) else "tokens"
+        if isinstance(measured.get("windows"), int):
+            words.append(f"{tokens} in {measured['windows']:,} windows of at most {length}")
+        else:
+            words.append(f"{tokens} in windows of at most {length}")
         words.append(f"{options.get('split', 'validation')} split of {data.name if data else options['data.path']}")
     if folder.read_json(RESULTS).get("tasks"):
         limit = options.get("limit")
         words.append("tasks: examples before each question in brackets, ± standard error")
-        words += [f"the first {limit} questions"] if limit else []
+        words += [f"the first {limit} questions of each at most"] if limit else []
     return "; ".join(words)
 
 

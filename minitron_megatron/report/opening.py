@@ -8,7 +8,7 @@ from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.report.folders import RunFolder
 from minitron_megatron.report.lineage import Lineage
 from minitron_megatron.report.models import evaluations, rows_of, same_measure, teacher_of
-from minitron_megatron.report.training import process_seconds
+from minitron_megatron.report.training import seconds_by_device
 
 
 def opening(lineage: Lineage, model: RunFolder) -> str:
@@ -93,15 +93,15 @@ def _cost(lineage: Lineage, model: RunFolder) -> str:
     made = [model]
     for one in made:
         made += [source for source in lineage.made_from[one.name].values() if source not in made]
-    spent: dict[str, float] = {}
-    for one in made:
-        if (seconds := process_seconds(one)) is not None and one.device is not None:
-            spent[one.device] = spent.get(one.device, 0) + seconds
+    spent, of_all = seconds_by_device(made), seconds_by_device(lineage.folders)
     tokens = sum(one.results["tokens"] for one in made if one.shape and "steps" in one.results)
     words = [f"{_time(seconds)} of {device} processes" for device, seconds in spent.items()]
     if not words:
         return ""
-    return "it took " + " and ".join(words) + (f", training on {format_value(tokens)} tokens" if tokens else "")
+    took = f"making it and what it was made from took {' and '.join(words)}"
+    took += f", training on {format_value(tokens)} tokens" if tokens else ""
+    everything = " and ".join(f"{_time(seconds)} of {device} processes" for device, seconds in of_all.items())
+    return took + (f" (all folders of this page: {everything})" if of_all != spent else "")
 
 
 def _time(seconds: float) -> str:

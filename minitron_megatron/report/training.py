@@ -1,5 +1,6 @@
 """Sections about training runs: their recipe, their curves, and what every step of the work cost."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ _FOUND |= {"validation_loss": "validation loss", "validation_perplexity": "valid
 # Terms of a step that have a plot of their own, or none.
 _NOT_TERMS = frozenset(
     """step loss agreement lr grad_norm skipped tokens tokens_per_second tokens_per_second_per_gpu tflops_per_gpu mfu step_seconds
-    data_seconds memory_gib memory_peak_gib resident_gib validation_loss validation_perplexity""".split()
+    data_seconds memory_gib memory_peak_gib resident_gib validation_loss validation_perplexity run_seconds""".split()
 )
 
 
@@ -143,11 +144,17 @@ def _curves(run: RunFolder) -> list[Figure]:
 
 
 def process_seconds(folder: RunFolder) -> float | None:
-    """Seconds of all processes together: of a run by its steps, wherever and with however many they ran; else by the manifest.
+    """Seconds of all processes together: by the manifest, and of a run also those of its starts before the last.
 
-    None where the manifest does not say how many processes there were. The steps of a run leave out what is between them.
+    None where the manifest does not say how many processes there were. An older run, whose metrics do not say how long its
+    starts ran, counts by its steps, wherever and with however many processes they ran, without what is between them.
     """
     lines = [line for line in folder.metrics if line.get("tokens_per_second_per_gpu")]
+    last = folder.manifest.get("seconds")
+    if lines and last is not None and folder.processes is not None and all("run_seconds" in line for line in lines):
+        ends = [a for a, b in itertools.pairwise(lines) if b["run_seconds"] < a["run_seconds"]]
+        before = (line["run_seconds"] * line["tokens_per_second"] / line["tokens_per_second_per_gpu"] for line in ends)
+        return sum(before) + last * folder.processes
     if lines:
         spent = sum(
             line["step_seconds"] * line["tokens_per_second"] / line["tokens_per_second_per_gpu"] for line in lines
@@ -158,24 +165,34 @@ def process_seconds(folder: RunFolder) -> float | None:
     return None if seconds is None or folder.processes is None else seconds * folder.processes
 
 
+def seconds_by_device(folders: Sequence[RunFolder]) -> dict[str, float]:
+    """Seconds of all processes of all folders, by what each process ran on."""
+    sums: dict[str, float] = {}
+    for one in folders:
+        if (seconds := process_seconds(one)) is not None and one.device is not None:
+            sums[one.device] = sums.get(one.device, 0) + seconds
+    return sums
+
+
 def cost_section(lineage: Lineage) -> Section:
     """Time of all processes and tokens of every folder, and their sums for each kind of device."""
     rows: list[list[str]] = []
-    sums: dict[str, float] = {}
+    sums = seconds_by_device(lineage.folders)
     for folder in lineage.folders:
-        spent, device, tokens = process_seconds(folder), folder.device, folder.results.get("tokens")
+        device, tokens = folder.device, folder.results.get("tokens")
         on = "–" if device is None else f"{folder.processes or '?'} × {device}"
-        rows.append([folder.name, folder.command or "–", on, _hours(spent), f"{tokens:,}" if tokens else "–"])
-        if spent is not None and device is not None:
-            sums[device] = sums.get(device, 0) + spent
+        rows.append(
+            [folder.name, folder.command or "–", on, _hours(process_seconds(folder)), f"{tokens:,}" if tokens else "–"]
+        )
     trained = sum(one.results["tokens"] for one in runs(lineage))
     for i, (device, spent) in enumerate(sums.items()):
         rows.append([f"all on {device}", "", "", _hours(spent), f"{trained:,}" if not i and trained else ""])
     columns = ["folder", "made by", "processes", "device hours", "tokens"]
     text = (
-        "Hours of every process together, so GPU hours where each has a GPU: of a training run its steps, of the others from "
-        "the beginning of the output to its end, without the start of the program; – where a manifest does not say. Tokens of "
-        "all: those that were trained on."
+        "Hours of every process together, so GPU hours where each has a GPU, from the beginning of the output to its end; – "
+        "where a manifest does not say. Starts of a training run before its last count with their steps that stayed. "
+        "The start of the program is not in it: what launch/compress.py and launch/status.py show of whole stages has that, too. "
+        "Tokens of all: those that were trained on."
     )
     return Section("Cost", text, [Table(columns, rows)], card=True)
 

@@ -77,7 +77,7 @@ def trial_section(trial: Trial) -> Section:
 def trial_table(found: Mapping[str, Any]) -> Table:
     """The candidates of a results.json, from the best to the worst."""
     rungs = [str(step) for step in found["rungs"]]
-    columns = ["place", "rank before", "layers × hidden × ffn", "heads/kv", "parameters", "predicted loss"]
+    columns = ["place", "rank before", "layers × hidden × ffn", "heads/kv", "parameters", "predicted damage"]
     rows = [
         [
             str(one["place"]),
@@ -108,7 +108,7 @@ def trial_sentences(found: Mapping[str, Any]) -> list[str]:
     ]
     for step, value in found["rank_correlation_with_prediction"].items():
         if value is not None:
-            lines.append(f"Rank correlation of the predicted loss with the KL after step {step}: {value:.2f}.")
+            lines.append(f"Rank correlation of the predicted damage with the KL after step {step}: {value:.2f}.")
     return lines
 
 
@@ -135,7 +135,7 @@ def _section(trial: Trial) -> Section:
         " ".join(trial_sentences(found)),
         [trial_table(found)],
         [
-            Figure("Order before, by predicted loss, and after", drawn["rankings"]),
+            Figure("Order before, by predicted damage, and after", drawn["rankings"]),
             Figure("Validation KL over steps", drawn["kl"]),
         ],
         card=True,

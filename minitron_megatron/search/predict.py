@@ -1,6 +1,6 @@
 """How much a shape would lose, predicted from importance scores: what orders the shapes, before any training.
 
-    predicted loss = w_layers · D_layers + w_hidden · D_hidden + w_ffn · D_ffn + w_heads · D_heads
+    predicted damage = w_layers · D_layers + w_hidden · D_hidden + w_ffn · D_ffn + w_heads · D_heads
 
 Each D is 0 where nothing is cut, and a relative squared error of what the axis carries when the best are kept, which is what
 prune keeps (importance as in arXiv 2407.14679, section 2.2; contiguous layers as in 2408.11796):
@@ -43,13 +43,13 @@ class Predictor:
     heads: np.ndarray
 
     def parts(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """Predicted loss of these shapes by axis, [n] each."""
+        """Predicted damage of these shapes by axis, [n] each."""
         layers, hidden, ffn, pair = self.space.positions(numbers)
         found = (self.layers[layers], self.hidden[hidden], self.ffn[layers, ffn], self.heads[layers, pair])
         return dict(zip(AXES, found, strict=True))
 
     def loss(self, numbers: np.ndarray) -> np.ndarray:
-        """Predicted loss of these shapes: [n]."""
+        """Predicted damage of these shapes: [n]."""
         return sum(self.parts(numbers).values())
 
 

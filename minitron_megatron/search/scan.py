@@ -19,7 +19,7 @@ class Found:
 
     shapes: that were looked at; within: those of them inside every limit; fitting: those of these that use enough of one limit;
     smallest: the least of each limited quantity over all shapes; used: the highest share of a limit that a shape within them
-    uses; best: the fitting shapes of lowest predicted loss, best first; fronts: by quantity, the fitting shapes that no other
+    uses; best: the fitting shapes of lowest predicted damage, best first; fronts: by quantity, the fitting shapes that no other
     beats in both cost and loss, by rising cost.
     """
 

@@ -1,8 +1,8 @@
 """`launch/search.py`: a model, its scores and a budget into a folder of targets for `launch/prune.py`, best first.
 
-candidates.yaml       every ranked shape and every shape on a front: sizes, costs, predicted loss by axis
+candidates.yaml       every ranked shape and every shape on a front: sizes, costs, predicted damage by axis
 targets/rank_01.yaml  … of each ranked shape, as `target=` takes it, with the command that prunes to it
-parameters.svg        … of each limited quantity: predicted loss against it
+parameters.svg        … of each limited quantity: predicted damage against it
 """
 
 import logging
@@ -49,7 +49,7 @@ _WHOLE = ("parameters", "non_embedding_parameters")
 
 @dataclass(frozen=True)
 class Candidate:
-    """One shape: its rank if it is one of the best, the fronts that it is on, its costs, and its predicted loss by axis."""
+    """One shape: its rank if it is one of the best, the fronts that it is on, its costs, and its predicted damage by axis."""
 
     rank: int | None
     target: dict[str, int]
@@ -59,7 +59,7 @@ class Candidate:
 
     @property
     def loss(self) -> float:
-        """Predicted loss."""
+        """Predicted damage."""
         return sum(self.lost.values())
 
     @property
@@ -168,7 +168,7 @@ def _count(source: ModelShape, space: Space, budget: Budget) -> None:
 
 
 def candidates(budget: Budget, predictor: Predictor, found: Found) -> list[Candidate]:
-    """The best shapes by rank, then those that are only on a front, by predicted loss."""
+    """The best shapes by rank, then those that are only on a front, by predicted damage."""
     space = predictor.space
     on_front = {name: set(front.tolist()) for name, front in found.fronts.items()}
     best = found.best.tolist()
@@ -237,16 +237,14 @@ def _write_candidates(
 def _write_targets(folder: Path, ranked: list[Candidate], commands: list[str]) -> None:
     (folder / TARGETS).mkdir()
     for one, command in zip(ranked, commands, strict=True):
-        head = (
-            f"# Rank {one.rank}: {one.costs['parameters']:,} parameters, predicted loss {one.loss:.4f}.\n# {command}\n"
-        )
+        head = f"# Rank {one.rank}: {one.costs['parameters']:,} parameters, predicted damage {one.loss:.4f}.\n# {command}\n"
         (folder / one.file).write_text(head + yaml.safe_dump(one.target, sort_keys=False), encoding="utf-8")
 
 
 def _plot(file: Path, quantity: str, listed: list[Candidate]) -> None:
     front = sorted((one.costs[quantity], one.loss) for one in listed if quantity in one.fronts)
     ranked = [(one.costs[quantity], one.loss) for one in listed if one.rank]
-    file.write_text(plots.front(front, ranked, QUANTITIES[quantity], "predicted loss"), encoding="utf-8")
+    file.write_text(plots.front(front, ranked, QUANTITIES[quantity], "predicted damage"), encoding="utf-8")
 
 
 def _print(cfg: SearchConfig, budget: Budget, results: dict[str, Any], ranked: list[Candidate]) -> None:
@@ -263,9 +261,9 @@ def _print(cfg: SearchConfig, budget: Budget, results: dict[str, Any], ranked: l
     ]
     title = (
         f"{cfg.output}: the best {len(rows)} of {results['fitting']:,} shapes that fit, of {results['shapes']:,}; "
-        "predicted loss, and its parts by axis"
+        "predicted damage (docs/search.md), and its parts by axis"
     )
-    columns = ["rank", "layers × hidden × ffn", "heads/kv", *(_IN_SHORT[name] for name in shown), "loss", *AXES]
+    columns = ["rank", "layers × hidden × ffn", "heads/kv", *(_IN_SHORT[name] for name in shown), "damage", *AXES]
     print_table(title, columns, rows)
     if not speaks():
         return

@@ -19,13 +19,14 @@ from minitron_megatron.config import HardwareConfig, LoggerConfig
 from minitron_megatron.console import SECONDS_BETWEEN_LINES, bars_with, console, speaks
 from minitron_megatron.models.graphs import peak_memory
 from minitron_megatron.parallel.hardware import gpu_of, hardware, peak_flops
+from minitron_megatron.starts import seconds_left
 from minitron_megatron.train.loop import StepResult
 
 log = logging.getLogger(__name__)
 # What the clock and the machine say of a step: two runs with the same losses differ in these.
 OF_THE_MACHINE = frozenset(
     """tokens_per_second tokens_per_second_per_gpu tflops_per_gpu mfu step_seconds data_seconds memory_gib memory_peak_gib
-    resident_gib""".split()
+    resident_gib run_seconds""".split()
 )
 
 
@@ -115,7 +116,10 @@ class Metrics:
         """Keep the values of a step; `tokens_per_second` and `loss` are shown."""
         if not self.active:
             return
-        step = values["step"]
+        step, now = values["step"], time.monotonic()
+        if "loss" in values:
+            # Since this start of the run began its steps: what is saved and validated between them counts.
+            values = {**values, "run_seconds": now - self.began}
         if step % self.interval == 0 or step == self.steps or "validation_loss" in values:
             self.out.write(json.dumps(values) + "\n")
             self.out.flush()
@@ -125,10 +129,9 @@ class Metrics:
             return
         loss, rate = f"{values['loss']:.4f}", f"{values['tokens_per_second']:,.0f}"
         self.bar.update(self.task, completed=step, loss=loss, rate=rate)
-        now = time.monotonic()
         if not self.terminal and (now - self.last_line > SECONDS_BETWEEN_LINES or step == self.steps):
             self.last_line = now
-            left = (now - self.began) / max(1, step - self.first) * (self.steps - step)
+            left = seconds_left(step, self.steps, self.first, now - self.began)
             log.info("step %d of %d: loss %s, %s tokens/s, %.0f s left", step, self.steps, loss, rate, left)
 
     def close(self) -> None:
