@@ -361,6 +361,18 @@ def test_a_start_without_a_word_is_told_from_the_one_before_in_a_folder_of_logs(
         assert said[0] == f"error: rank 1 on {HOST}: {DAMAGED}" and len(said) == 2 and said[1].endswith(second), said
 
 
+@pytest.mark.slow
+def test_a_job_on_two_nodes_that_torchrun_starts_again_goes_on(words, tmp_path):
+    meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "x", "--max-restarts", "1"]
+    start = [*LAUNCHER, *meet, "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"]
+    short = [word.replace("steps=400", "steps=6") for word in words]
+    nodes = [job(start, failing(1, 3, "bug,nothing", short, tmp_path / "x")) for _ in range(2)]
+    with gone(*nodes):
+        said = "".join(node.communicate(timeout=400)[1] for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert f"error: rank 1 on {HOST}: ValueError: a bug of this rank" in said
+
+
 def wait_for_step(running: subprocess.Popen, output: Path, timeout: float = 400.0) -> None:
     deadline = time.monotonic() + timeout
     while not list((output / "checkpoints").glob("step_*")):

@@ -130,7 +130,8 @@ class Launcher:
             # Its rendezvous: a port that is taken, nodes that do not come or that ended first.
             if claims := self._claims():
                 return claims[-1].status
-            say(f"error: torchrun on {socket.gethostname()}: {in_one_line(error, 300)}")
+            advice = ": choose another --master-port or --rdzv-endpoint" if "EADDRINUSE" in str(error) else ""
+            say(f"error: torchrun on {socket.gethostname()}: {in_one_line(error, 300)}{advice}")
             return 1
         return 0
 
