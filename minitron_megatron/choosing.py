@@ -17,6 +17,7 @@ import torch
 from minitron_megatron.chosen import Choices, Pair, Text
 from minitron_megatron.config import CompressConfig, DistillConfig, ParallelConfig, TrainerConfig, TrainingDataConfig
 from minitron_megatron.errors import UserError
+from minitron_megatron.machine import usable_cores
 from minitron_megatron.models.axes import count_parameters, flops_per_token
 from minitron_megatron.models.build import model_dtype
 from minitron_megatron.models.shape import ModelShape
@@ -42,6 +43,8 @@ _RATES = ((100e6, 1e-3), (500e6, 5e-4), (2e9, 2e-4), (float("inf"), 1e-4))
 _MICRO_BATCHES = (8, 4, 2, 1)
 # What a training step makes of the speed of one large product on a CPU.
 _CPU_EFFICIENCY = 0.5
+# Products are timed for so long.
+_SECONDS = 0.25
 
 
 def choose_length(cfg: CompressConfig, shape: ModelShape, text: Text | None, device: str) -> tuple[int, str]:
@@ -259,7 +262,7 @@ def _seconds(
             f"{foreseen.tokens_per_second:,.0f} tokens/s, by arithmetic (docs/cluster.md)",
         )
     else:
-        rate = _CPU_EFFICIENCY * cpu_flops(pair.student, precision_of(cfg, pair.student, device)[0])
+        rate = _CPU_EFFICIENCY * cpu_flops(pair.student, precision_of(cfg, pair.student, device)[0], cfg.processes)
         how = f"{rate / step:,.0f} tokens/s, from products measured here"
     return "time", words_of(samples * length * forward / rate + tokens * step / rate), f"of arithmetic: {how}"
 
@@ -282,19 +285,26 @@ def precision_of(cfg: CompressConfig, shape: ModelShape, device: str) -> tuple[s
     return shape.dtype, "as the model is stored"
 
 
-def cpu_flops(shape: ModelShape, precision: str) -> float:
-    """Operations a second of this machine in products of a model's sizes, as a training step has them: x·wᵀ, x·w and xᵀ·x."""
-    dtype = getattr(torch, precision)
+def cpu_flops(shape: ModelShape, precision: str, processes: int) -> float:
+    """Operations a second of the stages in products of a model's sizes, as a training step has them: x·wᵀ, x·w and xᵀ·x.
+
+    One thread is timed, by its least times: what else runs here only lengthens some. The cores that the stages have multiply it.
+    """
+    dtype, cores = getattr(torch, precision), usable_cores()
     ffn = max(shape.ffn_of_layers)
     x, y = torch.ones(512, shape.hidden_size, dtype=dtype), torch.ones(512, ffn, dtype=dtype)
     w = torch.ones(ffn, shape.hidden_size, dtype=dtype)
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, os.cpu_count() or 1))
+    torch.set_num_threads(1)
     try:
-        done, began = 0, time.monotonic()
-        while done < 3 or time.monotonic() - began < 0.25:
+        least, began, times = float("inf"), time.monotonic(), 0
+        # The first makes what the others use again.
+        while times < 3 or time.monotonic() - began < _SECONDS:
+            start = time.perf_counter()
             _ = x @ w.T, y @ w, y.T @ x
-            done += 1
-        return done * 3 * 2 * 512 * shape.hidden_size * ffn / (time.monotonic() - began)
+            least, times = min(least, time.perf_counter() - start), times + 1
     finally:
         torch.set_num_threads(threads)
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    of_a_process = int(given) if given.isdigit() and int(given) else max(1, cores // processes)
+    return 3 * 2 * 512 * shape.hidden_size * ffn / least * min(cores, processes * of_a_process)
