@@ -172,7 +172,8 @@ def test_a_mistake_ends_the_job_at_once_with_its_line(cluster, variables):
     job = distill(cluster, {**variables, "TENSOR": "7"}, output)
     assert cluster.wait(job)["ExitCode"] == "2:0", cluster.logs()
     logs = "".join(file.read_text() for file in output.with_suffix(".logs").iterdir())
-    assert "error: parallel.tensor × pipeline × context = 7" in logs and not output.exists()
+    said = re.findall(r"error: rank \d on \S+: parallel\.tensor × pipeline × context = 7", logs)
+    assert len(said) == 1 and not output.exists()
 
 
 def test_a_submitted_command_runs_as_its_rendered_script(cluster, variables):
