@@ -88,7 +88,7 @@ def _run(cfg: CompressConfig, plan: Plan, device: str) -> dict[str, Any]:
         # The text is counted now.
         plan = make_plan(cfg, device)
         if plan.chosen:
-            _show_choices(plan)
+            _show_choices(plan, "now that the text is counted")
     if plan.chosen:
         remember_choices(root, plan)
     results = []
@@ -168,7 +168,7 @@ def _show_plan(cfg: CompressConfig, plan: Plan) -> None:
         console().print(f"$ {shlex.join(words)}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _show_choices(plan: Plan) -> None:
+def _show_choices(plan: Plan, title: str = "what is chosen, unless it is given") -> None:
     """What was chosen, and why; and how exact the text is known."""
     text = plan.source.text
     counted = (
@@ -177,12 +177,12 @@ def _show_choices(plan: Plan) -> None:
         else [
             [
                 "text",
-                f"{'' if text.exact else 'about '}{text.train:,} + {text.validation:,} tokens",
+                f"{'' if plan.source.ready else 'about '}{text.train:,} + {text.validation:,} tokens",
                 "to train and to validate on" + ("" if text.exact else ", by its size: counted once it is tokenised"),
             ]
         ]
     )
-    print_table("what is chosen, unless it is given", ["", "value", ""], [*counted, *map(list, plan.chosen.lines)])
+    print_table(title, ["", "value", ""], [*counted, *map(list, plan.chosen.lines)])
 
 
 def _show_results(cfg: CompressConfig, summary: Mapping[str, Any]) -> None:
