@@ -165,7 +165,7 @@ def _show_plan(cfg: CompressConfig, plan: Plan) -> None:
         _show_choices(plan)
     for _, stage in plan.stages:
         words = [*stage_words(cfg.start, stage.processes, stage.file), *stage.words, f"output={stage.output}"]
-        console().print(f"$ {shlex.join(words)}", markup=False, highlight=False, soft_wrap=True)
+        console().print(f"$ {shlex.join(words)}", highlight=False, soft_wrap=True)
 
 
 def _show_choices(plan: Plan, title: str = "what is chosen, unless it is given") -> None:
@@ -199,7 +199,7 @@ def _show_results(cfg: CompressConfig, summary: Mapping[str, Any]) -> None:
     last, screen = summary["rounds"][-1], console()
 
     def say(line: str) -> None:
-        screen.print(line, markup=False, highlight=False, soft_wrap=True)
+        screen.print(line, highlight=False, soft_wrap=True)
 
     if summary["loss"] is not None and last["loss"] is not None:
         say(

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -23,6 +24,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
+
+from minitron_megatron.plain_text import escaped, one_line
 
 log = logging.getLogger(__name__)
 # Without a terminal a bar cannot move: say how far it is now and then instead.
@@ -66,8 +70,18 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
 
 def console() -> Console:
     """A console on standard output, 120 columns wide where there is no terminal."""
-    plain = Console()
-    return plain if plain.is_terminal else Console(width=120)
+    plain = _Console()
+    return plain if plain.is_terminal else _Console(width=120)
+
+
+class _Console(Console):
+    """A console to which text is text: nothing in it is markup, an emoji's name or a word to the terminal."""
+
+    def __init__(self, width: int | None = None) -> None:
+        super().__init__(width=width, markup=False, emoji=False)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(escaped(text), **{**how, "markup": False, "emoji": False})
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -78,7 +92,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     table = _table(title, columns, rows)
     # A number that goes on in the next line is no number.
     if len(columns) > 2 and sum(column.min_width + 3 for column in table.columns) >= screen.width:
-        screen.print(title, style="bold", markup=False, highlight=False)
+        screen.print(title, style="bold", highlight=False)
         for first, *row in rows:
             screen.print(_table(None, [columns[0], format_value(first)], list(zip(columns[1:], row, strict=True))))
         return
@@ -143,8 +157,8 @@ def progress(
         yield _lines(description, total, unit, done, rate)
         return
     counts = [DownloadColumn(binary_units=True), TransferSpeedColumn()] if unit == "B" else [MofNCompleteColumn()]
-    with bars_with(screen, *counts, TextColumn("{task.fields[rate]}")) as bars:
-        task = bars.add_task(description, total=total, completed=done, rate="")
+    with bars_with(screen, *counts, TextColumn("{task.fields[rate]}", markup=False)) as bars:
+        task = bars.add_task(one_line(description), total=total, completed=done, rate="")
 
         def advance(n: int, made: int = 0) -> None:
             bars.update(task, advance=n, rate=rate.add(made))
@@ -169,7 +183,7 @@ def bars_with(screen: Console, *columns: ProgressColumn, disable: bool = False) 
     """Progress bars that show `columns` too. A narrow terminal has no room for the bar itself and for what has passed."""
     narrow = screen.width < _ROOM_FOR_BARS
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         *([] if narrow else [BarColumn()]),
         *columns,
         *([] if narrow else [TimeElapsedColumn()]),

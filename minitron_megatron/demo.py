@@ -93,9 +93,9 @@ def _say(plan: Plan, verb: str) -> None:
     """What is going to be done, and how long that takes."""
     minutes = f"about {max(1, round(plan.total / 60))} minutes"
     what = f"{plan.seconds['distill'] / 60:.0f} of them distillation over {plan.tokens:,} tokens"
-    console().print(f"Machine: {plan.machine}", markup=False, highlight=False)
+    console().print(f"Machine: {plan.machine}", highlight=False)
     more = "" if plan.of in (FULL, SHORT) else "; a faster machine does more"
-    console().print(f"{verb} {minutes}, {what}{more}", markup=False, highlight=False)
+    console().print(f"{verb} {minutes}, {what}{more}", highlight=False)
 
 
 def _make_models(stages: Stages, at: dict[str, Path], plan: Plan, minutes: float) -> Plan:

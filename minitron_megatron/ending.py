@@ -32,6 +32,7 @@ from typing import Any, ClassVar, NoReturn
 
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.first_moments import NAMES, NOTHING_KEPT, STATUS_OF_SIGNAL
+from minitron_megatron.plain_text import one_line
 
 USER_MISTAKE = 2
 # A process that lost its peer, or was told to end, waits so long for the reason of the one that failed first.
@@ -148,10 +149,10 @@ def reason_of(error: BaseException) -> Reason:
             follows = cause.number == signal.SIGTERM and several() and not _told_by_launcher()
             return Reason(str(cause), STATUS_OF_SIGNAL[cause.number], "stopped", follows=follows)
     if isinstance(error, UserError):
-        return Reason(str(error), USER_MISTAKE)
+        return Reason(one_line(str(error)), USER_MISTAKE)
     if isinstance(error, OSError) and error.filename is not None and error.errno in _OF_THE_USER:
         advice = "mend it or choose another place, and run the same command again"
-        return Reason(f"{error.filename}: {error.strerror}: {advice}", USER_MISTAKE)
+        return Reason(one_line(f"{error.filename}: {error.strerror}: {advice}"), USER_MISTAKE)
     trace = "".join(traceback.format_exception(error))
     if several() and any(_is_of_a_peer(cause) for cause in chain):
         where = _last_own_line(error)

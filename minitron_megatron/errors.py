@@ -3,6 +3,8 @@
 The launcher prints it as ``error: …`` on rank 0 and exits with status 2 on every rank, without a traceback.
 """
 
+from minitron_megatron.plain_text import one_line
+
 
 class UserError(Exception):
     """Something the user can put right: a wrong option, a missing file, a layout that does not divide."""
@@ -14,4 +16,4 @@ class Diverged(UserError):
 
 def in_one_line(error: BaseException, most: int | None = None) -> str:
     """What another program says, as part of such a message: no line breaks, at most so many characters."""
-    return " ".join(str(error).split())[:most]
+    return one_line(" ".join(str(error).split()))[:most]

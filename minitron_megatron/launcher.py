@@ -29,6 +29,7 @@ from minitron_megatron.config import (
 from minitron_megatron.console import console, speaks, write_anywhere
 from minitron_megatron.errors import UserError
 from minitron_megatron.lengths import settle_lengths
+from minitron_megatron.plain_text import escaped
 from minitron_megatron.preset_files import is_preset_file, naming_files, words_of_file
 from minitron_megatron.words import PLAIN_VALUE, quoted
 
@@ -373,7 +374,7 @@ def show_help(name: str, config_class: type[CommandConfig]) -> None:
     for o in _shown(config_class):
         default = "required" if o.default == REQUIRED else "" if o.default is None else str(o.default)
         words = f" [{', '.join(map(as_typed, o.choices))}]" if o.choices else ""
-        table.add_row(o.name, o.type.replace(" | None", ""), default, (o.doc + words).replace("[", "\\["))
+        table.add_row(o.name, o.type.replace(" | None", ""), default, o.doc + words)
     screen.print(table)
     for kind, names in presets(name).items():
         screen.print(
@@ -454,12 +455,20 @@ def _quiet() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
+class _PlainLines(logging.Formatter):
+    """What is logged, as text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record))
+
+
 def _logging() -> None:
     """Lines of the program by rich from rank 0; warnings and errors from the others."""
     from rich.logging import RichHandler
 
     handler = RichHandler(console=console(), show_path=False, show_level=False, log_time_format="%H:%M:%S")
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
+    handler.setFormatter(_PlainLines("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("minitron_megatron").setLevel(logging.INFO if speaks() else logging.WARNING)
     # Hydra's own set-up silences every logger that was there before it.
     for name, logger in logging.root.manager.loggerDict.items():

@@ -149,7 +149,7 @@ class Stages:
         """
         before = self.done.get(name)
         if before and before["what"] == what and there.exists():
-            console().print(f"[dim]{name}: done before in {before['seconds']:.0f} s ({there})[/dim]")
+            console().print(f"{name}: done before in {before['seconds']:.0f} s ({there})", style="dim")
             return
         began = time.monotonic()
         with keeping(lambda: _kept(name)):
@@ -183,7 +183,7 @@ class Stages:
         line = shlex.join(words)
 
         def work() -> None:
-            console().print(f"\n$ {line}", style="bold", markup=False, highlight=False, soft_wrap=True)
+            console().print(f"\n$ {line}", style="bold", highlight=False, soft_wrap=True)
             status, reason = run_program(runnable(words), processes)
             if status in STATUS_OF_SIGNAL.values():
                 reason = (reason or f"which was asked to end: {NOTHING_KEPT}").replace(NOTHING_KEPT, _kept(name))

@@ -375,9 +375,9 @@ def _show(one: Status) -> None:
         print_table(f"{one.path}: {one.about}", ["output", "made by", "state", ""], rows)
         return
     screen = console()
-    screen.print(f"{one.path}: {one.state} ({one.kind})", markup=False, highlight=False, soft_wrap=True, style="bold")
+    screen.print(f"{one.path}: {one.state} ({one.kind})", highlight=False, soft_wrap=True, style="bold")
     if not one.lines and one.about:
-        screen.print(f"  {one.about}", markup=False, highlight=False, soft_wrap=True)
+        screen.print(f"  {one.about}", highlight=False, soft_wrap=True)
     width = max((len(name) for name, _ in one.lines), default=0)
     for name, value in one.lines:
-        screen.print(f"  {name:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)
+        screen.print(f"  {name:<{width}}  {value}", highlight=False, soft_wrap=True)

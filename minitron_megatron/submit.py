@@ -76,7 +76,7 @@ def submit(cfg: SubmitConfig, job: Job | None = None) -> None:
     rehearse(name, [*words, *_hardware_words(config, cfg.cluster, words)], cfg.nodes * processes_per_node(cfg.cluster))
     script = render(cfg, name, words, config)
     if cfg.dry_run or not cfg.submit:
-        console().print(script, markup=False, highlight=False, soft_wrap=True)
+        console().print(script, highlight=False, soft_wrap=True)
     if cfg.dry_run:
         return
     # A script that was written to be looked at is the one that is submitted.

@@ -114,5 +114,5 @@ def show(plan: Plan, found: Mapping[str, Any]) -> None:
     screen.print(
         f"\nThe best: rank {found['winner']['rank']}, pruned in {found['winner']['pruned']}. To prune to it again:\n"
     )
-    screen.print(f"  {prune_command(plan)}\n", highlight=False, markup=False, soft_wrap=True)
+    screen.print(f"  {prune_command(plan)}\n", highlight=False, soft_wrap=True)
     screen.print(f"Written: {plan.root / RESULTS}, {plan.root / REPORT}")

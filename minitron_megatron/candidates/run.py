@@ -179,7 +179,7 @@ def run_rung(cfg: DistillCandidatesConfig, plan: Plan, one: Candidate, rung: int
     """Prune a candidate unless it is, distill it up to a rung, and write what it is then."""
     step, name = plan.rungs[rung - 1], f"rank {one.rank}, rung {rung}"
     if one.after(rung).is_file():
-        console().print(f"[dim]{name}: done before ({one.after(rung)})[/dim]")
+        console().print(f"{name}: done before ({one.after(rung)})", style="dim")
         return
     one.folder.mkdir(parents=True, exist_ok=True)
     stages = Stages(one.folder / STAGES_FILE, inputs=plan.inputs, start=cfg.start)
@@ -202,7 +202,7 @@ def run_rung(cfg: DistillCandidatesConfig, plan: Plan, one: Candidate, rung: int
         if not why.is_file():
             raise
         reason = why.read_text(encoding="utf-8").strip()
-        console().print(f"{name}: diverged at {reason}", markup=False, highlight=False)
+        console().print(f"{name}: diverged at {reason}", highlight=False)
         seconds = round(time.monotonic() - began, 1)
         write_json(one.after(rung), {"step": step, "diverged": reason, "seconds": seconds})
         return
@@ -292,4 +292,4 @@ def _show_plan(cfg: DistillCandidatesConfig, plan: Plan) -> None:
     stages += [stage for one in plan.candidates for stage in (one.prune, one.distill)]
     for stage in stages:
         words = [*stage_words(cfg.start, stage.processes, stage.file), *stage.words, f"output={stage.output}"]
-        screen.print(f"$ {shlex.join(words)}", markup=False, highlight=False, soft_wrap=True)
+        screen.print(f"$ {shlex.join(words)}", highlight=False, soft_wrap=True)

@@ -180,7 +180,7 @@ def show_commands() -> None:
     from minitron_megatron.console import console
 
     screen, table = console(), Table(box=None, show_header=False, pad_edge=False)
-    screen.print(f"{_USAGE}\n", markup=False, highlight=False)
+    screen.print(f"{_USAGE}\n", highlight=False)
     for name, entry in COMMANDS.items():
         table.add_row(name, " ".join((entry.config.__doc__ or "").split()).partition(". ")[0])
     screen.print(table)

@@ -54,7 +54,7 @@ def show_next(name: str, config: CommandConfig) -> None:
     except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError):
         return  # a folder that went away meanwhile: the work itself is done
     if line:
-        console().print(f"Next:\n  {line}", markup=False, highlight=False, soft_wrap=True)
+        console().print(f"Next:\n  {line}", highlight=False, soft_wrap=True)
 
 
 def line_of(found: Next, config: CommandConfig) -> str:

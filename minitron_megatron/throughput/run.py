@@ -298,7 +298,7 @@ def _say_what_would_be(cfg: ThroughputConfig, sources: Sequence[Source], device:
             work = _work(cfg, source, "tensorrt_llm", device, made)
             for batch in work.batches:
                 words = tensorrt_llm.command(work, source.name, batch, made / REQUESTS, cfg.tensorrt_llm.image)
-                console().print(shlex.join(words), markup=False, highlight=False, soft_wrap=True)
+                console().print(shlex.join(words), highlight=False, soft_wrap=True)
 
 
 def _show(cfg: ThroughputConfig, rows: Sequence[Row]) -> None:

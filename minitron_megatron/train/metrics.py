@@ -19,6 +19,7 @@ from minitron_megatron.config import HardwareConfig, LoggerConfig
 from minitron_megatron.console import SECONDS_BETWEEN_LINES, bars_with, console, speaks
 from minitron_megatron.models.graphs import peak_memory
 from minitron_megatron.parallel.hardware import gpu_of, hardware, peak_flops
+from minitron_megatron.plain_text import one_line
 from minitron_megatron.starts import seconds_left
 from minitron_megatron.train.loop import StepResult
 
@@ -105,9 +106,9 @@ class Metrics:
         self.out = open(self.file, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run, closed by close())
         self.wandb = _start_wandb(folder, options, config)
         screen = console()
-        shown = TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s")
+        shown = TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s", markup=False)
         self.bar = bars_with(screen, MofNCompleteColumn(), shown, disable=not screen.is_terminal)
-        self.task = self.bar.add_task(title, total=steps, completed=start, loss="…", rate="…")
+        self.task = self.bar.add_task(one_line(title), total=steps, completed=start, loss="…", rate="…")
         self.bar.start()
         self.terminal, self.last_line = screen.is_terminal, 0.0
         self.began, self.first = time.monotonic(), start
