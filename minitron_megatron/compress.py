@@ -12,7 +12,6 @@ The stages are the commands of launch/ (stages.py). All of them are composed and
 the first one starts (compress_plan.py); where there are no rounds, what was not given is chosen (choosing.py).
 """
 
-import json
 import math
 import shlex
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from minitron_megatron.checkpoints.folder import RESULTS, read_manifest
+from minitron_megatron.checkpoints.folder import RESULTS, load_json, read_manifest
 from minitron_megatron.composing import Stage
 from minitron_megatron.compress_plan import (
     EXPORTED,
@@ -127,7 +126,7 @@ def _result(one: Round, seconds: Mapping[str, float]) -> dict[str, Any]:
     manifest = read_manifest(student)
     measured: dict[str, Any] = {}
     if "evaluate" in one.stages:
-        measured = json.loads((one.stages["evaluate"].output / RESULTS).read_text(encoding="utf-8"))
+        measured = load_json(one.stages["evaluate"].output / RESULTS)
     return {
         "name": one.name,
         "model": str(student),

@@ -45,6 +45,7 @@ from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.outputs import check_command_output
 from minitron_megatron.parallel.layout import Layout, world_size_from_env
+from minitron_megatron.plain_files import read_json
 from minitron_megatron.prune.select import target_shape
 from minitron_megatron.search.budget import Budget
 from minitron_megatron.search.found import target_file
@@ -383,7 +384,7 @@ def _lasting(cfg: CompressConfig) -> dict[str, Any]:
 def _chosen_before(file: Path, asked: Any) -> Choices | None:
     """What an earlier run with the same options chose, on whatever machine."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         if values["asked"] != asked:
             return None
         return Choices(dict(values["options"]), [tuple(line) for line in values["lines"]])

@@ -10,11 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import RESULTS
+from minitron_megatron.checkpoints.folder import RESULTS, load_json
 from minitron_megatron.config import CommandConfig, DemoConfig
 from minitron_megatron.console import console, print_table
 from minitron_megatron.demo_plan import FULL, SHORT, VALIDATED_SHARE, Plan, make_plan, measure_machine
 from minitron_megatron.errors import UserError
+from minitron_megatron.plain_files import read_json
 from minitron_megatron.stages import Stages, write_json
 
 STAGES_FILE = "stages.json"
@@ -62,7 +63,7 @@ def check_demo(cfg: DemoConfig) -> Plan | None:
     if not (root / PLAN_FILE).is_file():
         return None
     try:
-        plan = Plan.from_json(json.loads((root / PLAN_FILE).read_text(encoding="utf-8")))
+        plan = Plan.from_json(read_json(root / PLAN_FILE))
     except ValueError:
         raise UserError(f"{root / PLAN_FILE} cannot be read: remove {root}, or choose another output=") from None
     if (plan.of is SHORT) != cfg.short:
@@ -213,12 +214,9 @@ def _show(stages: Stages, root: Path, at: dict[str, Path], plan: Plan) -> None:
     stages.run(
         "completions", file, lambda: write_json(file, {name: complete(folder) for name, folder in shown.items()})
     )
-    samples = json.loads(file.read_text(encoding="utf-8"))
+    samples = load_json(file)
     stages.command("report", root / "report", "launch/report.py", f"folders={root}", f"title={TITLE}")
-    pruned, distilled = (
-        json.loads((root / f"evaluate_{name}" / RESULTS).read_text(encoding="utf-8"))
-        for name in ("pruned", "distilled")
-    )
+    pruned, distilled = (load_json(root / f"evaluate_{name}" / RESULTS) for name in ("pruned", "distilled"))
     perplexity = (distilled["teacher_perplexity"], pruned["perplexity"], distilled["perplexity"])
     summary: dict[str, Any] = {
         "parameters": {name: count_parameters(open_model_folder(at[name]).shape) for name in MODELS},

@@ -7,7 +7,6 @@ A slower machine gets fewer tokens, or as many; in LEAN it also measures on fewe
 cost. A plan never takes longer than asked. Constants are CPU seconds of two kinds of processor (docs/benchmarks.md).
 """
 
-import json
 import math
 import os
 import signal
@@ -21,6 +20,7 @@ from minitron_megatron.demo_speed import WORDS, Speed
 from minitron_megatron.errors import UserError
 from minitron_megatron.first_moments import STATUS_OF_SIGNAL
 from minitron_megatron.machine import free_gib, usable_cores
+from minitron_megatron.plain_files import parse_json
 
 # Of the minutes that are asked for, what is planned: the rest is for what the estimate does not see, and for making .venv.
 SHARE = 0.8
@@ -252,7 +252,7 @@ def measure_machine() -> Machine:
         raise UserError(
             "this machine's speed could not be measured (python -m minitron_megatron.demo_speed): see above"
         )
-    found = [Speed(**json.loads(lines.splitlines()[-1])) for lines in printed]
+    found = [Speed(**parse_json(lines.splitlines()[-1])) for lines in printed]
     slowest = Speed(
         found[0].processor,
         found[0].dtype,

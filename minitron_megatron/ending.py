@@ -32,6 +32,7 @@ from typing import Any, ClassVar, NoReturn
 
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.first_moments import NAMES, NOTHING_KEPT, STATUS_OF_SIGNAL
+from minitron_megatron.plain_files import parse_json
 from minitron_megatron.plain_text import one_line
 
 USER_MISTAKE = 2
@@ -383,7 +384,7 @@ def _one_at_a_time(file: Path) -> Iterator[None]:
 
 
 def _claim_in(text: str) -> Claim:
-    values = json.loads(text)
+    values = parse_json(text)
     return Claim(**{**values, "silent": tuple(values["silent"])})
 
 

@@ -6,15 +6,13 @@ So the manifest and the fingerprint of an output have the number itself. Of fold
 missing or damaged is left to the command, which says so.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from minitron_megatron.config import model_options
 from minitron_megatron.errors import UserError
+from minitron_megatron.plain_files import parse_json, parse_yaml
 
 # Tokens of a sample, and of a prompt, of models that take as many.
 DEFAULT = 1024
@@ -111,7 +109,7 @@ def _mapping(file: Path) -> Mapping[str, Any]:
     """What a YAML or JSON file says; nothing where it is none."""
     try:
         text = file.read_text(encoding="utf-8")
-        values = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
+        values = parse_json(text) if file.suffix == ".json" else parse_yaml(text)
+    except (OSError, ValueError):
         return {}
     return values if isinstance(values, Mapping) else {}

@@ -7,6 +7,7 @@ what the command line says goes over it. Interpolations (`${…}`) are refused a
 must not read their environment.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 
 from minitron_megatron.errors import UserError, in_one_line
+from minitron_megatron.plain_files import PlainLoader, parse_yaml
 from minitron_megatron.words import quoted
 
 # Groups whose presets are options of the whole command; those of other groups are options of the group's own name.
@@ -43,10 +45,12 @@ def words_of_file(group: str, value: str, known: list[str], whole: list[str]) ->
     Raises:
         UserError: the file is missing or no mapping, or something in it is not plain.
     """
-    where, file = f"{group}={value}", Path(value).expanduser()
+    where, file = f"{group}={value}", Path(os.path.expanduser(value))
     if not file.is_file():
         raise UserError(f"{where} does not exist: give a YAML file of your own, or a preset (--help lists them)")
     values = _read(file, where)
+    if own := next((key for key in values if str(key).partition(".")[0] == "hydra"), None):
+        raise UserError(f"{where}: {own} is of Hydra itself, which a file cannot set: leave it out")
     words = [f"{key}={name}" for key, name in _defaults(values.pop("defaults", []), where)]
     prefix = "" if group in _GLOBAL else f"{group}."
     for key, found in _options(values, prefix, known, where):
@@ -57,7 +61,7 @@ def words_of_file(group: str, value: str, known: list[str], whole: list[str]) ->
     return words
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(PlainLoader):
     """Plain YAML as Hydra reads it: 1e-4 is a number, and no key may stand twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -77,8 +81,8 @@ _Loader.add_implicit_resolver(
 def _read(file: Path, where: str) -> dict[Any, Any]:
     """A file's mapping, without ever building objects. Raises UserError when it is not one."""
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        values = parse_yaml(file.read_text(encoding="utf-8"), _Loader)
+    except (OSError, ValueError) as error:
         raise UserError(f"{where} cannot be read ({in_one_line(error, 200)})") from None
     if not isinstance(values, dict):
         raise UserError(f"{where} is not a mapping of keys to values")

@@ -29,6 +29,7 @@ from minitron_megatron.ending import NOTHING_KEPT, STATUS_OF_SIGNAL, keeping, st
 from minitron_megatron.errors import UserError
 from minitron_megatron.machine import usable_cores
 from minitron_megatron.parallel.torchrun import exit_status
+from minitron_megatron.plain_files import read_json
 from minitron_megatron.starts import record_start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,8 +99,10 @@ def is_whole(output: Path) -> bool:
 def _read_stages(file: Path) -> dict[str, dict[str, Any]]:
     """What is done, by the file of an earlier run; what cannot be read of it is not done, its command will find out."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
     except (FileNotFoundError, ValueError):
+        return {}
+    if not isinstance(values, dict):
         return {}
     return {
         name: stage for name, stage in values.items() if isinstance(stage, dict) and {"seconds", "what"} <= set(stage)

@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from minitron_megatron.plain_files import parse_json
+
 STARTS = "starts.jsonl"
 
 
@@ -81,7 +83,7 @@ def tail_of(file: Path, size: int = 1 << 18) -> list[dict[str, Any]]:
     found = []
     for line in text.splitlines()[1 if length > size else 0 :]:
         with contextlib.suppress(ValueError):
-            values = json.loads(line)
+            values = parse_json(line)
             if isinstance(values, dict):
                 found.append(values)
     return found

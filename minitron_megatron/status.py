@@ -7,7 +7,6 @@ What is half-written or damaged gets its line and ends nothing. A run that goes 
 checkpoints/, starts.jsonl (who works on it) and the kernel's list of locks. Nothing heavy is imported.
 """
 
-import json
 import math
 import re
 import shlex
@@ -22,6 +21,7 @@ from minitron_megatron.checkpoints.folder import DIVERGED, MANIFEST, METRICS, lo
 from minitron_megatron.config import StatusConfig
 from minitron_megatron.console import console, format_time, format_value, print_table
 from minitron_megatron.errors import UserError
+from minitron_megatron.plain_files import read_json
 from minitron_megatron.starts import STARTS, is_alive, read_starts, seconds_left, tail_of
 
 STAGES_FILE = "stages.json"
@@ -108,7 +108,7 @@ def _status_of(path: Path) -> Status | None:
             return _done(path)
         if partial_folder(path).is_dir():
             return _written(path)
-    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError) as error:
         return Status(path, "output", "damaged", " ".join(str(error).split())[:200])
     return None
 
@@ -255,7 +255,7 @@ def _steps(config: Mapping[str, Any]) -> int | None:
         if trainer.get("steps") is not None:
             return int(trainer["steps"])
         return math.ceil(trainer["tokens"] / (trainer["global_batch_size"] * length))
-    except (KeyError, TypeError, ZeroDivisionError):
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
         return None
 
 
@@ -288,9 +288,9 @@ def _whole(path: Path) -> Status:
 def _stages_done(file: Path) -> dict[str, float]:
     """Seconds of each stage that is done."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         return {str(k): float(v["seconds"]) for k, v in values.items() if isinstance(v, dict) and "seconds" in v}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, ArithmeticError, AttributeError, TypeError):
         return {}
 
 

@@ -31,6 +31,7 @@ from minitron_megatron.console import console, print_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.layout import world_size_from_env
 from minitron_megatron.parallel.tools import check_device
+from minitron_megatron.plain_files import parse_json
 from minitron_megatron.stages import Stages, is_whole, stage_words, write_json
 from minitron_megatron.train.checks import schedule_of
 from minitron_megatron.train.saved import find_checkpoints
@@ -222,7 +223,7 @@ def validation_after(run: Path, step: int) -> dict[str, Any] | None:
     file, found = run / METRICS, None
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except ValueError:
             break  # a killed run's last line
         if values.get("step") == step and "validation_loss" in values:

@@ -33,6 +33,7 @@ from minitron_megatron.ending import NOTHING_KEPT, SOME_KEPT, keeping
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
+from minitron_megatron.plain_files import read_json, read_yaml
 from minitron_megatron.starts import STARTS, record_start
 
 MANIFEST, SHAPE_FILE, WEIGHTS, TOKENIZER = "manifest.yaml", "model.yaml", "weights", "tokenizer"
@@ -132,8 +133,8 @@ def _is_name(name: object) -> bool:
 def load_yaml(file: Path) -> dict[str, Any]:
     """A YAML mapping, without ever building objects. Raises UserError when it is not one."""
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = read_yaml(file)
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({in_one_line(error)})") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} is not a mapping of keys to values")
@@ -143,9 +144,9 @@ def load_yaml(file: Path) -> dict[str, Any]:
 def load_json(file: Path, remedy: str = "") -> dict[str, Any]:
     """A JSON object. Raises UserError when it is not one, which ends with what there is to do, as ": make it again"."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}){remedy}") from None
+        raise UserError(f"{file} cannot be read ({in_one_line(error, 200)}){remedy}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} is not a JSON object{remedy}")
     return values

@@ -8,7 +8,6 @@ maps read no more than is asked for.
 """
 
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ import numpy as np
 
 from minitron_megatron.checkpoints.index import Stored
 from minitron_megatron.errors import UserError
+from minitron_megatron.plain_files import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ class ZarrArrays:
     def _open(self, header: Path) -> None:
         key = header.parent.name
         try:
-            values = json.loads(header.read_bytes())
+            values = parse_json(header.read_bytes())
             shape, chunks = (tuple(map(int, values[name])) for name in ("shape", "chunks"))
             plain = values["zarr_format"] == 2 and values["compressor"] is None and not values["filters"]
             dtype = _DTYPES.get(values["dtype"]) if isinstance(values["dtype"], str) else None

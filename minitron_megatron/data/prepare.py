@@ -42,8 +42,9 @@ from minitron_megatron.data.tokenizer import (
     tokenizer_path,
     vocabulary_size,
 )
-from minitron_megatron.errors import UserError
+from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.outputs import check_command_output, command_output
+from minitron_megatron.plain_files import read_json
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "validation")
@@ -88,7 +89,10 @@ class Done:
     def read(cls, folder: Path) -> "Done":
         """What a killed run left in its folder; nothing where there was none."""
         journal = folder / JOURNAL
-        return cls(**json.loads(journal.read_text(encoding="utf-8"))) if journal.is_file() else cls()
+        try:
+            return cls(**read_json(journal)) if journal.is_file() else cls()
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{journal} cannot be read ({in_one_line(error, 200)}): remove {folder}") from None
 
     def write(self, folder: Path) -> None:
         """Replace the journal, whole or not at all."""

@@ -14,7 +14,6 @@ the end-of-sequence token where there is none.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from minitron_megatron.errors import UserError
+from minitron_megatron.plain_files import parse_json
 
 # Requests are padded to multiples of this many tokens; those of one padded length run together.
 LENGTH_MULTIPLE = 32
@@ -117,7 +117,7 @@ def _read(path: Path, limit: int | None) -> dict[int, Question]:
 
 def _question(line: str, where: str) -> Question:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({str(error)[:80]})") from None
     if not isinstance(record, dict):

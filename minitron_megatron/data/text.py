@@ -6,13 +6,14 @@ Files are streamed in sorted order; every complaint names the file and the line 
 import glob
 import gzip
 import io
-import json
 import lzma
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from minitron_megatron.errors import UserError, in_one_line
+from minitron_megatron.plain_files import parse_json
 
 PLAIN, LINES, ROWS = (".txt", ".md", ".rst"), (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst"), (".parquet",)
 KNOWN = PLAIN + LINES + ROWS
@@ -50,7 +51,7 @@ def find_files(inputs: str | Sequence[str]) -> list[Path]:
 
 def _matched(name: str) -> list[Path]:
     """The path of a name, or all that a pattern such as `texts/*.jsonl` or `**/*.parquet` matches, sorted."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.exists() or not _PATTERN & set(name):
         return [path]
     found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
@@ -95,7 +96,7 @@ def _json_lines(file: Path, key: str) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{file}:{number} is not JSON ({str(error)[:80]})") from None
             text = record.get(key) if isinstance(record, dict) else None

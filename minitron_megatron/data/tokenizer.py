@@ -1,13 +1,13 @@
 """Tokenizers from local folders only: no hub, no remote code."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from minitron_megatron.checkpoints.folder import SHAPE_FILE, TOKENIZER, load_yaml
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.plain_files import read_json
 
 
 def check_tokenizer(folder: Path | str) -> Path:
@@ -52,7 +52,7 @@ def check_vocabulary(folder: Path, tokenizer: Any) -> int:
         known = ModelShape.from_dict(load_yaml(folder / SHAPE_FILE), str(folder / SHAPE_FILE)).vocab_size
     elif (folder / "config.json").is_file():
         try:
-            known = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size")
+            known = read_json(folder / "config.json").get("vocab_size")
         except (ValueError, AttributeError) as error:
             raise UserError(f"{folder / 'config.json'} cannot be read ({error})") from None
     else:

@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from minitron_megatron.checkpoints.folder import load_json
 from minitron_megatron.errors import UserError
+from minitron_megatron.plain_files import read_json
 
 FILE = "tokenizer.json"
 KEPT_FILE = "kept_token_ids.json"
@@ -28,7 +30,7 @@ class BytePairs:
 
     def __init__(self, folder: Path) -> None:
         try:
-            self.file = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            self.file = read_json(folder / FILE)
             model = self.file["model"]
             kind = model["type"]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -113,7 +115,7 @@ def write_tokenizer(source: Path, target: Path, kept: np.ndarray) -> None:
     (target / FILE).write_text(json.dumps(file, ensure_ascii=False), encoding="utf-8")
     config = target / "tokenizer_config.json"
     if config.is_file():
-        values = json.loads(config.read_text(encoding="utf-8"))
+        values = load_json(config)
         if "added_tokens_decoder" in values:
             values["added_tokens_decoder"] = {
                 str(new[int(old)]): token for old, token in values["added_tokens_decoder"].items() if int(old) in new

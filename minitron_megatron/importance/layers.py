@@ -8,7 +8,6 @@ judges better than the loss, and that the last layer should stay. layers.json in
     samples, tokens, questions, layer_passes, seconds
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 from minitron_megatron.checkpoints.folder import read_manifest
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.scores import model_digest
+from minitron_megatron.plain_files import read_json
 
 FILE = "layers.json"
 JUDGES = ("bi", "loss", "task")
@@ -132,7 +132,7 @@ def load_layer_analysis(path: Path | str) -> LayerAnalysis:
     if not (path / FILE).is_file():
         raise UserError(f"layers={path} has no {FILE}: give the output of launch/layers.py")
     try:
-        values = json.loads((path / FILE).read_text(encoding="utf-8"))
+        values = read_json(path / FILE)
         blocks: dict[int, list[Judged]] = {}
         for block in values.pop("blocks"):
             found = blocks.setdefault(block["length"], [])

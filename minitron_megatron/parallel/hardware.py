@@ -3,10 +3,10 @@
 from dataclasses import fields
 
 import torch
-import yaml
 
 from minitron_megatron.config import HardwareConfig
 from minitron_megatron.launcher import CONF
+from minitron_megatron.plain_files import read_yaml
 
 DEFAULT_GPU = "h100"
 # GB200 before the rest: the first name that is part of the device's counts.
@@ -21,7 +21,7 @@ def gpu_of(device_name: str) -> str | None:
 def hardware(given: HardwareConfig) -> HardwareConfig:
     """The hardware with every figure that was not given taken from its GPU's preset: the named one, this machine's, or h100."""
     here = gpu_of(torch.cuda.get_device_name()) if given.gpu is None and torch.cuda.is_available() else None
-    preset = yaml.safe_load((CONF / "cluster" / f"{given.gpu or here or DEFAULT_GPU}.yaml").read_text(encoding="utf-8"))
+    preset = read_yaml(CONF / "cluster" / f"{given.gpu or here or DEFAULT_GPU}.yaml")
     names = [f.name for f in fields(HardwareConfig)]
     own = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     return HardwareConfig(**{**{name: preset[name] for name in names}, **own})

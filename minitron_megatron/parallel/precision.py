@@ -27,6 +27,7 @@ from typing import Any
 
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.parallel import collectives
+from minitron_megatron.plain_files import read_json
 
 log = logging.getLogger(__name__)
 # In a folder that can be continued: what it is computed in.
@@ -171,7 +172,7 @@ def recalled(file: Path) -> Iterator[None]:
 
 def _read_kept(file: Path) -> str:
     try:
-        dtype = json.loads(file.read_text(encoding="utf-8"))["computed_in"]
+        dtype = read_json(file)["computed_in"]
         if dtype not in DTYPES:
             raise ValueError(f"computed_in={dtype!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -246,7 +247,7 @@ def _read(file: Path | None, key: str) -> Products | None:
     if file is None:
         return None
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         rates = {dtype: {name: float(values["gflops"][dtype][name]) for name in PRODUCTS} for dtype in DTYPES}
         sound = values["of"] == key and all(0 < rate < 1e9 for of in rates.values() for rate in of.values())
         return Products(rates, str(values["machine"])) if sound else None

@@ -39,6 +39,7 @@ from minitron_megatron.parallel.job import pick_device, process_group
 from minitron_megatron.parallel.layout import Layout, world_size_from_env
 from minitron_megatron.parallel.precision import record
 from minitron_megatron.parallel.tools import tool_job
+from minitron_megatron.plain_files import read_json
 from minitron_megatron.prune.checks import Goal, check_prune, importance_command
 from minitron_megatron.prune.compare import cut_variants, losses_around_the_cut
 from minitron_megatron.prune.cut import cut_chunk
@@ -165,7 +166,7 @@ def _write_companions(folder: ModelFolder, target: Path, kept: Kept) -> None:
     if (folder.path / HF_FILES).is_dir():
         (target / HF_FILES).mkdir()
         for file in sorted((folder.path / HF_FILES).iterdir()):
-            values = renumber_config(json.loads(file.read_text(encoding="utf-8")), kept.vocab.tolist())
+            values = renumber_config(read_json(file), kept.vocab.tolist())
             (target / HF_FILES / file.name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

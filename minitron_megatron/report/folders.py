@@ -1,6 +1,5 @@
 """The folders that a report is about: found by their manifests, read as what their files say they are."""
 
-import json
 import os
 import re
 import shlex
@@ -20,6 +19,7 @@ from minitron_megatron.checkpoints.folder import (
 )
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.plain_files import parse_json
 from minitron_megatron.starts import read_starts
 
 REPORT_FILES = ("report.html", "report.md")
@@ -114,7 +114,7 @@ class RunFolder:
     def read_json(self, file: str) -> Any:
         """A JSON file of the folder. Raises UserError when it cannot be read."""
         try:
-            return json.loads(_text(self.path / file))
+            return parse_json(_text(self.path / file))
         except ValueError as error:
             raise UserError(f"{self.path / file} is damaged ({error}): make the folder again") from None
 
@@ -152,7 +152,7 @@ def read_metrics(file: Path, *, growing: bool = False) -> list[dict[str, Any]]:
     lines, texts = [], _text(file).splitlines()
     for number, line in enumerate(texts, 1):
         try:
-            values = json.loads(line)
+            values = parse_json(line)
             needed = _OF_A_STEP if "loss" in values else ("step",)
             if odd := [name for name in needed if not isinstance(values[name], int | float)]:
                 raise TypeError(f"{odd[0]} is no number")

@@ -2,12 +2,11 @@
 they are."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from minitron_megatron.checkpoints.folder import RESULTS
 from minitron_megatron.config import flat
@@ -16,6 +15,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.plain_files import read_yaml
 from minitron_megatron.report import plots
 from minitron_megatron.report.folders import RunFolder
 from minitron_megatron.report.lineage import Lineage, short
@@ -48,7 +48,7 @@ def student(lineage: Lineage, trials: Sequence[Trial] = (), given: str | None = 
     """
     models = lineage.models()
     if given is not None:
-        path = Path(given).expanduser().resolve()
+        path = Path(os.path.expanduser(given)).resolve()
         named = [one for one in models if one.name == given or one.path.resolve() in (path, path / "model")]
         if not named:
             raise UserError(
@@ -216,7 +216,7 @@ def _cell(score: tuple[float, float | None] | None) -> str:
 
 
 def _published() -> dict[str, Any]:
-    return yaml.safe_load(files(__package__).joinpath("published.yaml").read_text(encoding="utf-8"))
+    return read_yaml(files(__package__).joinpath("published.yaml"))
 
 
 def _sizes(shape: ModelShape | Mapping[str, Any]) -> tuple[Any, ...]:
@@ -227,10 +227,7 @@ def _sizes(shape: ModelShape | Mapping[str, Any]) -> tuple[Any, ...]:
 def _published_tables(lineage: Lineage) -> list[Table]:
     """Published figures of models of the same sizes, and of others out of the same teacher, beside those measured here."""
     known = _published()
-    presets = {
-        one["model"]: yaml.safe_load((CONF / "model" / f"{one['model']}.yaml").read_text(encoding="utf-8"))
-        for one in known["models"]
-    }
+    presets = {one["model"]: read_yaml(CONF / "model" / f"{one['model']}.yaml") for one in known["models"]}
     ours = {_sizes(model.shape) for model in lineage.models()}
     here = {name for name, preset in presets.items() if _sizes(preset) in ours}
     shown = [one for one in known["models"] if one["model"] in here or one.get("teacher") in here]

@@ -1,7 +1,6 @@
 """Candidates that were distilled for a while (launch/distill_candidates.py): whose folder has no manifest of its own."""
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from minitron_megatron.checkpoints.folder import MANIFEST, RESULTS
 from minitron_megatron.errors import UserError
+from minitron_megatron.plain_files import read_json
 from minitron_megatron.report import plots
 from minitron_megatron.report.folders import RunFolder, look_into
 from minitron_megatron.report.page import Figure, Section, Table
@@ -52,7 +52,7 @@ def find_trials(given: Sequence[str]) -> list[Trial]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         ranks = {one["rank"] for one in values["candidates"]}
         if values["winner"]["rank"] not in ranks or not all(one["validation_kl"] for one in values["candidates"]):
             raise ValueError("the winner, or the KL of a candidate, is missing")

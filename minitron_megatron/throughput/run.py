@@ -31,6 +31,7 @@ from minitron_megatron.models.limits import computing_dtype
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel.layout import Layout, world_size_from_env
 from minitron_megatron.parallel.precision import asks_machine, keep, record, settled
+from minitron_megatron.plain_files import parse_json
 from minitron_megatron.stages import ROOT, outlive, runnable, start_words
 from minitron_megatron.throughput import tensorrt_llm
 from minitron_megatron.throughput.show import COLUMNS, best_rows, table_rows, write_results
@@ -176,7 +177,7 @@ class _Measuring:
         self.cfg, self.sources, self.device, self.folder = cfg, sources, device, out.path
         self.file = out.path / ROWS
         self.rows: list[Row] = (
-            list(map(json.loads, self.file.read_text(encoding="utf-8").splitlines())) if self.file.exists() else []
+            list(map(parse_json, self.file.read_text(encoding="utf-8").splitlines())) if self.file.exists() else []
         )
         (out.path / LOGS).mkdir(exist_ok=True)
         # What was measured, and the log of what failed.
@@ -263,7 +264,7 @@ class _Measuring:
                 with outlive(child) as asked:
                     for line in child.stdout:
                         if line.startswith('{"batch"'):
-                            add(json.loads(line))
+                            add(parse_json(line))
                         else:
                             errors.write(line)
                     child.wait()

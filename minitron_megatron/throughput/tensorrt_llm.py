@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.errors import UserError
+from minitron_megatron.plain_files import read_json
 from minitron_megatron.throughput.work import Work
 
 PROGRAM = "trtllm-bench"
@@ -79,7 +80,7 @@ def report_file(name: str, batch: int) -> str:
 def read_report(file: Path, work: Work, batch: int) -> dict[str, Any]:
     """The row of a report. Raises UserError where it is not of these requests."""
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
+        report = read_json(file)
         requests, found = report["request_info"], report["performance"]
         made, length = requests["num_requests"], requests["avg_output_length"]
         rate, milliseconds = found["system_output_throughput_tok_s"], found["total_latency_ms"]

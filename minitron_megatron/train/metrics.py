@@ -19,6 +19,7 @@ from minitron_megatron.config import HardwareConfig, LoggerConfig
 from minitron_megatron.console import SECONDS_BETWEEN_LINES, bars_with, console, speaks
 from minitron_megatron.models.graphs import peak_memory
 from minitron_megatron.parallel.hardware import gpu_of, hardware, peak_flops
+from minitron_megatron.plain_files import parse_json
 from minitron_megatron.plain_text import one_line
 from minitron_megatron.starts import seconds_left
 from minitron_megatron.train.loop import StepResult
@@ -152,9 +153,9 @@ def _cut_back(file: Path, step: int) -> None:
     kept = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if parse_json(line)["step"] <= step:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             break
     file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 

@@ -3,7 +3,6 @@
 checkpoint.py writes and reads them.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from minitron_megatron.checkpoints.folder import check_space
 from minitron_megatron.config import TrainerConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.plain_files import read_json
 
 BEST, FORMAT = "best.json", "format.json"
 _NAME = re.compile(r"step_(\d{8})")
@@ -28,7 +28,7 @@ def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def find_best(folder: Path) -> tuple[Path, float] | None:
     """The checkpoint with the lowest validation loss so far, and that loss; None where none is marked."""
     try:
-        marked = json.loads((folder / BEST).read_text(encoding="utf-8"))
+        marked = read_json(folder / BEST)
         path, loss = folder / f"step_{marked['step']:08d}", float(marked["validation_loss"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
@@ -63,7 +63,7 @@ def check_readable(path: Path, layout: Layout) -> None:
 def read_format(path: Path) -> dict[str, Any]:
     """What format.json of a checkpoint says. Raises UserError."""
     try:
-        return dict(json.loads((path / FORMAT).read_text(encoding="utf-8")))
+        return dict(read_json(path / FORMAT))
     except (OSError, ValueError) as error:
         raise damaged(path, error) from error
 
