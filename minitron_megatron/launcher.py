@@ -7,6 +7,7 @@ apart here. How a command ends when something is wrong: ending.py.
 import difflib
 import logging
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -112,6 +113,7 @@ def _run(entry: Command, composed: Any, only_check: bool = False) -> None:
     config = _checked(composed, entry.name, entry.config)
     if isinstance(config, CommandConfig):
         check_processes(config)
+    _check_place(entry.name, config)
     settled = settle_lengths(config)
     _logging()
     if only_check:
@@ -125,6 +127,18 @@ def _run(entry: Command, composed: Any, only_check: bool = False) -> None:
         from minitron_megatron.cli.next_command import show_next
 
         show_next(entry.name, config)
+
+
+def _check_place(name: str, config: Any) -> None:
+    """Raise UserError where a command's output cannot be made: before anything heavy is imported."""
+    if not isinstance(output := getattr(config, "output", None), str):
+        return
+    from minitron_megatron.checkpoints.folder import check_place
+
+    place = Path(output)
+    if name == "report" and place.suffix in (".html", ".md"):
+        place = place.parent
+    check_place(place, try_it=speaks() and not getattr(config, "dry_run", False))
 
 
 def _hydras_main(entry: Command, flags: list[str], words: list[str]) -> None:
@@ -242,6 +256,14 @@ def check_words(words: list[str], name: str, config_class: type[CommandConfig]) 
         if not _is_override(word) or _is_for_hydra(word):
             continue
         key, _, value = word.lstrip("+").partition("=")
+        if (
+            "${" in value
+            and not {"-m", "--multirun"} & set(words)
+            and (key in models or _takes_text(key, config_class))
+        ):
+            raise UserError(f"{word} has an interpolation (${{…}}), which is only for -m: write the value")
+        if re.search(r"\d{301}", value):  # more digits than the largest float has
+            raise UserError(f"{key}= has a number of more than 300 digits: write a smaller one")
         if key in seen:
             raise UserError(f"{key}= is given twice")
         seen.add(key)
@@ -356,6 +378,8 @@ def _first_line(error: Exception) -> str:
     cause = error.__cause__ if error.__cause__ is not None else error
     lines = [line.strip() for line in f"{cause}\n{error}".splitlines() if line.strip()]
     key = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key:")), "")
+    if needed := re.fullmatch(r"field '(.+)' is not Optional", lines[0]):
+        return f"{key or needed[1]}=null: it needs a value; leave it out for its default"
     return f"{key}: {lines[0]}" if key and key not in lines[0] else lines[0]
 
 

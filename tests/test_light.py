@@ -2,18 +2,23 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+import yaml
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minitron_megatron.checkpoints.index import _DTYPES, stored_tensors
 from minitron_megatron.checkpoints.reading import WeightReader
+from minitron_megatron.errors import UserError
+from minitron_megatron.launcher import CONF
 from minitron_megatron.models.limits import stages_of_notation
+from minitron_megatron.models.shape import SIZES, ModelShape
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "megatron", "transformers", "tokenizers", "pyarrow", "matplotlib", "lm_eval", "wandb", "datasets")
@@ -39,6 +44,7 @@ def test_shared_modules_import_nothing_heavy():
 
 @given(st.text("Etm|L(),*0123", max_size=12))
 def test_pipeline_layouts_read_as_megatron_reads_them(notation):
+    assume(not re.search(r"\d{7}", notation))  # Megatron writes them out
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
     try:
@@ -47,6 +53,21 @@ def test_pipeline_layouts_read_as_megatron_reads_them(notation):
         parsed = None
     found = stages_of_notation(notation)
     assert found == (None if parsed is None else [[layer.name for layer in stage] for stage in parsed])
+
+
+@pytest.mark.parametrize(
+    "notation", ["Et*1000000000L", "E(t*100000)*100000L", "E((t*99999)*99999)*99999L", "t*" + "9" * 5000]
+)
+def test_a_pipeline_layout_without_end_is_no_layout(notation):
+    assert stages_of_notation(notation) is None
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_size_of_a_model_has_a_bound_that_is_said(name):
+    shape = ModelShape.from_dict(yaml.safe_load((CONF / "model" / "smollm2_135m.yaml").read_text()), "preset")
+    for size in (SIZES[name] + 1, 10**12, 10**400):
+        with pytest.raises(UserError, match=rf"{name}=.* must be at most {SIZES[name]}"):
+            shape.resized(**{name: size})
 
 
 def test_the_light_index_is_torchs(tiny_model):
@@ -82,6 +103,7 @@ def test_megatron_is_imported_without_torchs_compiler_where_there_is_no_gpu():
     code = """
 import sys
 import torch
+import yaml
 whole = torch.compile
 from minitron_megatron.parallel.cpu import import_megatron
 import_megatron("models.gpt.gpt_model")

@@ -181,6 +181,16 @@ def test_first_mistakes_are_one_line_each_before_torch_is_there(name, whole, tmp
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"status", "submit"}))
+def test_an_output_that_cannot_be_made_is_said_before_torch_is_there(name, whole, tmp_path):
+    (tmp_path / "file").write_text("x")
+    words = words_of(BY_HAND[name], whole)
+    places = [tmp_path / "file" / "x", "/proc/x y=[,$", tmp_path / ("a" * 300), tmp_path / ("a" * 250), "a${seed}"]
+    says = [f"output={place} cannot be made" for place in places[:-1]] + ["output=a${seed} has an interpolation"]
+    check_all(answers(name, [[*words, f"output={place}"] for place in places]), says)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("name", IN_THREE)
 def test_a_shape_that_does_not_divide_is_one_line_before_torch_is_there(name, whole, tmp_path):
     words = words_of(f"{BY_HAND[name]} {IN_THREE[name]}", whole)

@@ -81,6 +81,31 @@ def test_a_mistake_is_one_line_whatever_is_in_it(text):
     said.encode()
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["seed=null"], "seed=null: it needs a value"),
+        (["trainer=null"], "trainer=null: it needs a value"),
+        (["data=null"], "data=null: it needs a value"),
+        (["seed=" + "9" * 5000], "seed= has a number of more than 300 digits"),
+        (["output=${seed}"], "has an interpolation"),
+        (["teacher=a\nb"], "a\\nb does not exist"),
+        (["teacher=~t"], "~t does not exist"),
+        (["chain=~t.yaml"], "chain=~t.yaml"),
+    ],
+)
+def test_odd_values_are_mistakes_in_one_line(tmp_path, words, says):
+    given = {word.partition("=")[0] for word in words}
+    usual = ["teacher=x", "student=x", "data.path=x", "output=x", "trainer.steps=1"]
+    if words[0].startswith("chain"):
+        usual = ["model=x", "output=x"]
+    usual = [word for word in usual if not {word.partition("=")[0], word.partition(".")[0]} & given]
+    program = [sys.executable, str(ROOT / "launch" / f"{'compress' if 'chain' in given else 'distill'}.py")]
+    done = subprocess.run([*program, *usual, *words], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["[/]", "x[/red]", "\x1b[31m", "a\nb"])
 def test_a_folder_of_any_name_has_a_status(tmp_path, name):
     (tmp_path / name.replace("/", "_") / "out").mkdir(parents=True)

@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -260,6 +261,32 @@ def has_work(partial: Path) -> bool:
     return any(path.name not in _MARKS and not path.name.startswith(".") for path in partial.iterdir())
 
 
+def check_place(path: Path, *, try_it: bool = False) -> Path:
+    """The first of a path and its parents that is there, in which the output is going to be.
+
+    Raises UserError where no folder can be made at the path; with `try_it` one is made beside it, and removed.
+    """
+    try:
+        os.lstat(partial_folder(path.absolute()))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UserError(f"output={path} cannot be made ({error.strerror}): choose another output=") from None
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise UserError(f"output={path} cannot be made: {existing} is a file; choose another output=")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"output={path} cannot be made: {existing} is not writable; choose another output=")
+    if try_it and existing != path:
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=".minitron-", dir=existing))
+        except OSError as error:
+            raise UserError(
+                f"output={path} cannot be made in {existing} ({error.strerror}): choose another output="
+            ) from None
+    return existing
+
+
 def _already_there(
     path: Path,
     same: Callable[[Mapping[str, Any]], bool] | None,
@@ -271,11 +298,7 @@ def _already_there(
 
     Raises UserError for what is in the way; it names the files that are others now than `inputs` says.
     """
-    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not existing.is_dir():
-        raise UserError(f"output={path} cannot be made: {existing} is a file; choose another output=")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"output={path} cannot be made: {existing} is not writable; choose another output=")
+    existing = check_place(path)
     if existing != path or not any(path.iterdir()):
         return False
     if not (path / MANIFEST).is_file():

@@ -16,7 +16,8 @@ from minitron_megatron.parallel.precision import auto_dtype
 FP8_MULTIPLE, FP8_MULTIPLE_OF_BLOCKS = 16, 128
 # Megatron's notation of pipeline layouts.
 _LETTERS = {"E": "embedding", "L": "loss", "t": "decoder", "m": "mtp"}
-
+# Signs of a layout that is written out, and digits of a count in it: more than any model has layers.
+_LONGEST_NOTATION, _DIGITS = 2**22, 9
 
 # Bytes of a number.
 ITEMSIZES = {"float32": 4, "bfloat16": 2}
@@ -117,6 +118,12 @@ def stages_of_notation(notation: str) -> list[list[str]] | None:
     """
     written = notation.replace(",", "")
     for repeated in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
+        # Counted before it is written out: a number may be of any size.
+        counts = re.findall(repeated, written)
+        if any(len(count) > _DIGITS for _, count in counts):
+            return None
+        if len(written) + sum(len(part) * int(count) for part, count in counts) > _LONGEST_NOTATION:
+            return None
         written = re.sub(repeated, lambda found: found[1] * int(found[2]), written)
     if not set(written) <= {*_LETTERS, "|"}:
         return None

@@ -15,16 +15,17 @@ from minitron_megatron.errors import UserError
 # and each shard stays a multiple of 128, which tensor cores like.
 VOCAB_MULTIPLE = 128 * 8
 DTYPES = ("float32", "bfloat16")
-SIZES = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "head_dim",
-    "vocab_size",
-    "max_position_embeddings",
-)
+# The most of each: far above any decoder there is, so that a slip of the hand is a mistake and no work without an end.
+SIZES = {
+    "num_layers": 2**14,
+    "hidden_size": 2**20,
+    "ffn_hidden_size": 2**24,
+    "num_attention_heads": 2**16,
+    "num_query_groups": 2**16,
+    "head_dim": 2**16,
+    "vocab_size": 2**26,
+    "max_position_embeddings": 2**31 - 1,
+}
 
 
 def _check_numbers(owner: object, names: tuple[str, ...]) -> None:
@@ -81,8 +82,10 @@ class ModelShape:
         for name in SIZES:
             value = getattr(self, name)
             for size in value if isinstance(value, tuple) else (value,):
-                if type(size) is not int or not 1 <= size < 2**31:
+                if type(size) is not int or size < 1:
                     raise UserError(f"{name}={value!r} in the model's shape: must be a whole number of at least 1")
+                if size > SIZES[name]:
+                    raise UserError(f"{name}={size} in the model's shape: must be at most {SIZES[name]}")
         _check_numbers(self, ("rope_theta", "norm_eps", "rotary_percent"))
         if type(self.tied_embeddings) is not bool:
             raise UserError(f"tied_embeddings={self.tied_embeddings!r} in the model's shape: must be true or false")

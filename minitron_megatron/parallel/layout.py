@@ -11,6 +11,9 @@ from typing import Any
 
 from minitron_megatron.errors import UserError
 
+# Far above any job there is.
+_MOST_PROCESSES = 2**20
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -35,6 +38,8 @@ class Layout:
         for name in ("tensor", "pipeline", "context"):
             if getattr(self, name) < 1:
                 raise UserError(f"{self.option}.{name}={getattr(self, name)} must be at least 1")
+        if self.world_size > _MOST_PROCESSES:
+            raise UserError(f"{self.option}.world_size={self.world_size} must be at most {_MOST_PROCESSES}")
         part = self.tensor * self.pipeline * self.context
         if self.world_size % part:
             raise UserError(
