@@ -254,6 +254,14 @@ def _check_asked(cfg: CompressConfig, rehearsal: bool) -> bool:
             "no rounds: give budget.parameters=4.5e9 (search finds the shape), target=PRESET, chain=PRESET (--help lists them), "
             "or rounds='[{name: …, prune: {…}}, …]'"
         )
+    idle = {
+        "prepare_data": None if cfg.input else "input=",
+        "search": None if budget or cfg.rounds else "a budget",
+        "export_hf": None if cfg.export else "export=true",
+    }
+    for stage, needs in idle.items():
+        if needs and (own := flat_options(getattr(cfg, stage), stage)):
+            raise UserError(f"{stage}.{next(iter(own))}= is of a stage that does not run without {needs}: leave it out")
     return not cfg.rounds
 
 
