@@ -1,6 +1,7 @@
 """Fixtures: `gloo`, which runs a function in several processes."""
 
 import os
+import signal
 import warnings
 from collections.abc import Iterator
 
@@ -15,6 +16,9 @@ from hypothesis import settings
 
 from tests import computing
 from tests.pool import Pool
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says more about what else runs on the machine than about the code.
 settings.register_profile("any machine", deadline=None)

@@ -349,6 +349,7 @@ def test_wandb_continues_the_run_of_the_folder(tmp_path, monkeypatch):
     assert [given["mode"] for given in started] == ["offline", "online"]
     assert started[0]["id"] == started[1]["id"] and {given["dir"] for given in started} == {str(tmp_path)}
     rest = {"loss": 2.0, "tokens_per_second": 3.0}
+    assert [one[1].pop("run_seconds") >= 0 for one in logged if one != "finished"] == [True, True]
     assert logged == [(1, rest), "finished", (2, rest), "finished"]
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
