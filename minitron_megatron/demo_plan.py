@@ -24,6 +24,8 @@ from minitron_megatron.plain_files import parse_json
 
 # Of the minutes that are asked for, what is planned: the rest is for what the estimate does not see, and for making .venv.
 SHARE = 0.8
+# What a plan may still become once stages were slower than it said: less is cut only for what is later than that.
+SHARE_WHEN_LATE = 0.9
 # Parameters that take part in a token's products: of the teacher, and of the students, which are within 2 % of one another.
 TEACHER, STUDENT = 134.5e6, 79.2e6
 # A distillation validates on one in so many of the samples that an evaluation has.
@@ -32,9 +34,11 @@ VALIDATED_SHARE = 4
 GIB_OF_A_PROCESS = 5.0
 
 # Share of the measured rate that whole passes reach: smaller products, norms and attention are between the large ones.
-REACHED = 0.6
+REACHED = {"float32": 0.6, "bfloat16": 0.5}
 # What the logits of a token cost in training, with metrics, and in an evaluation, in times of demo_speed's loss over them.
-LOSSES_OF_A_STEP, LOSSES_OF_AN_EVALUATION = 4.0, 2.0
+LOSSES_OF_A_STEP, LOSSES_OF_AN_EVALUATION = 4.0, 2.2
+# The sums over a token's activations in an importance run, likewise.
+LOSSES_OF_IMPORTANCE = 1.0
 # What a step does to each parameter once: gradients are zeroed, summed over processes, and taken; in elements of that loss.
 ELEMENTS_OF_A_PARAMETER = 3.0
 # Imports and checks of a command that computes, of several processes of it, and of one that does not, in times of torch's.
@@ -154,7 +158,7 @@ class Plan:
         seconds = {n: s * (slower if n in later else 1.0) for n, s in self.seconds.items()}
         of_others = spent + sum(seconds[n] for n in later if n != "distill")
         of_a_step = seconds["distill"] / (self.steps + _STEPS_OF_START)
-        fit = math.floor((60 * minutes * SHARE - of_others) / of_a_step - _STEPS_OF_START)
+        fit = math.floor((60 * minutes * SHARE_WHEN_LATE - of_others) / of_a_step - _STEPS_OF_START)
         steps = max(min(self.of.least, self.steps), min(self.steps, fit))
         seconds["distill"] = of_a_step * (steps + _STEPS_OF_START)
         return Plan(self.level, steps, self.processes, seconds, self.machine)
@@ -195,7 +199,7 @@ def estimate(machine: Machine, level: Level, steps: int) -> dict[str, float]:
 
     def products(tokens: float, parameters: float) -> float:
         """Forward passes."""
-        return 2 * parameters * tokens / (speed.gflops * 1e9 * processes * REACHED)
+        return 2 * parameters * tokens / (speed.gflops * 1e9 * processes * REACHED[speed.dtype])
 
     def losses(tokens: float) -> float:
         return tokens * WORDS / (speed.elements * 1e6 * processes)
@@ -210,7 +214,7 @@ def estimate(machine: Machine, level: Level, steps: int) -> dict[str, float]:
         "source": start + (UNPACKING + FIRST_START) * speed.start,
         "import": start,
         "data": start,
-        "importance": started + products(calibrated, TEACHER),
+        "importance": started + products(calibrated, TEACHER) + losses(calibrated * LOSSES_OF_IMPORTANCE),
         "search": START_OF_LIGHT * speed.start,
         "prune": started,
         "distill": started + distill + validated + start,

@@ -1,52 +1,38 @@
-"""Why a process ends before its time: said once a job, by the rank that failed first. The others end without a word.
+"""Why a process ends before its time, in one line, and with which exit status; of several processes one speaks (claims.py).
 
-    a rank fails ──▶ takes its node's claim, a file ──▶ takes the job's claim, in its store (several nodes) ──▶ speaks
-                        │ taken                             │ taken
-                        └──▶ waits until it is said ◀───────┘ ends with the first one's exit status
-
-Exit status: 0 done, 2 the user can mend it, 1 anything else; 130 Ctrl-C, 143 SIGTERM, 75 SIGUSR1 (to be continued). Whoever
-cannot learn whether the reason was said says its own: twice is better than never. torch is imported for the claim of
-several nodes alone.
+Exit status: 0 done, 2 the user can mend it, 1 anything else; 130 Ctrl-C, 143 SIGTERM, 75 SIGUSR1 (to be continued).
 """
 
 import contextlib
-import datetime
 import errno
-import fcntl
-import json
 import os
 import re
 import signal
-import socket
 import sys
-import tempfile
 import threading
-import time
 import traceback
-import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, NoReturn
 
+from minitron_megatron.claims import (
+    Reason,
+    as_one_of_several,
+    ends_alone,
+    leave_address,
+    look_for_a_claim,
+    number_of,
+    say,
+    say_from_rank_zero,
+    several,
+    told_by_launcher,
+)
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.first_moments import NAMES, NOTHING_KEPT, STATUS_OF_SIGNAL
-from minitron_megatron.plain_files import parse_json
 from minitron_megatron.plain_text import one_line
 
 USER_MISTAKE = 2
-# A process that lost its peer, or was told to end, waits so long for the reason of the one that failed first.
-SECONDS_OF_PATIENCE = 5.0
-# torchrun kills 30 s after it has told a process to end: what is to be said is said before.
-SECONDS_FOR_THE_STORE = 15.0
-SECONDS_UNTIL_SAID = 20.0
-# A folder of parallel/torchrun.py, for its processes: it says itself which of them were killed, and the file TOLD in there says
-# that the signal which they get is the user's.
-LAUNCHER = "MINITRON_LAUNCHER"
-TOLD = "told"
-# Which rank speaks, beside the logs of torchrun's processes.
-CLAIM = "first_failure.json"
 # Troubles with files that a user can put right.
 _OF_THE_USER = frozenset(
     (
@@ -71,15 +57,6 @@ _PEER_IS_GONE = re.compile(
 )
 # Their own words, not another library's of a connection of its own.
 _OF_GROUPS = re.compile(r"gloo|nccl|TCPStore|store is unreachable|wait timeout|ProcessGroup", re.IGNORECASE)
-_BEGAN = time.time()
-# Without torchrun the ranks of a job begin one after another: a rank may find the claim of one that failed before it began.
-SECONDS_BETWEEN_RANKS = 30.0
-
-try:
-    _FOLDER = os.getcwd()
-except OSError:  # it was removed
-    _FOLDER = ""
-
 SOME_KEPT = "what is done so far is kept; the same command continues"
 
 
@@ -91,43 +68,11 @@ class Stopped(BaseException):
         self.number = number
 
 
-@dataclass(frozen=True)
-class Reason:
-    """Why a process ends: one line, an exit status, a traceback where it is a bug.
-
-    word: "error", or "stopped" where a signal asked for it.
-    follows: whether it is likely to follow from another process's end, whose reason is the better one.
-    """
-
-    text: str
-    status: int
-    word: str = "error"
-    trace: str = ""
-    follows: bool = False
-
-
-@dataclass(frozen=True)
-class Claim:
-    """Who speaks for a node or a job, how it ends, and whether the reason has been printed.
-
-    text: the reason. when: seconds since the epoch. silent: ranks that left the word to it.
-    """
-
-    rank: int
-    host: str
-    status: int
-    pid: int
-    said: bool = False
-    text: str = ""
-    when: float = 0.0
-    silent: tuple[int, ...] = ()
-
-
 class _State:
     """What this process has said, and what an end leaves of its work, innermost last."""
 
     status: int | None = None
-    handles = False
+    handles = finishing = False
     kept: ClassVar[list[Callable[[], str]]] = [lambda: NOTHING_KEPT]
 
 
@@ -147,7 +92,7 @@ def reason_of(error: BaseException) -> Reason:
     for cause in chain:
         if isinstance(cause, Stopped):
             # torchrun sends SIGTERM to the others when one process ends.
-            follows = cause.number == signal.SIGTERM and several() and not _told_by_launcher()
+            follows = cause.number == signal.SIGTERM and several() and not told_by_launcher()
             return Reason(str(cause), STATUS_OF_SIGNAL[cause.number], "stopped", follows=follows)
     if isinstance(error, UserError):
         return Reason(one_line(str(error)), USER_MISTAKE)
@@ -201,13 +146,30 @@ def said_at_once() -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def ending_with_others(seconds: float) -> Iterator[None]:
+    """Within it this process ends when a rank on another node has failed: it may wait for that one where no library notices.
+
+    Where they meet, for one, and in an NCCL collective. One process a node looks; torchrun ends the others there. `seconds` is
+    how long the ranks' store may take to appear.
+    """
+    stop = threading.Event()
+    if _State.handles and several() and ends_alone() and number_of("LOCAL_RANK", 0) == 0:
+        own = (stop, seconds, lambda: _State.status is not None or _State.finishing)
+        threading.Thread(target=look_for_a_claim, args=own, daemon=True).start()
+    try:
+        yield
+    finally:
+        stop.set()
+
+
 def _report(reason: Reason) -> int:
     if _State.status is not None:
         return _State.status
     _State.status = reason.status
     with _no_signals():
         if several():
-            _State.status = _as_one_of_several(reason)
+            _State.status = as_one_of_several(reason)
         else:
             say(f"{reason.word}{':' if reason.word == 'error' else ''} {reason.text}")
     return _State.status
@@ -220,6 +182,7 @@ def is_a_bug(error: BaseException) -> bool:
 
 def finish_whatever_comes() -> None:
     """What is left is short, and makes a command's work whole: from here on only Ctrl-C cuts it off."""
+    _State.finishing = True
     if _State.handles:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
@@ -243,265 +206,6 @@ def stop_together(text: str, status: int) -> NoReturn:
     raise SystemExit(status)
 
 
-def say(text: str) -> None:
-    """Print text on standard error, wherever it is called: in a signal's handler too, or when the terminal is gone."""
-    with contextlib.suppress(OSError, ValueError):
-        try:
-            print(text, file=sys.stderr, flush=True)
-        except RuntimeError:  # the signal came in the middle of a line
-            os.write(2, f"{text}\n".encode())
-
-
-def say_from_rank_zero(text: str) -> None:
-    """The same from one process of a job alone."""
-    if _number("RANK", 0) == 0:
-        say(text)
-
-
-# --- Several processes ----------------------------------------------------------------------------------------------
-
-
-def several() -> bool:
-    """Whether this is a rank of a job of several processes."""
-    return "RANK" in os.environ and _number("WORLD_SIZE", 1) > 1
-
-
-def _number(variable: str, default: int) -> int:
-    try:
-        return int(os.environ[variable])
-    except (KeyError, ValueError):
-        return default
-
-
-def _spans_nodes() -> bool:
-    """Whether other nodes may have ranks of this job."""
-    for variable in ("GROUP_WORLD_SIZE", "SLURM_STEP_NUM_NODES", "SLURM_NNODES"):  # of torchrun, of srun
-        if variable in os.environ:
-            return _number(variable, 2) > 1
-    return os.environ.get("MASTER_ADDR", "localhost") not in ("localhost", "127.0.0.1", "::1")
-
-
-def _as_one_of_several(reason: Reason) -> int:
-    mine = Claim(
-        _number("RANK", 0), socket.gethostname(), reason.status, os.getpid(), text=reason.text, when=time.time()
-    )
-    file = claim_file()
-    if reason.follows:
-        first = _claimed_meanwhile(file, reason, mine)
-        if first is not None:
-            return _wait_until_said(file, first, reason, mine)
-        if _a_neighbour_is_gone():
-            if LAUNCHER in os.environ:
-                return reason.status
-            reason = Reason("another process of this node was killed, or ended without a word: torchrun names it", 1)
-    if file is not None:
-        with contextlib.suppress(OSError):  # no place for a claim: say it
-            if not _claim(file, reason, mine):
-                return _wait_until_said(file, None, reason, mine)
-    if _spans_nodes():
-        first = _first_of_job(mine)
-        if first is not None:
-            _mark_as_said(file, mine, first)
-            return first.status
-    _speak(reason, mine)
-    _mark_as_said(file, mine, mine)
-    return reason.status
-
-
-def claim_file() -> Path | None:
-    """The file that the first rank of a node makes.
-
-    torchrun gives each start of a job a folder on each node. Without it the name is that of the job: where its processes meet,
-    their command line and folder. Another job may have had that name before (`_is_of_my_job`).
-    """
-    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        return Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parent.parent / CLAIM
-    of_job = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_STEP_ID")
-    name = "-".join(re.sub(r"\W", "_", os.environ.get(variable, "")) for variable in of_job)
-    words = "\0".join((_FOLDER, *sys.orig_argv)).encode(errors="surrogateescape")
-    folder = Path(tempfile.gettempdir()) / f"minitron-{os.getuid()}"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-    except OSError:
-        return None
-    return folder / f"{name}-{zlib.crc32(words):08x}.json"
-
-
-def _is_of_my_job(claim: Claim, reason: Reason, mine: Claim) -> bool:
-    """Whether the word may be left to a claim. With torchrun always; without it only to one of the same start, for all we know.
-
-    Its reason is this rank's own too, or one that this rank's follows from; it is of this rank's time; and this rank has not
-    spoken by it, or been silent for it, before: that was an earlier start of the job.
-    """
-    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        return True
-    if mine.rank in (claim.rank, *claim.silent):
-        return False
-    if reason.follows:
-        return claim.when >= _BEGAN
-    return claim.text == reason.text and claim.when >= _BEGAN - SECONDS_BETWEEN_RANKS
-
-
-def _claim(file: Path, reason: Reason, mine: Claim) -> bool:
-    """Take a node's claim; False when the word is left to another rank, which has it."""
-    with _one_at_a_time(file):
-        try:
-            with open(file, "x", encoding="utf-8") as out:
-                json.dump(asdict(mine), out)
-        except FileExistsError:
-            if os.environ.get("TORCHELASTIC_ERROR_FILE"):
-                return False
-            if _left_to(file, reason, mine):
-                return False
-            _write(file, mine)
-    return True
-
-
-def _left_to(file: Path, reason: Reason, mine: Claim) -> Claim | None:
-    """The claim to which this rank leaves the word, which then says so."""
-    claim = read_claim(file)
-    if claim is None or not _is_of_my_job(claim, reason, mine):
-        return None
-    if not os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        _write(file, replace(claim, silent=(*claim.silent, mine.rank)))
-    return claim
-
-
-@contextlib.contextmanager
-def _one_at_a_time(file: Path) -> Iterator[None]:
-    """Of the processes that look at a claim and change it; a lock that cannot be had in time is done without."""
-    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        yield  # making the file is all
-        return
-    with open(file.with_suffix(".lock"), "a", encoding="utf-8") as lock:
-        deadline = time.monotonic() + SECONDS_OF_PATIENCE
-        while time.monotonic() < deadline:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(0.02)
-        yield
-
-
-def _claim_in(text: str) -> Claim:
-    values = parse_json(text)
-    return Claim(**{**values, "silent": tuple(values["silent"])})
-
-
-def read_claim(file: Path | None) -> Claim | None:
-    """The claim in a file, None when there is none or it is being written."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        if file is not None:
-            return _claim_in(file.read_text(encoding="utf-8"))
-    return None
-
-
-def _write(file: Path, claim: Claim) -> None:
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(asdict(claim)), encoding="utf-8")
-    partial.replace(file)
-
-
-def _mark_as_said(file: Path | None, mine: Claim, first: Claim) -> None:
-    """Have the node's claim, which is `mine`, say that the reason of `first` is printed."""
-    with contextlib.suppress(OSError):
-        if file is not None:
-            with _one_at_a_time(file):
-                now = read_claim(file) or mine
-                if (now.rank, now.pid) == (mine.rank, mine.pid):
-                    _write(file, replace(first, said=True, when=mine.when, silent=now.silent))
-
-
-def _claimed_meanwhile(file: Path | None, reason: Reason, mine: Claim) -> Claim | None:
-    """The claim of a rank that failed before this one, which may still be on its way to say so."""
-    deadline, more = time.monotonic() + SECONDS_OF_PATIENCE, file is not None
-    while more:
-        more = time.monotonic() < deadline and not _a_neighbour_is_gone()
-        with contextlib.suppress(OSError), _one_at_a_time(file):
-            if (claim := _left_to(file, reason, mine)) is not None:
-                return claim
-        time.sleep(0.05)
-    return None
-
-
-def _wait_until_said(file: Path, first: Claim | None, reason: Reason, mine: Claim) -> int:
-    """The first one's exit status, once its reason is printed; this one's where it will not be."""
-    deadline = time.monotonic() + SECONDS_UNTIL_SAID
-    while time.monotonic() < deadline:
-        first = read_claim(file) or first
-        if first is not None and first.said:
-            return first.status
-        if first is not None and not Path(f"/proc/{first.pid}").exists():
-            break
-        time.sleep(0.05)
-    if (first := read_claim(file)) is not None and first.said:
-        return first.status
-    _speak(reason, mine)
-    return reason.status
-
-
-def _a_neighbour_is_gone() -> bool:
-    """Whether torchrun, this process's parent, has fewer processes than it started."""
-    from minitron_megatron.parallel.torchrun import children
-
-    return "TORCHELASTIC_RUN_ID" in os.environ and len(children(os.getppid())) < _number("LOCAL_WORLD_SIZE", 1)
-
-
-def _told_by_launcher() -> bool:
-    """Whether the signal came through parallel/torchrun.py from outside, to all processes."""
-    return LAUNCHER in os.environ and (Path(os.environ[LAUNCHER]) / TOLD).exists()
-
-
-def _speak(reason: Reason, mine: Claim) -> None:
-    where = f"rank {mine.rank} on {mine.host}"
-    head = f"error: {where}: {reason.text}" if reason.word == "error" else f"{reason.word} {reason.text} ({where})"
-    say(f"{head}\n{reason.trace}".rstrip())
-
-
-def _first_of_job(mine: Claim) -> Claim | None:
-    """The claim of another node's rank, None when `mine` is the first, or when no store answers in time."""
-    found: list[str] = []
-    shown = os.dup(2)
-    seeker = threading.Thread(target=_ask_store, args=(json.dumps(asdict(mine)), found), daemon=True)
-    seeker.start()
-    seeker.join(SECONDS_FOR_THE_STORE)
-    os.dup2(shown, 2)  # where it still waits
-    os.close(shown)
-    if not found:
-        return None
-    first = _claim_in(found[0])
-    return None if first == mine else first
-
-
-def _ask_store(mine: str, found: list[str]) -> None:
-    with contextlib.suppress(Exception), _no_errors_shown():
-        from torch.distributed import TCPStore
-
-        store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=datetime.timedelta(seconds=5),
-            wait_for_workers=False,
-        )
-        # A job that is started again can speak again.
-        key = f"minitron_megatron/first_failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        found.append(store.compare_set(key, "", mine).decode())
-
-
-@contextlib.contextmanager
-def _no_errors_shown() -> Iterator[None]:
-    """Nothing that C++ writes on standard error: a store that is gone has pages to say."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
 # --- Signals --------------------------------------------------------------------------------------------------------
 
 
@@ -523,6 +227,7 @@ def handle_signals() -> None:
     for number in STATUS_OF_SIGNAL:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, stop)
+    leave_address()
 
 
 @contextlib.contextmanager

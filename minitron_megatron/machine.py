@@ -1,33 +1,74 @@
-"""What programs started here may use of this machine: cores and memory, whatever limits them."""
+"""What programs started here may use of this machine: cores and memory, whatever limits them.
+
+Control groups limit a container, a Slurm job or a service. This process's group may be deep in the tree: every group above it
+limits too, so all are read. Version 2 has one tree; version 1 one for each resource, in a folder of its own.
+
+    /proc/self/cgroup    "0::/job/step"        ─▶ /sys/fs/cgroup/job/step/memory.max, …/job/memory.max, …/memory.max
+                         "4:memory:/job/step"  ─▶ /sys/fs/cgroup/memory/job/step/memory.limit_in_bytes, …
+"""
 
 import contextlib
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-_CGROUP, _MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/meminfo")
+_ROOT, _OWN, _MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/meminfo")
 
 
-def usable_cores(cgroup: Path = _CGROUP) -> int:
-    """Cores that this process may run on and that its control group is given the time of; 1 at least."""
+def usable_cores(root: Path = _ROOT, own: Path = _OWN) -> int:
+    """Cores that this process may run on and that its control groups are given the time of; 1 at least."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # No such file, or "max" in place of a number: no limit.
-    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-        quota, period = (cgroup / "cpu.max").read_text(encoding="ascii").split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
+    for group in _groups("cpu", root, own):
+        # No such file, or "max" or -1 in place of a number of microseconds: no limit.
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+            if (group / "cpu.max").exists():
+                quota, period = map(int, _words(group / "cpu.max"))
+            else:
+                quota, period = (int(*_words(group / f"cpu.cfs_{name}_us")) for name in ("quota", "period"))
+            if quota > 0:
+                cores = min(cores, math.ceil(quota / period))
     return max(1, cores)
 
 
-def free_gib(cgroup: Path = _CGROUP, meminfo: Path = _MEMINFO) -> float:
+def free_gib(root: Path = _ROOT, own: Path = _OWN, meminfo: Path = _MEMINFO) -> float:
     """GiB of memory that programs can still take; infinite where nothing says."""
     free = math.inf
     with contextlib.suppress(OSError, ValueError):
         lines = meminfo.read_text(encoding="ascii").splitlines()
         free = min((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable:")), default=free)
-    with contextlib.suppress(OSError, ValueError):
-        limit, used = (int((cgroup / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
-        # What files left in memory counts as used, and goes when it is needed.
-        stat = (cgroup / "memory.stat").read_text(encoding="ascii").splitlines()
-        files = sum(int(line.split()[1]) for line in stat if line.startswith(("inactive_file ", "active_file ")))
-        free = min(free, (limit - used + files) / 2**30)
+    for group in _groups("memory", root, own):
+        with contextlib.suppress(OSError, ValueError):
+            free = min(free, _left_in(group) / 2**30)
     return free
+
+
+def _left_in(group: Path) -> int:
+    """Bytes that a group may still take; what files left in memory counts as used, and goes when it is needed."""
+    second = (group / "memory.max").exists()
+    names = ("memory.max", "memory.current") if second else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    limit, used = (int(*_words(group / name)) for name in names)
+    of_files = ("inactive_file ", "active_file ") if second else ("total_inactive_file ", "total_active_file ")
+    stat = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+    return limit - used + sum(int(line.split()[1]) for line in stat if line.startswith(of_files))
+
+
+def _groups(resource: str, root: Path, own: Path) -> Iterator[Path]:
+    """Folders of the groups that limit this process's use of a resource, those of both versions; the innermost first."""
+    paths = {"": "/", resource: "/"}
+    with contextlib.suppress(OSError, ValueError):
+        for line in own.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            for name in controllers.split(","):
+                if name in paths:
+                    paths[name] = path
+    for name, path in paths.items():
+        # In a container the path may be the host's, which is not there: what the container sees is its own limit.
+        tree, inner = root / name, Path(path.lstrip("/"))
+        for group in (inner, *inner.parents):
+            if ".." not in group.parts:
+                yield tree / group
+
+
+def _words(file: Path) -> list[str]:
+    return file.read_text(encoding="ascii").split()

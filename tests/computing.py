@@ -1,4 +1,4 @@
-"""Which tests compute with bfloat16 models: noticed where models are built, so that one without its mark is named in a warning.
+"""Which tests compute with bfloat16 models: noticed where models are built, so that one without its mark fails.
 
 `pytest -m bf16` runs them alone, as .ci/run does where oneDNN is held to AVX2, to be a processor without bfloat16.
 """

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import warnings
 from collections.abc import Iterator
 
 # Tiny models: threads that wait for one another cost more than they save, in this process and in those it starts.
@@ -35,7 +34,7 @@ def _watching(tmp_path_factory: pytest.TempPathFactory) -> None:
 def _bf16_has_its_mark(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if computing.seen() and request.node.get_closest_marker("bf16") is None:
-        warnings.warn(f"{request.node.nodeid} computes with a bfloat16 model: mark it bf16", stacklevel=1)
+        pytest.fail("computes with a bfloat16 model: mark it bf16", pytrace=False)
 
 
 @pytest.fixture(scope="session")

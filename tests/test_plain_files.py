@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minitron_megatron import status
 from minitron_megatron.checkpoints.folder import load_json, load_yaml
-from minitron_megatron.ending import read_claim
+from minitron_megatron.claims import read_claim
 from minitron_megatron.errors import UserError
 from minitron_megatron.lengths import _mapping
 from minitron_megatron.parallel import precision

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from minitron_megatron import ending
+from minitron_megatron.claims import several
 
 # torchrun's options that may follow the command's name, with how many words each takes.
 _OF_TORCHRUN = {
@@ -100,7 +101,7 @@ def ends_in_one_line() -> Iterator[None]:
     except SystemExit:
         raise
     except BaseException as error:
-        if ending.is_a_bug(error) and not ending.several():
+        if ending.is_a_bug(error) and not several():
             raise
         sys.exit(ending.report(error))
     finally:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from minitron_megatron.ending import said_at_once
+from minitron_megatron.ending import ending_with_others, said_at_once
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.cpu import adapter
 from minitron_megatron.parallel.layout import Layout
@@ -94,16 +94,16 @@ def process_group(
     # a few, and ending all of them took 10 s. Barriers then use the current device, which is set before, and say so.
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     own = {"backend": "nccl" if device.type == "cuda" else "gloo"}
-    if not alone and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        dist.init_process_group(**own, store=_of_this_start(store), rank=rank, world_size=size, timeout=timeout)
-    else:
-        dist.init_process_group(**own, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    try:
-        with said_at_once():
-            yield
-    finally:
-        dist.destroy_process_group()
+    with contextlib.ExitStack() as stack:
+        if not alone and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            stack.enter_context(ending_with_others(timeout.total_seconds()))
+            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            dist.init_process_group(**own, store=_of_this_start(store), rank=rank, world_size=size, timeout=timeout)
+        else:
+            dist.init_process_group(**own, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        stack.callback(dist.destroy_process_group)
+        stack.enter_context(said_at_once())
+        yield
 
 
 def _of_this_start(store: dist.Store) -> dist.Store:

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from minitron_megatron.ending import CLAIM, LAUNCHER, TOLD, Claim, read_claim, say
+from minitron_megatron.claims import CLAIM, LAUNCHER, TOLD, Claim, read_claim, say, speak_for
 from minitron_megatron.errors import in_one_line
 from minitron_megatron.first_moments import NAMES, REQUEUE, STATUS_OF_SIGNAL
 
@@ -154,9 +154,14 @@ class Launcher:
             likely = _LIKELY.get(-code, "")
             if -code == signal.SIGKILL and _killed_for_memory() > self.killed_before:
                 likely = "the kernel killed processes here meanwhile since memory was out"
-            say(f"error: {where} was killed by {signal.Signals(-code).name}{likely and ': '}{likely}")
+            text = f"was killed by {signal.Signals(-code).name}{likely and ': '}{likely}"
         elif not self.told and code != REQUEUE and not self._claims(self.restarts):
-            say(f"error: {where} ended with status {code} and did not say why")
+            text = f"ended with status {code} and did not say why"
+        else:
+            return exit_status(code)
+        say(f"error: {where} {text}")
+        if self.several_nodes:
+            speak_for(rank, exit_status(code), text, self.folder)
         return exit_status(code)
 
 

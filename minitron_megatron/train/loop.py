@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from minitron_megatron.automatic import is_on
+from minitron_megatron.claims import say_from_rank_zero
 from minitron_megatron.config import TrainingConfig
 from minitron_megatron.data.datasets import MicroBatches, Samples
-from minitron_megatron.ending import say_from_rank_zero
 from minitron_megatron.models.forward import Batch, attention_mask, forward_only, on_device
 from minitron_megatron.models.graphs import capture_layers
 from minitron_megatron.models.head import Summed
