@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +272,18 @@ def test_equal_blocks_go_by_margin_and_then_by_their_place(plain):
     assert analysis.ranked(1, "task", 0) == [1, 2, 0]
     assert analysis.ranked(1, "bi", 0) == [1, 2, 0]
     assert analysis.ranked(1, "loss", 0) == [2, 0, 1]
+
+
+def test_a_block_without_which_a_figure_is_no_number_is_never_the_best(plain):
+    from minitron_megatron.importance.layers import Judged, LayerAnalysis
+
+    base, nan = Judged(1.0, accuracy=1.0, margin=2.0), math.nan
+    blocks = [Judged(nan, 0.3, 0.5, nan), Judged(3.0, nan, nan, nan), Judged(math.inf, 0.2, 0.4, 0.1)]
+    analysis = LayerAnalysis("x", "", 3, base, {1: blocks}, {})
+    assert [analysis.ranked(1, judge, 0)[0] for judge in ("loss", "bi", "task")] == [1, 2, 0]
+    none = LayerAnalysis("x", "", 3, base, {1: [Judged(nan, 0.3)] * 3}, {})
+    with pytest.raises(UserError, match="loss is not a finite number without any block of 1"):
+        none.ranked(1, "loss", 0)
 
 
 def test_accuracy_and_margin_by_each_length(tmp_path):

@@ -46,10 +46,14 @@ class Judged:
         return math.exp(min(self.loss, 700))
 
     def badness(self, judge: str) -> tuple[float, ...]:
-        """What sorts by a judge, the best to remove first."""
+        """What sorts by a judge, the best to remove first; what is not a finite number comes last."""
         if judge == "task":
-            return -round(self.accuracy or 0.0, _DIGITS), -round(self.margin or 0.0, _DIGITS)
-        return (round(self.bi if judge == "bi" else self.loss, _DIGITS),)
+            return tuple(map(_comparable, (-(self.accuracy or 0.0), -(self.margin or 0.0))))
+        return (_comparable(self.bi if judge == "bi" else self.loss),)
+
+
+def _comparable(value: float) -> float:
+    return round(value, _DIGITS) if math.isfinite(value) else math.inf
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,13 @@ class LayerAnalysis:
                 f"layers={self.path}: without the last {keep_last} of {self.num_layers} layers no block of {count} is left"
             )
         measured = self.blocks[count]
-        return sorted(starts, key=lambda start: (*measured[start].badness(judge), start))
+        order = sorted(starts, key=lambda start: (*measured[start].badness(judge), start))
+        if not math.isfinite(measured[order[0]].badness(judge)[0]):
+            raise UserError(
+                f"layers={self.path}: {judge} is not a finite number without any block of {count}: take another judge, or "
+                "analyse with precision=fp32"
+            )
+        return order
 
     def best_block(self, count: int, judge: str, keep_last: int = 1) -> range:
         """The `count` layers to remove, numbered from 0; see `ranked`."""
