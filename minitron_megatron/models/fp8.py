@@ -9,7 +9,7 @@ frozen: its weights are cast when they are loaded, and nothing else of them is k
 output matrix are not in FP8; a teacher's output matrix can be (`Fp8Matrix`), since nothing is learned through it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +101,34 @@ def set_delayed_scales(chunk: torch.nn.Module, scales: dict[str, torch.Tensor]) 
                 held = module.fp8_meta[way]
                 held.scale.copy_(scales[f"{name}.{way}.scale"])
                 held.amax_history.copy_(scales[f"{name}.{way}.amax_history"])
+
+
+class ScalesBefore:
+    """Delayed scaling's scales of live chunks as they were before a step: one that is not taken leaves none of its values behind.
+
+    A value that is not finite would be the largest of the next 1024 micro-batches.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+        self.chunks = chunks
+        self.held: list[torch.Tensor] = []
+        self.kept: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Keep them; a chunk that has not run yet has none."""
+        metas = [meta[way] for chunk in self.chunks for _, meta in _delayed(chunk) for way in _WAYS]
+        self.held = [tensor for meta in metas for tensor in (meta.scale, meta.amax_history)]
+        if len(self.kept) != len(self.held):
+            self.kept = [torch.empty_like(tensor) for tensor in self.held]
+        if self.held:
+            torch._foreach_copy_(self.kept, self.held)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Go back to them, in the memory that graphs know."""
+        if self.held:
+            torch._foreach_copy_(self.held, self.kept)
 
 
 _WAYS = ("scaling_fwd", "scaling_bwd")

@@ -24,6 +24,7 @@ from minitron_megatron.claims import say_from_rank_zero
 from minitron_megatron.config import TrainingConfig
 from minitron_megatron.data.datasets import MicroBatches, Samples
 from minitron_megatron.models.forward import Batch, attention_mask, forward_only, on_device
+from minitron_megatron.models.fp8 import ScalesBefore
 from minitron_megatron.models.graphs import capture_layers
 from minitron_megatron.models.head import Summed
 from minitron_megatron.models.objective import VALIDATION_TERMS, Objective
@@ -69,6 +70,7 @@ class Trainer:
         self.chunks, self.optimizer, self.objective = chunks, optimizer, objective
         self.layout, self.cfg = layout, cfg
         self.guard = SpikeGuard(cfg.guard)
+        self.scales = ScalesBefore(chunks) if cfg.trainer.fp8 == "delayed" else None
         self.stop_asked, self.interrupted = False, False
         self.to_capture = is_on(cfg.trainer.cuda_graphs)
 
@@ -88,6 +90,9 @@ class Trainer:
         data_seconds = time.monotonic() - began
         for chunk in self.chunks:
             chunk.train()
+        before = self.objective.state_dict()
+        if self.scales:
+            self.scales.remember()
         if self.objective.needs_first_pass:
             self._drop_gradients()
             self.forward_backward(batches)
@@ -99,6 +104,11 @@ class Trainer:
         if taken:
             set_learning_rate(self.optimizer, lr, self.cfg.optim.weight_decay)
             apply_gradients(self.optimizer, tokens, grad_norm)
+        else:
+            # What was measured in it is no measure of the steps to come.
+            self.objective.load_state_dict(before)
+            if self.scales:
+                self.scales.restore()
         return StepResult(terms, grad_norm, lr, tokens, time.monotonic() - began, data_seconds, taken, stop)
 
     def _capture_once(self, micro_batches: int) -> None:
