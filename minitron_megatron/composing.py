@@ -50,7 +50,8 @@ def compose_stage(
     """A stage as its command will read it: what it works on, the options of the whole, over them its own. Raises UserError."""
     own = dict(own)
     processes = stage_processes(cfg, own.pop("processes", cfg.processes))
-    known = {o.name for o in options(COMMANDS[command].config)}
+    kind = COMMANDS[command].config
+    known = {o.name for o in options(kind) if o.name.partition(".")[0] not in kind.unread}
     given = {**inputs, **{key: value for key, value in _common(cfg).items() if key in known}, **own}
     words = tuple(f"{key}={word(value)}" for key, value in given.items())
     return Stage(command, words, output, processes, compose(command, [*words, f"output={output}"]))

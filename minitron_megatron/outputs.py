@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
+from minitron_megatron.changing import free_options
 from minitron_megatron.checkpoints.folder import Output, check_output, output_folder
 from minitron_megatron.config import CommandConfig
 from minitron_megatron.launcher import command_line, resolved_config
@@ -18,10 +19,12 @@ def command_output(
         config=resolved_config(cfg),
         inputs=inputs,
         resume=cfg.resume,
+        free=free_options(type(cfg)),
         continues=continues,
     )
 
 
 def check_command_output(cfg: CommandConfig, inputs: Mapping[str, str]) -> None:
     """Raise the UserError that `command_output` would, before the work begins; `inputs` are those that are known by then."""
-    check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume)
+    free = free_options(type(cfg))
+    check_output(cfg.output, config=resolved_config(cfg), inputs=inputs, resume=cfg.resume, free=free)

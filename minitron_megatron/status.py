@@ -208,8 +208,10 @@ def _run(path: Path) -> Status:
         return Status(path, kind if kind != "run" else done.kind, state, about, [*lines, *done.lines[:2], *again])
     state = "running" if running else "stopped"
     if (path / DIVERGED).is_file() and not running:
-        reason = " ".join((path / DIVERGED).read_text(encoding="utf-8", errors="replace").split())
+        reason, _, advice = (path / DIVERGED).read_text(encoding="utf-8", errors="replace").strip().partition("\n")
         state, lines = "diverged", [("diverged", reason), *lines]
+        if advice:
+            return Status(path, kind, state, about, [*lines, ("how to go on", " ".join(advice.split()))])
     elif not running and not _any_checkpoint(path / "checkpoints") and not trained:
         state = "failed"
         lines.insert(0, ("failed", "it ended before its first step: the same command says why"))

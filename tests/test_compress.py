@@ -304,6 +304,7 @@ def one_round(**options) -> str:
             "no rounds: give budget.parameters=4.5e9 (search finds the shape), target=PRESET, chain=PRESET",
         ),
         (["rounds=5"], "no rounds: give chain=PRESET"),
+        ([one_round(), "search.keep=3"], "search.keep= is of a stage that does not run without a budget: leave it out"),
         (["rounds=[{prune: {target.hidden_size: 24}}]"], "round 1 of rounds= has no name"),
         ([one_round(name="first")], "round first: there are two rounds of this name"),
         ([one_round(name="a/b")], "round a/b: a round's name is that of its folder: no slashes"),

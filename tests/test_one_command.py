@@ -149,6 +149,11 @@ def test_what_is_given_goes_over_what_is_chosen(hydra, given, tmp_path):
         ("", ["prune.target.hidden_size=8"], "prune: target.hidden_size= and budget.parameters=: give one of them"),
         ("", ["data.sequence_length=500"], "500"),
         ("", ["export=false", "export_hf.license=mit"], "export_hf.license= is of a stage that does not run"),
+        (
+            "",
+            ["search.budget.parameters=20000"],
+            "search.budget.parameters= would be a second budget: write budget.parameters=",
+        ),
         ("", ["distill.optim.lr=abc"], "distill: "),
         ("", ["distill.trainer.micro_batch_size=abc"], "distill: "),
         ("", ["data.max_epochs=0"], "data.max_epochs=0 must be above 0"),
@@ -270,6 +275,8 @@ def test_a_run_goes_on_with_what_was_chosen(hydra, given, tmp_path, monkeypatch)
     values["options"]["distill"]["optim.lr"] = 0.125
     (root / CHOSEN).write_text(json.dumps(values))
     assert make_plan(*settle_machine(cfg)).rounds[0].stages["distill"].config.optim.lr == 0.125
+    free = compose("compress", words(given, root, "budget.parameters=30000", "distill.trainer.keep_last=1"))
+    assert make_plan(*settle_machine(free)).rounds[0].stages["distill"].config.optim.lr == 0.125
     other = compose("compress", words(given, root, "budget.parameters=30001"))
     assert make_plan(*settle_machine(other)).rounds[0].stages["distill"].config.optim.lr != 0.125
 

@@ -91,13 +91,13 @@ class TestGuard:
     def test_too_many_in_a_row_end_the_run(self):
         guard = SpikeGuard(GuardConfig(stop_after=2))
         assert not guard.takes(6, math.nan, 1.0)
-        with pytest.raises(UserError, match=r"^step 8: the loss is nan, the 2th step in a row that cannot be taken; "):
+        with pytest.raises(UserError, match=r"^step 8: the loss is nan, the 2th step in a row that cannot be taken$"):
             guard.takes(7, math.nan, 1.0)
 
     def test_without_it_only_what_is_not_finite_ends_the_run(self):
         guard = SpikeGuard(GuardConfig(enabled=False, window=1))
         assert guard.takes(0, 1.0, 1.0) and guard.takes(1, 1e9, 1e9)
-        with pytest.raises(UserError, match="step 3: the gradient norm is inf; lower"):
+        with pytest.raises(UserError, match=r"step 3: the gradient norm is inf$"):
             guard.takes(2, 1.0, math.inf)
 
     def test_it_goes_on_from_its_state(self):

@@ -124,8 +124,10 @@ def test_a_run_on_another_machine_is_taken_to_run_while_it_writes(tmp_path):
 
 def test_diverged_failed_and_done(tmp_path):
     diverged = training(tmp_path / "diverged")
-    write(diverged / "diverged.txt", "10 steps in a row\nwere skipped")
-    assert look_at(diverged).state == "diverged" and long_form(diverged)["diverged"] == "10 steps in a row were skipped"
+    write(diverged / "diverged.txt", "10 steps in a row were skipped\ngo on from step 4, with\nother words")
+    told = long_form(diverged)
+    assert look_at(diverged).state == "diverged" and told["diverged"] == "10 steps in a row were skipped"
+    assert told["how to go on"] == "go on from step 4, with other words"
     failed = tmp_path / "failed"
     write(failed / "config.yaml", {"trainer": {"steps": 3}})
     write(failed / STARTS, start_of(2**22 + 1, born=1))

@@ -206,7 +206,8 @@ def _candidate(
         prune = compose_stage(cfg, "prune", pruned, _options(cfg, "prune"), folder / "pruned")
         shape = target_shape(source, vars(prune.config.target), [], prune.config.prune)
     with naming(f"rank {one.rank}", "distill"):
-        given = {"logger.name": folder.name, **own}
+        named = {} if own.get("logger.wandb") == "disabled" else {"logger.name": folder.name}
+        given = {**named, **own}
         distill = compose_stage(cfg, "distill", {"student": prune.output}, given, folder / "distilled")
     return Candidate(one, shape, folder, prune, distill)
 

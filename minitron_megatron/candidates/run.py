@@ -202,7 +202,8 @@ def run_rung(cfg: DistillCandidatesConfig, plan: Plan, one: Candidate, rung: int
     except UserError:
         if not why.is_file():
             raise
-        reason = why.read_text(encoding="utf-8").strip()
+        # What to do then is for a run of its own.
+        reason = why.read_text(encoding="utf-8").strip().partition("\n")[0]
         console().print(f"{name}: diverged at {reason}", highlight=False)
         seconds = round(time.monotonic() - began, 1)
         write_json(one.after(rung), {"step": step, "diverged": reason, "seconds": seconds})

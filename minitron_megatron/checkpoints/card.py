@@ -199,6 +199,8 @@ def _calibration(step: Step) -> list[list[Any]]:
 def counts(option: str, of: Callable[[str], Any]) -> bool:
     """Whether an option of RECIPE did something in a run, `of` giving the run's options."""
     value, only_if = of(option), _ONLY_IF.get(option)
+    if option == "optim.warmup_steps" and of("optim.warmup_tokens") is None:
+        return True
     if value in (None, "none") or (option in _IDLE and not value):
         return False
     return only_if is None or of(only_if[0]) == only_if[1]
@@ -211,6 +213,8 @@ def as_reached(option: str, of: Callable[[str], Any], steps: Any) -> Any:
         return asked
     named = {f"optim.{f.name}": of(f"optim.{f.name}") for f in fields(OptimConfig)}
     found = reached({name: value for name, value in named.items() if value is not None}, steps, batch * length)
+    if asked is None and option in found:
+        return found[option]
     if option not in found or math.isclose(found[option], asked, rel_tol=1e-3):
         return asked
     if option == "optim.warmup_steps" and of("optim.warmup_tokens") is not None:
@@ -222,6 +226,7 @@ def _training(step: Step) -> list[list[Any]]:
     teacher = step.of("teacher.path")
     rows = [["teacher", f"{teacher} ({step.inputs.get('teacher')})"]] if teacher else []
     steps = step.results.get("steps")
+    rows += [["begun with", step.beginning]] if step.beginning else []
     rows += [[name, as_reached(o, step.of, steps)] for o, name in RECIPE.items() if counts(o, step.of)]
     rows.append(["digest of the data", step.inputs.get("data")])
     return rows + [[name, step.results.get(key)] for key, name in _FOUND.items()]

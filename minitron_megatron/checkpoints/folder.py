@@ -28,8 +28,10 @@ from typing import Any
 import yaml
 
 from minitron_megatron import __version__
+from minitron_megatron.changing import decisive, differences, in_words
 from minitron_megatron.checkpoints.stamps import PREFIX, other_files
 from minitron_megatron.cli.starting import seconds_of_process, seconds_starting
+from minitron_megatron.config import flat
 from minitron_megatron.ending import NOTHING_KEPT, SOME_KEPT, keeping
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.models.shape import ModelShape
@@ -44,12 +46,6 @@ RESULTS, METRICS = "results.json", "metrics.jsonl"
 DIVERGED = "diverged.txt"
 log = logging.getLogger(__name__)
 
-# Keys of the resolved config that do not change what is computed: the same output may be asked for in another layout.
-_HOW_NOT_WHAT = frozenset(
-    {"parallel", "device", "dry_run", "resume", "verify", "output", "logger", "cluster", "workers"}
-)
-# The same of options within a part of the config: those that automatic.py decides.
-_SWITCHES = {"trainer": {"cuda_graphs"}, "ddp": {"overlap_grad_reduce", "overlap_param_gather"}}
 # In a partial folder that can be continued: the fingerprint of what it was to become, and what models compute in.
 _MADE_OF = ".made-of"
 COMPUTED_IN = ".computed-in"
@@ -62,7 +58,8 @@ class Output:
     """A folder being written: put files under `path`, figures for the manifest into `results`.
 
     A command that can continue sets `keep` once there is something to continue from: a failure then leaves the folder.
-    Where a model ran, `precision` says what `precision=auto` was and why (parallel/precision.py, `record`).
+    Where a model ran, `precision` says what `precision=auto` was and why (parallel/precision.py, `record`); `started_from` says
+    which checkpoint of another run a training began with, and how it differs (train/begin.py).
     """
 
     path: Path
@@ -70,22 +67,29 @@ class Output:
     keep: bool = False
     results: dict[str, Any] = field(default_factory=dict)
     precision: Mapping[str, str] = field(default_factory=dict)
+    started_from: Mapping[str, Any] = field(default_factory=dict)
     digest: str | None = None
     began: float = field(default_factory=time.monotonic)
     process_seconds: float = field(default_factory=seconds_of_process)
 
 
 def check_output(
-    path: Path | str, *, config: Mapping[str, Any], inputs: Mapping[str, str], resume: bool, anew: bool = False
+    path: Path | str,
+    *,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    resume: bool,
+    free: frozenset[str] = frozenset(),
+    anew: bool = False,
 ) -> None:
     """Raise, before the work begins, the UserError that output_folder would; `inputs` are those that are known by then."""
-    what = _plain(config)
+    what = _plain(config, free)
 
     def same(manifest: Mapping[str, Any]) -> bool:
         before = manifest.get("inputs", {})
-        return _plain(manifest.get("config", {})) == what and all(before.get(n) == d for n, d in inputs.items())
+        return _plain(manifest.get("config", {}), free) == what and all(before.get(n) == d for n, d in inputs.items())
 
-    _already_there(Path(path), None if anew else same, resume, config, inputs)
+    _already_there(Path(path), None if anew else same, resume, decisive(config, free), inputs)
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,7 @@ def output_folder(
     config: Mapping[str, Any],
     inputs: Mapping[str, str],
     resume: bool,
+    free: frozenset[str] = frozenset(),
     continues: bool = False,
     anew: bool = False,
     reasons: Mapping[str, str] = MappingProxyType({}),
@@ -193,6 +198,7 @@ def output_folder(
         config: resolved configuration (plain values).
         inputs: digest of each input, by name.
         resume: when a whole folder with the same config and inputs is there already, yield it with `done=True`.
+        free: options that decide nothing of the result, by their dotted names (changing.py).
         continues: the command goes on from what a killed run with the same config and inputs left in the partial folder.
         anew: a whole folder that is there is replaced, once the new one is written: for views of other folders.
         reasons: for the manifest, why options that were auto became what they are in `config`.
@@ -201,13 +207,12 @@ def output_folder(
         UserError: `path` exists and was made otherwise, another run is writing it, or the disk is full.
     """
     path = Path(path)
-    fingerprint = _fingerprint(config, inputs)
-    if (
-        _already_there(
-            path, None if anew else lambda found: found.get("fingerprint") == fingerprint, resume, config, inputs
-        )
-        and not anew
-    ):
+    fingerprint = _fingerprint(config, inputs, free)
+
+    def same(manifest: Mapping[str, Any]) -> bool:
+        return _fingerprint(manifest.get("config", {}), manifest.get("inputs", {}), free) == fingerprint
+
+    if _already_there(path, None if anew else same, resume, decisive(config, free), inputs) and not anew:
         log.info("%s is complete already: nothing to do", path)
         yield Output(path, done=True, results=read_manifest(path).get("results", {}))
         return
@@ -296,7 +301,8 @@ def _already_there(
 ) -> bool:
     """Whether a whole folder is there; `same`, if given, says of its manifest whether it is what is asked for.
 
-    Raises UserError for what is in the way; it names the files that are others now than `inputs` says.
+    Raises UserError for what is in the way; it names the files that are others now than `inputs` says, and the first of the
+    decisive options (`config`, by dotted names) that is another.
     """
     existing = check_place(path)
     if existing != path or not any(path.iterdir()):
@@ -308,12 +314,16 @@ def _already_there(
     if same is not None and not same(found := read_manifest(path)):
         before = found.get("inputs") or {}
         others = other_files({n: d for n, d in before.items() if n in inputs or n.startswith(PREFIX)}, inputs)
-        if others and _plain(found.get("config") or {}) == _plain(config):
+        had = flat(found.get("config") or {})
+        first = next((f" ({in_words(n, had[n], config[n])})" for n in differences(had, config)), "")
+        if others and not first:
             raise UserError(
                 f"output={path} was made from other files: {', '.join(others[:3])}{' …' * (len(others) > 3)} "
                 "changed since; choose another output="
             )
-        raise UserError(f"output={path} was made with other options or inputs: remove it or choose another output=")
+        raise UserError(
+            f"output={path} was made with other options or inputs{first}: remove it or choose another output="
+        )
     return True
 
 
@@ -357,6 +367,7 @@ def _finish(
         **_cost(output),
         **({"precision": dict(output.precision)} if output.precision else {}),
         "inputs": dict(inputs),
+        **({"started_from": dict(output.started_from)} if output.started_from else {}),
         "results": output.results,
         "versions": _versions(),
         **({"automatic": dict(reasons)} if reasons else {}),
@@ -390,21 +401,13 @@ def _cost(output: Output) -> dict[str, Any]:
     }
 
 
-def _fingerprint(config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps([_what(config), dict(inputs)], sort_keys=True, default=str).encode()).hexdigest()
+def _fingerprint(config: Mapping[str, Any], inputs: Mapping[str, str], free: frozenset[str]) -> str:
+    return hashlib.sha256(f"{_plain(config, free)}{_plain(inputs, frozenset())}".encode()).hexdigest()
 
 
-def _what(config: Mapping[str, Any]) -> dict[str, Any]:
-    what = {key: value for key, value in config.items() if key not in _HOW_NOT_WHAT}
-    for part, names in _SWITCHES.items():
-        if isinstance(what.get(part), Mapping):
-            what[part] = {name: value for name, value in what[part].items() if name not in names}
-    return what
-
-
-def _plain(config: Mapping[str, Any]) -> str:
+def _plain(config: Mapping[str, Any], free: frozenset[str]) -> str:
     """What of a config decides the result, the same before and after it was written to a manifest."""
-    return json.dumps(_what(config), sort_keys=True, default=str)
+    return json.dumps(decisive(config, free), sort_keys=True, default=str)
 
 
 def _digest_of_files(folder: Path, files: Mapping[str, int]) -> str:

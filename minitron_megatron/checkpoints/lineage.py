@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minitron_megatron.changing import in_words
 from minitron_megatron.checkpoints.folder import MANIFEST, SHAPE_FILE, ModelFolder, load_yaml, read_manifest
 from minitron_megatron.config import flat
 from minitron_megatron.errors import UserError
@@ -58,6 +59,11 @@ class Step:
         return self.manifest.get("inputs") or {}
 
     @property
+    def beginning(self) -> str:
+        """The checkpoint of another run that a training began with, and how its options differ, in words; empty without one."""
+        return beginning_in_words(self.manifest)
+
+    @property
     def command(self) -> str:
         """The command as it was typed; empty when its manifest is not at hand."""
         return self.manifest.get("command", "")
@@ -93,6 +99,16 @@ class Step:
         """The model that this one was made from."""
         kind = self._kind()
         return self.input(kind.source) if kind else None
+
+
+def beginning_in_words(manifest: Mapping[str, Any]) -> str:
+    """As of `Step.beginning`."""
+    began = manifest.get("started_from")
+    if not began:
+        return ""
+    of = f"{began['takes']} of {began['checkpoint']} ({began['stamp']})"
+    words = [in_words(name, *values) for name, values in began["options"].items()]
+    return f"{of}, which had {'; '.join(words)}" if words else of
 
 
 def find_step(path: Path, digest: str | None) -> Step:

@@ -141,7 +141,7 @@ class UnfinishedRun:
     def diverged(self) -> str | None:
         """Why its spike guard ended it, if it did."""
         file = self.path / DIVERGED
-        return _text(file).strip() if file.is_file() else None
+        return _text(file).strip().partition("\n")[0] if file.is_file() else None
 
 
 def read_metrics(file: Path, *, growing: bool = False) -> list[dict[str, Any]]:

@@ -17,6 +17,8 @@ from minitron_megatron.report.folders import RunFolder
 from minitron_megatron.report.page import Figure, Section, Table
 
 _SHORT = 12
+# Its digest is of a checkpoint, which is part of a folder.
+_BEGINNING = "start_from"
 
 
 @dataclass
@@ -82,10 +84,10 @@ def _by_path(folder: RunFolder, folders: Sequence[RunFolder]) -> dict[str, RunFo
     found = {}
     for word in folder.words:
         option, _, value = word.partition("=")
-        option = option.partition(".")[0]
+        option = _BEGINNING if option == f"trainer.{_BEGINNING}" else option.partition(".")[0]
         for i, path in enumerate(value.strip("[]").split(",")):
             # A blend's digest is of several folders; a Hugging Face folder's may be of all its files.
-            known = option in folder.inputs and "," not in value and option != "hf"
+            known = option in folder.inputs and "," not in value and option not in ("hf", _BEGINNING)
             if option == "output" or known or "/" not in path:
                 continue
             there = [one for one in folders if one is not folder and _is_in(path, one)]

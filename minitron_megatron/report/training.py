@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from minitron_megatron.checkpoints.card import RECIPE, as_reached, counts
+from minitron_megatron.checkpoints.lineage import beginning_in_words
 from minitron_megatron.config import flat
 from minitron_megatron.console import format_value
 from minitron_megatron.report import plots
@@ -110,6 +111,8 @@ def _summary(lineage: Lineage, run: RunFolder) -> str:
         words += f", of which {skipped:,} were skipped"
     if run.starts and run.starts > 1:
         words += f", started {run.starts} times"
+    if began := beginning_in_words(run.manifest):
+        words += f"; it began with {began}"
     return words + "."
 
 

@@ -239,11 +239,17 @@ def load(
 
     try:
         with safe_reading():
-            kind, scales = read_format(path)["optimizer"], has_scales(options)
+            written = read_format(path)
+            # A run in other arithmetic may have begun with this: its scales begin anew.
+            kind, scales = written["optimizer"], has_scales(options) and written.get("scales", False)
             wanted = _state(chunks, optimizer, kind, {}, loading=True, scales=scales)
             state = dist_checkpointing.load(wanted, str(path), _strategy("load", options.parallel_load))
     except (CheckpointingException, OSError, RuntimeError) as error:
         raise damaged(path, error) from error
+    # Megatron finds a parameter group by its rates, too, which are others where a run begins with another one's checkpoint.
+    rates = {name: value for name, value in optimizer.param_groups[0].items() if name in ("max_lr", "min_lr")}
+    for group in state["optimizer"]["optimizer"]["param_groups"]:
+        group.update(rates)
     for i, chunk in enumerate(chunks):
         chunk.module.load_state_dict(state["model" if len(chunks) == 1 else f"model{i}"], strict=False)
         if scales:

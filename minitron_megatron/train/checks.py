@@ -3,17 +3,17 @@
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron_megatron.automatic import check_switches, is_on
+from minitron_megatron.changing import decided_by, decisive, differences, free_options, in_words
 from minitron_megatron.checkpoints.folder import ModelFolder, load_yaml, open_model_folder
 from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.config import (
     ModelConfig,
-    TeacherParallelConfig,
     TrainerConfig,
     TrainingConfig,
     flat,
@@ -22,6 +22,7 @@ from minitron_megatron.config import (
     tokens_per_step,
 )
 from minitron_megatron.data.folder import Data, DocumentMasks, check_enough, open_data
+from minitron_megatron.effects import LENGTH, PUBLISHED, typed
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import resolved_config
 from minitron_megatron.lengths import check_positions
@@ -36,24 +37,13 @@ from minitron_megatron.models.limits import (
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train import saved
+from minitron_megatron.train.begin import Beginning, check_another, check_beginning
 from minitron_megatron.train.schedule import Schedule
 
 if TYPE_CHECKING:
     from minitron_megatron.models.objective import Objective
 
 log = logging.getLogger(__name__)
-# What may differ between the command that began a run and the one that continues it.
-_MAY_CHANGE = frozenset({"parallel", "device", "resume", "verify", "dry_run", "output", "logger", "cluster", "ddp"})
-_MAY_CHANGE_TOO = frozenset(
-    f"trainer.{name}"
-    for name in """stop_after save_interval keep_last keep_best publish checkpoint_format async_save parallel_save parallel_load
-    time_limit_minutes recompute recompute_modules recompute_method recompute_num_layers cuda_graphs
-    tp_comm_overlap""".split()
-) | frozenset(
-    {"data.max_epochs", "distill.teacher_ahead", "distill.teacher_offload", "distill.logits_mib"}
-    | {f"distill.teacher_parallel.{f.name}" for f in fields(TeacherParallelConfig)}
-)
-_MAY_GROW = frozenset({"trainer.steps", "trainer.tokens"})
 Shapes = Mapping[str, ModelShape]
 OVERLAP_OPTION = "trainer.tp_comm_overlap"
 TENSOR_SIZES = (1, 2, 4, 8)
@@ -103,7 +93,8 @@ class Checked:
     """A run of which all has been checked that options and folders show.
 
     `check` asks whether another layout would do; `folders` and `data` are None in a rehearsal of presets. `before` are options
-    of the run in the output folder so far, by their dotted names.
+    of the run in the output folder so far, by their dotted names; `beginning` is the checkpoint of another run that it begins, or
+    began, with.
     """
 
     recipe: Recipe
@@ -115,6 +106,7 @@ class Checked:
     folders: Mapping[str, ModelFolder] | None
     data: Data | None
     before: Mapping[str, Any] = field(default_factory=dict)
+    beginning: Beginning | None = None
 
 
 def check_run(cfg: TrainingConfig, recipe: Recipe) -> Checked:
@@ -136,9 +128,12 @@ def check_run(cfg: TrainingConfig, recipe: Recipe) -> Checked:
         return Checked(recipe, layout, steps, shapes, models, check, None, None)
     folders, data = _inputs(cfg, recipe)
     run = Path(cfg.output)
+    check_another(cfg, run)
     before = check_run_folder(run, cfg)
-    check_checkpoints(run / "checkpoints", cfg, layout, folders[recipe.trained].shape)
-    return Checked(recipe, layout, steps, shapes, models, check, folders, data, before)
+    shape = folders[recipe.trained].shape
+    check_checkpoints(run / "checkpoints", cfg, layout, shape)
+    beginning = check_beginning(cfg, run, shape, layout)
+    return Checked(recipe, layout, steps, shapes, models, check, folders, data, before, beginning)
 
 
 def _models(recipe: Recipe, shapes: Shapes) -> Models:
@@ -226,9 +221,8 @@ def _tensor_sizes_that_divide(shapes: Shapes, samples: int, layout: Layout) -> l
 
 
 def what_is_trained(cfg: TrainingConfig) -> dict[str, Any]:
-    """Options that a run has from beginning to end, by their dotted names."""
-    values = flat(resolved_config(cfg))
-    return {k: v for k, v in values.items() if k.split(".")[0] not in _MAY_CHANGE and k not in _MAY_CHANGE_TOO}
+    """Options that a run has from beginning to end, by their dotted names, and its length and what is published of it."""
+    return decisive(resolved_config(cfg), free_options(type(cfg)))
 
 
 def check_run_folder(run: Path, cfg: TrainingConfig) -> dict[str, Any]:
@@ -243,24 +237,25 @@ def check_run_folder(run: Path, cfg: TrainingConfig) -> dict[str, Any]:
         raise UserError(f"output={run} exists and is not a run folder: choose another output=")
     if not cfg.resume:
         raise UserError(f"output={run} has a run in it and resume=false: remove it or choose another output=")
-    before, now = flat(load_yaml(run / "config.yaml")), what_is_trained(cfg)
-    differ = [k for k in now if before.get(k, now[k]) != now[k]]
-    longer = [k for k in differ if k in _MAY_GROW and None not in (before[k], now[k]) and now[k] > before[k]]
-    differ = [k for k in differ if k not in longer]
-    if differ:
-        first, *others = differ
+    before, now, decides = flat(load_yaml(run / "config.yaml")), what_is_trained(cfg), decided_by(type(cfg))
+    differ = list(differences(before, now))
+    changes = [name for name in differ if decides[name] == PUBLISHED]
+    changes += [k for k in differ if decides[k] == LENGTH and None not in (before[k], now[k]) and now[k] > before[k]]
+    if fixed := [name for name in differ if name not in changes]:
+        first, *others = fixed
         also = f" ({', '.join(others[:3])} too)" if others else ""
         raise UserError(
-            f"output={run} holds a run with {first}={before[first]}, not {now[first]}{also}: "
-            "give the same, or another output="
+            f"output={run} holds a run with {in_words(first, before[first], now[first])}{also}: give the same, or another "
+            f"output= (with trainer.start_from={run} it begins with what this run has)"
         )
-    for key in longer:
-        log.info(
-            "%s grows from %s to %s: from here on the learning rate is that of the longer run",
-            key,
-            before[key],
-            now[key],
+    if changes and (run / "model").exists():
+        first = changes[0]
+        raise UserError(
+            f"output={run} is finished, with {in_words(first, before[first], now[first])}: remove {run / 'model'}, and the same "
+            "command goes on from its last checkpoint"
         )
+    for name in changes:
+        log.info("%s is %s from here on, and was %s", name, typed(now[name]), typed(before[name]))
     return before
 
 

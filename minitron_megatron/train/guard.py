@@ -39,7 +39,7 @@ class SpikeGuard:
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if not options.enabled or self.in_a_row >= options.stop_after:
             times = f", the {self.in_a_row}th step in a row that cannot be taken" if self.in_a_row > 1 else ""
-            raise Diverged(f"step {step + 1}: {reason}{times}; lower optim.lr or use precision=fp32")
+            raise Diverged(f"step {step + 1}: {reason}{times}")
         return False
 
     def _spike(self, name: str, value: float, factor: float, before: list[float]) -> str | None:

@@ -158,6 +158,12 @@ def apply_gradients(optimizer: Any, tokens: int, grad_norm: float) -> None:
     optimizer.step_with_ready_grads()
 
 
+def set_adam(optimizer: Any, options: OptimConfig) -> None:
+    """Give every parameter group these options of Adam, where a checkpoint of another run has brought its own."""
+    for group in optimizer.param_groups:
+        group["betas"], group["eps"] = (options.adam_beta1, options.adam_beta2), options.adam_eps
+
+
 def set_learning_rate(optimizer: Any, lr: float, weight_decay: float) -> None:
     """Give every parameter group the step's learning rate and its share of the weight decay."""
     for group in optimizer.param_groups:

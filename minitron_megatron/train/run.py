@@ -12,10 +12,11 @@ checks.py has all that is checked before torch is there.
 """
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +34,7 @@ from minitron_megatron.automatic import (
     reasons_of,
     said,
 )
+from minitron_megatron.changing import free_options
 from minitron_megatron.checkpoints.folder import (
     DIVERGED,
     WEIGHTS,
@@ -41,7 +43,7 @@ from minitron_megatron.checkpoints.folder import (
 )
 from minitron_megatron.checkpoints.hf_folder import copy_companions, write_shape
 from minitron_megatron.checkpoints.reading import WeightReader
-from minitron_megatron.checkpoints.weights import Chunk, load_model, verify_digest, write_weights
+from minitron_megatron.checkpoints.weights import Chunk, load_weights, verify_digest, write_weights
 from minitron_megatron.config import (
     TrainingConfig,
     tokens_of_run,
@@ -55,7 +57,7 @@ from minitron_megatron.ending import (
     keeping,
     stop_together,
 )
-from minitron_megatron.errors import Diverged
+from minitron_megatron.errors import Diverged, UserError
 from minitron_megatron.first_moments import REQUEUE
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import count_parameters, flops_per_token
@@ -75,6 +77,8 @@ from minitron_megatron.parallel.precision import FILE as COMPUTED_IN
 from minitron_megatron.parallel.precision import asks_machine, keep, recalled, record
 from minitron_megatron.starts import record_start
 from minitron_megatron.train import checkpoint, saved
+from minitron_megatron.train.begin import EVERYTHING, Beginning, advice_after_divergence
+from minitron_megatron.train.begin import WEIGHTS as WEIGHTS_ALONE
 from minitron_megatron.train.checks import (
     Checked,
     Models,
@@ -89,6 +93,7 @@ from minitron_megatron.train.optimizer import (
     check_optimizer,
     check_state_precision,
     gather_weights,
+    set_adam,
     training_fields,
     wrap_and_optimize,
 )
@@ -121,7 +126,10 @@ def run_training(cfg: TrainingConfig, checked: Checked) -> None:
     with parallel_job(layout, seed=cfg.seed, device=cfg.device) as job, buffers:
         check_optimizer(job.device)
         choices = agreed(collectives.all_gather_objects(choices))
-        lines, reasons, cfg = said(cfg, choices), reasons_of(cfg, choices), decided(cfg, choices)
+        # Of a run that still trains ranks might have seen different checkpoints.
+        checked = replace(checked, beginning=collectives.broadcast_object(checked.beginning))
+        asked, lines, reasons = cfg, said(cfg, choices), reasons_of(cfg, choices)
+        cfg = decided(cfg, choices)
         for line in lines:
             log.info("%s", line)
         if cfg.verify:
@@ -129,6 +137,7 @@ def run_training(cfg: TrainingConfig, checked: Checked) -> None:
                 verify_digest(folder)
             verify_data(data)
         inputs = {**{name: folder.digest for name, folder in folders.items()}, "data": data.digest}
+        inputs |= checked.beginning.inputs if checked.beginning else {}
         with (
             output_folder(
                 run / "model",
@@ -136,6 +145,7 @@ def run_training(cfg: TrainingConfig, checked: Checked) -> None:
                 config=resolved_config(cfg),
                 inputs=inputs,
                 resume=cfg.resume,
+                free=free_options(type(cfg)),
                 reasons=reasons,
             ) as out,
             keeping(lambda: _what_is_saved(run / "checkpoints")),
@@ -143,27 +153,26 @@ def run_training(cfg: TrainingConfig, checked: Checked) -> None:
             if out.done:
                 return
             if collectives.is_rank_zero():
-                (run / "checkpoints").mkdir(exist_ok=True)
-                (run / DIVERGED).unlink(missing_ok=True)
-                (run / "config.yaml").write_text(
-                    yaml.safe_dump(resolved_config(cfg), sort_keys=False), encoding="utf-8"
-                )
+                _write_beginning(cfg, run, checked.beginning)
             collectives.barrier()
             if asks_machine(cfg.precision, *(shape.dtype for shape in shapes.values())):
                 keep(run / COMPUTED_IN, begun=bool(checkpoint.find_checkpoints(run / "checkpoints")))
-            training = _Run(cfg, recipe, job, folders, began)
+            training = _Run(cfg, checked, job, began)
             if collectives.is_rank_zero():
                 record_start(run, training.start)
             try:
                 results = training.train(data)
             except Diverged as error:
+                in_bf16 = model_dtype(shapes[recipe.trained], cfg.precision) is torch.bfloat16
+                advice = advice_after_divergence(asked, in_bf16=in_bf16)
                 if collectives.is_rank_zero():
-                    (run / DIVERGED).write_text(f"{error}\n", encoding="utf-8")
-                raise
+                    (run / DIVERGED).write_text(f"{error}\n{advice}\n", encoding="utf-8")
+                raise Diverged(f"{error}: {advice}") from None
             if results is None:
                 training.leave()
             finish_whatever_comes()
             out.results, out.precision = results, record()
+            out.started_from = asdict(checked.beginning) if checked.beginning else {}
             source = folders[recipe.trained]
             out.digest = publish(out.path / WEIGHTS, source.shape, training.to_publish())
             if collectives.is_rank_zero():
@@ -213,6 +222,17 @@ def decide(
     return [graphs, *choose_overlaps(cfg, layout, device.type, before)]
 
 
+def _write_beginning(cfg: TrainingConfig, run: Path, beginning: Beginning | None) -> None:
+    """Have in the run folder what the run is, and what it began with."""
+    (run / "checkpoints").mkdir(exist_ok=True)
+    (run / DIVERGED).unlink(missing_ok=True)
+    if beginning:
+        beginning.write(run)
+    partial = run / ".config.yaml.partial"
+    partial.write_text(yaml.safe_dump(resolved_config(cfg), sort_keys=False), encoding="utf-8")
+    partial.replace(run / "config.yaml")
+
+
 def _what_is_saved(checkpoints: Path) -> str:
     """What a run that is ended at once has, and how it goes on."""
     there = saved.find_checkpoints(checkpoints)
@@ -224,10 +244,10 @@ def _what_is_saved(checkpoints: Path) -> str:
 class _Run:
     """A run between its checks and its end: the loop, its metrics and its checkpoints."""
 
-    def __init__(
-        self, cfg: TrainingConfig, recipe: Recipe, job: Job, folders: Mapping[str, ModelFolder], began: float
-    ) -> None:
+    def __init__(self, cfg: TrainingConfig, checked: Checked, job: Job, began: float) -> None:
+        recipe, folders = checked.recipe, checked.folders
         self.cfg, self.recipe, self.layout, self.began = cfg, recipe, job.layout, began
+        self.beginning = checked.beginning
         self.schedule = schedule_of(cfg)
         # Where this start of the run ends, and whether it was asked to end before.
         self.end, self.asked_to_stop = min(self.schedule.steps, cfg.trainer.stop_after or self.schedule.steps), False
@@ -249,17 +269,26 @@ class _Run:
         source = folders[recipe.trained]
         dtype = model_dtype(source.shape, cfg.precision)
         engine = recipe.models[recipe.trained].engine
+        there, first = saved.find_checkpoints(self.folder), self.beginning
+        warm = first is not None and not there and first.takes == WEIGHTS_ALONE
         chunks = build_model_chunks(source.shape, layout, dtype, engine, training_fields(cfg.trainer))
-        load_model(chunks, source)
+        load_weights(chunks, Path(first.checkpoint) if warm else source.weights)
         objective.attach(chunks)
         wrapped, optimizer = wrap_and_optimize(chunks, cfg.optim, cfg.ddp)
         loop, start = Trainer(wrapped, optimizer, objective, layout, cfg), 0
-        there = saved.find_checkpoints(self.folder)
         if there:
             start, guard, of_objective = checkpoint.load(there[-1][1], wrapped, optimizer, cfg.trainer)
             loop.guard.load_state_dict(guard)
             objective.load_state_dict(of_objective)
             log.info("continuing from step %d (%s)", start, there[-1][1])
+        elif first and first.takes == EVERYTHING:
+            start, guard, of_objective = checkpoint.load(Path(first.checkpoint), wrapped, optimizer, cfg.trainer)
+            set_adam(optimizer, cfg.optim)
+            if first.keeps_judging:
+                loop.guard.load_state_dict({**guard, "in_a_row": 0})
+                objective.load_state_dict(of_objective)
+        if first and not there:
+            log.info("beginning with %s of %s, at step %d", first.takes, first.checkpoint, start)
         return loop, start
 
     def train(self, data: Data) -> dict[str, Any] | None:
@@ -321,7 +350,10 @@ class _Run:
         return self._validate(windows) if due else {}
 
     def _validate(self, windows: Windows) -> dict[str, float]:
-        return self.loop.validate(windows, min(len(windows), self.cfg.trainer.validation_samples))
+        found = self.loop.validate(windows, min(len(windows), self.cfg.trainer.validation_samples))
+        if not math.isfinite(found["validation_loss"]):
+            log.warning("the validation loss is %s: this is no model to go on with", found["validation_loss"])
+        return found
 
     def _save_if_due(self, done: int, stop: bool, measured: Mapping[str, float]) -> None:
         """Save on the interval, at the end, before a stop, and at the lowest validation loss where that is kept."""
@@ -329,8 +361,8 @@ class _Run:
         best = None
         if trainer.keep_best and measured:
             self.saver.finish()  # it may be the best one so far
-            before = saved.find_best(self.folder)
-            best = measured["validation_loss"] if before is None or measured["validation_loss"] < before[1] else None
+            before, loss = saved.find_best(self.folder), measured["validation_loss"]
+            best = loss if math.isfinite(loss) and (before is None or loss < before[1]) else None
         if best is None and not stop and done % trainer.save_interval and done < self.end:
             return
         gather_weights(self.loop.chunks)
@@ -359,9 +391,14 @@ class _Run:
     def to_publish(self) -> Path:
         """The checkpoint that becomes the model."""
         if self.cfg.trainer.publish == "best":
-            path, loss = saved.find_best(self.folder)
-            log.info("publishing %s, whose validation loss is %.4f", path.name, loss)
-            return path
+            best = saved.find_best(self.folder)
+            if best is None:
+                raise UserError(
+                    f"{self.folder} has no best checkpoint: with trainer.keep_best=true no validation loss was a finite number; "
+                    "the same command with trainer.publish=last publishes the last"
+                )
+            log.info("publishing %s, whose validation loss is %.4f", best[0].name, best[1])
+            return best[0]
         return saved.find_checkpoints(self.folder)[-1][1]
 
 

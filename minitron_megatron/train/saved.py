@@ -3,6 +3,7 @@
 checkpoint.py writes and reads them.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,13 @@ def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def find_best(folder: Path) -> tuple[Path, float] | None:
-    """The checkpoint with the lowest validation loss so far, and that loss; None where none is marked."""
+    """The checkpoint with the lowest validation loss so far, and that loss; None where none with a finite one is marked."""
     try:
         marked = read_json(folder / BEST)
         path, loss = folder / f"step_{marked['step']:08d}", float(marked["validation_loss"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return (path, loss) if path.is_dir() else None
+    return (path, loss) if path.is_dir() and math.isfinite(loss) else None
 
 
 def places(layout: Layout) -> dict[str, Any]:

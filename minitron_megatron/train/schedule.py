@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from minitron_megatron.config import OptimConfig
+from minitron_megatron.config import OptimConfig, warmup_of
 from minitron_megatron.errors import UserError
 
 
@@ -41,7 +41,7 @@ class Schedule:
             raise UserError(f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}")
         if optim.decay_steps is not None and optim.decay_tokens is not None:
             raise UserError("optim.decay_steps= and optim.decay_tokens= are both given: give one of them")
-        warmup, decay = optim.warmup_steps, optim.decay_steps
+        warmup, decay = warmup_of(optim, steps), optim.decay_steps
         if optim.warmup_tokens is not None:
             warmup = math.ceil(optim.warmup_tokens / tokens_per_step)
         if optim.decay_tokens is not None:

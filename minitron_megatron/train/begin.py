@@ -1,0 +1,195 @@
+"""A run that begins with a checkpoint of another: `trainer.start_from=RUN`, in an output of its own, with other options.
+
+    trainer.start_with=everything    weights, moments and step: after a divergence, with another rate or precision. Samples go on
+                                     where they were, so what decides them must be as it was; arithmetic may be other
+    trainer.start_with=weights       weights alone, from step 1, on any samples: a warm start
+
+What it began with is written to output/started_from.json before the first step, and from there into the manifest: where that
+checkpoint was, its stamp, which options are others now, and what that run itself began with. Once the run has a checkpoint of its
+own, the other folder is not read any more. Nothing here needs torch.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minitron_megatron.changing import as_stored, decided_by, decisive, free_options, in_words
+from minitron_megatron.checkpoints.folder import load_json, load_yaml
+from minitron_megatron.checkpoints.index import Stored, stored_shapes, stored_tensors
+from minitron_megatron.checkpoints.stamps import stamp_of_folder
+from minitron_megatron.config import TrainingConfig, flat, number_of_steps
+from minitron_megatron.effects import SAMPLES
+from minitron_megatron.errors import UserError
+from minitron_megatron.launcher import resolved_config
+from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.train import saved
+
+log = logging.getLogger(__name__)
+FILE, OPTION = "started_from.json", "trainer.start_from"
+EVERYTHING, WEIGHTS = "everything", "weights"
+# Options without which a checkpoint's moments do not fit the run, though they change no sample: what has moments, and in which
+# groups and precision they are.
+_OF_MOMENTS = ("optim.state_precision", "optim.decay_embeddings")
+_OF_VALIDATION = ("trainer.validation_samples",)
+_PROJECTION = "intermediate_projection"
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a run begins with.
+
+    Attributes:
+        checkpoint: its folder.
+        step: optimizer steps that were done there.
+        takes: EVERYTHING or WEIGHTS.
+        stamp: tells whether the checkpoint is still the same.
+        options: those that are others in this run, each [before, now].
+        before: what that run itself began with, in the same form.
+    """
+
+    checkpoint: str
+    step: int
+    takes: str
+    stamp: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    before: Mapping[str, Any] | None = None
+
+    @property
+    def keeps_judging(self) -> bool:
+        """Whether losses are comparable to those of that run, so that the spike guard may go on with its medians."""
+        return not any(name.startswith(("distill.", "data.", "teacher.")) for name in self.options)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """For a manifest."""
+        return {"start_from": self.stamp}
+
+    def write(self, run: Path) -> None:
+        """Keep it in the run folder."""
+        partial = run / f".{FILE}.partial"
+        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        partial.replace(run / FILE)
+
+
+def check_another(cfg: TrainingConfig, run: Path) -> None:
+    """Raise UserError where the run would begin with itself."""
+    asked = cfg.trainer.start_from
+    if asked is not None and Path(asked).resolve().is_relative_to(run.resolve()):
+        raise UserError(f"{OPTION}={asked} is the output itself, which continues without it: choose another output=")
+
+
+def check_beginning(cfg: TrainingConfig, run: Path, shape: ModelShape, layout: Layout) -> Beginning | None:
+    """What the run in the output folder begins, or began, with; None for its model folder alone. Raises UserError."""
+    asked = cfg.trainer.start_from
+    if asked is None:
+        return None
+    began = _read(run / FILE)
+    if began and (saved.find_checkpoints(run / "checkpoints") or (run / "model").exists()):
+        return began
+    # Killed before its first checkpoint, it begins with the same again, though that run may have newer ones by now.
+    path = Path(began.checkpoint) if began and Path(began.checkpoint).is_dir() else find_checkpoint(Path(asked))
+    found = _look_at(cfg, path)
+    if began and (began.step, began.takes, began.stamp) != (found.step, found.takes, found.stamp):
+        raise UserError(
+            f"{path} is another checkpoint than the one that output={run} began with: choose another output="
+        )
+    stored = stored_tensors(path)
+    _check_shape(stored, shape, path)
+    if found.takes == EVERYTHING:
+        _check_goes_on(cfg, found, stored)
+        saved.check_readable(path, layout)
+    return found
+
+
+def find_checkpoint(asked: Path) -> Path:
+    """The checkpoint that a path means: it itself, or the newest of a run. Raises UserError."""
+    for folder in (asked / "checkpoints", asked):
+        if there := saved.find_checkpoints(folder):
+            return there[-1][1]
+    if any(path == asked.absolute() for _, path in saved.find_checkpoints(asked.absolute().parent)):
+        return asked
+    raise UserError(
+        f"{OPTION}={asked} has no checkpoint: give a run folder, or one of its checkpoints/step_…; a model folder is for "
+        "student= or model="
+    )
+
+
+def _look_at(cfg: TrainingConfig, path: Path) -> Beginning:
+    """A checkpoint, and how this run differs from that which wrote it. Raises UserError."""
+    folder, takes = path.absolute(), cfg.trainer.start_with
+    source, step = folder.parent.parent, int(folder.name.removeprefix("step_"))
+    # What weights are taken from may have been copied alone.
+    known = takes == EVERYTHING or (source / "config.yaml").is_file()
+    before, now = (
+        flat(load_yaml(source / "config.yaml")) if known else {},
+        decisive(resolved_config(cfg), free_options(type(cfg))),
+    )
+    other = {
+        name: [before.get(name), value]
+        for name, value in now.items()
+        if not name.startswith("trainer.start_") and (name in before or name.startswith("distill."))
+    }
+    options = {name: [a, b] for name, (a, b) in other.items() if as_stored(a) != as_stored(b)}
+    stamp = stamp_of_folder("start_from", path, [file for file in path.iterdir() if file.is_file()])
+    began = _read(source / FILE)
+    return Beginning(str(path), step, takes, *stamp.values(), options, asdict(began) if began else None)
+
+
+def _read(file: Path) -> Beginning | None:
+    """What a run folder says that its run began with. Raises UserError."""
+    if not file.is_file():
+        return None
+    values = load_json(file, ": choose another output=")
+    try:
+        return Beginning(**values)
+    except TypeError:
+        raise UserError(f"{file} is damaged: choose another output=") from None
+
+
+def _check_shape(stored: Mapping[str, Stored | None], shape: ModelShape, path: Path) -> None:
+    """Raise UserError where a checkpoint is of another model than the one that is to begin with it."""
+    for key, wanted in stored_shapes(shape).items():
+        found = stored.get(key)
+        if found is None or found[0] != wanted:
+            raise UserError(
+                f"{path} is of another model: {key} is {list(found[0]) if found else 'not in it'}, and {list(wanted)} here: give "
+                "the model that it was trained from"
+            )
+
+
+def _check_goes_on(cfg: TrainingConfig, found: Beginning, stored: Mapping[str, Stored | None]) -> None:
+    """Raise UserError where the step, the moments or the samples of a checkpoint mean nothing with these options."""
+    decides = decided_by(type(cfg))
+    instead = f"give the same, or trainer.start_with={WEIGHTS}, from step 1"
+    for name, (before, now) in found.options.items():
+        if (decides[name] == SAMPLES and name not in _OF_VALIDATION) or name in _OF_MOMENTS:
+            raise UserError(f"{found.checkpoint} is of a run with {in_words(name, before, now)}: {instead}")
+    has = any(_PROJECTION in key for key in stored)
+    if has != bool(getattr(cfg, "distill", None) and cfg.distill.intermediate):
+        raise UserError(
+            f"{found.checkpoint} is of a run {'with' if has else 'without'} distill.intermediate, whose linear has moments, too: "
+            f"{instead}"
+        )
+    if number_of_steps(cfg) <= found.step:
+        raise UserError(
+            f"{found.checkpoint} has {found.step} steps done, and the run has {number_of_steps(cfg)}: raise trainer.steps=, or "
+            f"take trainer.start_with={WEIGHTS}"
+        )
+
+
+def advice_after_divergence(cfg: TrainingConfig, *, in_bf16: bool) -> str:
+    """What to type where the spike guard has ended a run."""
+    rate = cfg.optim.lr / 2
+    words = [f"optim.lr={rate:g}", *([f"optim.min_lr={rate / 10:g}"] if cfg.optim.min_lr > rate else [])]
+    another = f"output={cfg.output.rstrip('/')}-2"
+    also = " (or precision=fp32)" if in_bf16 else ""
+    there = saved.find_checkpoints(Path(cfg.output) / "checkpoints")
+    if not there and cfg.trainer.start_from is None:
+        return f"no step is saved: begin again with the same words but {' '.join(words)}{also} {another}"
+    start = cfg.output if there else cfg.trainer.start_from
+    step = f"step {there[-1][0]}, the last that is saved" if there else "where it began"
+    return f"go on from {step}, with the same words but {OPTION}={start} {' '.join(words)}{also} {another}"
