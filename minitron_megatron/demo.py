@@ -36,6 +36,8 @@ def options_of_distillation(plan: Plan) -> list[str]:
         f"trainer.micro_batch_size={min(4, level.batch // plan.processes)}",
         f"trainer.save_interval={max(10, plan.steps // 4)}",
         f"trainer.validation_samples={level.validation_samples // VALIDATED_SHARE}",
+        # A continued demo has the same processes; without gathering the optimizer's state 4 GiB are enough for one.
+        "trainer.checkpoint_format=dp_reshardable",
         "distill.logits_mib=256",
         "optim.lr=6e-4",
         "optim.min_lr=6e-5",

@@ -30,8 +30,8 @@ SHARE_WHEN_LATE = 0.9
 TEACHER, STUDENT = 134.5e6, 79.2e6
 # A distillation validates on one in so many of the samples that an evaluation has.
 VALIDATED_SHARE = 4
-# A distillation by one process had 5.4 GiB resident at its peak; of two, each has half of the optimizer.
-GIB_OF_A_PROCESS = 5.0
+# Resident at the peak of a distillation by one process in float32: 3.5 GiB; of two, each has half of the optimizer.
+GIB_OF_A_PROCESS = 3.7
 
 # Share of the measured rate that whole passes reach: smaller products, norms and attention are between the large ones.
 REACHED = {"float32": 0.6, "bfloat16": 0.5}
@@ -229,8 +229,16 @@ def estimate(machine: Machine, level: Level, steps: int) -> dict[str, float]:
 
 
 def measure_machine() -> Machine:
-    """Measure as many processes at once as the demo has: two, or one on one core or in little memory; the slowest counts."""
+    """Measure as many processes at once as the demo has: two, or one on one core or in little memory; the slowest counts.
+
+    Raises UserError where there is too little memory for one.
+    """
     cores, memory = usable_cores(), free_gib()
+    if memory < GIB_OF_A_PROCESS:
+        raise UserError(
+            f"the demo needs {GIB_OF_A_PROCESS} GiB of free memory, and {memory:.1f} GiB are free here: end what else runs, or "
+            "raise the limit of this container or job"
+        )
     processes = 2 if cores > 1 and memory >= 2 * GIB_OF_A_PROCESS else 1
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // processes))}
     command = [sys.executable, "-m", "minitron_megatron.demo_speed"]

@@ -28,7 +28,7 @@ from minitron_megatron.console import console
 from minitron_megatron.ending import NOTHING_KEPT, STATUS_OF_SIGNAL, keeping, stop_together
 from minitron_megatron.errors import UserError
 from minitron_megatron.machine import usable_cores
-from minitron_megatron.parallel.torchrun import exit_status
+from minitron_megatron.parallel.torchrun import exit_status, how_it_was_killed, killed_for_memory
 from minitron_megatron.plain_files import read_json
 from minitron_megatron.starts import record_start
 
@@ -230,6 +230,7 @@ def run_program(program: list[str], processes: int) -> tuple[int, str]:
                 else:
                     print(line, end="", file=sys.stderr, flush=True)
 
+    killed_before = killed_for_memory()
     child = subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
@@ -239,6 +240,8 @@ def run_program(program: list[str], processes: int) -> tuple[int, str]:
     status = exit_status(child.returncode)
     if asked and status not in STATUS_OF_SIGNAL.values():
         status = STATUS_OF_SIGNAL[asked[0]]
+    elif child.returncode < 0 and not asked and not reasons:
+        reasons.append(how_it_was_killed(-child.returncode, killed_before))
     return status, reasons[0] if reasons else ""
 
 

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -135,6 +135,20 @@ def test_a_continued_demo_keeps_its_plan(tmp_path, monkeypatch, capsys):
         file.write_text(damaged)
         with pytest.raises(UserError, match="cannot be read"):
             demo.check_demo(cfg)
+
+
+@pytest.mark.parametrize(("free", "processes"), [(99, 2), (7.5, 2), (7.3, 1), (3.8, 1), (3.6, None), (0, None)])
+def test_as_many_processes_as_memory_holds_or_a_line(monkeypatch, free, processes):
+    monkeypatch.setattr(demo_plan, "usable_cores", lambda: 2)
+    monkeypatch.setattr(demo_plan, "free_gib", lambda: float(free))
+    speed = json.dumps(asdict(FAST.speed))
+    monkeypatch.setattr(demo_plan.sys, "executable", "echo")
+    monkeypatch.setattr(demo_plan, "parse_json", lambda _: json.loads(speed))
+    if processes is None:
+        with pytest.raises(UserError, match=r"the demo needs 3.7 GiB of free memory, and \d.\d GiB are free here: "):
+            demo_plan.measure_machine()
+    else:
+        assert demo_plan.measure_machine().processes == processes
 
 
 def test_the_short_form_is_planned_on_any_machine():

@@ -203,6 +203,15 @@ def test_a_signal_while_the_demo_measures_the_machine_is_one_line_and_ends_the_m
     assert not any(Path(f"/proc/{pid}").exists() for pid in measuring)
 
 
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [(signal.SIGKILL, "was killed by SIGKILL: "), (signal.SIGSEGV, "was killed by SIGSEGV: a crash")],
+)
+def test_a_stage_that_was_killed_says_by_what(number, says):
+    status, reason = stages.run_program([sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(number)})"], 1)
+    assert status == 128 + number and reason.startswith(says)
+
+
 def test_a_stage_that_a_signal_ended_says_that_those_before_are_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stages, "run_program", lambda *_: (143, f"by SIGTERM: {ending.NOTHING_KEPT}"))
     monkeypatch.setattr(ending._State, "status", None)

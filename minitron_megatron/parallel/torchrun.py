@@ -88,7 +88,7 @@ class Launcher:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.logs, self.began = folder, folder, time.time()
-        self.told, self.killed_before = [], _killed_for_memory()
+        self.told, self.killed_before = [], killed_for_memory()
         self.several_nodes, self.restarts = False, 0
 
     def pass_on(self, number: int, _: FrameType | None) -> None:
@@ -151,10 +151,7 @@ class Launcher:
             say(f"stopped by {NAMES.get(-code, signal.Signals(-code).name)}: {where} had not begun; {SAVED_BEFORE}")
             return STATUS_OF_SIGNAL.get(-code, exit_status(code))
         if code < 0:
-            likely = _LIKELY.get(-code, "")
-            if -code == signal.SIGKILL and _killed_for_memory() > self.killed_before:
-                likely = "the kernel killed processes here meanwhile since memory was out"
-            text = f"was killed by {signal.Signals(-code).name}{likely and ': '}{likely}"
+            text = how_it_was_killed(-code, self.killed_before)
         elif not self.told and code != REQUEUE and not self._claims(self.restarts):
             text = f"ended with status {code} and did not say why"
         else:
@@ -171,7 +168,18 @@ def _kill_all() -> None:
             os.killpg(pid, signal.SIGKILL)
 
 
-def _killed_for_memory() -> int:
+def how_it_was_killed(number: int, killed_before: int) -> str:
+    """What ended a process that could not say so itself, as "was killed by SIGKILL: …".
+
+    killed_before: `killed_for_memory()` when it was started.
+    """
+    likely = _LIKELY.get(number, "")
+    if number == signal.SIGKILL and killed_for_memory() > killed_before:
+        likely = "the kernel killed processes here meanwhile since memory was out"
+    return f"was killed by {signal.Signals(number).name}{likely and ': '}{likely}"
+
+
+def killed_for_memory() -> int:
     """How many processes the kernel of this machine has killed for memory since it started."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/vmstat").read_text(encoding="utf-8").splitlines():
