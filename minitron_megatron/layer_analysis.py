@@ -25,6 +25,7 @@ from minitron_megatron.launcher import command_line
 from minitron_megatron.measuring import measuring
 from minitron_megatron.models.build import foretell_dtype, model_dtype, pick_engine
 from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.deciding import from_rank_zero
 from minitron_megatron.parallel.job import pick_device
 from minitron_megatron.report.layers import JUDGE_NAMES, layer_report
 
@@ -51,7 +52,7 @@ def analyse_layers(cfg: LayersConfig, checked: Analysing | None = None) -> None:
     with measuring(cfg, layout, folder, data, checked.inputs) as out:
         if out.done:
             return
-        made = collectives.from_rank_zero(lambda: _sources(cfg, folder, checked.file))
+        made = from_rank_zero(lambda: _sources(cfg, folder, checked.file))
         sources, requests = made or (None, [])
         requests = collectives.broadcast_object(requests)
         flat = [request for of_source in requests for request in of_source]

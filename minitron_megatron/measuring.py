@@ -45,6 +45,6 @@ def measuring(
                 verify_data(data)
         with command_output(cfg, inputs, continues=continues) as out:
             if continues and not out.done and asks_machine(cfg.precision, folder.shape.dtype):
-                keep(out.path / COMPUTED_IN, begun=has_work(out.path))
+                keep(out.path / COMPUTED_IN, begun=lambda: has_work(out.path))
             yield out
             out.precision = record()

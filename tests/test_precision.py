@@ -351,6 +351,6 @@ def test_a_run_that_goes_on_says_once_what_it_computes_in(tmp_path, caplog):
             assert precision.auto_dtype("bfloat16") == "float32"
         assert not caplog.records
         with precision.settled("cpu"):
-            precision.keep(file, begun=True)
+            precision.keep(file, begun=lambda: True)
             assert [precision.auto_dtype("bfloat16") for _ in range(2)] == ["float32"] * 2
     assert len(caplog.records) == 1

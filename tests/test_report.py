@@ -31,7 +31,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.shape import ModelShape
-from minitron_megatron.report.folders import find, find_folders
+from minitron_megatron.report.folders import find
 from minitron_megatron.report.lineage import trace
 from minitron_megatron.report.models import _caption, results_section, student, throughput_section
 from minitron_megatron.report.page import Table
@@ -130,7 +130,7 @@ def test_the_page_validates_and_asks_for_nothing(written):
 
 def test_the_report_says_what_the_folders_say(chain, written):
     page, card = ((written / name).read_text() for name in ("report.html", "report.md"))
-    folders = find_folders([str(chain)])
+    folders = find([str(chain)])[0]
     assert {one.name for one in folders} >= {"model", "data", "scores", "layers", "found", "pruned", "run"}
     for text in (page, card):
         assert all(one.digest in text for one in folders)
@@ -150,7 +150,7 @@ def test_the_report_says_what_the_folders_say(chain, written):
 
 
 def test_lineage_is_by_digest_wherever_folders_are(chain):
-    lineage = trace(find_folders([str(chain)]))
+    lineage = trace(find([str(chain)])[0])
     made_from = {name: {o: one.name for o, one in found.items()} for name, found in lineage.made_from.items()}
     assert made_from["run"] == {"teacher": "model", "student": "pruned", "data": "data"}
     assert made_from["evaluated/run"] == {"model": "run", "data": "data"}
@@ -183,7 +183,7 @@ def test_time_is_that_of_all_processes(tmp_path):
     made(tmp_path / "run" / "model", {"x": ""}, results={"tokens": 48})
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     made(tmp_path / "other", {"x": ""})
-    run, other = sorted(find_folders([str(tmp_path)]), key=lambda one: one.name, reverse=True)
+    run, other = sorted(find([str(tmp_path)])[0], key=lambda one: one.name, reverse=True)
     assert run.name == "run" and process_seconds(run) == pytest.approx(120)
     manifest = read_manifest(tmp_path / "other")
     assert process_seconds(other) == manifest["seconds"] * manifest["processes"] and other.device == "cpu"
@@ -198,7 +198,7 @@ def test_published_figures_stand_beside_models_of_those_sizes(tmp_path):
         }
         digest = read_manifest(tmp_path / name)["digest"]
         made(tmp_path / f"of_{name}", {"results.json": json.dumps({"tasks": tasks})}, inputs={"model": digest})
-    measured, published = results_section(trace(find_folders([str(tmp_path)]))).tables
+    measured, published = results_section(trace(find([str(tmp_path)])[0])).tables
     assert ["winogrande, acc (0)", "0.701 ± 0.012", "0.701 ± 0.012"] in [row[:3] for row in measured.rows]
     by_task = {row[0]: dict(zip(published.columns, row, strict=True)) for row in published.rows}
     assert (
@@ -255,7 +255,7 @@ def test_candidates_that_were_tried_and_throughput_are_shown_as_their_commands_w
     ]
     made(tmp_path / "rates", {"results.json": json.dumps(rows)})
     given = [str(tmp_path)]
-    lineage, trials = trace(find_folders(given)), find_trials(given)
+    lineage, trials = trace(find(given)[0]), find_trials(given)
     assert student(lineage, trials).name == "tried/candidates/rank_03/distilled/model"
     (table,) = trial_section(trials[0]).tables
     assert [row[:2] + row[-2:] for row in table.rows] == [
@@ -391,7 +391,7 @@ def test_the_teacher_stands_beside_the_student_in_every_table_of_quality(rounds,
     evaluated(root, "judged", {"loss": 3.0, "perplexity": 20.09, "kl": 0.5, **beside}, model=digests["last"], **inputs)
     if measured == "alone":
         evaluated(root, "judged_teacher", {"loss": 2.5, "perplexity": 12.18}, model=digests["first"])
-    lineage = trace(find_folders([str(root)]))
+    lineage = trace(find([str(root)])[0])
     (table,) = results_section(lineage, student(lineage)).tables
     assert table.columns == ["", "teacher", "two/distilled", "two/distilled over teacher"]
     rows = {row[0]: row[1:] for row in table.rows}
@@ -450,7 +450,7 @@ def test_restarts_and_skipped_steps_are_said_where_there_were_none_too(rounds):
         made(folder, {SHAPE_FILE: yaml.safe_dump(SMALL)}, inputs={"teacher": digests["first"]}, results=results)
         (root / name / "metrics.jsonl").write_text("")
         (root / name / "starts.jsonl").write_text('{"step": 0, "command": "x"}\n' * starts)
-    (table,) = recipe_section(trace(find_folders([str(root)]))).tables
+    (table,) = recipe_section(trace(find([str(root)])[0])).tables
     rows = {row[0]: dict(zip(table.columns[1:], row[1:], strict=True)) for row in table.rows}
     assert rows["skipped steps"] == {"once": "0", "often": "2"} and rows["restarts"] == {"once": "0", "often": "2"}
 
@@ -464,7 +464,7 @@ def test_rates_are_shown_as_a_run_reached_them(rounds):
         files = {SHAPE_FILE: yaml.safe_dump(SMALL)}
         made(root / name / "model", files, inputs={"teacher": digests["first"]}, results=results, config=config)
         (root / name / "metrics.jsonl").write_text("")
-    (table,) = recipe_section(trace(find_folders([str(root)]))).tables
+    (table,) = recipe_section(trace(find([str(root)])[0])).tables
     rows = {row[0]: dict(zip(table.columns[1:], row[1:], strict=True)) for row in table.rows}
     assert rows["warm-up steps"] == {"short": "20 (asked: 40)", "long": "40"}
     assert rows["peak learning rate"] == {"short": "0.0005 (asked: 0.001)", "long": "0.001"}
@@ -483,7 +483,7 @@ def test_of_equal_folders_the_one_that_was_named_is_the_source(tmp_path):
         )
         inputs = {"teacher": read_manifest(teacher)["digest"]}
         made(tmp_path / place / "judged", {"y": place}, inputs=inputs, config={"teacher": {"path": str(teacher)}})
-    lineage = trace(find_folders([str(tmp_path)]))
+    lineage = trace(find([str(tmp_path)])[0])
     assert {n: s["teacher"].name for n, s in lineage.made_from.items() if s} == {
         "a/judged": "a/teacher",
         "b/judged": "b/teacher",
@@ -493,7 +493,7 @@ def test_of_equal_folders_the_one_that_was_named_is_the_source(tmp_path):
 def test_what_was_measured_is_said_and_not_what_was_asked_for(rounds):
     root, digests = rounds
     evaluated(root, "few", {"loss": 3.0, "tokens": 8500, "windows": 17}, model=digests["last"], data="d")
-    found = next(one for one in find_folders([str(root)]) if one.name == "few")
+    found = next(one for one in find([str(root)])[0] if one.name == "few")
     asked = {"data": {"path": "d", "sequence_length": 512}, "samples": 64}
     folder = replace(found, manifest={**found.manifest, "config": asked})
     assert "8,500 tokens in 17 windows of at most 512" in _caption(trace([folder]), folder)
@@ -508,5 +508,5 @@ def test_a_run_takes_what_its_starts_took(tmp_path):
     ]
     made(tmp_path / "run" / "model", {"x": ""}, results={"tokens": 24})
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (run,) = find_folders([str(tmp_path)])
+    ((run,), _) = find([str(tmp_path)])
     assert process_seconds(run) == pytest.approx(60 + run.manifest["seconds"])

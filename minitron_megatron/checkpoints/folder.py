@@ -29,13 +29,14 @@ import yaml
 
 from minitron_megatron import __version__
 from minitron_megatron.changing import decisive, differences, in_words
-from minitron_megatron.checkpoints.stamps import PREFIX, other_files
+from minitron_megatron.checkpoints.stamps import PREFIX, for_all_nodes, other_files
 from minitron_megatron.cli.starting import seconds_of_process, seconds_starting
 from minitron_megatron.config import flat
 from minitron_megatron.ending import NOTHING_KEPT, SOME_KEPT, keeping
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.deciding import ask_rank_zero, check_same, from_rank_zero, wait_until_seen
 from minitron_megatron.plain_files import read_json, read_yaml
 from minitron_megatron.starts import STARTS, record_start
 
@@ -190,7 +191,7 @@ def output_folder(
     anew: bool = False,
     reasons: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Output]:
-    """Write a folder that appears whole or not at all; every rank enters, rank 0 creates, renames and sweeps.
+    """Write a folder that appears whole or not at all; every rank enters, rank 0 looks, creates, renames and sweeps.
 
     Args:
         path: where the folder is to be.
@@ -204,25 +205,32 @@ def output_folder(
         reasons: for the manifest, why options that were auto became what they are in `config`.
 
     Raises:
-        UserError: `path` exists and was made otherwise, another run is writing it, or the disk is full.
+        UserError: `path` exists and was made otherwise, another run is writing it, the disk is full, or ranks have read different
+            options or inputs.
     """
     path = Path(path)
     fingerprint = _fingerprint(config, inputs, free)
+    check_same({**decisive(config, free), **for_all_nodes(inputs)}, "options or inputs")
 
     def same(manifest: Mapping[str, Any]) -> bool:
         return _fingerprint(manifest.get("config", {}), manifest.get("inputs", {}), free) == fingerprint
 
-    if _already_there(path, None if anew else same, resume, decisive(config, free), inputs) and not anew:
+    def results_there() -> dict[str, Any] | None:
+        there = _already_there(path, None if anew else same, resume, decisive(config, free), inputs) and not anew
+        return read_manifest(path).get("results", {}) if there else None
+
+    found = ask_rank_zero(results_there)
+    if found is not None:
         log.info("%s is complete already: nothing to do", path)
-        yield Output(path, done=True, results=read_manifest(path).get("results", {}))
+        yield Output(path, done=True, results=found)
         return
     partial = partial_folder(path)
-    lock = _start_partial(partial, fingerprint if continues else None, resume) if collectives.is_rank_zero() else None
+    lock = from_rank_zero(lambda: _start_partial(partial, fingerprint if continues else None, resume))
     if lock is not None:
         record_start(partial)
-    collectives.barrier()
     output = Output(partial)
     try:
+        wait_until_seen(partial)
         with keeping(lambda: SOME_KEPT if output.keep else NOTHING_KEPT):
             yield output
         output.keep = False
@@ -238,7 +246,7 @@ def output_folder(
             if not output.keep:
                 shutil.rmtree(partial, ignore_errors=True)
             os.close(lock)
-    collectives.barrier()
+    wait_until_seen(path / MANIFEST)
     output.path = path
 
 

@@ -54,6 +54,7 @@ from minitron_megatron.models.nemo import (
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.outputs import command_output
 from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.deciding import ask_rank_zero, wait_until_seen
 from minitron_megatron.parallel.tools import tool_job
 
 log = logging.getLogger(__name__)
@@ -89,13 +90,17 @@ def _unpack(archive: Archive, output: Path, index: NemoFolder, vocab_size: int |
     """Unpack an archive beside the weights that are made of it, for as long as they are; rank 0 does, every rank reads."""
     need = archive.need(_is_wanted)
     what = f"{archive.path} unpacked and imported"
-    check_space(output, need + total_bytes(index.shape), what, why="what was unpacked goes at the end")
     target = output / _UNPACKED
-    if collectives.is_rank_zero():
+
+    def unpack() -> list[Path]:
+        check_space(output, need + total_bytes(index.shape), what, why="what was unpacked goes at the end")
         target.mkdir()
         with progress("unpack", need, unit="B") as advance:
             archive.extract(target, _is_wanted, advance)
-    collectives.barrier()
+        # The folders of tensors; files of a zarr checkpoint can be a hundred thousand.
+        return [*target.glob("*"), *target.glob("*/*")]
+
+    wait_until_seen(*ask_rank_zero(unpack))
     return NemoFolder(target, str(archive.path), vocab_size)
 
 

@@ -34,6 +34,11 @@ def _stamp(file: Path) -> str:
     return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
 
 
+def for_all_nodes(inputs: Mapping[str, str]) -> dict[str, str]:
+    """Inputs as every node has them: copies of large files on disks of the nodes have times of their own."""
+    return {n: one.partition(" bytes of ")[0] if n.startswith(PREFIX) else one for n, one in inputs.items()}
+
+
 def other_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Names of files among two sets of inputs that are not in both the same; nothing where other inputs differ too."""
     different = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]

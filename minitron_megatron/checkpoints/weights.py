@@ -48,6 +48,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import Slot, slots
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.deciding import from_rank_zero
 
 # Largest chunk, and all the memory that writing takes.
 BLOCK_BYTES = 64 * 2**20
@@ -130,7 +131,8 @@ def write_weights(
     at_work()
     need = total_bytes(shape)
     folder.mkdir(parents=True, exist_ok=True)
-    check_space(folder, need, str(folder))
+    # Before any rank writes: the first chunks would count as room that is not there.
+    from_rank_zero(lambda: check_space(folder, need, str(folder)))
     alone = collectives.world_size() == 1
     with progress(description, need // collectives.world_size(), unit="B") as advance:
         everything = list(chunks(shape)) if pieces is None else pieces

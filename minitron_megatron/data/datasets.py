@@ -28,6 +28,7 @@ from minitron_megatron.data.questions import Request
 from minitron_megatron.data.windows import WindowPlan
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.deciding import ask_rank_zero, wait_until_seen
 from minitron_megatron.parallel.layout import Layout
 
 Sample = dict[str, torch.Tensor]
@@ -175,8 +176,10 @@ def _index_of(folder: DataFolder, split: str, sequence_length: int, seed: int) -
 
 def _once_on_rank_zero(cache: Path, build: Callable[[Path], object]) -> None:
     """Build an index in a folder that is renamed when whole: a killed or a second job cannot spoil it."""
-    problem = None
-    if collectives.is_rank_zero() and not cache.is_dir():
+
+    def make() -> list[Path]:
+        if cache.is_dir():
+            return list(cache.iterdir())
         try:
             cache.parent.mkdir(exist_ok=True)
             with (
@@ -192,10 +195,12 @@ def _once_on_rank_zero(cache: Path, build: Callable[[Path], object]) -> None:
                         raise
         except OSError as error:
             why = error.strerror or error
-            problem = f"data.path={cache.parent.parent}: the sample index cannot be written to {cache.parent} ({why})"
-    problem = collectives.broadcast_object(problem)
-    if problem is not None:
-        raise UserError(problem)
+            raise UserError(
+                f"data.path={cache.parent.parent}: the sample index cannot be written to {cache.parent} ({why})"
+            ) from None
+        return list(cache.iterdir())
+
+    wait_until_seen(*ask_rank_zero(make))
 
 
 def _dataset_config(

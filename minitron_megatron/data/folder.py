@@ -14,7 +14,7 @@ from minitron_megatron.checkpoints.folder import read_manifest, verify_files
 from minitron_megatron.data.indexed import open_split
 from minitron_megatron.errors import UserError
 from minitron_megatron.lengths import check_positions
-from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.deciding import from_rank_zero
 
 
 class DataSizes(Protocol):
@@ -176,19 +176,15 @@ def _open_folder(path: str, split: str, shape: DataSizes, sequence_length: int) 
 
 def verify_data(data: Data) -> None:
     """Read all of the data on rank 0, and compare with digests and vocabulary. Raises UserError on every rank."""
-    problem = None
-    if collectives.is_rank_zero():
-        try:
-            for folder in data.folders:
-                verify_files(folder.path, folder.digest)
-                for split in ("train", "validation"):
-                    name = f"data.path={folder.path}, {split}"
-                    open_split(folder.path / split, name).check_ids(folder.results["vocab_size"], name, whole=True)
-        except UserError as error:
-            problem = str(error)
-    problem = collectives.broadcast_object(problem)
-    if problem is not None:
-        raise UserError(problem)
+
+    def verify() -> None:
+        for folder in data.folders:
+            verify_files(folder.path, folder.digest)
+            for split in ("train", "validation"):
+                name = f"data.path={folder.path}, {split}"
+                open_split(folder.path / split, name).check_ids(folder.results["vocab_size"], name, whole=True)
+
+    from_rank_zero(verify)
 
 
 def check_enough(data: Data, tokens: int, max_epochs: float) -> None:

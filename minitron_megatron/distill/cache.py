@@ -37,7 +37,7 @@ from minitron_megatron.distill.contents import CacheFolder, Chunk, Contents
 from minitron_megatron.distill.losses import TopK
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.models.forward import Batch
-from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.deciding import from_rank_zero
 
 
 def write_chunk(folder: Path, contents: Contents, chunk: Chunk, answers: TopK) -> bytes:
@@ -107,15 +107,7 @@ class Cache(CacheFolder):
 
     def verify(self) -> None:
         """Read every file on rank 0 and compare with the digest. Raises UserError on every rank."""
-        problem = None
-        if collectives.is_rank_zero():
-            try:
-                verify_files(self.path, self.digest)
-            except UserError as error:
-                problem = str(error)
-        problem = collectives.broadcast_object(problem)
-        if problem is not None:
-            raise UserError(problem)
+        from_rank_zero(lambda: verify_files(self.path, self.digest))
 
 
 class CachedTeacher:

@@ -5,7 +5,6 @@ hf=FOLDER       an exported folder, by transformers in one process: data.path= a
 """
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from minitron_megatron.checkpoints.folder import RESULTS, ModelFolder
 from minitron_megatron.checkpoints.weights import load_model, verify_digest
 from minitron_megatron.config import EvaluateConfig
-from minitron_megatron.console import print_table
+from minitron_megatron.console import print_table, speaks
 from minitron_megatron.data.folder import Data, verify_data
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
@@ -27,6 +26,7 @@ from minitron_megatron.measuring import measuring
 from minitron_megatron.models.build import build_model_chunks, foretell_dtype, model_dtype, pick_engine
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.deciding import from_rank_zero
 from minitron_megatron.parallel.job import pick_device
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.precision import record, settled
@@ -62,7 +62,7 @@ def evaluate(cfg: EvaluateConfig, checked: Judging | None = None) -> None:
 
 def _dry_run(cfg: EvaluateConfig, found: Mapping[str, Any]) -> None:
     rows = [[name, value] for name, value in found.items()]
-    if cfg.tasks and int(os.environ.get("RANK", "0")) == 0:
+    if cfg.tasks and speaks():
         loaded = _load(cfg)
         rows += [
             ["tasks", ", ".join(loaded.tasks)],
@@ -98,7 +98,7 @@ def _measured(
 ) -> dict[str, Any]:
     """All figures, the same on every rank. Tasks are loaded first: what is wrong with them is known before weights are read."""
     began = time.monotonic()
-    loaded = collectives.from_rank_zero(lambda: _load(cfg)) if cfg.tasks else None
+    loaded = from_rank_zero(lambda: _load(cfg)) if cfg.tasks else None
     chunks = build_model_chunks(folder.shape, layout, model_dtype(folder.shape, cfg.precision), cfg.model.engine)
     load_model(chunks, folder)
     found: dict[str, Any] = {}

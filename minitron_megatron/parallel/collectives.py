@@ -8,10 +8,8 @@ Torch takes seconds to import, and commands on files have no need of it: it is n
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-
-from minitron_megatron.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -40,11 +38,6 @@ def is_rank_zero() -> bool:
     return rank() == 0
 
 
-def on_first_stage() -> bool:
-    """Whether this rank is on the first pipeline stage, where the embedding is."""
-    return not _live() or _groups().get_pipeline_model_parallel_rank() == 0
-
-
 def on_last_stage() -> bool:
     """Whether this rank is on the last pipeline stage, where the loss is."""
     if not _live():
@@ -56,22 +49,6 @@ def on_last_stage() -> bool:
 def tensor_parallel_group() -> Any:
     """The ranks that share each matrix, and the vocabulary."""
     return _groups().get_tensor_model_parallel_group()
-
-
-def sum_over_tensor_parallel(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum in place over the ranks that share each matrix."""
-    dist = _live()
-    if dist:
-        dist.all_reduce(tensor, group=tensor_parallel_group())
-    return tensor
-
-
-def sum_over_data_parallel(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum in place over the ranks that hold the same weights and other tokens: data- and context-parallel ones."""
-    dist = _live()
-    if dist:
-        dist.all_reduce(tensor, group=_groups().get_data_parallel_group(with_context_parallel=True))
-    return tensor
 
 
 def sum_over_pipeline(tensor: torch.Tensor) -> torch.Tensor:
@@ -158,20 +135,6 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
-
-
-def from_rank_zero[T](make: Callable[[], T]) -> T | None:
-    """What rank 0 makes, there, and None elsewhere; what is wrong is raised as UserError on every rank."""
-    made, problem = None, None
-    if is_rank_zero():
-        try:
-            made = make()
-        except UserError as error:
-            problem = str(error)
-    problem = broadcast_object(problem)
-    if problem is not None:
-        raise UserError(problem)
-    return made
 
 
 def barrier() -> None:

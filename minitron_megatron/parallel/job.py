@@ -8,9 +8,12 @@ import contextlib
 import datetime
 import math
 import os
+import socket
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ import torch.distributed as dist
 from minitron_megatron.ending import ending_with_others, said_at_once
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.cpu import adapter
+from minitron_megatron.parallel.deciding import check_same
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.precision import settled
 
@@ -71,6 +75,7 @@ def parallel_job(
         else:
             torch.cuda.set_device(where)
         stack.enter_context(process_group(where, timeout))
+        check_same(_software(), "software")
         stack.enter_context(model_parallel(layout, seed, timeout))
         stack.enter_context(settled(where.type))
         yield Job(layout, where, dist.get_rank())
@@ -98,12 +103,49 @@ def process_group(
         if not alone and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             stack.enter_context(ending_with_others(timeout.total_seconds()))
             store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-            dist.init_process_group(**own, store=_of_this_start(store), rank=rank, world_size=size, timeout=timeout)
+            store = _of_this_start(store)
+            check_device_type(store, rank, device.type, timeout)
+            dist.init_process_group(**own, store=store, rank=rank, world_size=size, timeout=timeout)
         else:
             dist.init_process_group(**own, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         stack.callback(dist.destroy_process_group)
         stack.enter_context(said_at_once())
         yield
+
+
+def check_device_type(store: dist.Store, rank: int, device_type: str, timeout: datetime.timedelta = TIMEOUT) -> None:
+    """Raise UserError where a rank would take another kind of device than rank 0: they would wait for each other in vain.
+
+    Before there is a group; `store` is where its ranks meet.
+    """
+    if rank == 0:
+        store.set("device type", device_type)
+        return
+    # In short waits: a signal is heard between two of them.
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not store.check(["device type"]):
+        if time.monotonic() > deadline:
+            return  # the group that is made next says that nobody came
+        time.sleep(0.02)
+    of_rank_zero = store.get("device type").decode()
+    if of_rank_zero != device_type:
+        raise UserError(
+            f"rank {rank} ({socket.gethostname()}) would run on {device_type}, rank 0 on {of_rank_zero}: mend its node, or say "
+            "device=cpu"
+        )
+
+
+def _software() -> dict[str, str | None]:
+    """What a rank computes with, by name: layers and kernels are chosen by it, which must not differ within a job."""
+
+    def release(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    packages = ("torch", "megatron-core", "transformer-engine", "triton", "minitron-megatron")
+    return {name: release(name) for name in packages}
 
 
 def _of_this_start(store: dist.Store) -> dist.Store:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.errors import UserError, in_one_line
-from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.deciding import ask_rank_zero
 from minitron_megatron.plain_files import read_json
 
 log = logging.getLogger(__name__)
@@ -121,20 +121,20 @@ def settled(device_type: str) -> Iterator[None]:
 
         # As `measure` leaves it: whether a rank has measured must not show in its sums.
         torch.set_num_threads(torch.get_num_threads())
-        _Job.choice = collectives.broadcast_object(of_this_machine() if collectives.is_rank_zero() else None)
+        _Job.choice = ask_rank_zero(of_this_machine)
     try:
         yield
     finally:
         _Job.choice = before
 
 
-def keep(file: Path, *, begun: bool) -> None:
+def keep(file: Path, *, begun: Callable[[], bool]) -> None:
     """Have `auto` mean what it meant when a run or an output began; every rank calls it, in a job.
 
     Args:
         file: where that is written, and is written now where there is nothing to continue.
-        begun: whether there is something to continue. Without the file it is from before machines decided, and was computed in
-            the folder's dtype.
+        begun: tells rank 0 whether there is something to continue. Without the file it is from before machines decided, and was
+            computed in the folder's dtype.
 
     Raises:
         UserError: the file is damaged.
@@ -144,8 +144,9 @@ def keep(file: Path, *, begun: bool) -> None:
         if file.exists():
             dtype = _read_kept(file)
         else:
-            dtype = "bfloat16" if begun or _Job.choice is None else _Job.choice.dtype
-            values = {"computed_in": dtype, **({} if begun or _Job.choice is None else {"why": _Job.choice.why})}
+            own = None if begun() else _Job.choice
+            dtype = "bfloat16" if own is None else own.dtype
+            values = {"computed_in": dtype, **({} if own is None else {"why": own.why})}
             _write_whole(file, json.dumps(values) + "\n")
         if dtype == (_Job.choice.dtype if _Job.choice else "bfloat16"):
             return _Job.choice
@@ -153,8 +154,7 @@ def keep(file: Path, *, begun: bool) -> None:
         slow = ", so another output= with precision=fp32 would be faster" if _Job.choice and dtype == "bfloat16" else ""
         return Choice(dtype, f"in which {file.parent} was begun{why}{slow}")
 
-    found = collectives.from_rank_zero(find)
-    _Job.choice = collectives.broadcast_object(found)
+    _Job.choice = ask_rank_zero(find)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ from minitron_megatron.models.limits import tensor_sizes
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.deciding import ask_rank_zero
 from minitron_megatron.parallel.job import pick_device, process_group
 from minitron_megatron.parallel.layout import Layout, world_size_from_env
 from minitron_megatron.parallel.precision import record
@@ -93,18 +94,26 @@ def _one_group(cfg: PruneConfig, goal: Goal) -> Iterator[None]:
 
 
 def decide(cfg: PruneConfig, goal: Goal) -> tuple[Kept, Kept | None]:
-    """What stays, measuring scores where none are given; and the same with merged heads, where heads could be merged."""
+    """What stays, measuring scores where none are given; and the same with merged heads, where heads could be merged.
+
+    One rank reads scores and tokenizer, and decides. Every rank must call it.
+    """
     if goal.kept is not None:
         return goal.kept, goal.kept
+    where = cfg.scores
+    if goal.scored and where is None:
+        # It brings Megatron, of which a cut by scores that are there has no need.
+        from minitron_megatron.importance.measure import measure_importance
+
+        measure_importance(importance_command(cfg))
+        where = importance_command(cfg).output
+    return ask_rank_zero(lambda: _by_scores(cfg, goal, where))
+
+
+def _by_scores(cfg: PruneConfig, goal: Goal, where: str | None) -> tuple[Kept, Kept | None]:
+    """The same by the scores of a folder, if any are needed."""
     scores = None
     if goal.scored:
-        where = cfg.scores
-        if where is None:
-            # It brings Megatron, of which a cut by scores that are there has no need.
-            from minitron_megatron.importance.measure import measure_importance
-
-            measure_importance(importance_command(cfg))
-            where = importance_command(cfg).output
         scores = load_scores(where)
         check_scores(scores, goal.folder.shape, goal.folder.digest, where)
     return _chosen(cfg, goal, scores), _merged(cfg, goal, scores) if cfg.loss_samples else None

@@ -171,11 +171,6 @@ def number_of_starts(run: Path) -> int | None:
     return len([one for one in read_starts(run) if one.get("step") is not None]) or None
 
 
-def find_folders(given: Sequence[str]) -> list[RunFolder]:
-    """The whole folders of `find`."""
-    return find(given)[0]
-
-
 def find(given: Sequence[str]) -> tuple[list[RunFolder], list[UnfinishedRun]]:
     """Every output folder in or below the given ones, by path, and every run without a model; earlier reports are left out.
 

@@ -85,7 +85,7 @@ def throughput(cfg: ThroughputConfig, checked: Generating | None = None) -> None
         if out.done:
             return
         if asks_machine(cfg.precision, *(source.shape.dtype for source in sources)):
-            keep(out.path / COMPUTED_IN, begun=(out.path / ROWS).exists())
+            keep(out.path / COMPUTED_IN, begun=lambda: (out.path / ROWS).exists())
         check_room(cfg, sources)
         rows = _Measuring(cfg, sources, device, out).run()
         write_results(out.path, rows, [source.name for source in sources])

@@ -26,6 +26,7 @@ from minitron_megatron.config import TrainerConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.fp8 import delayed_scales, set_delayed_scales
 from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.deciding import ask_rank_zero, wait_until_seen
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.saved import BEST, FORMAT, damaged, find_best, find_checkpoints, places, read_format
 
@@ -170,14 +171,16 @@ class Saver:
 
     def _begin(self, name: str) -> Path:
         """A folder to write to, of a name of its own: a killed run may have left a process that still writes to the last one."""
-        if collectives.is_rank_zero():
+
+        def make() -> Path:
             for left in self.folder.glob(".step_*.partial"):
                 shutil.rmtree(left, ignore_errors=True)
-        token = collectives.broadcast_object(secrets.token_hex(4))
-        partial = self.folder / f".{name}.{token}.partial"
-        if collectives.is_rank_zero():
+            partial = self.folder / f".{name}.{secrets.token_hex(4)}.partial"
             partial.mkdir(parents=True)
-        collectives.barrier()
+            return partial
+
+        partial = ask_rank_zero(make)
+        wait_until_seen(partial)
         return partial
 
     def _complete(self, partial: Path, name: str, step: int, best: float | None) -> None:
@@ -191,7 +194,7 @@ class Saver:
             if best is not None:
                 _mark_best(self.folder, step, best)
             _drop_old(self.folder, self.options.keep_last)
-        collectives.barrier()
+        wait_until_seen(self.folder / name)
         log.info("step %d: saved %s", step, self.folder / name)
 
 
@@ -237,9 +240,10 @@ def load(
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
+    wait_until_seen(path)
     try:
         with safe_reading():
-            written = read_format(path)
+            written = ask_rank_zero(lambda: read_format(path))
             # A run in other arithmetic may have begun with this: its scales begin anew.
             kind, scales = written["optimizer"], has_scales(options) and written.get("scales", False)
             wanted = _state(chunks, optimizer, kind, {}, loading=True, scales=scales)

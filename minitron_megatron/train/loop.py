@@ -71,7 +71,8 @@ class Trainer:
         self.layout, self.cfg = layout, cfg
         self.guard = SpikeGuard(cfg.guard)
         self.scales = ScalesBefore(chunks) if cfg.trainer.fp8 == "delayed" else None
-        self.stop_asked, self.interrupted = False, False
+        # What this rank was asked for; of Ctrl-C also what any rank was, as of the last step.
+        self.stop_asked, self.interrupted, self.any_interrupted = False, False, False
         self.to_capture = is_on(cfg.trainer.cuda_graphs)
 
     def micro_batches(self, samples: Samples, numbers: range) -> MicroBatches:
@@ -150,8 +151,10 @@ class Trainer:
                 results += self._run_schedule(part, names, measure)
         sums = torch.stack(results).sum(0).tolist() if results else [0.0] * (len(names) + 1)
         of_stages = self.objective.sums_of_stages()
-        totals = collectives.sum_from_last_stage(sums, [float(self.stop_asked), *of_stages])
-        (*sums, tokens), (stop, *of_stages) = totals[: len(sums)], totals[len(sums) :]
+        asked = [float(self.stop_asked), float(self.interrupted)]
+        totals = collectives.sum_from_last_stage(sums, [*asked, *of_stages])
+        (*sums, tokens), (stop, interrupted, *of_stages) = totals[: len(sums)], totals[len(sums) :]
+        self.any_interrupted = interrupted > 0
         means = {name: total / tokens for name, total in zip(names, sums, strict=True)}
         return self.objective.finish(means, [total / tokens for total in of_stages]), int(tokens), stop > 0
 

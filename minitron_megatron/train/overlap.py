@@ -17,6 +17,7 @@ from minitron_megatron.config import TrainerConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.build import check_fused
 from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.parallel.deciding import ask_rank_zero
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.checks import OVERLAP_OPTION
 
@@ -46,7 +47,7 @@ def user_buffers(trainer: TrainerConfig, shape: ModelShape, layout: Layout, sequ
     from transformer_engine.pytorch.module import base
 
     # Who keeps NCCL from NVLink's multicast does not want it here either.
-    if os.environ.get("NCCL_NVLS_ENABLE") == "0":
+    if ask_rank_zero(lambda: os.environ.get("NCCL_NVLS_ENABLE") == "0"):
         os.environ.setdefault("UB_SKIPMC", "1")
     modes = base.UserBufferQuantizationMode
     wanted = [modes.FP8] if trainer.fp8 != "none" else []

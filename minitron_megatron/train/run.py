@@ -71,6 +71,7 @@ from minitron_megatron.models.build import (
 from minitron_megatron.models.fp8 import check_fp8_device
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.deciding import ask_rank_zero, wait_until_seen
 from minitron_megatron.parallel.job import Job, parallel_job, pick_device
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.precision import FILE as COMPUTED_IN
@@ -127,7 +128,7 @@ def run_training(cfg: TrainingConfig, checked: Checked) -> None:
         check_optimizer(job.device)
         choices = agreed(collectives.all_gather_objects(choices))
         # Of a run that still trains ranks might have seen different checkpoints.
-        checked = replace(checked, beginning=collectives.broadcast_object(checked.beginning))
+        checked = replace(checked, beginning=ask_rank_zero(lambda: checked.beginning))
         asked, lines, reasons = cfg, said(cfg, choices), reasons_of(cfg, choices)
         cfg = decided(cfg, choices)
         for line in lines:
@@ -154,9 +155,9 @@ def run_training(cfg: TrainingConfig, checked: Checked) -> None:
                 return
             if collectives.is_rank_zero():
                 _write_beginning(cfg, run, checked.beginning)
-            collectives.barrier()
+            wait_until_seen(run / "checkpoints")
             if asks_machine(cfg.precision, *(shape.dtype for shape in shapes.values())):
-                keep(run / COMPUTED_IN, begun=bool(checkpoint.find_checkpoints(run / "checkpoints")))
+                keep(run / COMPUTED_IN, begun=lambda: bool(checkpoint.find_checkpoints(run / "checkpoints")))
             training = _Run(cfg, checked, job, began)
             if collectives.is_rank_zero():
                 record_start(run, training.start)
@@ -269,7 +270,7 @@ class _Run:
         source = folders[recipe.trained]
         dtype = model_dtype(source.shape, cfg.precision)
         engine = recipe.models[recipe.trained].engine
-        there, first = saved.find_checkpoints(self.folder), self.beginning
+        there, first = ask_rank_zero(lambda: saved.find_checkpoints(self.folder)), self.beginning
         warm = first is not None and not there and first.takes == WEIGHTS_ALONE
         chunks = build_model_chunks(source.shape, layout, dtype, engine, training_fields(cfg.trainer))
         load_weights(chunks, Path(first.checkpoint) if warm else source.weights)
@@ -332,7 +333,7 @@ class _Run:
         """End the process with steps left: they are for the same command, later."""
         steps = self.schedule.steps
         if self.asked_to_stop:
-            status = STATUS_OF_SIGNAL[signal.SIGINT] if self.loop.interrupted else REQUEUE
+            status = STATUS_OF_SIGNAL[signal.SIGINT] if self.loop.any_interrupted else REQUEUE
             stop_together(f"at step {self.reached} of {steps}, which is saved: the same command continues it", status)
         log.info(
             "step %d of %d: as far as trainer.stop_after=%d goes", self.reached, steps, self.cfg.trainer.stop_after
@@ -340,9 +341,10 @@ class _Run:
         raise SystemExit(0)
 
     def _look_at_the_clock(self) -> None:
+        """Rank 0's alone: a stop that it asks for is told to all in the step (train/loop.py)."""
         limit = self.cfg.trainer.time_limit_minutes
-        if limit is not None and time.monotonic() - self.began > 60 * limit:
-            self.loop.stop_asked = True
+        if collectives.is_rank_zero() and limit is not None:
+            self.loop.stop_asked |= time.monotonic() - self.began > 60 * limit
 
     def _validate_if_due(self, windows: Windows | None, done: int) -> dict[str, float]:
         interval = self.cfg.trainer.validation_interval
@@ -361,7 +363,7 @@ class _Run:
         best = None
         if trainer.keep_best and measured:
             self.saver.finish()  # it may be the best one so far
-            before, loss = saved.find_best(self.folder), measured["validation_loss"]
+            before, loss = ask_rank_zero(lambda: saved.find_best(self.folder)), measured["validation_loss"]
             best = loss if math.isfinite(loss) and (before is None or loss < before[1]) else None
         if best is None and not stop and done % trainer.save_interval and done < self.end:
             return
@@ -391,7 +393,7 @@ class _Run:
     def to_publish(self) -> Path:
         """The checkpoint that becomes the model."""
         if self.cfg.trainer.publish == "best":
-            best = saved.find_best(self.folder)
+            best = ask_rank_zero(lambda: saved.find_best(self.folder))
             if best is None:
                 raise UserError(
                     f"{self.folder} has no best checkpoint: with trainer.keep_best=true no validation loss was a finite number; "
@@ -399,7 +401,7 @@ class _Run:
                 )
             log.info("publishing %s, whose validation loss is %.4f", best[0].name, best[1])
             return best[0]
-        return saved.find_checkpoints(self.folder)[-1][1]
+        return ask_rank_zero(lambda: saved.find_checkpoints(self.folder)[-1][1])
 
 
 def publish(weights: Path, shape: ModelShape, saved: Path) -> str:
