@@ -24,6 +24,7 @@ from minitron_megatron.importance.layers import FILE, JUDGES, Judged, LayerAnaly
 from minitron_megatron.launcher import command_line
 from minitron_megatron.measuring import measuring
 from minitron_megatron.models.build import foretell_dtype, model_dtype, pick_engine
+from minitron_megatron.models.guessing import warn_of_guessing
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.deciding import from_rank_zero
 from minitron_megatron.parallel.job import pick_device
@@ -60,6 +61,7 @@ def analyse_layers(cfg: LayersConfig, checked: Analysing | None = None) -> None:
         _check_finite(measured, folder)
         if sources is not None:
             analysis = _analysis(cfg, folder, blocks, measured, sources)
+            warn_of_guessing(f"model={folder.path}", analysis.base.loss, folder.shape.vocab_size)
             (out.path / FILE).write_text(json.dumps(analysis.to_json(), indent=1) + "\n", encoding="utf-8")
             layer_report(out.path / REPORT, analysis, str(folder.path), command_line())
             out.results = {**analysis.counts, "blocks": checked.lengths, "loss": analysis.base.loss}

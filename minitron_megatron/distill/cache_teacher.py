@@ -28,7 +28,7 @@ from minitron_megatron.data.folder import Data
 from minitron_megatron.distill.cache import check_chunk, write_chunk
 from minitron_megatron.distill.cache_checks import Caching, check_cache_teacher
 from minitron_megatron.distill.contents import Chunk, Contents
-from minitron_megatron.distill.losses import TopK, top_k
+from minitron_megatron.distill.losses import TopK, nll_of_top_k, top_k
 from minitron_megatron.errors import UserError
 from minitron_megatron.measuring import measuring
 from minitron_megatron.models.axes import flops_per_token
@@ -40,6 +40,7 @@ from minitron_megatron.models.build import (
     pick_engine,
 )
 from minitron_megatron.models.forward import Batch, forward_only
+from minitron_megatron.models.guessing import warn_of_guessing
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.hardware import hardware, peak_flops
 from minitron_megatron.parallel.job import pick_device
@@ -67,7 +68,8 @@ def cache_teacher(cfg: CacheTeacherConfig, checked: Caching | None = None) -> No
         began = time.monotonic()
         done = _done(out.path, contents, layout)
         written = sum(len(chunk.samples) for chunk in done) * contents.sequence_length
-        done |= _write(cfg, folder, data, windows, layout, contents, out, done)
+        written_now, teacher_loss = _write(cfg, folder, data, windows, layout, contents, out, done)
+        done |= written_now
         tokens, seconds = (
             (contents.train + contents.validation) * contents.sequence_length,
             time.monotonic() - began,
@@ -78,6 +80,7 @@ def cache_teacher(cfg: CacheTeacherConfig, checked: Caching | None = None) -> No
             "tokens": tokens,
             "seconds": round(seconds, 2),
             "tokens_per_second": round((tokens - written) / seconds),
+            **({} if teacher_loss is None else {"teacher_loss": teacher_loss}),
         }
     shown = ("train", "validation", "top_k", "tokens", "seconds", "tokens_per_second")
     rows = [[name, out.results[name]] for name in shown] + [["GiB", contents.total_bytes / 2**30]]
@@ -124,8 +127,11 @@ def _write(
     contents: Contents,
     out: Output,
     done: Mapping[Chunk, bytes],
-) -> dict[Chunk, bytes]:
-    """Run the teacher over every chunk that is not there and write it; their SHA-256, on rank 0 all of them."""
+) -> tuple[dict[Chunk, bytes], float | None]:
+    """Run the teacher over every chunk that is not there and write it; their SHA-256, on rank 0 all of them.
+
+    Also the teacher's mean loss of the labels in each replica's first chunk, where there is one: named where it is a guess's.
+    """
     from megatron.core import parallel_state as ps
 
     models = build_model_chunks(folder.shape, layout, model_dtype(folder.shape, cfg.precision), cfg.teacher.engine)
@@ -144,15 +150,32 @@ def _write(
             # What this replica does, the others do meanwhile.
             advance(int(batch["valid"].sum()) * layout.data, batch["tokens"].numel() * layout.data // len(models))
 
-        for chunk in mine:
+        def write(chunk: Chunk) -> list[float]:
             answers = answer(models, of_split[chunk.split], chunk.samples, cfg, contents, layout, before)
             if answers is None:
-                continue
+                return [0.0, 0.0]
             if not all(part.isfinite().all() for part in answers):
                 raise UserError(f"teacher={folder.path}: logits are not finite; the weights or precision= are at fault")
             written[chunk] = write_chunk(out.path, contents, chunk, answers)
+            return label_sums(of_split[chunk.split], chunk, contents, answers)
+
+        # Every rank, a replica without a chunk too; before hours are spent on the rest.
+        nll, counted = collectives.sum_from_last_stage([], write(mine[0]) if mine else [0.0, 0.0])
+        loss = nll / counted if counted else None
+        if loss is not None:
+            warn_of_guessing(f"teacher={folder.path}", loss, contents.vocab_size)
+        for chunk in mine[1:]:
+            write(chunk)
     gathered = collectives.gather_objects(written) or []
-    return {chunk: digest for part in gathered for chunk, digest in part.items()}
+    return {chunk: digest for part in gathered for chunk, digest in part.items()}, loss
+
+
+def label_sums(samples: Samples, chunk: Chunk, contents: Contents, answers: TopK) -> list[float]:
+    """−log p of a chunk's labels by its answers, summed over the tokens that count, and how many these are."""
+    rows = [samples[number] for number in chunk.samples]
+    labels, mask = (torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in ("labels", "loss_mask"))
+    nll = nll_of_top_k(answers, labels, vocab_size=contents.vocab_size, temperature=contents.temperature)
+    return [float((nll * mask).sum(dtype=torch.float64)), float(mask.sum())]
 
 
 def answer(

@@ -13,6 +13,7 @@ q the softmaxes of the teacher's and the student's logits z over the temperature
 T² keeps the gradient's size independent of the temperature (Hinton et al., arXiv 1503.02531).
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -211,6 +212,27 @@ def top_k(logits: torch.Tensor, k: int, *, vocab_size: int, temperature: float =
         rest[block] = total(log_p.exp_().masked_fill_(_inside(places, columns), 0))
     shape = logits.shape[:-1]
     return TopK(ids.view(*shape, k), log_probs.view(*shape, k), rest.view(shape))
+
+
+def nll_of_top_k(top: TopK, labels: torch.Tensor, *, vocab_size: int, temperature: float = 1.0) -> torch.Tensor:
+    """−log p of the labels at temperature 1, [...], as well as a top K at a temperature tells it.
+
+    The tokens outside the K are taken to be equally probable. With z the log probabilities at the temperature T,
+    log p_v = T z_v − log Σ_u exp(T z_u).
+
+    Args:
+        top: ids and log_probs [..., K], rest [...].
+        labels: int64 [...].
+        vocab_size: tokens of the vocabulary.
+        temperature: T.
+    """
+    others = max(1, vocab_size - top.ids.shape[-1])
+    inside = temperature * top.log_probs
+    outside = temperature * (top.rest.clamp_min(torch.finfo(top.rest.dtype).tiny) / others).log()
+    normaliser = torch.logaddexp(inside.logsumexp(-1), outside + math.log(others))
+    hit = top.ids == labels[..., None]
+    own = inside.masked_fill(~hit, -torch.inf).amax(-1)
+    return normaliser - torch.where(hit.any(-1), own, outside)
 
 
 # Losses of one block: log q and log p [n, this rank's columns] to the loss [n] and the gradient, without T; both are used up.

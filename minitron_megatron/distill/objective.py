@@ -14,12 +14,13 @@ from minitron_megatron.config import DistillOptions
 from minitron_megatron.distill.cache import CachedTeacher
 from minitron_megatron.distill.choices import Divergence
 from minitron_megatron.distill.intermediate import IntermediateLoss
-from minitron_megatron.distill.losses import DistillationLoss
+from minitron_megatron.distill.losses import DistillationLoss, TopK, nll_of_top_k
 from minitron_megatron.distill.routed import RoutedTeacher
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.models.forward import Batch, labels_of
+from minitron_megatron.models.guessing import warn_of_guessing
 from minitron_megatron.models.head import Head, Summed, Terms, fused_loss, terms_of
-from minitron_megatron.models.objective import Objective
+from minitron_megatron.models.objective import CrossEntropy, Objective
 from minitron_megatron.parallel import collectives
 
 
@@ -38,6 +39,8 @@ class Distillation(Objective):
     ) -> None:
         self.teacher, self.options, self.vocab_size = teacher, options, vocab_size
         self.intermediate = intermediate
+        # Mean loss of the labels by the teacher, in the first step of the run.
+        self.teacher_loss: float | None = None
         # Of the student's; those of a teacher beside it are as large.
         self.logits_bytes = options.logits_mib * 2**20 // (1 if isinstance(teacher, CachedTeacher) else 2)
         self.how = Divergence.from_options(options, vocab_size)
@@ -48,6 +51,7 @@ class Distillation(Objective):
         """The loss, and its terms where it has several; measured, also how sure the teacher is, and how often both agree."""
         parts = ("divergence",) if self.options.cross_entropy or self.intermediate else ()
         parts += ("cross_entropy",) if self.options.cross_entropy else ()
+        parts += ("teacher_loss",) if self.teacher_loss is None else ()
         # A cache has the most probable tokens, not the entropy of all.
         entropy = () if isinstance(self.teacher, CachedTeacher) else ("teacher_entropy",)
         return ("loss", *parts, *((*entropy, "agreement") if measure else ()))
@@ -90,8 +94,18 @@ class Distillation(Objective):
             cross_entropy=self.options.cross_entropy,
             measure=measure,
         )
+        own = {"teacher_loss": self._loss_of(targets, batch)} if self.teacher_loss is None else {}
         head = Head.of(hidden_states, output_layer, output_weight, group)
-        return fused_loss(head, loss, batch["loss_mask"].t(), logits_bytes=self.logits_bytes)
+        total, terms = fused_loss(head, loss, batch["loss_mask"].t(), logits_bytes=self.logits_bytes)
+        return Summed(total, {**terms, **own})
+
+    def _loss_of(self, targets: Head | TopK, batch: Batch) -> torch.Tensor:
+        """−log p of the labels by the teacher, [s, b]."""
+        labels, vocabulary = labels_of(batch), self.vocab_size
+        if isinstance(targets, TopK):
+            return nll_of_top_k(targets, labels, vocab_size=vocabulary, temperature=self.options.temperature)
+        own = CrossEntropy(labels, vocab_size=vocabulary, group=collectives.tensor_parallel_group())
+        return terms_of(targets, own, logits_bytes=self.logits_bytes)["loss"]
 
     def validation(self, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, batch: Batch) -> Terms:
         """Forward KL at temperature 1, whatever is trained with; of a cache its own loss. And the labels' NLL."""
@@ -113,7 +127,14 @@ class Distillation(Objective):
         return [self.intermediate.take_sum()] if self.intermediate else []
 
     def finish(self, means: dict[str, float], of_stages: Sequence[float]) -> dict[str, float]:
-        """The whole loss, and beside it `intermediate` with the `alpha` that it had."""
+        """The whole loss, and beside it `intermediate` with the `alpha` that it had.
+
+        In a run's first step a teacher that does no better than a guess is named.
+        """
+        if self.teacher_loss is None:
+            self.teacher_loss = means.pop("teacher_loss")
+            name = "the cached teacher" if isinstance(self.teacher, CachedTeacher) else "the teacher"
+            warn_of_guessing(name, self.teacher_loss, self.vocab_size)
         if self.intermediate is None:
             return means
         self.intermediate.add_gradients_of_copies()
@@ -123,10 +144,16 @@ class Distillation(Objective):
         return {**means, "loss": loss, "intermediate": mean, "alpha": alpha}
 
     def state_dict(self) -> dict[str, Any]:
-        """The next step's α."""
-        return {"alpha": self.intermediate.alpha} if self.intermediate else {}
+        """The next step's α, and what was found of the teacher."""
+        found = {} if self.teacher_loss is None else {"teacher_loss": self.teacher_loss}
+        return {**found, "alpha": self.intermediate.alpha} if self.intermediate else found
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with that α."""
+        """Go on with that."""
+        self.teacher_loss = state.get("teacher_loss")
         if self.intermediate:
             self.intermediate.alpha = state["alpha"]
+
+    def results(self) -> dict[str, Any]:
+        """The teacher's loss of the labels in the first step."""
+        return {} if self.teacher_loss is None else {"teacher_loss": self.teacher_loss}

@@ -18,6 +18,7 @@ from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.build import build_model_chunks, model_dtype
 from minitron_megatron.models.forward import labels_of
+from minitron_megatron.models.guessing import warn_of_guessing
 from minitron_megatron.models.head import LossOfRows, Terms
 from minitron_megatron.models.loss import summed_loss, summed_terms
 from minitron_megatron.models.shape import ModelShape
@@ -57,6 +58,7 @@ def perplexity(
             nll, kl, agreed, of_teacher, tokens = _with_teacher(chunks, beside, batches, shape.vocab_size, layout, size)
             compared = {"kl": kl / tokens, "agreement": agreed / tokens}
             compared |= loss_figures(of_teacher, tokens, f"teacher={cfg.teacher.path}", "teacher_")
+            warn_of_guessing(f"teacher={cfg.teacher.path}", compared["teacher_loss"], shape.vocab_size)
     return {**loss_figures(nll, tokens, f"model={cfg.model.path}"), "tokens": int(tokens), **compared}
 
 

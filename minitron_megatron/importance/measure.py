@@ -26,6 +26,8 @@ from minitron_megatron.measuring import measuring
 from minitron_megatron.models.axes import PROBES, TENSOR_PARALLEL_AXES
 from minitron_megatron.models.build import build_model_chunks, foretell_dtype, model_dtype, pick_engine
 from minitron_megatron.models.forward import forward_only
+from minitron_megatron.models.guessing import warn_of_guessing
+from minitron_megatron.models.loss import FirstLoss
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.job import pick_device
 from minitron_megatron.parallel.layout import Layout
@@ -83,6 +85,7 @@ def measure_statistics(folder: ModelFolder, data: Data, layout: Layout, cfg: Imp
         heads=cfg.importance.heads,
         sequence_parallel=layout.sequence and layout.tensor > 1,
     )
+    first_loss = FirstLoss(folder.shape.vocab_size)
     with progress("importance", len(batches) * len(chunks), unit="micro-batches") as advance:
 
         def before(batch: dict[str, torch.Tensor]) -> None:
@@ -95,11 +98,12 @@ def measure_statistics(folder: ModelFolder, data: Data, layout: Layout, cfg: Imp
             num_micro_batches=len(batches),
             micro_batch_size=cfg.trainer.micro_batch_size,
             sequence_length=length,
-            collect=lambda batch, **_: None,
+            collect=first_loss,
             before=before,
         )
     recorder.close()
     recorder.check_finite()
+    warn_of_guessing(f"model={folder.path}", first_loss.mean(), folder.shape.vocab_size)
     statistics = gather_statistics(recorder)
     if statistics is not None:
         statistics.vocab = count_tokens(samples, range(cfg.first_sample, last), folder.shape.vocab_size)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from minitron_megatron.models.forward import Batch, labels_of
+from minitron_megatron.models.guessing import warn_of_guessing
 from minitron_megatron.models.head import Head, Summed, Terms, fused_loss, in_blocks, terms_of
 from minitron_megatron.models.vocab_parallel import have_kernels, label_loss, label_nll, valid_columns
 from minitron_megatron.parallel import collectives
@@ -85,6 +86,10 @@ class Objective(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
 
+    def results(self) -> dict[str, Any]:
+        """What the manifest is to say of the run, beside its losses."""
+        return {}
+
 
 class NextToken(Objective):
     """Cross entropy of the next token: ordinary training, which teacher correction is (arXiv 2408.11796, section 3)."""
@@ -93,6 +98,7 @@ class NextToken(Objective):
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
+        self.judged = False
 
     def names(self, measure: bool) -> tuple[str, ...]:
         """The loss alone."""
@@ -113,6 +119,13 @@ class NextToken(Objective):
         head = Head.of(hidden_states, output_layer, output_weight, collectives.tensor_parallel_group())
         nll = terms_of(head, self._loss(batch))["loss"]
         return {"loss": nll, "nll": nll}
+
+    def finish(self, means: dict[str, float], of_stages: Sequence[float]) -> dict[str, float]:
+        """In the first step of a start, a model that does no better than a guess is named."""
+        if not self.judged:
+            self.judged = True
+            warn_of_guessing("the model", means["loss"], self.vocab_size)
+        return means
 
     def _loss(self, batch: Batch) -> "CrossEntropy":
         return CrossEntropy(labels_of(batch), vocab_size=self.vocab_size, group=collectives.tensor_parallel_group())

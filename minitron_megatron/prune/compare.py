@@ -14,6 +14,7 @@ from minitron_megatron.console import progress
 from minitron_megatron.data.datasets import MicroBatches, Windows
 from minitron_megatron.data.folder import Data
 from minitron_megatron.models.build import build_model_chunks, model_dtype
+from minitron_megatron.models.guessing import warn_of_guessing
 from minitron_megatron.models.loss import summed_loss
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.job import parallel_job
@@ -41,6 +42,7 @@ def losses_around_the_cut(
             "loss around the cut", len(batches) * len(source) * (1 + len(variants)), unit="micro-batches"
         ) as bar:
             losses["source"] = _loss(cfg, source, batches, folder.shape, bar)
+            warn_of_guessing(f"model={folder.path}", losses["source"], folder.shape.vocab_size)
             smaller = build_model_chunks(target, layout, dtype, cfg.model.engine)
             given, wanted = local_tensors(source, folder.shape), local_tensors(smaller, target)
             for name, kept in variants.items():

@@ -383,6 +383,7 @@ class _Run:
         return {
             **({} if last is None else {"loss": last.loss}),
             **validation,
+            **self.loop.objective.results(),
             "steps": self.schedule.steps,
             "skipped": self.loop.guard.skipped,
             "tokens": tokens_of_run(self.cfg),
