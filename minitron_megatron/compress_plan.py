@@ -35,6 +35,7 @@ from minitron_megatron.config import (
     options,
     tokens_of_run,
 )
+from minitron_megatron.data.encoding import Encoder
 from minitron_megatron.data.estimate import estimate_tokens
 from minitron_megatron.data.folder import check_enough, data_digest, open_data
 from minitron_megatron.data.prepare import check_documents, check_fraction, find_inputs
@@ -312,7 +313,7 @@ def open_source(cfg: CompressConfig, rehearsal: bool) -> Source:
     tokenizer_of = Path(cfg.hf or model)
     tokenizer = load_tokenizer(tokenizer_of)
     check_vocabulary(tokenizer_of, tokenizer)
-    tokens, exact = estimate_tokens(files, stage.config.text_key, tokenizer)
+    tokens, exact = estimate_tokens(files, stage.config.text_key, Encoder.of(tokenizer, stage.config))
     for_validation = round(stage.config.validation_fraction * tokens)
     return Source(model, shape, Text(tokens - for_validation, for_validation, exact), False, stages, inputs)
 

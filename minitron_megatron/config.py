@@ -704,6 +704,20 @@ class PrepareDataConfig(CommandConfig):
     model: ModelConfig = group(ModelConfig)
     validation_fraction: float = option(0.05, "share of the documents that goes to the validation split")
     text_key: str = option("text", "key of the text in each JSON line, or Parquet column")
+    end_of_document: str = option(
+        "auto",
+        "special token that ends each document, as '<|endoftext|>'; auto: the tokenizer's end of sequence, or its end of text "
+        "where that ends a turn of a chat",
+    )
+    begin_of_document: str = option(
+        "auto",
+        "special token that opens each document, or none; auto: the BOS, where the tokenizer opens a text with it",
+    )
+    special_tokens: str = option(
+        "text",
+        "what a special token's string in the text is, such as </s>: text, spelled out, or the token",
+        ("text", "token"),
+    )
     workers: int | None = option(
         None,
         "processes that tokenise, to the same bytes; if not given, as many as have a core and 8 MB of input, 32 at most",

@@ -14,6 +14,7 @@ from minitron_megatron.choosing import Choices, Pair, Text, choose, choose_lengt
 from minitron_megatron.compress import compress, settle_machine
 from minitron_megatron.compress_plan import CHOSEN, FOLDERS, STAGES_FILE, SUMMARY, check_compress, make_plan
 from minitron_megatron.config import CompressConfig, ModelConfig
+from minitron_megatron.data.encoding import Encoder
 from minitron_megatron.data.estimate import estimate_tokens
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
@@ -249,7 +250,7 @@ def test_given_tokens_take_the_place_of_chosen_steps():
 def test_text_is_counted_or_estimated(given, tmp_path):
     tokenizer = load_tokenizer(given / "hf")
     small = [given / "1.jsonl", given / "2.jsonl"]
-    counted, exact = estimate_tokens(small, "text", tokenizer)
+    counted, exact = estimate_tokens(small, "text", Encoder(tokenizer))
     by_hand = sum(
         len(tokenizer(json.loads(line)["text"])["input_ids"]) + 1
         for file in small
@@ -258,7 +259,7 @@ def test_text_is_counted_or_estimated(given, tmp_path):
     assert exact and counted == by_hand
     large = tmp_path / "large.jsonl"
     large.write_text("".join(file.read_text() for file in small) * 40)
-    estimated, exact = estimate_tokens([large], "text", tokenizer)
+    estimated, exact = estimate_tokens([large], "text", Encoder(tokenizer))
     assert not exact and estimated == pytest.approx(40 * by_hand, rel=0.03)
 
 

@@ -8,10 +8,12 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minitron_megatron.checkpoints.folder import TOKENIZER, Output
 from minitron_megatron.config import AdoptDataConfig
 from minitron_megatron.console import print_table, speaks
+from minitron_megatron.data.encoding import special_ids
 from minitron_megatron.data.indexed import Split, beside, open_split
 from minitron_megatron.data.tokenizer import (
     check_tokenizer,
@@ -59,7 +61,7 @@ def adopt_data(cfg: AdoptDataConfig, checked: Adopting | None = None) -> None:
         return
     for name, split in splits.items():
         split.check_ids(vocabulary, f"{name}={split.prefix}", whole=True)
-        _check_ends(split, name, tokenizer.eos_token_id)
+    borders = _borders(splits, tokenizer)
     with command_output(cfg, inputs) as out:
         if out.done:
             return
@@ -69,7 +71,7 @@ def adopt_data(cfg: AdoptDataConfig, checked: Adopting | None = None) -> None:
         out.results |= {
             "vocab_size": vocabulary,
             "token_dtype": splits["train"].dtype.name,
-            "end_of_document": tokenizer.eos_token_id,
+            **borders,
             "tokenizer": inputs["tokenizer"],
         }
     _print(f"{cfg.output}: adopted", splits)
@@ -87,15 +89,26 @@ def _stamp(split: Split) -> str:
     return f"{stat.st_size} bytes, modified {stat.st_mtime_ns}"
 
 
-def _check_ends(split: Split, name: str, end_of_document: int) -> None:
-    """Warn where documents do not end as ours do: they would run into each other."""
-    if split.ids[-1] != end_of_document:
-        log.warning(
-            "%s=%s: its last document does not end in token %d: was it written with --append-eod?",
-            name,
-            split.prefix,
-            end_of_document,
-        )
+def _borders(splits: dict[str, Split], tokenizer: Any) -> dict[str, Any]:
+    """What ends the documents that are there, a special token, and opens them, the BOS or nothing: for the manifest.
+
+    A warning where nothing ends them: they would run into each other.
+    """
+    special, eos = {number: token for token, number in special_ids(tokenizer).items()}, tokenizer.eos_token_id
+    last, first = ({int(split.ids[place]) for split in splits.values()} for place in (-1, 0))
+    end = last.pop() if len(last) == 1 and last <= set(special) else eos
+    for name, split in splits.items():
+        if split.ids[-1] != end:
+            log.warning(
+                "%s=%s: its last document does not end in token %d: was it written with --append-eod?",
+                name,
+                split.prefix,
+                end,
+            )
+    begin = tokenizer.bos_token_id if first == {tokenizer.bos_token_id} and tokenizer.bos_token_id != end else None
+    log.info("%s opens a document, %s ends it", special.get(begin, "nothing"), special.get(end, end))
+    tokens = {"end_of_document_token": special.get(end), "begin_of_document_token": special.get(begin)}
+    return {"end_of_document": end, "begin_of_document": begin, **tokens}
 
 
 def _take(split: Split, name: str, out: Output) -> None:

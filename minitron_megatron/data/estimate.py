@@ -6,8 +6,8 @@ Compressed files hold more text than their size says: what it says then is a gue
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from minitron_megatron.data.encoding import Encoder
 from minitron_megatron.data.text import PLAIN, documents
 
 # Characters of each file that are tokenised, and how many files are looked at.
@@ -16,16 +16,15 @@ _CHARACTERS, _FILES = 1_000_000, 16
 _UNPACKED = {".gz": 3.0, ".xz": 4.0, ".zst": 3.0, ".parquet": 2.0}
 
 
-def estimate_tokens(files: Sequence[Path], key: str, tokenizer: Any) -> tuple[int, bool]:
-    """Tokens of all documents, an end of document each, and whether they were counted. Raises UserError as reading does."""
+def estimate_tokens(files: Sequence[Path], key: str, encoder: Encoder) -> tuple[int, bool]:
+    """Tokens of all documents, with what opens and ends each, and whether they were counted. Raises UserError as reading does."""
     tokens, size_seen, whole = 0, 0.0, True
     step = max(1, len(files) // _FILES)
     looked_at = files[::step]
     for file in looked_at:
         characters = 0
         for text in documents(file, key):
-            ids = tokenizer(text[:_CHARACTERS], add_special_tokens=False, verbose=False)["input_ids"]
-            tokens += len(ids) + 1
+            tokens += len(encoder(text[:_CHARACTERS]))
             written = text if file.name.endswith(PLAIN) else json.dumps({key: text}, ensure_ascii=False)
             size_seen += len(written[:_CHARACTERS].encode())
             characters += len(text)

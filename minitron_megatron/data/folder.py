@@ -45,7 +45,7 @@ class DataFolder:
 
     @property
     def results(self) -> dict[str, Any]:
-        """Of each split its documents, tokens and bytes; vocab_size, token_dtype, end_of_document, tokenizer."""
+        """Of each split its documents, tokens and bytes; vocab_size, token_dtype, tokenizer, and what is between documents."""
         return self.manifest["results"]
 
     def tokens(self, split: str) -> int:
@@ -119,12 +119,12 @@ def open_data(
     check_positions(sequence_length, shape.max_position_embeddings, "the model")
     weights, paths = parse_blend(path)
     folders = tuple(_open_folder(one, split, shape, sequence_length) for one in paths)
-    for key in ("tokenizer", "vocab_size", "end_of_document"):
+    for key in ("tokenizer", "vocab_size", "end_of_document", "begin_of_document"):
         odd = next((f for f in folders if f.results.get(key) != folders[0].results.get(key)), None)
         if odd is not None:
+            how = "with what opens or ends a document" if key.endswith("_of_document") else "with different tokenizers"
             raise UserError(
-                f"data.path: {folders[0].path} and {odd.path} were made with different tokenizers (their {key} differ): "
-                "a blend needs one"
+                f"data.path: {folders[0].path} and {odd.path} were made {how} (their {key} differ): a blend needs one"
             )
     weights = weights or [folder.tokens("train") for folder in folders]
     return Data(folders, tuple(weight / sum(weights) for weight in weights), masks)

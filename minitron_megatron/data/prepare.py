@@ -32,6 +32,7 @@ from minitron_megatron.automatic import tokenising_processes
 from minitron_megatron.checkpoints.folder import TOKENIZER, Output
 from minitron_megatron.config import PrepareDataConfig
 from minitron_megatron.console import print_table, progress, speaks
+from minitron_megatron.data.encoding import Encoder
 from minitron_megatron.data.indexed import SplitWriter, token_dtype
 from minitron_megatron.data.text import documents, find_files
 from minitron_megatron.data.tokenizer import (
@@ -64,18 +65,25 @@ class Piece(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A document's ids [tokens], end-of-document last, in the dtype on disk; `size` are the bytes of its text."""
+    """A document's ids [tokens], end-of-document last, in the dtype on disk; `size` are the bytes of its text.
+
+    `named`: a special token's string is in the text.
+    """
 
     split: str
     ids: np.ndarray
     size: int
     file: int
     number: int
+    named: bool
 
 
 @dataclass
 class Done:
-    """How far a run is: `documents` (`bytes` of text) of input file number `file` and all before it are written."""
+    """How far a run is: `documents` (`bytes` of text) of input file number `file` and all before it are written.
+
+    In `named` documents a special token's string is in the text.
+    """
 
     counts: dict[str, dict[str, int]] = field(
         default_factory=lambda: {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
@@ -83,6 +91,7 @@ class Done:
     file: int = 0
     documents: int = 0
     bytes: int = 0
+    named: int = 0
     seconds: float = 0.0
 
     @classmethod
@@ -111,6 +120,7 @@ class Done:
         """A document was written."""
         self.bytes = one.size + (self.bytes if one.file == self.file else 0)
         self.file, self.documents = one.file, one.number
+        self.named += one.named
         for name, more in (("documents", 1), ("tokens", len(one.ids)), ("bytes", one.size)):
             self.counts[one.split][name] += more
 
@@ -158,6 +168,8 @@ def prepare_data(cfg: PrepareDataConfig, checked: Preparing | None = None) -> No
     tokenizer_folder = Path(cfg.model.folder("model"))
     tokenizer = load_tokenizer(tokenizer_folder)
     check_vocabulary(tokenizer_folder, tokenizer)
+    encoder = Encoder.of(tokenizer, cfg)
+    log.info("%s", encoder)
     if cfg.dry_run:
         _dry_run(files, cfg)
         return
@@ -165,8 +177,11 @@ def prepare_data(cfg: PrepareDataConfig, checked: Preparing | None = None) -> No
         if out.done:
             return
         shutil.copytree(tokenizer_path(tokenizer_folder), out.path / TOKENIZER, dirs_exist_ok=True)
-        _write(cfg, files, out, tokenizer)
+        _write(cfg, files, out, encoder)
         out.results["tokenizer"] = digests["tokenizer"]
+    if named := out.results["documents_with_special_tokens"]:
+        became = "stays text" if encoder.spell else "became the token"
+        log.info("%d documents have a special token's string in their text, which %s (special_tokens=)", named, became)
     rows = [[split, *out.results[split].values()] for split in SPLITS]
     title = f"{cfg.output}: {out.results['tokens_per_second']:,} tokens/s"
     print_table(title, ["split", "documents", "tokens", "bytes"], rows)
@@ -197,8 +212,8 @@ def _stamp(file: Path) -> str:
     return f"{stat.st_size} bytes, modified {stat.st_mtime_ns}"
 
 
-def _write(cfg: PrepareDataConfig, files: list[Path], out: Output, tokenizer: Any) -> None:
-    vocabulary = vocabulary_size(tokenizer)
+def _write(cfg: PrepareDataConfig, files: list[Path], out: Output, encoder: Encoder) -> None:
+    vocabulary = vocabulary_size(encoder.tokenizer)
     dtype, done = token_dtype(vocabulary), Done.read(out.path)
     if done.tokens:
         out.keep = True
@@ -221,7 +236,8 @@ def _write(cfg: PrepareDataConfig, files: list[Path], out: Output, tokenizer: An
         **done.counts,
         "vocab_size": vocabulary,
         "token_dtype": dtype.name,
-        "end_of_document": tokenizer.eos_token_id,
+        **encoder.results(),
+        "documents_with_special_tokens": done.named,
         "seconds": round(done.seconds, 2),
         "tokens_per_second": round(done.tokens / max(done.seconds, 1e-9)),
     }
@@ -320,34 +336,32 @@ def split_of(text: str, fraction: float, seed: int) -> str:
     return "validation" if int.from_bytes(digest[:8], "big") < fraction * 2**64 else "train"
 
 
-_tokenizer: Any = None
+_encoder: Encoder | None = None
 
 
-def _start_worker(folder: str) -> None:
-    global _tokenizer
+def _start_worker(cfg: PrepareDataConfig) -> None:
+    global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _tokenizer = load_tokenizer(folder)
+    _encoder = Encoder.of(load_tokenizer(cfg.model.folder("model")), cfg)
 
 
 def _encode(chunk: Sequence[tuple[str, Piece]], dtype: np.dtype) -> list[Encoded]:
     encoded = []
     for split, piece in chunk:
-        ids = _tokenizer(piece.text, add_special_tokens=False, verbose=False)["input_ids"]
-        whole = np.array([*ids, _tokenizer.eos_token_id], dtype=dtype)
-        encoded.append(Encoded(split, whole, len(piece.text.encode()), piece.file, piece.number))
+        ids, named = np.array(_encoder(piece.text), dtype=dtype), _encoder.names_tokens(piece.text)
+        encoded.append(Encoded(split, ids, len(piece.text.encode()), piece.file, piece.number, named))
     return encoded
 
 
 def _tokenise(pieces: Iterable[tuple[str, Piece]], cfg: PrepareDataConfig, dtype: np.dtype) -> Iterator[Encoded]:
     """Encoded documents in the order of the texts, by `workers` processes; only so many chunks are on their way."""
-    folder = cfg.model.folder("model")
     if cfg.workers == 1:
-        _start_worker(folder)
+        _start_worker(cfg)
         for pair in pieces:
             yield from _encode([pair], dtype)
         return
     spawn, waiting = multiprocessing.get_context("spawn"), deque[Future]()
-    pool = ProcessPoolExecutor(cfg.workers, spawn, _start_worker, (folder,))
+    pool = ProcessPoolExecutor(cfg.workers, spawn, _start_worker, (cfg,))
     try:
         for chunk in _chunks(pieces):
             waiting.append(pool.submit(_encode, chunk, dtype))
