@@ -47,6 +47,8 @@ _OF_THE_USER = frozenset(
         errno.ENOSPC,
         errno.EDQUOT,
         errno.ENAMETOOLONG,
+        errno.EMFILE,
+        errno.ENFILE,
     )
 )
 # What gloo, NCCL and the store say when the process at the other end is gone.

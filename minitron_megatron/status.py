@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minitron_megatron.checkpoints.damage import is_damage
 from minitron_megatron.checkpoints.folder import DIVERGED, MANIFEST, METRICS, load_yaml, partial_folder
 from minitron_megatron.config import StatusConfig
 from minitron_megatron.console import console, format_time, format_value, print_table
@@ -109,7 +110,8 @@ def _status_of(path: Path) -> Status | None:
         if partial_folder(path).is_dir():
             return _written(path)
     except (UserError, OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError) as error:
-        return Status(path, "output", "damaged", " ".join(str(error).split())[:200])
+        state = "damaged" if is_damage(error) else "not readable"
+        return Status(path, "output", state, " ".join(str(error).split())[:200])
     return None
 
 

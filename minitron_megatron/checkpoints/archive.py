@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
+from minitron_megatron.checkpoints.damage import pass_on_unless_damage
 from minitron_megatron.checkpoints.folder import check_space
 from minitron_megatron.checkpoints.index import short
 from minitron_megatron.errors import UserError
@@ -105,6 +106,7 @@ class Archive:
         except (UserError, GeneratorExit):
             raise
         except Exception as error:  # arbitrary bytes can fail in any way in tarfile and the decompressors
+            pass_on_unless_damage(error)
             raise UserError(f"{self.path} is damaged or no tar archive ({short(error)}): download it again") from None
 
     def _name(self, member: tarfile.TarInfo) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from minitron_megatron.checkpoints.damage import pass_on_unless_damage
 from minitron_megatron.checkpoints.folder import SHAPE_FILE, TOKENIZER, ModelFolder, load_json
 from minitron_megatron.checkpoints.stamps import file_stamps
 from minitron_megatron.console import print_table
@@ -86,6 +87,7 @@ class HfFolder:
             with safe_open(file, "numpy") as tensors:
                 return list(tensors.keys())
         except (SafetensorError, OSError) as error:
+            pass_on_unless_damage(error)
             raise UserError(f"{file} is damaged ({error}): download it again") from None
 
     def check(self) -> None:
@@ -138,6 +140,11 @@ def copy_companions(source: ModelFolder, target: Path) -> None:
     for name in (TOKENIZER, HF_FILES):
         if (source.path / name).is_dir():
             shutil.copytree(source.path / name, target / name)
+
+
+def companion_stamps(folder: ModelFolder) -> dict[str, str]:
+    """Stamps of what lies beside a model's weights and goes where they go, as inputs: its digest is that of the weights alone."""
+    return file_stamps(folder.path, [file for name in (TOKENIZER, HF_FILES) for file in (folder.path / name).glob("*")])
 
 
 def print_shape(title: str, shape: ModelShape, results: dict[str, Any] | None = None) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from minitron_megatron.checkpoints.damage import pass_on_unless_damage
 from minitron_megatron.checkpoints.folder import ModelFolder
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import distinct_slots
@@ -99,6 +100,7 @@ def read_with[T](folder: Path, read: Callable[[IO[bytes]], T]) -> T:
     except FileNotFoundError:
         raise UserError(f"{folder} has no .metadata: it is not a whole distributed checkpoint") from None
     except Exception as error:  # arbitrary bytes can fail in any way in an unpickler
+        pass_on_unless_damage(error)
         raise UserError(f"{folder}/.metadata is damaged or unsafe ({short(error)}): make the folder again") from None
 
 

@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from minitron_megatron.checkpoints.damage import pass_on_unless_damage
 from minitron_megatron.checkpoints.index import MEGATRON, PLANNER, STAND_INS, Ignored, read_with, short
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import Slot
@@ -162,6 +163,7 @@ class WeightReader:
                 begin = held.untyped_storage()._checkpoint_offset + held.storage_offset() * held.itemsize
                 fits = begin + held.numel() * held.itemsize <= info.length and held.is_contiguous()
             except Exception as error:  # damaged bytes can fail in any way in torch's reader
+                pass_on_unless_damage(error)
                 raise UserError(f"{self.folder}: {key} is damaged ({short(error)}): make the folder again") from error
             if tuple(held.shape) != sizes or held.dtype is not self._stored(key).properties.dtype or not fits:
                 raise UserError(f"{self.folder}: {key} is damaged (a chunk of another size): make the folder again")

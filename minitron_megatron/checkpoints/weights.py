@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from minitron_megatron.checkpoints.damage import cause_of, is_damage
 from minitron_megatron.checkpoints.folder import ModelFolder, check_space
 from minitron_megatron.checkpoints.index import short, total_bytes
 from minitron_megatron.checkpoints.reading import WeightReader, safe_reading
@@ -142,21 +143,18 @@ def write_weights(
         # Nothing ahead of what is being written: one chunk at a time, also where there is a GPU.
         writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
         try:
-            with _no_crc32():
+            with without_crc32():
                 dcp.save({}, storage_writer=writer, planner=planner, no_dist=alone)
         except CheckpointException as error:
-            # torch wraps what went wrong on each rank: a user's mistake and a full disk have to be told as what they are.
-            cause = next(failure for failure, _ in error.failures.values())
-            if isinstance(cause, UserError | OSError):
-                raise cause from error
-            raise
+            # torch wraps what went wrong on each rank: a mistake, a full disk and Ctrl-C have to be told as what they are.
+            raise cause_of(error) from error
     if collectives.is_rank_zero():
         _write_backend_file(folder)
     return _content_digest(shape, planner.digests)
 
 
 @contextmanager
-def _no_crc32() -> Iterator[None]:
+def without_crc32() -> Iterator[None]:
     """torch.save without the checksum that torch.load never looks at: the digest stands for it, and it takes half as long."""
     before = get_crc32_options()
     set_crc32_options(False)
@@ -280,7 +278,9 @@ def load_weights(chunks_of_model: Sequence[torch.nn.Module], weights: Path, grou
         with busy(f"reading {weights}"), safe_reading():
             loaded = dist_checkpointing.load(wanted, str(weights))
     except CheckpointException as error:
-        cause = next(failure for failure, _ in error.failures.values())
+        cause = cause_of(error)
+        if isinstance(cause, UserError) or not is_damage(cause):
+            raise cause from error
         raise UserError(f"{weights} is damaged ({short(cause)}): make the folder again") from error
     for i, chunk in enumerate(chunks_of_model):
         result = chunk.load_state_dict(loaded[f"chunk{i}"], strict=False)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from minitron_megatron.checkpoints.damage import pass_on_unless_damage
 from minitron_megatron.checkpoints.index import Stored
 from minitron_megatron.errors import UserError
 from minitron_megatron.plain_files import parse_json
@@ -46,6 +47,7 @@ class ZarrArrays:
             sane = len(shape) == len(chunks) and min((*shape, *chunks), default=1) >= 1 and values["order"] == "C"
             separator = values.get("dimension_separator", ".")
         except (ValueError, TypeError, KeyError, OSError) as error:
+            pass_on_unless_damage(error)
             raise UserError(f"{header} is damaged ({error!r}): make the checkpoint again") from None
         if plain and sane and separator in (".", "/") and dtype is not None:
             self.tensors[key] = shape, dtype

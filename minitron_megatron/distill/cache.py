@@ -32,6 +32,7 @@ import safetensors
 import torch
 from safetensors.numpy import save
 
+from minitron_megatron.checkpoints.damage import pass_on_unless_damage
 from minitron_megatron.checkpoints.folder import verify_files
 from minitron_megatron.distill.contents import CacheFolder, Chunk, Contents
 from minitron_megatron.distill.losses import TopK
@@ -160,6 +161,7 @@ def _read(folder: Path, contents: Contents, chunk: Chunk, numbers: Sequence[int]
                 raise UserError(f"{file} is damaged: its {odd} are {slices[odd].get_shape()}, not {shapes[odd]}")
             rows = [[slices[name][n - chunk.first : n - chunk.first + 1] for name in shapes] for n in numbers]
     except (OSError, safetensors.SafetensorError) as error:
+        pass_on_unless_damage(error)
         raise UserError(f"{file} is damaged ({in_one_line(error)}): make the cache again") from None
     for number, (*of_sample, wanted) in zip(numbers, rows, strict=True):
         if contents.checksum(chunk.split, number, *of_sample) != wanted[0]:

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from minitron_megatron.checkpoints.damage import pass_on_unless_damage
 from minitron_megatron.checkpoints.folder import read_manifest
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import PROBES
@@ -66,6 +67,7 @@ def load_scores(path: Path | str) -> Scores:
     try:
         tensors = load_file(path / FILE)
     except (SafetensorError, OSError) as error:
+        pass_on_unless_damage(error)
         raise UserError(f"{path / FILE} is damaged ({error}): measure the importance again") from None
     return Scores(tensors, model_digest(manifest, path))
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
+from minitron_megatron.checkpoints.damage import pass_on_unless_damage
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.statistics import BatchStatistic, finish_batch
 from minitron_megatron.models.axes import PROBES
@@ -71,4 +72,5 @@ def load_statistics(path: Path | str) -> Statistics:
     try:
         return Statistics.from_tensors(load_tensors(file))
     except (SafetensorError, OSError, KeyError) as error:
+        pass_on_unless_damage(error)
         raise UserError(f"{file} is missing or damaged ({error}): measure the importance again") from None

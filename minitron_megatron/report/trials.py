@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minitron_megatron.checkpoints.damage import pass_on_unless_damage
 from minitron_megatron.checkpoints.folder import MANIFEST, RESULTS
 from minitron_megatron.errors import UserError
 from minitron_megatron.plain_files import read_json
@@ -57,6 +58,7 @@ def _read(file: Path) -> dict[str, Any]:
         if values["winner"]["rank"] not in ranks or not all(one["validation_kl"] for one in values["candidates"]):
             raise ValueError("the winner, or the KL of a candidate, is missing")
     except (OSError, ValueError, KeyError, TypeError) as error:
+        pass_on_unless_damage(error)
         raise UserError(
             f"{file} is damaged ({error!r}): remove it and run launch/distill_candidates.py again"
         ) from None
