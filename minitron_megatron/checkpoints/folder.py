@@ -9,7 +9,6 @@ A model folder holds model.yaml (its shape), weights/ (Megatron distributed chec
 
 import datetime
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -29,7 +28,8 @@ import yaml
 
 from minitron_megatron import __version__
 from minitron_megatron.changing import decisive, differences, in_words
-from minitron_megatron.checkpoints.stamps import PREFIX, for_all_nodes, other_files
+from minitron_megatron.checkpoints.locks import lock, unlock
+from minitron_megatron.checkpoints.stamps import PREFIX, for_all_nodes, say_others
 from minitron_megatron.cli.starting import seconds_of_process, seconds_starting
 from minitron_megatron.config import flat
 from minitron_megatron.ending import NOTHING_KEPT, SOME_KEPT, keeping
@@ -225,8 +225,8 @@ def output_folder(
         yield Output(path, done=True, results=found)
         return
     partial = partial_folder(path)
-    lock = from_rank_zero(lambda: _start_partial(partial, fingerprint if continues else None, resume))
-    if lock is not None:
+    held = from_rank_zero(lambda: _start_partial(partial, fingerprint if continues else None, resume))
+    if held is not None:
         record_start(partial)
     output = Output(partial)
     try:
@@ -235,17 +235,17 @@ def output_folder(
             yield output
         output.keep = False
         collectives.barrier()
-        if lock is not None:
+        if held is not None:
             _finish(output, path, command, config, inputs, fingerprint, anew, reasons)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"no space left while writing {path}: free some and run the same command again") from error
         raise
     finally:
-        if lock is not None:
+        if held is not None:
             if not output.keep:
                 shutil.rmtree(partial, ignore_errors=True)
-            os.close(lock)
+            unlock(held)
     wait_until_seen(path / MANIFEST)
     output.path = path
 
@@ -321,14 +321,11 @@ def _already_there(
         raise UserError(f"output={path} exists and resume=false: remove it or choose another output=")
     if same is not None and not same(found := read_manifest(path)):
         before = found.get("inputs") or {}
-        others = other_files({n: d for n, d in before.items() if n in inputs or n.startswith(PREFIX)}, inputs)
+        others = say_others({n: d for n, d in before.items() if n in inputs or n.startswith(PREFIX)}, inputs)
         had = flat(found.get("config") or {})
         first = next((f" ({in_words(n, had[n], config[n])})" for n in differences(had, config)), "")
         if others and not first:
-            raise UserError(
-                f"output={path} was made from other files: {', '.join(others[:3])}{' …' * (len(others) > 3)} "
-                "changed since; choose another output="
-            )
+            raise UserError(f"output={path} was made {others}; choose another output=, or remove it")
         raise UserError(
             f"output={path} was made with other options or inputs{first}: remove it or choose another output="
         )
@@ -338,20 +335,17 @@ def _already_there(
 def _start_partial(partial: Path, fingerprint: str | None, resume: bool) -> int:
     """Lock the temporary folder and empty it, unless a killed run of the same fingerprint left it to be continued."""
     partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise UserError(f"another run is writing {partial}: wait for it or choose another output=") from None
+    held = lock(partial)
+    if held is None:
+        raise UserError(f"another run is writing {partial}: wait for it or choose another output=")
     mark = partial / _MADE_OF
     if resume and fingerprint is not None and mark.is_file() and mark.read_text() == fingerprint:
-        return lock
+        return held
     for entry in partial.iterdir():
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     if fingerprint is not None:
         mark.write_text(fingerprint)
-    return lock
+    return held
 
 
 def _finish(

@@ -4,13 +4,18 @@ Small files (configs, tokenizers) are told by their contents: a fresh download o
 size and time of change, as `cp -p` and rsync keep them: reading them all again for every command would take too long.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 # The largest file that is told by its contents, in bytes.
 LARGEST_READ = 32 * 2**20
+# A path has fewer characters.
+_LONGEST_PATH = 250
 # Before the names of files among the inputs of a manifest.
 PREFIX = "file "
 
@@ -21,10 +26,29 @@ def file_stamps(root: Path, files: Iterable[Path]) -> dict[str, str]:
     return {PREFIX + name: _stamp(file) for name, file in sorted(found.items()) if file.is_file()}
 
 
+def of_tokenizer(name: str) -> bool:
+    """Whether an input is a file of a model folder's tokenizer."""
+    return name.startswith(f"{PREFIX}tokenizer/")
+
+
 def stamp_of_folder(name: str, folder: Path, files: Iterable[Path]) -> dict[str, str]:
     """One stamp of many files together, as an input."""
     whole = hashlib.sha256(repr(sorted(file_stamps(folder, files).items())).encode())
     return {PREFIX + name: f"sha256:{whole.hexdigest()}"}
+
+
+def task_stamps(names: Iterable[str]) -> dict[str, str]:
+    """Stamps of the task files among some names, and of the files that they name, as inputs."""
+    tasks = [Path(name) for name in names if Path(name).is_file()]
+    return file_stamps(Path(), [*tasks, *(file for task in tasks for file in _files_named_in(task))])
+
+
+def _files_named_in(task: Path) -> Iterator[Path]:
+    """Files that stand in a task file, as its data do: nothing is built of what it says."""
+    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        for event in yaml.parse(task.read_text(encoding="utf-8"), yaml.SafeLoader):
+            if isinstance(event, yaml.ScalarEvent) and len(event.value) < _LONGEST_PATH and "\0" not in event.value:
+                yield from (path for path in (Path(event.value), task.parent / event.value) if path.is_file())
 
 
 def _stamp(file: Path) -> str:
@@ -39,9 +63,18 @@ def for_all_nodes(inputs: Mapping[str, str]) -> dict[str, str]:
     return {n: one.partition(" bytes of ")[0] if n.startswith(PREFIX) else one for n, one in inputs.items()}
 
 
-def other_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names of files among two sets of inputs that are not in both the same; nothing where other inputs differ too."""
+def other_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of inputs that are not in both sets the same: of files alone where only files differ."""
     different = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    if not all(name.startswith(PREFIX) for name in different):
-        return []
     return [name.removeprefix(PREFIX) for name in different]
+
+
+def say_others(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What an output was made from that is another one now, as "from another model (…)"; empty where nothing is."""
+    different = other_inputs(before, now)
+    if not different:
+        return ""
+    named = f"{', '.join(different[:3])}{' …' * (len(different) > 3)}"
+    if all(f"{PREFIX}{name}" in {*before, *now} for name in different):
+        return f"from other files: {named} changed since"
+    return f"from other inputs: {named} changed since"
