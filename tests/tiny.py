@@ -41,14 +41,14 @@ OWN_SIZES = {
 TEXT = "The quick brown fox jumps over the lazy dog, while seven wizards quietly box five jugs of liquor. "
 
 
-def tiny_tokenizer(folder: Path) -> None:
-    """A byte-level BPE tokenizer of 300 tokens, in Hugging Face's files."""
+def tiny_tokenizer(folder: Path, text: str = TEXT) -> None:
+    """A byte-level BPE tokenizer of 300 tokens, in Hugging Face's files; another one for another text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.train_from_iterator([text], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

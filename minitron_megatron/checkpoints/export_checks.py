@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from minitron_megatron.checkpoints import card
-from minitron_megatron.checkpoints.folder import TOKENIZER, ModelFolder, open_model_folder
-from minitron_megatron.checkpoints.hf_folder import HF_FILES, HfFolder
+from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
+from minitron_megatron.checkpoints.hf_folder import HfFolder, companion_stamps
 from minitron_megatron.checkpoints.index import check_weights
-from minitron_megatron.checkpoints.stamps import file_stamps
 from minitron_megatron.config import (
     CommandConfig,
     ExportHfConfig,
@@ -63,9 +62,7 @@ def _check_export(cfg: CommandConfig, expressible: Callable[[ModelShape, str], o
     folder = open_model_folder(cfg.model.folder("model"))
     check_weights(folder)
     expressible(folder.shape, str(folder.path))
-    # The digest is that of the weights alone; an export has what lies beside them, too.
-    beside = [file for name in (TOKENIZER, HF_FILES) for file in (folder.path / name).glob("*")]
-    inputs = {"model": folder.digest, **file_stamps(folder.path, beside)}
+    inputs = {"model": folder.digest, **companion_stamps(folder)}
     # Other inputs of an export are added to these.
     check_command_output(cfg, inputs)
     return Exporting(folder, inputs)

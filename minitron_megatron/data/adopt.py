@@ -18,6 +18,7 @@ from minitron_megatron.data.indexed import Split, beside, open_split
 from minitron_megatron.data.tokenizer import (
     check_tokenizer,
     check_vocabulary,
+    copy_tokenizer,
     load_tokenizer,
     tokenizer_digest,
     tokenizer_path,
@@ -65,7 +66,7 @@ def adopt_data(cfg: AdoptDataConfig, checked: Adopting | None = None) -> None:
     with command_output(cfg, inputs) as out:
         if out.done:
             return
-        shutil.copytree(files, out.path / TOKENIZER)
+        copy_tokenizer(files, out.path / TOKENIZER)
         for name, split in splits.items():
             _take(split, name, out)
         out.results |= {
@@ -85,8 +86,8 @@ def _open(prefix: str, name: str) -> Split:
 
 
 def _stamp(split: Split) -> str:
-    stat = beside(split.prefix, ".bin").stat()
-    return f"{stat.st_size} bytes, modified {stat.st_mtime_ns}"
+    stats = [beside(split.prefix, ending).stat() for ending in (".bin", ".idx")]
+    return ", ".join(f"{stat.st_size} bytes, modified {stat.st_mtime_ns}" for stat in stats)
 
 
 def _borders(splits: dict[str, Split], tokenizer: Any) -> dict[str, Any]:

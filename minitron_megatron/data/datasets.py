@@ -167,9 +167,10 @@ def _blended(data: Data, epochs: list[Epochs], caches: Path, count: int) -> Samp
 
 def _index_of(folder: DataFolder, split: str, sequence_length: int, seed: int) -> tuple[str, Path]:
     """A split's prefix and the folder of its sample index."""
-    # Megatron names its cached files after the path and the tokenizer, so these belong to the folder's name.
+    # Megatron names its cached files after the path and the tokenizer, so these belong to the folder's name; by the digest an
+    # index is not taken for that of other data, which were copied over these.
     prefix, results = str((folder.path / split).resolve()), folder.results
-    made_of = f"{prefix} {results['vocab_size']} {results['end_of_document']} {_MEGATRON}"
+    made_of = f"{prefix} {folder.digest} {results['vocab_size']} {results['end_of_document']} {_MEGATRON}"
     name = f"{split}-{sequence_length}-{seed}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
     return prefix, folder.path / "cache" / name
 

@@ -14,7 +14,6 @@ import logging
 import multiprocessing
 import os
 import re
-import shutil
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,6 +37,7 @@ from minitron_megatron.data.text import documents, find_files
 from minitron_megatron.data.tokenizer import (
     check_tokenizer,
     check_vocabulary,
+    copy_tokenizer,
     load_tokenizer,
     tokenizer_digest,
     tokenizer_path,
@@ -176,7 +176,7 @@ def prepare_data(cfg: PrepareDataConfig, checked: Preparing | None = None) -> No
     with command_output(cfg, digests, continues=True) as out:
         if out.done:
             return
-        shutil.copytree(tokenizer_path(tokenizer_folder), out.path / TOKENIZER, dirs_exist_ok=True)
+        copy_tokenizer(tokenizer_path(tokenizer_folder), out.path / TOKENIZER)
         _write(cfg, files, out, encoder)
         out.results["tokenizer"] = digests["tokenizer"]
     if named := out.results["documents_with_special_tokens"]:

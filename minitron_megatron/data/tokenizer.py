@@ -1,10 +1,13 @@
 """Tokenizers from local folders only: no hub, no remote code."""
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import SHAPE_FILE, TOKENIZER, load_yaml
+from minitron_megatron.checkpoints.folder import SHAPE_FILE, TOKENIZER, ModelFolder, load_yaml
+from minitron_megatron.checkpoints.hf_folder import TOKENIZER_FILES
+from minitron_megatron.checkpoints.stamps import file_stamps
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.plain_files import read_json
@@ -37,12 +40,33 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """A tokenizer's files: all of a folder that has nothing else, the known ones of a Hugging Face folder with its weights."""
+    if not folder.is_dir():
+        return []
+    if folder.name == TOKENIZER:
+        return sorted(path for path in folder.iterdir() if path.is_file())
+    return sorted(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+
+
 def tokenizer_digest(folder: Path) -> str:
     """SHA-256 over the names and contents of a tokenizer's files."""
     whole = hashlib.sha256()
-    for file in sorted(p for p in folder.iterdir() if p.is_file()):
+    for file in tokenizer_files(folder):
         whole.update(file.name.encode() + b"\0" + file.read_bytes())
     return "sha256:" + whole.hexdigest()
+
+
+def tokenizer_stamps(folder: ModelFolder) -> dict[str, str]:
+    """Stamps of the tokenizer's files of a model folder, as inputs of what reads text with it."""
+    return file_stamps(folder.path, tokenizer_files(folder.tokenizer_path))
+
+
+def copy_tokenizer(folder: Path, target: Path) -> None:
+    """Copy a tokenizer's files into a folder, which is made where it is not there."""
+    target.mkdir(exist_ok=True)
+    for file in tokenizer_files(folder):
+        shutil.copyfile(file, target / file.name)
 
 
 def check_vocabulary(folder: Path, tokenizer: Any) -> int:

@@ -7,6 +7,7 @@ from minitron_megatron.checkpoints.folder import ModelFolder, check_space, open_
 from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.config import CacheTeacherConfig, number_of_steps, tokens_of_run
 from minitron_megatron.data.folder import Data, DocumentMasks, check_enough, open_data
+from minitron_megatron.data.same_tokenizer import check_same_tokenizer
 from minitron_megatron.data.windows import WindowPlan
 from minitron_megatron.distill.choices import check_top_k
 from minitron_megatron.distill.contents import Contents
@@ -43,6 +44,7 @@ def plan_cache(cfg: CacheTeacherConfig, folder: ModelFolder, layout: Layout) -> 
     check_teacher(cfg, folder, layout)
     masks = DocumentMasks(reset_attention=cfg.data.reset_attention_mask)
     data = open_data(cfg.data.path, "train", folder.shape, cfg.data.sequence_length, masks)
+    check_same_tokenizer(data, {"teacher": folder.path})
     check_enough(data, tokens_of_run(cfg), cfg.data.max_epochs)
     return data, contents_of(cfg, folder, data, _windows(cfg, folder, data))
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from minitron_megatron.checkpoints.folder import ModelFolder, load_json, open_model_folder
 from minitron_megatron.checkpoints.index import check_weights
+from minitron_megatron.checkpoints.stamps import task_stamps
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.data.folder import Data, DataSizes, open_data
-from minitron_megatron.data.tokenizer import check_tokenizer
+from minitron_megatron.data.same_tokenizer import check_same_tokenizer
+from minitron_megatron.data.tokenizer import check_tokenizer, tokenizer_stamps
 from minitron_megatron.data.windows import WindowPlan
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.harness import wanted_tasks
@@ -39,6 +41,8 @@ def check_evaluate(cfg: EvaluateConfig) -> Judging:
     if cfg.hf is not None:
         sizes = check_folder(Path(cfg.hf), tokenizer=bool(cfg.tasks))
         data, count = _windows(cfg, sizes) if cfg.data.path is not None else (None, 0)
+        if data is not None:
+            check_same_tokenizer(data, {"hf": cfg.hf})
         # Its digest is made of all its bytes: later.
         check_command_output(cfg, {"data": data.digest} if data else {})
         return Judging(None, None, None, data, count, {}, Path(cfg.hf))
@@ -51,10 +55,13 @@ def check_evaluate(cfg: EvaluateConfig) -> Judging:
     if teacher:
         check_teacher(teacher.shape, folder.shape)
     data, count = _open_data(cfg, folder, layout)
-    if cfg.tasks:
-        check_tokenizer(folder.path)
+    if data is not None:
+        check_same_tokenizer(data, {"model": folder.path, "teacher": teacher and teacher.path})
     digests = {"model": folder, "teacher": teacher, "data": data}
     inputs = {name: there.digest for name, there in digests.items() if there is not None}
+    if cfg.tasks:
+        check_tokenizer(folder.path)
+        inputs |= {**tokenizer_stamps(folder), **task_stamps(wanted_tasks(cfg.tasks))}
     check_command_output(cfg, inputs)
     return Judging(layout, folder, teacher, data, count, inputs)
 

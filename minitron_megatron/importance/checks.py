@@ -7,6 +7,7 @@ from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
 from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.config import ImportanceConfig
 from minitron_megatron.data.folder import Data, open_data
+from minitron_megatron.data.same_tokenizer import check_same_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.outputs import check_command_output
@@ -60,6 +61,7 @@ def check_importance(cfg: ImportanceConfig) -> Calibration:
     check_layout(folder.shape, layout)
     check_weights(folder)
     data = open_data(cfg.data.path, "train", folder.shape, cfg.data.sequence_length)
+    check_same_tokenizer(data, {"model": folder.path})
     check_calibration(cfg, data)
     inputs = {"model": folder.digest, "data": data.digest}
     check_command_output(cfg, inputs)

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
 from minitron_megatron.checkpoints.index import check_weights
+from minitron_megatron.checkpoints.stamps import task_stamps
 from minitron_megatron.config import LayersConfig
 from minitron_megatron.data.folder import Data, open_data
 from minitron_megatron.data.questions import QuestionFile
-from minitron_megatron.data.tokenizer import check_tokenizer
+from minitron_megatron.data.same_tokenizer import check_same_tokenizer
+from minitron_megatron.data.tokenizer import check_tokenizer, tokenizer_stamps
 from minitron_megatron.data.windows import WindowPlan
 from minitron_megatron.importance.blocks import Block, contiguous_blocks
 from minitron_megatron.importance.layers import check_blocks
@@ -48,11 +50,14 @@ def check_layers(cfg: LayersConfig) -> Analysing:
     lengths = check_blocks(cfg.block, folder.shape.num_layers)
     blocks = contiguous_blocks(folder.shape.num_layers, lengths)
     data = open_data(cfg.data.path, cfg.split, folder.shape, cfg.data.sequence_length)
+    check_same_tokenizer(data, {"model": folder.path})
     # Full windows only: padding would have a share in Block Influence.
     count = min(cfg.samples, WindowPlan(data, cfg.split, cfg.data.sequence_length).whole)
     file = QuestionFile(cfg.questions, cfg.limit) if cfg.questions else None
     if file or cfg.tasks:
         check_tokenizer(folder.path)
     inputs = {"model": folder.digest, "data": data.digest, **({"questions": file.digest} if file else {})}
+    if file or cfg.tasks:
+        inputs |= {**tokenizer_stamps(folder), **task_stamps(cfg.tasks)}
     check_command_output(cfg, inputs)
     return Analysing(layout, folder, data, lengths, blocks, count, file, inputs)

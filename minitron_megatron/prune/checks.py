@@ -5,10 +5,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
+from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder, read_manifest
+from minitron_megatron.checkpoints.hf_folder import companion_stamps
 from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.config import DataConfig, ImportanceConfig, PruneConfig
 from minitron_megatron.data.folder import Data, open_data
+from minitron_megatron.data.same_tokenizer import check_same_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.checks import check_calibration
 from minitron_megatron.importance.layers import load_layer_analysis
@@ -36,6 +38,7 @@ class Goal:
     data: Data | None
     kept: Kept | None
     measured: bool
+    inputs: dict[str, str]
 
     @property
     def runs_models(self) -> bool:
@@ -68,19 +71,31 @@ def check_prune(cfg: PruneConfig) -> Goal | None:
     data = None
     if cfg.data.path and (cfg.loss_samples or not cfg.scores):
         data = open_data(cfg.data.path, "train", source, cfg.data.sequence_length)
-    goal = Goal(folder, target, drop_layers, data, kept, measured=cfg.scores is None)
+        check_same_tokenizer(data, {"model": folder.path})
+    inputs = _inputs(cfg, folder, data)
+    goal = Goal(folder, target, drop_layers, data, kept, cfg.scores is None, inputs)
     # Later commands run what this one makes: what they would refuse is refused before it is cut.
     check_layout(target, Layout.from_config(cfg.parallel), "the target", resizing=None if cfg.plan else "target")
     _check_measuring(cfg, goal)
     if cfg.scores and goal.scored:
         check_scores(load_scores(cfg.scores), source, folder.digest, str(cfg.scores))
+        inputs["scores"] = read_manifest(cfg.scores)["digest"]
     # What scores choose is not known yet.
-    known = {"model": folder.digest} | ({"plan": kept_digest(kept)} if kept else {})
-    check_command_output(cfg, known)
+    check_command_output(cfg, inputs | ({"plan": kept_digest(kept)} if kept else {}))
     _warn_of_idle_options(cfg, goal)
     _warn_of_exports(target)
     _warn_of_layouts(source, target)
     return goal
+
+
+def _inputs(cfg: PruneConfig, folder: ModelFolder, data: Data | None) -> dict[str, str]:
+    """Digests of what is read beside scores: the model and what lies beside it, a layer analysis, data that losses are of."""
+    inputs = {"model": folder.digest, **companion_stamps(folder)}
+    if cfg.layers and not cfg.drop_layers:
+        inputs["layers"] = read_manifest(cfg.layers)["digest"]
+    if cfg.loss_samples and data is not None:
+        inputs["data"] = data.digest
+    return inputs
 
 
 def _check_plan_alone(cfg: PruneConfig) -> None:

@@ -20,6 +20,7 @@ from minitron_megatron.checkpoints.folder import (
     TOKENIZER,
     WEIGHTS,
     ModelFolder,
+    read_manifest,
 )
 from minitron_megatron.checkpoints.hf_folder import HF_FILES, copy_companions, write_shape
 from minitron_megatron.checkpoints.reading import WeightReader
@@ -137,8 +138,7 @@ def _merged(cfg: PruneConfig, goal: Goal, scores: Scores | None) -> Kept | None:
 
 def _write(cfg: PruneConfig, goal: Goal, kept: Kept, losses: dict[str, float]) -> None:
     folder, target = goal.folder, goal.target
-    inputs = {"model": folder.digest, "plan": kept_digest(kept)}
-    with command_output(cfg, inputs) as out:
+    with command_output(cfg, _inputs(cfg, goal, kept)) as out:
         if out.done:
             return
         began = time.monotonic()
@@ -157,6 +157,14 @@ def _write(cfg: PruneConfig, goal: Goal, kept: Kept, losses: dict[str, float]) -
             **({"loss_around_the_cut": losses} if losses else {}),
         }
     _print(f"{folder.path} pruned into {cfg.output}", folder.shape, target, {"seconds": out.results["seconds"]})
+
+
+def _inputs(cfg: PruneConfig, goal: Goal, kept: Kept) -> dict[str, str]:
+    """Digests of all that was read, for the manifest: what was decided by it, too."""
+    scores = {}
+    if goal.scored:
+        scores["scores"] = read_manifest(cfg.scores or importance_command(cfg).output)["digest"]
+    return {**goal.inputs, **scores, "plan": kept_digest(kept)}
 
 
 def write_model(weights: Path, folder: ModelFolder, target: ModelShape, kept: Kept) -> str:
@@ -184,8 +192,7 @@ def _dry_run(cfg: PruneConfig, goal: Goal) -> None:
     measures = goal.runs_models
     if not measures:
         kept, _ = decide(cfg, goal)
-        inputs = {"model": goal.folder.digest, "plan": kept_digest(kept)}
-        check_command_output(cfg, inputs)
+        check_command_output(cfg, _inputs(cfg, goal, kept))
     foresee(goal.folder.shape, goal.target, Layout.from_config(cfg.parallel), cfg)
     if measures or cfg.loss_samples:
         foretell_dtype(cfg.precision, pick_device(cfg.device), goal.folder.shape)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.checkpoints.folder import RESULTS
+from minitron_megatron.checkpoints.stamps import of_tokenizer
 from minitron_megatron.config import flat
 from minitron_megatron.console import format_value
 from minitron_megatron.errors import UserError
@@ -119,9 +120,9 @@ def results_section(lineage: Lineage, about: RunFolder | None = None) -> Section
 def same_measure(folder: RunFolder) -> str:
     """What two evaluations must share to stand in one table."""
     options = {k: v for k, v in flat(folder.config).items() if not k.startswith(_HOW_NOT_WHAT)}
-    return json.dumps(
-        [options, {k: v for k, v in folder.inputs.items() if k not in ("model", "hf", "teacher")}], default=str
-    )
+    # What belongs to the model is not what it is measured by.
+    inputs = {k: v for k, v in folder.inputs.items() if k not in ("model", "hf", "teacher") and not of_tokenizer(k)}
+    return json.dumps([options, inputs], default=str)
 
 
 def _scores(folder: RunFolder) -> dict[str, tuple[float, float | None]]:
