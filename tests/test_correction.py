@@ -74,7 +74,7 @@ def test_a_corrected_teacher_is_published_and_better_on_its_data(gloo, source, t
         assert line["validation_perplexity"] == pytest.approx(torch.tensor(line["validation_loss"]).exp().item(), 1e-5)
     assert measured[1]["validation_loss"] < measured[0]["validation_loss"]
     manifest = read_manifest(tmp_path / "run" / "model")
-    assert set(manifest["inputs"]) == {"model", "data"} and manifest["results"]["steps"] == 4
+    assert {"model", "data"} < set(manifest["inputs"]) and manifest["results"]["steps"] == 4
     assert open_model_folder(tmp_path / "run").shape == open_model_folder(folder / "model").shape
 
 

@@ -253,8 +253,8 @@ MODULES = {
     benchmark.loss machine""",
     "data are prepared by one process": "data.adopt data.estimate data.prepare data.text data.tokenizer data.vocabulary",
     BEFORE: """cli.main launcher preset_files evaluate.checks distill.cache_checks train.checks train.begin
-    checkpoints.export_checks checkpoints.hf_folder checkpoints.nemo_folder checkpoints.stamps data.folder data.indexed
-    prune.plan importance.layers""",
+    checkpoints.hf_folder checkpoints.nemo_folder checkpoints.stamps data.folder data.indexed data.same_tokenizer prune.plan
+    importance.layers""",
     RANK_ZERO: "checkpoints.card checkpoints.lineage cli.next_command train.metrics starts evaluate.harness",
     "ends a process, and lets one of them speak": "claims first_moments parallel.torchrun console",
     "the helpers themselves": "parallel.deciding",
@@ -264,13 +264,17 @@ FUNCTIONS = {
     BEFORE: """checkpoints.folder.read_manifest checkpoints.folder.open_model_folder checkpoints.folder.check_space
     checkpoints.folder.check_place train.overlap.check_overlap_device parallel.job.pick_device parallel.job.process_group
     parallel.job._of_this_start parallel.job.check_device_type parallel.layout.world_size_from_env parallel.tools.tool_job
-    parallel.precision.recalled train.saved.check_room""",
+    parallel.precision.recalled train.saved.check_room train.saved.newest_whole train.saved._sized""",
     RANK_ZERO: """checkpoints.folder._already_there checkpoints.folder._start_partial checkpoints.folder._finish
     checkpoints.folder.has_work checkpoints.hf._write_companions checkpoints.hf._generation_config prune.prune._write_companions
     checkpoints.megatron_lm.all_arguments checkpoints.megatron_lm._write_companions checkpoints.nemo._write_context
     train.checkpoint._drop_old train.saved.find_checkpoints train.saved.find_best parallel.precision._machine
     parallel.precision._cache_folder parallel.precision._least_seconds checkpoints.archive.Archive.extract
-    importance.scores.load_scores evaluate.hf.digest_of""",
+    importance.scores.load_scores evaluate.hf.digest_of train.checkpoint.Saver._describe train.saved.best_whole
+    train.saved.set_aside""",
+    "of files that this rank has written, and rank 0 is told of": """checkpoints.digests.digest_files
+    train.checkpoint._write_and_digest train.checkpoint.Saver._complete""",
+    "how many threads digest: no result depends on it": "train.checkpoint._threads",
     "all ranks agree on the choices that come of it": "automatic.graph_obstacles_of_machine",
     "which kernels: the same figures, or releases that are compared when a job begins (parallel/job.py)": """models.build._te_spec
     models.build.attention_in_fixed_order models.vocab_parallel.have_kernels models.build.pick_engine""",

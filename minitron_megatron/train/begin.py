@@ -101,15 +101,18 @@ def check_beginning(cfg: TrainingConfig, run: Path, shape: ModelShape, layout: L
     _check_shape(stored, shape, path)
     if found.takes == EVERYTHING:
         _check_goes_on(cfg, found, stored)
-        saved.check_readable(path, layout)
+        saved.check_readable(saved.whole(path), layout)
     return found
 
 
 def find_checkpoint(asked: Path) -> Path:
-    """The checkpoint that a path means: it itself, or the newest of a run. Raises UserError."""
+    """The checkpoint that a path means: it itself, or the newest whole one of a run. Raises UserError."""
     for folder in (asked / "checkpoints", asked):
-        if there := saved.find_checkpoints(folder):
-            return there[-1][1]
+        there, damaged = saved.newest_whole(folder)
+        if there is not None:
+            for name, reason in damaged.items():
+                log.info("%s is damaged (%s): %s is taken", folder / name, reason, there.path.name)
+            return there.path
     if any(path == asked.absolute() for _, path in saved.find_checkpoints(asked.absolute().parent)):
         return asked
     raise UserError(

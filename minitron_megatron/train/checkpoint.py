@@ -3,6 +3,9 @@
     output/checkpoints/step_00000100/     whole, or not there: written as .step_00000100.….partial and renamed
     output/checkpoints/best.json          which of them had the lowest validation loss; that one is not dropped
 
+Each file is digested by the process that has written it, and every byte is compared before a run goes on, a share by each rank.
+Rank 0 decides which checkpoint is taken: the newest whole one.
+
 Of two formats of the optimizer's state (`trainer.checkpoint_format`), `fully_reshardable` can be read in any layout, and gathers
 a TP × PP shard's float32 state on one rank's CPU to write it; `dp_reshardable` copies nothing, for frequent saves, and can be
 read in another number of data-parallel ranks only, as can the scales of `trainer.fp8=delayed`. No random state is kept: nothing
@@ -11,26 +14,38 @@ draws in a step (no dropout), and the data order follows from the seed and the s
 
 import json
 import logging
+import os
+import re
 import secrets
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial as bound
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+from minitron_megatron.checkpoints.damage import cause_of, is_damage
+from minitron_megatron.checkpoints.digests import FileDigest, digest_files, other_segments, segments_of
 from minitron_megatron.checkpoints.reading import safe_reading
-from minitron_megatron.checkpoints.weights import sharded_weights
+from minitron_megatron.checkpoints.weights import sharded_weights, without_crc32
 from minitron_megatron.config import TrainerConfig
-from minitron_megatron.errors import UserError
+from minitron_megatron.errors import UserError, in_one_line
+from minitron_megatron.machine import usable_cores
 from minitron_megatron.models.fp8 import delayed_scales, set_delayed_scales
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.deciding import ask_rank_zero, wait_until_seen
+from minitron_megatron.parallel.deciding import ask_rank_zero, from_rank_zero, wait_until_seen
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.train.saved import BEST, FORMAT, damaged, find_best, find_checkpoints, places, read_format
+from minitron_megatron.plain_files import read_json
+from minitron_megatron.train import saved
+from minitron_megatron.train.saved import BEST, FORMAT, Checkpoint, Written, find_best, find_checkpoints, places
 
 log = logging.getLogger(__name__)
+# In a checkpoint that is being written: digests of what a rank has written.
+_OF_RANK = ".digests_{}.json"
+_OF_RANK_NAME = re.compile(r"\.digests_\d+\.json")
 
 
 def _metadata(sharding: str) -> dict[str, Any]:
@@ -108,11 +123,14 @@ class Saver:
     A child has this process's memory as it was when it started, so that on CPUs too no later step shows in what it writes.
     """
 
-    def __init__(self, folder: Path, layout: Layout, options: TrainerConfig) -> None:
-        """Checkpoints of a run go into `folder`; `options` say how many stay, in which format, and how they are written."""
+    def __init__(self, folder: Path, layout: Layout, options: TrainerConfig, inputs: Mapping[str, str]) -> None:
+        """Checkpoints of a run go into `folder`; `options` say how many stay, in which format, and how they are written.
+
+        `inputs` are digests of what the run is made from, by name.
+        """
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-        self.folder, self.layout, self.options = folder, layout, options
+        self.folder, self.layout, self.options, self.inputs = folder, layout, options, dict(inputs)
         self.calls = AsyncCallsQueue()
 
     def save(
@@ -153,7 +171,11 @@ class Saver:
                 async_sharded_save=True,
                 async_strategy="mcore",
             )
-            request.add_finalize_fn(lambda: self._complete(partial, name, step, best))
+            writes = request.async_fn is not None
+            if writes:
+                threads = 1 if self.options.async_save else _threads()
+                request = request._replace(async_fn=bound(_write_and_digest, request.async_fn, threads))
+            request.add_finalize_fn(lambda: self._complete(partial, name, step, best, writes))
             if self.options.async_save:
                 self.calls.schedule_async_request(request)
                 log.info("step %d: saving %s meanwhile", step, self.folder / name)
@@ -183,19 +205,73 @@ class Saver:
         wait_until_seen(partial)
         return partial
 
-    def _complete(self, partial: Path, name: str, step: int, best: float | None) -> None:
-        """All ranks have written: the folder gets its name. Every rank calls it."""
-        if collectives.is_rank_zero():
-            written = {"optimizer": self.options.checkpoint_format, "scales": has_scales(self.options)}
-            written |= places(self.layout)
-            (partial / FORMAT).write_text(json.dumps(written) + "\n", encoding="utf-8")
+    def _complete(self, partial: Path, name: str, step: int, best: float | None, writes: bool) -> None:
+        """All ranks have written: the folder gets its name. Every rank calls it; `writes` says whether this one wrote files."""
+        mine, own = {}, partial / _OF_RANK.format(collectives.rank())
+        if writes:
+            mine = read_json(own) if own.is_file() else None
+            own.unlink(missing_ok=True)
+        parts = collectives.gather_objects(mine)
+
+        def give_name() -> None:
+            if None in parts:
+                raise UserError(
+                    f"{self.folder / name} could not be written: rank {parts.index(None)}'s writer ended before its files were "
+                    "digested; run the same command again, which continues from the last whole one"
+                )
+            self._describe(partial, step, {file: digest for part in parts for file, digest in part.items()})
             shutil.rmtree(self.folder / name, ignore_errors=True)
             partial.rename(self.folder / name)
             if best is not None:
                 _mark_best(self.folder, step, best)
             _drop_old(self.folder, self.options.keep_last)
+
+        from_rank_zero(give_name)
         wait_until_seen(self.folder / name)
         log.info("step %d: saved %s", step, self.folder / name)
+
+    def _describe(self, partial: Path, step: int, digests: Mapping[str, Any]) -> None:
+        """Write format.json: what is in the checkpoint, with the digests of the ranks and of what rank 0 wrote beside them."""
+        files = {name: FileDigest.from_json(one) for name, one in digests.items()}
+        there = [path.name for path in partial.iterdir() if not _OF_RANK_NAME.fullmatch(path.name)]
+        files |= digest_files(partial, set(there) - set(files) - {FORMAT})
+        written = Written(
+            self.options.checkpoint_format,
+            has_scales(self.options),
+            places(self.layout),
+            step,
+            self.inputs,
+            dict(sorted(files.items())),
+        )
+        written.write(partial)
+
+
+def _write_and_digest(
+    write: Callable[..., None], threads: int, rank: int, buckets: Sequence[Any], results: Any
+) -> None:
+    """Have Megatron's writer write a rank's files, and digest them: in this process, or in the one that was forked for it.
+
+    Args:
+        write: the writer; it puts what went wrong into `results`.
+        threads: that digest.
+        rank: whose files they are.
+        buckets: (path, name, what is in it) of every file.
+        results: for the writer.
+    """
+    with without_crc32():
+        write(rank, buckets, results)
+    files = [Path(path) for path, *_ in buckets]
+    if not all(file.is_file() for file in files):
+        return  # the writer has said why
+    folder = files[0].parent
+    found = digest_files(folder, [file.name for file in files], threads)
+    text = json.dumps({name: digest.to_json() for name, digest in found.items()})
+    (folder / _OF_RANK.format(rank)).write_text(text, encoding="utf-8")
+
+
+def _threads() -> int:
+    """That digest files in this process: its share of the machine's cores."""
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextmanager
@@ -233,23 +309,116 @@ def _drop_old(folder: Path, keep_last: int) -> None:
             shutil.rmtree(old)
 
 
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run whose bytes are those that were written; the same on every rank, all of which call it.
+
+    Newer ones that are damaged are set aside, which rank 0 says in a line each.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole; or a rank reads other bytes than rank 0, or cannot read them.
+    """
+    damaged: dict[str, str] = {}
+    while True:
+        found, damaged = ask_rank_zero(bound(saved.newest_whole, folder, damaged))
+        reason = None if found is None else other_bytes(found)
+        if reason is None:
+            break
+        damaged[found.path.name] = reason
+
+    def put_aside() -> None:
+        for name, reason in damaged.items():
+            aside = saved.set_aside(folder / name)
+            log.warning(
+                "%s is damaged (%s): going on from step %d; it is now %s, and can be removed",
+                folder / name,
+                reason,
+                found.step,
+                aside.name,
+            )
+
+    from_rank_zero(put_aside)
+    return found
+
+
+def check_whole(path: Path) -> None:
+    """Raise UserError where a checkpoint of another run, which this one begins with, is damaged. Every rank calls it."""
+    reason = other_bytes(ask_rank_zero(bound(saved.whole, path)))
+    if reason is not None:
+        raise saved.is_damaged(path, reason)
+
+
+def other_bytes(found: Checkpoint) -> str | None:
+    """What is not as it was written of a checkpoint; None where all is. Every rank calls it, and reads its share.
+
+    Raises:
+        UserError: a rank reads other bytes than rank 0 does, or cannot read them.
+    """
+    files, path = found.written.files, found.path
+    if files is None:
+        if collectives.is_rank_zero():
+            log.warning("%s was written by an earlier version, without digests: its bytes are not compared", path)
+        return None
+    share = segments_of(files)[collectives.rank() :: collectives.world_size()]
+    wait_until_seen(path, *sorted({path / name for name, _ in share}))
+    everything = collectives.all_gather_objects((socket.gethostname(), *_others(path, files, share)))
+    for rank, (host, _, problem) in enumerate(everything):
+        if problem is not None:
+            raise UserError(
+                f"{path} cannot be read by rank {rank} on {host} ({problem}): nothing says that it is damaged"
+            )
+    suspects = [(place, rank, host) for rank, (host, others, _) in enumerate(everything) for place in others]
+    if not suspects:
+        return None
+    # A node that has another folder there, or an old view of it, does not make a checkpoint a damaged one.
+    own = ask_rank_zero(lambda: _others(path, files, [place for place, *_ in suspects])[0])
+    for (name, number), rank, host in suspects:
+        if (name, number) not in own:
+            raise UserError(
+                f"{path}: rank {rank} on {host} reads other bytes of {name} than rank 0 does: have one folder for all nodes"
+            )
+    return f"{own[0][0]} has other bytes than were written"
+
+
+def _others(
+    path: Path, files: Mapping[str, FileDigest], places: Sequence[tuple[str, int]]
+) -> tuple[list[tuple[str, int]], str | None]:
+    """Segments that are others now, all of them where a file is gone; and what kept this rank from reading them."""
+    try:
+        return other_segments(path, files, places, _threads()), None
+    except FileNotFoundError:
+        return list(places), None
+    except OSError as error:
+        return [], in_one_line(error, 160)
+
+
 def load(
     path: Path, chunks: Sequence[Any], optimizer: Any, options: TrainerConfig
 ) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """Fill model and optimizer from a checkpoint; gives its step and the states of guard and objective. Raises UserError."""
+    """Fill model and optimizer from a checkpoint; gives its step and the states of guard and objective.
+
+    Its bytes were compared: what goes wrong is no damage, and is raised as it is. Raises UserError where a checkpoint of an
+    earlier version, which has no digests, cannot be read.
+    """
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException
 
     wait_until_seen(path)
+    written = ask_rank_zero(lambda: saved.whole(path)).written
     try:
         with safe_reading():
-            written = ask_rank_zero(lambda: read_format(path))
             # A run in other arithmetic may have begun with this: its scales begin anew.
-            kind, scales = written["optimizer"], has_scales(options) and written.get("scales", False)
-            wanted = _state(chunks, optimizer, kind, {}, loading=True, scales=scales)
+            scales = has_scales(options) and written.scales
+            wanted = _state(chunks, optimizer, written.optimizer, {}, loading=True, scales=scales)
             state = dist_checkpointing.load(wanted, str(path), _strategy("load", options.parallel_load))
-    except (CheckpointingException, OSError, RuntimeError) as error:
-        raise damaged(path, error) from error
+    except (CheckpointException, Exception) as error:
+        cause = cause_of(error) if isinstance(error, CheckpointException) else error
+        if written.files is None and is_damage(cause) and not isinstance(cause, UserError):
+            raise UserError(
+                f"{path} is damaged ({in_one_line(cause, 200)}): remove it, the run continues from the one before"
+            ) from error
+        if cause is error:
+            raise
+        raise cause from error
     # Megatron finds a parameter group by its rates, too, which are others where a run begins with another one's checkpoint.
     rates = {name: value for name, value in optimizer.param_groups[0].items() if name in ("max_lr", "min_lr")}
     for group in state["optimizer"]["optimizer"]["param_groups"]:

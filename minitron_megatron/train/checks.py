@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from minitron_megatron.automatic import check_switches, is_on
 from minitron_megatron.changing import decided_by, decisive, differences, free_options, in_words
-from minitron_megatron.checkpoints.folder import ModelFolder, load_yaml, open_model_folder
+from minitron_megatron.checkpoints.folder import MANIFEST, ModelFolder, load_yaml, open_model_folder, read_manifest
+from minitron_megatron.checkpoints.hf_folder import companion_stamps
 from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.config import (
     ModelConfig,
@@ -22,6 +23,7 @@ from minitron_megatron.config import (
     tokens_per_step,
 )
 from minitron_megatron.data.folder import Data, DocumentMasks, check_enough, open_data
+from minitron_megatron.data.same_tokenizer import check_same_tokenizer
 from minitron_megatron.effects import LENGTH, PUBLISHED, typed
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import resolved_config
@@ -63,6 +65,7 @@ class Recipe:
         objective: what is minimised, made of the decided options and the opened folders in a live layout.
         fp8_of: the option that says how a model's FP8 is scaled, and what it says, by the model's name.
         layout_of: layout of a model, by its name and the layout of the one that is trained; that one, if not given.
+        inputs: digests, by name, of what it reads beside models and data.
     """
 
     verb: str
@@ -72,6 +75,7 @@ class Recipe:
     objective: Callable[[TrainingConfig, Mapping[str, ModelFolder], Layout], "Objective"]
     fp8_of: Callable[[str], tuple[str, str]]
     layout_of: Callable[[str, Layout], Layout] = lambda name, layout: layout
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Checked:
 
     `check` asks whether another layout would do; `folders` and `data` are None in a rehearsal of presets. `before` are options
     of the run in the output folder so far, by their dotted names; `beginning` is the checkpoint of another run that it begins, or
-    began, with.
+    began, with; `inputs` are digests of all that it reads.
     """
 
     recipe: Recipe
@@ -107,6 +111,7 @@ class Checked:
     data: Data | None
     before: Mapping[str, Any] = field(default_factory=dict)
     beginning: Beginning | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_run(cfg: TrainingConfig, recipe: Recipe) -> Checked:
@@ -131,9 +136,29 @@ def check_run(cfg: TrainingConfig, recipe: Recipe) -> Checked:
     check_another(cfg, run)
     before = check_run_folder(run, cfg)
     shape = folders[recipe.trained].shape
-    check_checkpoints(run / "checkpoints", cfg, layout, shape)
     beginning = check_beginning(cfg, run, shape, layout)
-    return Checked(recipe, layout, steps, shapes, models, check, folders, data, before, beginning)
+    inputs = inputs_of(recipe, folders, data, beginning)
+    check_model_there(run, inputs)
+    check_checkpoints(run / "checkpoints", cfg, layout, shape, inputs)
+    return Checked(recipe, layout, steps, shapes, models, check, folders, data, before, beginning, inputs)
+
+
+def inputs_of(
+    recipe: Recipe, folders: Mapping[str, ModelFolder], data: Data, beginning: Beginning | None
+) -> dict[str, str]:
+    """Digests and stamps of all that a run reads, by name.
+
+    Models, data, what goes with the trained model's weights, and the checkpoint that it begins with.
+    """
+    models = {name: folder.digest for name, folder in folders.items()}
+    first = beginning.inputs if beginning else {}
+    return {**recipe.inputs, **models, "data": data.digest, **companion_stamps(folders[recipe.trained]), **first}
+
+
+def check_model_there(run: Path, inputs: Mapping[str, str]) -> None:
+    """Raise UserError, naming it, where the model that a finished run has published was made from another input."""
+    if (run / "model" / MANIFEST).is_file():
+        saved.check_inputs(run, read_manifest(run / "model").get("inputs"), inputs)
 
 
 def _models(recipe: Recipe, shapes: Shapes) -> Models:
@@ -167,6 +192,7 @@ def _inputs(cfg: TrainingConfig, recipe: Recipe) -> tuple[dict[str, ModelFolder]
     shape = folders[recipe.trained].shape
     masks = DocumentMasks(cfg.data.reset_attention_mask, cfg.data.eod_mask_loss)
     data = open_data(cfg.data.path, "train", shape, cfg.data.sequence_length, masks)
+    check_same_tokenizer(data, {name: folder.path for name, folder in folders.items()})
     check_enough(data, tokens_of_run(cfg), cfg.data.max_epochs)
     if cfg.trainer.validation_samples:
         open_data(cfg.data.path, "validation", shape, cfg.data.sequence_length)
@@ -259,11 +285,14 @@ def check_run_folder(run: Path, cfg: TrainingConfig) -> dict[str, Any]:
     return before
 
 
-def check_checkpoints(folder: Path, cfg: TrainingConfig, layout: Layout, shape: ModelShape) -> None:
-    """Raise UserError when this layout cannot go on from what is there, or the checkpoints have no room."""
-    there = saved.find_checkpoints(folder)
-    if there:
-        saved.check_readable(there[-1][1], layout)
+def check_checkpoints(
+    folder: Path, cfg: TrainingConfig, layout: Layout, shape: ModelShape, inputs: Mapping[str, str]
+) -> None:
+    """Raise UserError when a run cannot go on from what is there in this layout with these inputs, or there is no room."""
+    there, _ = saved.newest_whole(folder)
+    if there is not None:
+        saved.check_inputs(folder.parent, there.written.inputs, inputs)
+        saved.check_readable(there, layout)
     itemsize = ITEMSIZES[computing_dtype(shape, cfg.precision)]
     saved.check_room(folder, count_parameters(shape), itemsize, cfg.trainer)
 

@@ -44,6 +44,8 @@ def recipe_of(cfg: DistillConfig, cache: CacheFolder | None) -> Recipe:
             ("trainer.fp8", cfg.trainer.fp8) if name == "student" else ("distill.teacher_fp8", cfg.distill.teacher_fp8)
         ),
         layout_of=lambda name, layout: teacher_layout(cfg, layout) if name == "teacher" else layout,
+        # Of whom the answers are, too: another cache of the same teacher is not another teacher.
+        inputs={"teacher": cache.contents.model, "cache": cache.digest} if cache else {},
     )
 
 

@@ -57,7 +57,7 @@ from minitron_megatron.ending import (
     keeping,
     stop_together,
 )
-from minitron_megatron.errors import Diverged, UserError
+from minitron_megatron.errors import Diverged
 from minitron_megatron.first_moments import REQUEUE
 from minitron_megatron.launcher import command_line, resolved_config
 from minitron_megatron.models.axes import count_parameters, flops_per_token
@@ -128,7 +128,8 @@ def run_training(cfg: TrainingConfig, checked: Checked) -> None:
         check_optimizer(job.device)
         choices = agreed(collectives.all_gather_objects(choices))
         # Of a run that still trains ranks might have seen different checkpoints.
-        checked = replace(checked, beginning=ask_rank_zero(lambda: checked.beginning))
+        beginning, inputs = ask_rank_zero(lambda: (checked.beginning, checked.inputs))
+        checked = replace(checked, beginning=beginning, inputs=inputs)
         asked, lines, reasons = cfg, said(cfg, choices), reasons_of(cfg, choices)
         cfg = decided(cfg, choices)
         for line in lines:
@@ -137,14 +138,12 @@ def run_training(cfg: TrainingConfig, checked: Checked) -> None:
             for folder in folders.values():
                 verify_digest(folder)
             verify_data(data)
-        inputs = {**{name: folder.digest for name, folder in folders.items()}, "data": data.digest}
-        inputs |= checked.beginning.inputs if checked.beginning else {}
         with (
             output_folder(
                 run / "model",
                 command=command_line(),
                 config=resolved_config(cfg),
-                inputs=inputs,
+                inputs=checked.inputs,
                 resume=cfg.resume,
                 free=free_options(type(cfg)),
                 reasons=reasons,
@@ -254,7 +253,7 @@ class _Run:
         self.end, self.asked_to_stop = min(self.schedule.steps, cfg.trainer.stop_after or self.schedule.steps), False
         self.folder = Path(cfg.output) / "checkpoints"
         self.shapes = {name: folder.shape for name, folder in folders.items()}
-        self.saver = checkpoint.Saver(self.folder, job.layout, cfg.trainer)
+        self.saver = checkpoint.Saver(self.folder, job.layout, cfg.trainer, checked.inputs)
         self.loop, self.start = self._prepare(folders)
         dtype = model_dtype(self.shapes[recipe.trained], cfg.precision)
         length = cfg.data.sequence_length
@@ -266,29 +265,33 @@ class _Run:
     def _prepare(self, folders: Mapping[str, ModelFolder]) -> tuple[Trainer, int]:
         """Objective, model and optimizer on this rank, and the step to begin with."""
         cfg, recipe, layout = self.cfg, self.recipe, self.layout
+        there, first = checkpoint.newest(self.folder), self.beginning
+        if there is not None:
+            saved.check_readable(there, layout)
+        elif first is not None:
+            checkpoint.check_whole(Path(first.checkpoint))
         objective = recipe.objective(cfg, folders, layout)
         source = folders[recipe.trained]
         dtype = model_dtype(source.shape, cfg.precision)
         engine = recipe.models[recipe.trained].engine
-        there, first = ask_rank_zero(lambda: saved.find_checkpoints(self.folder)), self.beginning
-        warm = first is not None and not there and first.takes == WEIGHTS_ALONE
+        warm = first is not None and there is None and first.takes == WEIGHTS_ALONE
         chunks = build_model_chunks(source.shape, layout, dtype, engine, training_fields(cfg.trainer))
         load_weights(chunks, Path(first.checkpoint) if warm else source.weights)
         objective.attach(chunks)
         wrapped, optimizer = wrap_and_optimize(chunks, cfg.optim, cfg.ddp)
         loop, start = Trainer(wrapped, optimizer, objective, layout, cfg), 0
-        if there:
-            start, guard, of_objective = checkpoint.load(there[-1][1], wrapped, optimizer, cfg.trainer)
+        if there is not None:
+            start, guard, of_objective = checkpoint.load(there.path, wrapped, optimizer, cfg.trainer)
             loop.guard.load_state_dict(guard)
             objective.load_state_dict(of_objective)
-            log.info("continuing from step %d (%s)", start, there[-1][1])
+            log.info("continuing from step %d (%s)", start, there.path)
         elif first and first.takes == EVERYTHING:
             start, guard, of_objective = checkpoint.load(Path(first.checkpoint), wrapped, optimizer, cfg.trainer)
             set_adam(optimizer, cfg.optim)
             if first.keeps_judging:
                 loop.guard.load_state_dict({**guard, "in_a_row": 0})
                 objective.load_state_dict(of_objective)
-        if first and not there:
+        if first and there is None:
             log.info("beginning with %s of %s, at step %d", first.takes, first.checkpoint, start)
         return loop, start
 
@@ -363,7 +366,8 @@ class _Run:
         best = None
         if trainer.keep_best and measured:
             self.saver.finish()  # it may be the best one so far
-            before, loss = ask_rank_zero(lambda: saved.find_best(self.folder)), measured["validation_loss"]
+            before = ask_rank_zero(lambda: saved.find_best(self.folder))
+            loss = measured["validation_loss"]
             best = loss if math.isfinite(loss) and (before is None or loss < before[1]) else None
         if best is None and not stop and done % trainer.save_interval and done < self.end:
             return
@@ -392,16 +396,13 @@ class _Run:
         }
 
     def to_publish(self) -> Path:
-        """The checkpoint that becomes the model."""
+        """The checkpoint that becomes the model. Raises UserError where the best one has been damaged since."""
         if self.cfg.trainer.publish == "best":
-            best = ask_rank_zero(lambda: saved.find_best(self.folder))
-            if best is None:
-                raise UserError(
-                    f"{self.folder} has no best checkpoint: with trainer.keep_best=true no validation loss was a finite number; "
-                    "the same command with trainer.publish=last publishes the last"
-                )
-            log.info("publishing %s, whose validation loss is %.4f", best[0].name, best[1])
-            return best[0]
+            best, loss = ask_rank_zero(lambda: saved.best_whole(self.folder))
+            if (reason := checkpoint.other_bytes(best)) is not None:
+                raise saved.best_is_damaged(best.path, reason)
+            log.info("publishing %s, whose validation loss is %.4f", best.path.name, loss)
+            return best.path
         return ask_rank_zero(lambda: saved.find_checkpoints(self.folder)[-1][1])
 
 

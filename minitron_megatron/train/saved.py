@@ -1,29 +1,182 @@
-"""Which checkpoints a run folder has, and whether a run can go on from them: by their files alone, without torch.
+"""Which checkpoints a run folder has, which are whole, and whether a run can go on from them: by their files, without torch.
 
-checkpoint.py writes and reads them.
+    checkpoints/step_00000100/format.json     its step and format, digests of the run's inputs and of every file, and its own
+    checkpoints/damaged_step_00000200/        one that was found damaged and passed over
+
+A checkpoint is whole where every file is there in its size. Whether the bytes are those that were written is compared before one
+is read (checkpoint.py, which writes and reads them).
 """
 
+import json
 import math
+import os
 import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
+from minitron_megatron.checkpoints.digests import FileDigest
 from minitron_megatron.checkpoints.folder import check_space
 from minitron_megatron.config import TrainerConfig
-from minitron_megatron.errors import UserError
+from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.plain_files import read_json
 
 BEST, FORMAT = "best.json", "format.json"
 _NAME = re.compile(r"step_(\d{8})")
+# Keys of format.json as an earlier version wrote it, and what such a checkpoint has at least.
+_OF_EARLIER = frozenset(
+    """optimizer scales tensor pipeline virtual_pipeline account_for_embedding account_for_loss pipeline_layout""".split()
+)
+_ALWAYS = (".metadata", "metadata.json")
+# Options that name the inputs of a run, where they are called otherwise.
+_OPTIONS = {"data": "data.path", "cache": "distill.cache"}
+
+
+class Damaged(UserError):
+    """A checkpoint that is not whole; the message is the reason alone, as in "__0_0.distcp is missing"."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What format.json says of a checkpoint; `step`, `inputs` and `files` are None where an earlier version wrote it.
+
+    Attributes:
+        optimizer: format of its state.
+        scales: whether it has scales of FP8.
+        places: what dp_reshardable depends on of the layout.
+        step: optimizer steps done.
+        inputs: digests of what the run was made from, by name.
+        files: digests of all other files, by name.
+    """
+
+    optimizer: str
+    scales: bool
+    places: Mapping[str, Any]
+    step: int | None = None
+    inputs: Mapping[str, str] | None = None
+    files: Mapping[str, FileDigest] | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write format.json, onto the disk."""
+        values = {**asdict(replace(self, files=None)), "files": {n: f.to_json() for n, f in (self.files or {}).items()}}
+        with open(folder / FORMAT, "w", encoding="utf-8") as file:
+            json.dump({**values, "digest": _own_digest(values)}, file)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @classmethod
+    def read(cls, folder: Path) -> "Written":
+        """Raises Damaged."""
+        try:
+            values = dict(read_json(folder / FORMAT))
+            digest = values.pop("digest", None)
+            if digest is None and set(values) <= _OF_EARLIER:
+                kind, scales = values.pop("optimizer"), values.pop("scales", False)
+                return cls(kind, scales, values)
+            if digest != _own_digest(values):
+                raise ValueError("its digest is that of something else")
+            files = {name: FileDigest.from_json(one) for name, one in values.pop("files").items()}
+            return cls(**values, files=files)
+        except (FileNotFoundError, NotADirectoryError):
+            raise Damaged(f"{FORMAT} is missing") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Damaged(f"{FORMAT}: {in_one_line(error, 160)}") from None
+
+
+def _own_digest(values: Mapping[str, Any]) -> str:
+    return "blake3:" + blake3(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are all there."""
+
+    step: int
+    path: Path
+    written: Written
 
 
 def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Whole checkpoints of a run, oldest first."""
+    """Checkpoints of a run that were written to their end, oldest first; some may have been damaged since."""
     if not folder.is_dir():
         return []
     found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
     return sorted((int(match.group(1)), path) for match, path in found if match)
+
+
+def newest_whole(folder: Path, known: Mapping[str, str] | None = None) -> tuple[Checkpoint | None, dict[str, str]]:
+    """The newest checkpoint that is whole, and why newer ones are not.
+
+    Args:
+        folder: of a run's checkpoints.
+        known: reasons why some are damaged, by name.
+
+    Returns:
+        The checkpoint, None where the run has none at all; and the reasons of all that are newer, by name.
+
+    Raises:
+        UserError: the run has checkpoints, and none is whole.
+    """
+    damaged: dict[str, str] = {}
+    for step, path in reversed(find_checkpoints(folder)):
+        try:
+            if path.name in (known or {}):
+                raise Damaged(known[path.name])
+            return Checkpoint(step, path, _sized(path, step)), damaged
+        except Damaged as error:
+            damaged[path.name] = str(error)
+    if damaged:
+        name, reason = next(iter(damaged.items()))
+        others = f"; {len(damaged) - 1} more are damaged too" if len(damaged) > 1 else ""
+        raise UserError(
+            f"{folder} has no whole checkpoint: {name} is damaged ({reason}){others}: put a whole one back, or remove "
+            f"{folder} to begin the run anew"
+        )
+    return None, damaged
+
+
+def _sized(path: Path, step: int) -> Written:
+    """What a checkpoint is, whose files all have their sizes. Raises Damaged."""
+    written = Written.read(path)
+    if written.step not in (None, step):
+        raise Damaged(f"it is of step {written.step}")
+    sizes = dict.fromkeys(_ALWAYS) if written.files is None else {n: f.size for n, f in written.files.items()}
+    for name, size in sizes.items():
+        try:
+            found = (path / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            raise Damaged(f"{name} is missing") from None
+        if found != size and not (size is None and found):
+            raise Damaged(f"{name} has {found} bytes" + ("" if size is None else f" instead of {size}"))
+    return written
+
+
+def whole(path: Path) -> Checkpoint:
+    """The checkpoint in a folder. Raises UserError where it is damaged."""
+    step = int(path.name.removeprefix("step_"))
+    try:
+        return Checkpoint(step, path, _sized(path, step))
+    except Damaged as error:
+        raise is_damaged(path, str(error)) from None
+
+
+def is_damaged(path: Path, reason: str) -> UserError:
+    """What is said of a checkpoint that was named, and is not whole."""
+    return UserError(f"{path} is damaged ({reason}): put it back as it was, or name another checkpoint")
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged checkpoint a name by which no run takes it; gives where it is then."""
+    aside = path.with_name(f"damaged_{path.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return path.rename(aside)
 
 
 def find_best(folder: Path) -> tuple[Path, float] | None:
@@ -34,6 +187,28 @@ def find_best(folder: Path) -> tuple[Path, float] | None:
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     return (path, loss) if path.is_dir() and math.isfinite(loss) else None
+
+
+def best_whole(folder: Path) -> tuple[Checkpoint, float]:
+    """The checkpoint with the lowest validation loss, and that loss. Raises UserError where there is none, or it is damaged."""
+    best = find_best(folder)
+    if best is None:
+        raise UserError(
+            f"{folder} has no best checkpoint: with trainer.keep_best=true no validation loss was a finite number, or it was set "
+            "aside; the same command with trainer.publish=last publishes the last"
+        )
+    path, step = best[0], int(best[0].name.removeprefix("step_"))
+    try:
+        return Checkpoint(step, path, _sized(path, step)), best[1]
+    except Damaged as error:
+        raise best_is_damaged(path, str(error)) from None
+
+
+def best_is_damaged(path: Path, reason: str) -> UserError:
+    """What is said where the best checkpoint cannot be published."""
+    return UserError(
+        f"{path}, the best checkpoint, is damaged ({reason}): put it back as it was, or give trainer.publish=last"
+    )
 
 
 def places(layout: Layout) -> dict[str, Any]:
@@ -48,31 +223,34 @@ def places(layout: Layout) -> dict[str, Any]:
     }
 
 
-def check_readable(path: Path, layout: Layout) -> None:
+def check_readable(found: Checkpoint, layout: Layout) -> None:
     """Raise UserError when a layout cannot go on from a checkpoint: before any model is built."""
-    there, now = read_format(path), places(layout)
-    kind, scales = there.pop("optimizer"), there.pop("scales", False)
-    if (kind != "dp_reshardable" and not scales) or there == now:
+    there, now = found.written, places(layout)
+    if (there.optimizer != "dp_reshardable" and not there.scales) or there.places == now:
         return
-    was = " ".join(f"parallel.{name}={value}" for name, value in there.items() if value != now[name])
-    why = "trainer.fp8=delayed" if scales else "trainer.checkpoint_format=dp_reshardable"
+    was = " ".join(f"parallel.{name}={value}" for name, value in there.places.items() if value != now.get(name))
+    why = "trainer.fp8=delayed" if there.scales else "trainer.checkpoint_format=dp_reshardable"
     raise UserError(
-        f"{path} was written with {why}, which another number of data-parallel ranks can read and no other layout: use {was}"
+        f"{found.path} was written with {why}, which another number of data-parallel ranks can read and no other layout: "
+        f"use {was}"
     )
 
 
-def read_format(path: Path) -> dict[str, Any]:
-    """What format.json of a checkpoint says. Raises UserError."""
-    try:
-        return dict(read_json(path / FORMAT))
-    except (OSError, ValueError) as error:
-        raise damaged(path, error) from error
+def check_inputs(run: Path, before: Mapping[str, str] | None, now: Mapping[str, str]) -> None:
+    """Raise UserError, naming the first, where a run would go on with other inputs than it had `before` (None: not noted)."""
+    if before is None:
+        return
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            option = f"{_OPTIONS.get(name, name)}=" if " " not in name else name
+            raise UserError(
+                f"output={run}: {option} is another one than the run has had so far ({_short(before.get(name))}, now "
+                f"{_short(now.get(name))}): give the same, or choose another output="
+            )
 
 
-def damaged(path: Path, error: Exception) -> UserError:
-    """What is said of a checkpoint that cannot be read."""
-    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-    return UserError(f"{path} is damaged ({reason}): remove it, the run continues from the one before")
+def _short(digest: str | None) -> str:
+    return "none" if digest is None else digest if len(digest) < 24 else f"{digest[:20]}…"
 
 
 def check_room(folder: Path, parameters: int, bytes_per_weight: int, options: TrainerConfig) -> None:
