@@ -39,6 +39,7 @@ from minitron_megatron.data.encoding import Encoder
 from minitron_megatron.data.estimate import estimate_tokens
 from minitron_megatron.data.folder import check_enough, data_digest, open_data
 from minitron_megatron.data.prepare import check_documents, check_fraction, find_inputs
+from minitron_megatron.data.same_tokenizer import check_same_tokenizer
 from minitron_megatron.data.tokenizer import check_tokenizer, check_vocabulary, load_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import resolved_config
@@ -191,7 +192,8 @@ def _check_source(cfg: CompressConfig) -> None:
         find_inputs(cfg.input)
         check_tokenizer(cfg.hf or cfg.model.folder("model"))
     else:
-        open_data(cfg.data.path, "train", shape, 1)
+        data = open_data(cfg.data.path, "train", shape, 1)
+        check_same_tokenizer(data, {"hf": cfg.hf, "model": cfg.model.path})
 
 
 def make_plan(cfg: CompressConfig, device: str) -> Plan:
@@ -273,6 +275,8 @@ def _check_asked(cfg: CompressConfig, rehearsal: bool) -> bool:
 def open_source(cfg: CompressConfig, rehearsal: bool) -> Source:
     """What all starts from, checked. Raises UserError."""
     root, inputs, stages = Path(cfg.output), {}, []
+    if cfg.budget.table:
+        inputs |= file_stamps(Path(), [Path(cfg.budget.table)])
     if rehearsal:
         shape, model = ModelShape.from_dict(cfg.model.sizes("model"), "model"), _NO_MODEL
     elif cfg.hf:
@@ -291,6 +295,7 @@ def open_source(cfg: CompressConfig, rehearsal: bool) -> Source:
         text = None
         if cfg.data.path and not rehearsal:
             data, inputs["data"] = open_data(cfg.data.path, "train", shape, 1), data_digest(cfg.data.path)
+            check_same_tokenizer(data, {"hf": cfg.hf, "model": cfg.model.path})
             text = Text(data.tokens("train"), data.tokens("validation"), exact=True)
         return Source(model, shape, text, text is not None, stages, inputs)
     files = find_inputs(cfg.input)

@@ -130,6 +130,8 @@ class Stages:
         """
         self.file, self.words, self.inputs, self.start = file, tuple(words), dict(inputs or {}), start
         self.done = _read_stages(file)
+        # Digests of outputs by stage, of those that this start has come past.
+        self.outputs: dict[str, str] = {}
         write_json(self.file, self.done)
         record_start(file.parent)
 
@@ -148,19 +150,34 @@ class Stages:
     ) -> None:
         """Do `work` unless it was done before, as `what`, and the file or folder that shows it is still `there`.
 
-        `output` is its command's, if it is one.
+        `output` is its command's, if it is one. Where an output of a stage before is another one now, the work is for the command
+        to judge: it compares what it reads. Raises UserError where the stage's own output is another one now.
         """
-        before = self.done.get(name)
-        if before and before["what"] == what and there.exists():
+        before, past = self.done.get(name), dict(self.outputs)
+        if before and before["what"] == what and there.exists() and before.get("past", past) == past:
+            self._note_output(name, output, before.get("digest"))
             console().print(f"{name}: done before in {before['seconds']:.0f} s ({there})", style="dim")
             return
         began = time.monotonic()
         with keeping(lambda: _kept(name)):
             work()
-        self.done[name] = {"seconds": round(time.monotonic() - began, 1), "what": what}
+        self.done[name] = {"seconds": round(time.monotonic() - began, 1), "what": what, "past": past}
         if output is not None:
-            self.done[name]["starting"] = _seconds_starting(output)
+            self.done[name]["starting"] = _of_manifest(output, "seconds_starting")
+            self.done[name]["digest"] = self._note_output(name, output)
         write_json(self.file, self.done)
+
+    def _note_output(self, name: str, output: Path | None, before: str | None = None) -> str | None:
+        """Keep the digest of a stage's output, None where it has none. Raises UserError where it was another one `before`."""
+        digest = None if output is None else _of_manifest(output, "digest")
+        if digest is not None:
+            self.outputs[name] = digest
+        if before not in (None, digest):
+            raise UserError(
+                f"{name}: {output} is another one than was made here ({digest}, not {before}): put the first one back, or "
+                "choose another output="
+            )
+        return digest
 
     def command(
         self,
@@ -206,10 +223,10 @@ def _kept(name: str) -> str:
     return f"the stages before {name} are kept; the same command continues with it"
 
 
-def _seconds_starting(output: Path) -> float | None:
-    """What the manifest of a command's output, or of the model that a training run published, says of its start."""
+def _of_manifest(output: Path, key: str) -> Any:
+    """What the manifest of a command's output, or of the model that a training run published, says; None where it does not."""
     file = next((file for file in (output / MANIFEST, output / "model" / MANIFEST) if file.is_file()), None)
-    return None if file is None else load_yaml(file).get("seconds_starting")
+    return None if file is None else load_yaml(file).get(key)
 
 
 def run_program(program: list[str], processes: int) -> tuple[int, str]:

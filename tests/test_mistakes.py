@@ -214,8 +214,8 @@ def test_manifests_say_how_long_the_command_took_to_start(whole, tmp_path):
     assert 0 < seconds < time.monotonic() - began
     (tmp_path / "run").mkdir()
     shutil.copytree(tmp_path / "found", tmp_path / "run" / "model")
-    assert stages._seconds_starting(tmp_path / "run") == stages._seconds_starting(tmp_path / "found") == seconds
-    assert stages._seconds_starting(tmp_path) is None
+    assert [stages._of_manifest(tmp_path / name, "seconds_starting") for name in ("run", "found")] == [seconds] * 2
+    assert stages._of_manifest(tmp_path, "seconds_starting") is None
 
 
 def test_the_first_useful_work_is_noted_once(monkeypatch):

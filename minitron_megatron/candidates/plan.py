@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.candidates import halving
-from minitron_megatron.checkpoints.folder import ModelFolder, check_space, open_model_folder
+from minitron_megatron.checkpoints.folder import ModelFolder, check_space, open_model_folder, read_manifest
 from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.composing import Stage, check_data, compose_stage, flat_options, naming
 from minitron_megatron.config import DistillCandidatesConfig, number_of_steps, tokens_of_run
 from minitron_megatron.data.folder import check_enough
+from minitron_megatron.data.same_tokenizer import check_same_tokenizer
 from minitron_megatron.distill.cache_checks import plan_cache
+from minitron_megatron.distill.contents import CacheFolder
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.scores import check_scores, load_scores
 from minitron_megatron.models.axes import count_parameters
@@ -123,6 +125,10 @@ def make_plan(cfg: DistillCandidatesConfig) -> Plan:
         if model.digest != searched.model_digest:
             raise UserError(f"its model {searched.source.model} is another one now: run launch/search.py again")
         check_weights(model)
+        for name in searched.inputs.keys() - {"model"}:
+            path = getattr(searched.source, name)
+            if read_manifest(path)["digest"] != searched.inputs[name]:
+                raise UserError(f"its {name} {path} are others now: run launch/search.py again")
         check_scores(load_scores(searched.source.scores), model.shape, model.digest, searched.source.scores)
     chosen = _chosen(searched, cfg.ranks)
     own, teacher = _own_options(cfg, searched)
@@ -134,10 +140,13 @@ def make_plan(cfg: DistillCandidatesConfig) -> Plan:
             raise UserError("trainer.validation_samples=0: candidates are judged by their validation loss")
         data = check_data(first, ["train", "validation"], candidates[0].shape, 1)
         check_enough(data, tokens_of_run(first), first.data.max_epochs)
+        check_same_tokenizer(data, {"model": model.path})
     inputs = {"found": searched.digest, "model": model.digest, "data": data.digest}
     taught = _check_teacher(cfg, candidates, teacher)
     if taught is not None:
         inputs["teacher"] = taught.digest
+    if isinstance(cfg.cache, str):
+        inputs["cache"] = CacheFolder.open(cfg.cache).digest
     cache = _cache(cfg, root, candidates[0].distill, steps, taught) if cfg.cache is True else None
     rungs = halving.rungs(len(candidates), cfg.halving.factor, steps, _given_steps(cfg))
     settings = {

@@ -43,7 +43,9 @@ def check_merge(cfg: MergeScoresConfig) -> Merging:
     manifests = [_manifest(folder) for folder in folders]
     parts = [part for manifest in manifests for part in manifest["results"]["parts"]]
     _check(folders, manifests, parts)
-    inputs = {**manifests[0]["inputs"], "scores": "; ".join(str(m["fingerprint"]) for m in manifests)}
+    inputs = {"model": manifests[0]["inputs"]["model"]}
+    for number, manifest in enumerate(manifests, start=1):
+        inputs[f"scores {number}"] = manifest["digest"]
     check_command_output(cfg, inputs)
     return Merging(folders, manifests, parts, inputs)
 

@@ -1,8 +1,8 @@
 """What was made from what: by the digests in manifests, and where those say nothing by the paths in commands.
 
 An input's digest is that of the folder it came from, wherever that is now; of folders of equal contents it is the one that the
-command names. Some commands note no digest of what only guided
-them (prune of its scores, import_hf of its source): then the path in the command counts, if it is one folder's.
+command names. Where a manifest has no digest of what guided a command (import_hf of its source, prune of its target's search) the
+path in the command counts, if it is one folder's.
 """
 
 import graphlib

@@ -48,13 +48,18 @@ class Ranked:
 
 @dataclass(frozen=True)
 class SearchFolder:
-    """A whole search: where from, what was ranked, and the digests of folder and model."""
+    """A whole search: where from, what was ranked, its digest, and those of what it was made from by name."""
 
     path: Path
     source: Source
     ranked: list[Ranked]
     digest: str
-    model_digest: str
+    inputs: dict[str, str]
+
+    @property
+    def model_digest(self) -> str:
+        """Of the model that was searched."""
+        return self.inputs["model"]
 
     def target(self, one: Ranked) -> Path:
         """The file that `target=` takes."""
@@ -75,7 +80,8 @@ def read_search(path: Path | str) -> SearchFolder:
             for one in listed
             if "rank" in one
         ]
-        model = manifest["inputs"]["model"]
+        inputs = {name: str(manifest["inputs"][name]) for name in ("model", "scores")}
+        inputs |= {"layers": str(manifest["inputs"]["layers"])} if source.layers else {}
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} is damaged ({reason}): run launch/search.py again") from None
@@ -83,4 +89,4 @@ def read_search(path: Path | str) -> SearchFolder:
     if missing or not ranked:
         what = f"no {target_file(missing[0])}" if missing else "no ranked shape"
         raise UserError(f"{path} has {what}: run launch/search.py again")
-    return SearchFolder(path, source, ranked, manifest["digest"], model)
+    return SearchFolder(path, source, ranked, manifest["digest"], inputs)
