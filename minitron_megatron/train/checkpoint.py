@@ -220,7 +220,8 @@ class Saver:
                     "digested; run the same command again, which continues from the last whole one"
                 )
             self._describe(partial, step, {file: digest for part in parts for file, digest in part.items()})
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            if (self.folder / name).is_dir():
+                _remove(self.folder / name)
             partial.rename(self.folder / name)
             if best is not None:
                 _mark_best(self.folder, step, best)
@@ -306,7 +307,15 @@ def _drop_old(folder: Path, keep_last: int) -> None:
     best = find_best(folder)
     for _, old in find_checkpoints(folder)[:-keep_last]:
         if best is None or old != best[0]:
-            shutil.rmtree(old)
+            _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    """A checkpoint loses its name first: what a kill leaves of it counts as none, and is swept by the next save."""
+    gone = checkpoint.with_name(f".{checkpoint.name}.removed.partial")
+    shutil.rmtree(gone, ignore_errors=True)
+    checkpoint.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def newest(folder: Path) -> Checkpoint | None:
