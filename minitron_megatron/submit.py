@@ -120,6 +120,15 @@ def check_job(cfg: SubmitConfig) -> None:
     cluster = cfg.cluster
     if not _TIME.fullmatch(cluster.time):
         raise UserError(f"cluster.time={cluster.time} is not a time: write minutes, HH:MM:SS or DAYS-HH:MM:SS")
+    lines = {
+        "name": cfg.name,
+        "output": cfg.output,
+        "cluster.partition": cluster.partition,
+        "cluster.account": cluster.account,
+    }
+    for option, value in lines.items():
+        if "\n" in str(value):
+            raise UserError(f"{option}={value!r} has a line break, and an option of sbatch is one line: leave it out")
     for option in cluster.sbatch:
         if not option.startswith("--") or "\n" in option:
             raise UserError(

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 # Tiny models: threads that wait for one another cost more than they save, in this process and in those it starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,6 +36,16 @@ def _bf16_has_its_mark(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if computing.seen() and request.node.get_closest_marker("bf16") is None:
         pytest.fail("computes with a bfloat16 model: mark it bf16", pytrace=False)
+
+
+@pytest.fixture
+def alone() -> Iterator[Any]:
+    """A process group of this process, for functions that reduce over one."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

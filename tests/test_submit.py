@@ -13,7 +13,7 @@ from hydra import initialize_config_dir
 from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF, compose, presets, words_after_dashes
-from minitron_megatron.submit import SCRIPT, read_command, submit
+from minitron_megatron.submit import SCRIPT, read_command, render, submit
 from tests.slurm_cluster import programs_by_name
 from tests.test_commands import environment, error_of, free_port, run
 
@@ -194,3 +194,98 @@ def test_torchrun_passes_signals_on_and_ends_as_its_processes_do(tmp_path, numbe
         time.sleep(0.1)
     job.send_signal(number)
     assert job.wait(60) == 75
+
+
+def jobs_of(tmp_path, script, **variables):
+    """What a script that is run where sbatch is gives to it: (words of each job, what it says)."""
+    said = tmp_path / "sbatch"
+    programs = programs_by_name(
+        tmp_path / "programs",
+        sbatch=f"printf '%s\\n' \"$*\" >> '{said}'; wc -l < '{said}'",
+        python="echo 'candidates of each rung: 4 2 1'",
+    )
+    (tmp_path / "activate").write_text("")
+    done = subprocess.run(
+        ["bash", str(ROOT / "slurm" / f"{script}.sh")], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env={**os.environ, "ROOT": str(ROOT), "ACTIVATE": str(tmp_path / "activate"), **variables,
+             "PATH": f"{programs}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    return [line.split() for line in said.read_text().splitlines()], done.stdout
+
+
+def test_rungs_wait_for_one_another(tmp_path):
+    """Each for the one before; as many tasks as candidates."""
+    jobs, said = jobs_of(tmp_path, "halving", FOUND="f", DATA="d", AT_ONCE="3")
+    after = [[word for word in words if word.startswith("--dependency")] for words in jobs]
+    assert after == [[], *([f"--dependency=afterok:{n}"] for n in (1, 2, 3))]
+    assert [word for words in jobs for word in words if word.startswith("--array")] == [
+        "--array=1-4%3", "--array=1-2%3", "--array=1-1%3",
+    ]  # fmt: skip
+    assert all("--kill-on-invalid-dep=yes" in words for words in jobs) and "rung 3 4 (1 candidates)" in said
+
+
+def test_jobs_of_the_road_wait_for_one_another(tmp_path):
+    jobs, _ = jobs_of(tmp_path, "road", HF="hf", CORPUS="c", NODES="2")
+    after = [next((word for word in words if word.startswith("--dependency")), "") for words in jobs]
+    assert after == ["", *(f"--dependency=afterok:{n}" for n in ("1", "2", "3", "2", "4:5", "6", "6"))]
+    assert all("--kill-on-invalid-dep=yes" in words for words in jobs)
+
+
+def test_every_start_has_a_rendezvous_of_its_own(started):
+    """One is used once: two starts of a job differ; all are on the first node, at a port of the job."""
+    found = []
+    for _ in range(3):
+        before, _ = started(ROOT / "slurm" / "run.sh", "evaluate", "output=x")
+        found.append(before[before.index("--rdzv-id") + 1])
+        assert before[before.index("--rdzv-endpoint") + 1] == "node1:20007"
+    assert len(set(found)) > 1 and all(one.startswith("7-") for one in found)
+
+
+def test_options_of_a_user_go_over_those_of_a_script(started):
+    """They come last: of one option that is given twice the last counts."""
+    variables = {"TEACHER": "t", "STUDENT": "s", "DATA": "d", "MODEL": "m", "SCORES": "c", "FOUND": "f"}
+    for script in ("distill_4b", "distill_mn_8b", "correct_teacher", "importance", "prune_4b"):
+        _, words = started(ROOT / "slurm" / f"{script}.sh", "mine=1", **variables)
+        assert words[-1] == "mine=1"
+
+
+def test_the_output_of_run_is_the_word_that_says_so(started, tmp_path):
+    """Not one that has it inside."""
+    started(ROOT / "slurm" / "run.sh", "evaluate", "data.output=no/x", "output=yes/x", "hydra_output=no/y")
+    assert (tmp_path / "yes").is_dir() and not (tmp_path / "no").exists()
+
+
+def test_a_chain_has_the_processes_of_all_nodes(tmp_path):
+    """compress.sh runs its program on the first node; what starts a stage is on all of them."""
+    said = tmp_path / "said"
+    programs = programs_by_name(
+        tmp_path / "programs", scontrol="echo node1; echo node2", squeue="echo RUNNING",
+        python=f"printf '%s\\0' \"$@\" > '{said}'; exit 2",
+    )  # fmt: skip
+    (tmp_path / "activate").write_text("")
+    job = {
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "7",
+        "ROOT": str(ROOT),
+        "GPUS": "4",
+    }
+    given = {"MODEL": "m", "DATA": "d", "CHAIN": "c", "ACTIVATE": str(tmp_path / "activate")}
+    done = subprocess.run(
+        ["bash", str(ROOT / "slurm" / "compress.sh"), "mine=1"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, **job, **given, "PATH": f"{programs}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    words = said.read_text().split("\0")[:-1]
+    assert "processes=8" in words and words[-1] == "mine=1" and "parallel.tensor=8" in words
+    assert any(word.startswith("start=srun --nodes=2") and "--nproc-per-node 4" in word for word in words)
+
+
+def test_only_what_saves_is_signalled_before_the_limit(hydra):
+    for words, signalled in (
+        (["distill", "teacher=t", "student=s", "data.path=d", "output=o"], True),
+        (["evaluate", "model=m", "data.path=d", "output=o"], False),
+    ):
+        cfg = compose("submit", ["output=j", "command=x", "cluster.save_seconds=77"])
+        text = render(cfg, words[0], words[1:], compose(words[0], words[1:]))
+        assert ("--signal=B:USR1@77" in text) is signalled and "--requeue" in text
