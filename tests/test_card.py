@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from minitron_megatron.checkpoints.card import counts
 from minitron_megatron.checkpoints.folder import open_model_folder, output_folder
 from minitron_megatron.checkpoints.hf import export_hf, import_hf
 from minitron_megatron.config import ExportHfConfig, ImportHfConfig, PruneConfig
@@ -114,3 +116,34 @@ def test_results_must_be_evaluations_of_this_model(pruned, tmp_path):
         with pytest.raises(UserError, match=why):
             exported(pruned, results=[results])
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "shown"),
+    [
+        ("distill.top_k", {"distill.top_k": 5, "distill.loss": "topk_kl"}, True),
+        ("distill.top_k", {"distill.top_k": 5, "distill.loss": "forward_kl"}, False),
+        ("distill.cross_entropy", {"distill.cross_entropy": 0.0}, False),
+        ("distill.cross_entropy", {"distill.cross_entropy": 0.5}, True),
+        ("optim.weight_decay", {"optim.weight_decay": 0.0}, True),
+        ("trainer.fp8", {"trainer.fp8": "none"}, False),
+        ("seed", {}, False),
+    ],
+)
+def test_only_options_that_did_something_are_a_recipe(option, values, shown):
+    assert counts(option, values.get) is shown
+
+
+def test_the_commands_of_a_card_are_in_their_order(pruned):
+    """As they are typed again: the import before the pruning, whatever they are called."""
+    for folder, command in ((pruned.parent / "source", "z first"), (pruned, "a second")):
+        manifest = yaml.safe_load((folder / "manifest.yaml").read_text())
+        (folder / "manifest.yaml").write_text(yaml.safe_dump({**manifest, "command": command}))
+    text = (exported(pruned) / "README.md").read_text()
+    assert text.index("z first") < text.index("a second")
+
+
+@pytest.mark.parametrize("license", [None, "mit"])
+def test_a_card_says_which_parts_are_missing(pruned, license):
+    text = (exported(pruned, license=license) / "README.md").read_text()
+    assert ("such as the license, intended use" in text) == (license is None) and "intended use" in text

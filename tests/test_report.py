@@ -186,6 +186,11 @@ def test_time_is_that_of_all_processes(tmp_path):
     assert run.name == "run" and process_seconds(run) == pytest.approx(120)
     manifest = read_manifest(tmp_path / "other")
     assert process_seconds(other) == manifest["seconds"] * manifest["processes"] and other.device == "cpu"
+    of_three = replace(other, manifest={**manifest, "processes": 3, "seconds": 7.0})
+    assert (
+        process_seconds(of_three) == 21
+        and process_seconds(replace(other, manifest={"seconds": 7.0, "results": {}})) is None
+    )
 
 
 def test_published_figures_stand_beside_models_of_those_sizes(tmp_path):
@@ -509,3 +514,9 @@ def test_a_run_takes_what_its_starts_took(tmp_path):
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     ((run,), _) = find([str(tmp_path)])
     assert process_seconds(run) == pytest.approx(60 + run.manifest["seconds"])
+
+
+def test_the_page_allows_nothing_from_elsewhere(written):
+    page = (written / "report.html").read_text()
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    assert policy.split("; ")[0] == "default-src 'none'" and "http" not in policy and "*" not in policy

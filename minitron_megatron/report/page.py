@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jinja2
 
+from minitron_megatron.plain_text import escaped
 from minitron_megatron.report.plots import CSS_COLOURS
 
 # Cells of so many characters stay in one line.
@@ -67,7 +68,7 @@ class Section:
 def write_page(file: Path, title: str, subtitle: str, sections: Sequence[Section]) -> None:
     """Write the HTML page; text is escaped, SVG is taken as it is."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
     )
     template = environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     numbered = iter(range(10**6))
@@ -81,6 +82,11 @@ def write_page(file: Path, title: str, subtitle: str, sections: Sequence[Section
     file.write_text(text, encoding="utf-8")
 
 
+def _shown(value: object) -> object:
+    """A value of the template: what no page may have, such as an escape sequence, is shown as what it is."""
+    return value if not isinstance(value, str) or hasattr(value, "__html__") else escaped(value)
+
+
 def inline(figure: Figure, prefix: str) -> str:
     """A figure's SVG as part of a page: ids that no other plot has, the page's colours, its caption as its name."""
     svg = re.sub(r"<style.*?</style>|<!--.*?-->|<defs>\s*</defs>", "", figure.svg, flags=re.DOTALL)
@@ -92,7 +98,7 @@ def inline(figure: Figure, prefix: str) -> str:
     head, _, rest = svg.partition(">")
     if not figure.natural:
         head = re.sub(r'\s(width|height)="[^"]*"', "", head)
-    return f'{head} role="img"><title>{html.escape(figure.caption)}</title>{rest}'
+    return f'{head} role="img"><title>{html.escape(escaped(figure.caption))}</title>{rest}'
 
 
 def write_card(file: Path, title: str, subtitle: str, sections: Sequence[Section]) -> None:
@@ -106,7 +112,7 @@ def write_card(file: Path, title: str, subtitle: str, sections: Sequence[Section
             lines += ["", *([table.caption, ""] if table.caption else []), *_markdown(table)]
         if section.commands:
             lines += ["", "```", *section.commands, "```"]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    file.write_text(escaped("\n".join(lines)) + "\n", encoding="utf-8")
 
 
 def _markdown(table: Table) -> list[str]:
