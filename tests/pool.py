@@ -30,6 +30,9 @@ import torch.distributed as dist
 from minitron_megatron.parallel.layout import Layout
 
 WORKERS = 4
+# Workers are forks of one process that has imported what takes long, and started no thread.
+_CONTEXT = get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["megatron.core.optimizer", "tests.jobs"])
 # What other ranks need to notice that one of them failed.
 GRACE = 10.0
 
@@ -92,8 +95,8 @@ class Pool:
         self._end([rank for rank, (process, _) in self._workers.items() if not process.is_alive()])
         missing = [rank for rank in range(world_size) if rank not in self._workers]
         for rank in missing:
-            ours, theirs = get_context("spawn").Pipe()
-            process = get_context("spawn").Process(target=_work, args=(rank, theirs, self._stack_file(rank)))
+            ours, theirs = _CONTEXT.Pipe()
+            process = _CONTEXT.Process(target=_work, args=(rank, theirs, self._stack_file(rank)))
             process.start()
             theirs.close()
             self._workers[rank] = process, ours
