@@ -10,7 +10,7 @@ MINUTES ?= 15
 # Two files of tests at once where there are two cores and 9 GiB: one alone uses a core, and what it starts (at most four ranks) 4 GiB.
 AT_ONCE := $(shell [ "$$(nproc)" -ge 2 ] && awk '/^MemAvailable/ {exit $$2 < 9e6}' /proc/meminfo && printf '%s' '-n 2 --dist loadfile')
 
-.PHONY: help setup demo test test-slow test-bf16 lint lock clean
+.PHONY: help setup demo test test-slow test-bf16 mutants lint lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ test-slow: $(READY) ## the slow tests: whole commands under torchrun, larger mod
 
 test-bf16: $(READY) ## tests that compute in bfloat16, slow ones too; ONEDNN_MAX_CPU_ISA=AVX2 makes them those of older processors
 	.venv/bin/python -m pytest $(AT_ONCE) -m "bf16 and not gpu"
+
+mutants: $(READY) ## which small bugs the tests would notice: hours; MUTANTS="room=prune slow=true" (docs/development.md)
+	.venv/bin/python -m tests.mutants $(MUTANTS)
 
 lint: $(READY) ## ruff: rules and format
 	.venv/bin/ruff check .

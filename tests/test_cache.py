@@ -6,6 +6,7 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -361,3 +362,18 @@ def test_impossible_caches_are_refused(sources, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "training samples" in shown and "hours on 1 h100 (at 54% of the peak in bf16)" in shown and "GiB" in shown
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checksum_is_of_one_sample_of_one_cache():
+    """Of its split and number, of what it is a cache of, and of every byte."""
+    ids, rest = np.arange(6, dtype=np.uint8), np.ones(2, np.float32)
+    known = {
+        SMALL.checksum("train", 1, ids, rest),
+        SMALL.checksum("train", 2, ids, rest),
+        SMALL.checksum("validation", 1, ids, rest),
+        replace(SMALL, temperature=2.0).checksum("train", 1, ids, rest),
+        replace(SMALL, model="another").checksum("train", 1, ids, rest),
+        SMALL.checksum("train", 1, ids[::-1], rest),
+        SMALL.checksum("train", 1, ids, rest * 2),
+    }
+    assert len(known) == 7

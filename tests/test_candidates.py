@@ -13,6 +13,7 @@ from scipy.stats import spearmanr
 
 from minitron_megatron import stages
 from minitron_megatron.candidates import halving
+from minitron_megatron.candidates import run as running
 from minitron_megatron.candidates.run import distill_candidates
 from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.distill.cache_teacher import cache_teacher
@@ -339,3 +340,24 @@ def test_damage_and_another_folder_are_told(folders, tmp_path):
     with pytest.raises(UserError, match="is damaged"):
         start(words((found, folders[1]), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_rung_is_reached_when_it_is_validated_and_saved(tmp_path):
+    """By a line of this very step, and a checkpoint of it or a later one; the last rung by the published model."""
+    lines = (
+        {"step": 4, "validation_loss": 3.0},
+        {"step": 5, "loss": 1.0},
+        {"step": 5, "validation_loss": 2.0},
+        {"step": 6, "loss": 1.0},
+    )
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "validat')
+    assert running.validation_after(tmp_path, 5) == lines[2] and running.validation_after(tmp_path, 6) is None
+    assert not running._reached(tmp_path, 5, published=False)
+    (tmp_path / "checkpoints" / "step_00000004").mkdir(parents=True)
+    assert not running._reached(tmp_path, 5, published=False)
+    (tmp_path / "checkpoints" / "step_00000005").mkdir()
+    assert running._reached(tmp_path, 5, published=False) and not running._reached(tmp_path, 6, published=False)
+    assert not running._reached(tmp_path, 5, published=True)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "manifest.yaml").touch()
+    assert running._reached(tmp_path, 5, published=True)

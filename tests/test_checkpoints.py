@@ -91,6 +91,11 @@ def test_a_random_model_is_the_same_for_any_number_of_ranks(gloo, tmp_path):
         digests.append(open_model_folder(output).digest)
     assert digests[0] == digests[1]
     verify_digest(open_model_folder(tmp_path / "1"))
+    # Each chunk is written once, and ranks share them out.
+    whole, *shares = (
+        [file.stat().st_size for file in sorted((tmp_path / ranks / "weights").glob("*.distcp"))] for ranks in "13"
+    )
+    assert len(shares[0]) == 3 and max(shares[0]) < 0.6 * whole[0] and sum(shares[0]) < 1.2 * whole[0]
 
 
 def random_sizes():

@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from minitron_megatron.compress import SUMMARY, compress
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF, compose, presets
 from minitron_megatron.models.axes import count_parameters
-from minitron_megatron.stages import Stages
+from minitron_megatron.stages import Stages, run_program
 from tests.slurm_cluster import programs_by_name
 from tests.test_commands import ROOT, environment, error_of, run
 from tests.tiny import data_folder, hf_model, imported
@@ -398,3 +399,40 @@ def test_another_folder_is_left_alone(hydra, folders, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         rehearse(*words(folders, tmp_path / "file" / "chain")[1:])
+
+
+def test_a_stage_is_done_once_in_the_same_words(tmp_path):
+    """And while what it made is there; by another run too, which reads what is done."""
+    made, output = [], tmp_path / "out"
+
+    def run_it(stages, what):
+        stages.run("stage", output, lambda: made.append(what) or output.touch(), what)
+
+    stages = Stages(tmp_path / "stages.json")
+    for what, count in (("a", 1), ("a", 1), ("b", 2)):
+        run_it(stages, what)
+        assert len(made) == count
+    run_it(Stages(tmp_path / "stages.json"), "b")
+    assert len(made) == 2
+    output.unlink()
+    run_it(Stages(tmp_path / "stages.json"), "b")
+    assert made == ["a", "b", "b"]
+
+
+def test_a_stage_that_ignores_a_signal_is_not_followed(tmp_path):
+    """It ends as if nothing were; the whole ends for the signal, so that no other stage begins."""
+    ready = tmp_path / "ready"
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: None)"
+    code = f"{deaf}; open({str(ready)!r}, 'w').close(); time.sleep(0.5)"
+
+    def ask():
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    status, _ = run_program([sys.executable, "-c", code], 1)
+    asking.join()
+    assert status == 143
+    assert run_program([sys.executable, "-c", "import sys; sys.exit(7)"], 1)[0] == 7

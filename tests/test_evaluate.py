@@ -1,8 +1,10 @@
 """launch/evaluate.py: the same figures in every layout, and the same answers as lm-evaluation-harness's own backend."""
 
 import json
+import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,8 @@ from minitron_megatron.data.datasets import Windows
 from minitron_megatron.data.folder import open_data
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.evaluate import evaluate
-from minitron_megatron.evaluate.harness import Loaded, load
+from minitron_megatron.evaluate.harness import Loaded, _set_examples, load, wanted_tasks
+from minitron_megatron.evaluate.perplexity import loss_figures
 from tests.test_commands import error_of, run
 from tests.test_layers import TASK, WORDS, question
 from tests.test_models import names
@@ -295,3 +298,30 @@ def test_the_command_under_torchrun(made, tasks, tmp_path):
     assert "complete already" in run(*words).stdout
     unknown = run("evaluate", f"model={path}", "tasks=[winograde]", f"output={tmp_path / 'no'}")
     assert "did you mean winogrande?" in error_of(unknown) and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(("own", "asked", "taken"), [
+    (None, None, 0), (None, 3, 3), (5, None, 5), (5, 3, 3), (5, 0, 0), (0, None, 0), (0, 3, 0), (0, 0, 0),
+])  # fmt: skip
+def test_examples_of_a_task(caplog, own, asked, taken):
+    """What is asked for, else its own number; a task that says 0 has none, and that is said."""
+    config = {"num_fewshot": own}
+    task = SimpleNamespace(
+        task_name="t", get_config=config.get, set_config=lambda key, value: config.update({key: value})
+    )
+    _set_examples(task, asked)
+    assert config["num_fewshot"] == taken and len(caplog.records) == (own == 0 and bool(asked))
+
+
+@pytest.mark.parametrize("tasks", [{"a": -1}, {"a": 1.5}, {"a": True}, ["a", 1], {1: 2}, 5])
+def test_numbers_of_examples_that_cannot_be(tasks):
+    with pytest.raises(UserError, match="must be a list of names"):
+        wanted_tasks(tasks)
+    assert wanted_tasks({"a": 0, "b": None}) == {"a": 0, "b": None} and wanted_tasks("a") == {"a": None}
+
+
+@pytest.mark.parametrize("sum_of_losses", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_no_result(sum_of_losses):
+    with pytest.raises(UserError, match=r"model=m: the loss is (nan|inf); the weights or"):
+        loss_figures(sum_of_losses, 10, "model=m")
+    assert loss_figures(20.0, 10, "m", "teacher_") == {"teacher_loss": 2.0, "teacher_perplexity": math.exp(2.0)}

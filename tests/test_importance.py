@@ -2,10 +2,12 @@
 
 import copy
 import itertools
+import shutil
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
 from minitron_megatron.config import ImportanceConfig, ImportanceOptions, MergeScoresConfig
@@ -13,7 +15,7 @@ from minitron_megatron.data.datasets import training_samples
 from minitron_megatron.data.folder import open_data
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.measure import measure_importance
-from minitron_megatron.importance.merge import merge_scores
+from minitron_megatron.importance.merge import check_merge, merge_scores
 from minitron_megatron.importance.scores import load_scores
 from minitron_megatron.importance.statistics import AGGREGATIONS
 from tests import jobs, reference
@@ -151,3 +153,23 @@ def test_non_finite_activations_name_their_layer(measured, tmp_path):
     with pytest.raises(UserError, match="layer 2: non-finite activations at ffn"):
         measure_importance(cfg)
     assert not (tmp_path / "scores").exists()
+
+
+def test_parts_that_share_one_sample_are_not_merged(parts, tmp_path):
+    """Samples 0 and 1, and from 1 on; of another seed they are others."""
+    measure, a, *_ = parts
+    shares = measure("shares", 3, first_sample=1)
+    with pytest.raises(UserError, match="sample 1 was measured twice"):
+        merge_scores(MergeScoresConfig(scores=[str(shares), str(a)], output=str(tmp_path / "merged")))
+    check_merge(MergeScoresConfig(scores=[str(parts[2]), str(a)], output=str(tmp_path / "merged")))
+
+
+def test_scores_of_another_model_are_not_merged(parts, tmp_path):
+    _, a, b, _ = parts
+    other = tmp_path / "other"
+    shutil.copytree(b, other)
+    manifest = yaml.safe_load((other / "manifest.yaml").read_text())
+    manifest["inputs"]["model"] = "blake3:another"
+    (other / "manifest.yaml").write_text(yaml.safe_dump(manifest))
+    with pytest.raises(UserError, match="measured on another model"):
+        check_merge(MergeScoresConfig(scores=[str(a), str(other)], output=str(tmp_path / "merged")))

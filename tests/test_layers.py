@@ -16,6 +16,7 @@ from minitron_megatron.data.folder import open_data
 from minitron_megatron.data.questions import QuestionFile, Request, buckets, encode, encode_all
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
+from minitron_megatron.importance import variants
 from minitron_megatron.importance.blocks import Block, contiguous_blocks, layer_passes
 from minitron_megatron.importance.layers import JUDGES, Judged, LayerAnalysis, load_layer_analysis
 from minitron_megatron.layer_analysis import _block_rows, analyse_layers
@@ -115,9 +116,15 @@ def test_what_is_measured_equals_deleted_layers_in_every_layout(gloo, plain, wan
 
 
 @pytest.mark.parametrize(
-    "options", [{"micro_batch_size": 1, "rows": 3}, {"micro_batch_size": 3}, {"micro_batch_size": 4}]
+    "options",
+    [
+        {"micro_batch_size": 1, "rows": 3, "head_positions": 1},
+        {"micro_batch_size": 3, "head_positions": 7},
+        {"micro_batch_size": 4, "head_positions": 64},
+    ],
 )
 def test_micro_batches_and_slices_change_nothing(gloo, plain, wanted, options):
+    """Nor how many positions go through the head at once."""
     _, path, data, questions = plain
     requests = requests_of(path, questions)
     arguments = (str(path), str(data), {}, [1, 4], requests, SAMPLES)
@@ -128,7 +135,9 @@ def test_micro_batches_and_slices_change_nothing(gloo, plain, wanted, options):
 
 
 def with_options(arguments: tuple, options: dict):
-    return jobs.layers_without(*arguments, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variants, "HEAD_POSITIONS", options.pop("head_positions"))
+        return jobs.layers_without(*arguments, **options)
 
 
 @pytest.mark.parametrize(("ranks", "layout"), [(1, {}), (2, {"pipeline": 2}), (2, {}), (2, {"tensor": 2})], ids=names)

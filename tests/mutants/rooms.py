@@ -1,0 +1,206 @@
+"""Which tests own which files: the room of a file, and the test files that are to notice a bug in it, the nearest first.
+
+Of several beginnings that fit a file's path the longest counts. tests/test_mutants.py holds that every file of the product has
+tests, and that every test file is somebody's.
+"""
+
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "minitron_megatron/"
+
+# Room: beginnings of paths (below the package where they have no slash in front), and their test files without test_ and .py.
+ROOMS = {
+    "commands": {
+        "": "mistakes light",
+        "cli/": "mistakes next light commands",
+        "cli/next_command.py": "next",
+        "config.py": "automatic lengths mistakes preset_files train distill",
+        "changing.py": "continuing checkpoints",
+        "effects.py": "idle continuing",
+        "idle.py": "idle",
+        "console.py": "environments evaluate next",
+        "errors.py": "plain_files mistakes ending",
+        "launcher.py": "preset_files lengths mistakes next submit plain_text",
+        "lengths.py": "lengths plain_files",
+        "measuring.py": "importance layers evaluate precision",
+        "outputs.py": "checkpoints search prune",
+        "plain_files.py": "plain_files",
+        "plain_text.py": "plain_text",
+        "preset_files.py": "preset_files",
+        "starts.py": "status train report",
+        "status.py": "status",
+        "words.py": "next preset_files",
+        "automatic.py": "automatic graphs",
+        "machine.py": "machine demo",
+        "/requirements/": "environments",
+        "/launch/": "commands readme",
+        "/conf/": "preset_files submit search compress readme",
+        "/docker/": "environments",
+    },
+    "ending": {
+        "ending.py": "ending",
+        "claims.py": "ending plain_files",
+        "first_moments.py": "ending",
+        "parallel/torchrun.py": "ending submit",
+    },
+    "parallel": {
+        "parallel/": "parallel precision graphs",
+        "parallel/deciding.py": "deciding parallel",
+        "parallel/fake.py": "foresee",
+        "parallel/hardware.py": "foresee",
+        "parallel/precision.py": "precision",
+    },
+    "models": {
+        "models/": "models axes distill families",
+        "models/axes.py": "axes models families search",
+        "models/families.py": "families models",
+        "models/fp8.py": "fp8",
+        "models/generation.py": "generation throughput",
+        "models/graphs.py": "graphs",
+        "models/guessing.py": "guessing",
+        "models/head.py": "blocks distill cache measures",
+        "models/kernels.py": "kernels",
+        "models/limits.py": "models levers search prune",
+        "models/loss.py": "correction distill",
+        "models/megatron_lm.py": "export_megatron",
+        "models/nemo.py": "nemo",
+        "models/objective.py": "correction distill train intermediate",
+        "models/shape.py": "models families axes",
+        "models/vocab_parallel.py": "blocks measures distill",
+    },
+    "checkpoints": {
+        "checkpoints/": "checkpoints families durable plain_files",
+        "checkpoints/card.py": "card",
+        "checkpoints/model_card.md.jinja": "card",
+        "checkpoints/lineage.py": "card report",
+        "checkpoints/folder.py": "durable checkpoints plain_files report",
+        "checkpoints/stamps.py": "inputs bounds checkpoints",
+        "checkpoints/megatron_lm.py": "export_megatron",
+        "checkpoints/nemo.py": "nemo",
+        "checkpoints/nemo_folder.py": "nemo",
+        "checkpoints/archive.py": "nemo",
+        "checkpoints/damage.py": "saved",
+        "checkpoints/digests.py": "saved",
+        "checkpoints/locks.py": "saved",
+        "checkpoints/zarr_arrays.py": "nemo",
+        "checkpoints/gguf.py": "families checkpoints",
+        "checkpoints/export_checks.py": "export_megatron nemo families",
+        "checkpoints/exporting.py": "export_megatron nemo checkpoints",
+    },
+    "data": {
+        "data/": "data encoding",
+        "data/encoding.py": "encoding",
+        "data/estimate.py": "one_command",
+        "data/questions.py": "layers evaluate",
+        "data/same_tokenizer.py": "inputs",
+        "data/vocabulary.py": "merging",
+    },
+    "importance": {
+        "importance/": "importance layers",
+        "importance/blocks.py": "layers prune",
+        "importance/kernels.py": "kernels",
+        "importance/scores.py": "prune search importance",
+        "importance/statistics.py": "blocks importance",
+        "importance/variants.py": "layers",
+        "layer_analysis.py": "layers prune",
+    },
+    "prune": {
+        "prune/": "prune merging",
+        "prune/cut.py": "blocks prune merging",
+        "prune/live.py": "live",
+        "prune/foresee.py": "live merging",
+        "prune/compare.py": "prune merging",
+    },
+    "distill": {
+        "distill/": "distill teachers",
+        "distill/cache.py": "cache",
+        "distill/cache_checks.py": "cache",
+        "distill/cache_teacher.py": "cache candidates",
+        "distill/contents.py": "cache",
+        "distill/intermediate.py": "intermediate",
+        "distill/losses.py": "blocks distill cache",
+        "distill/objective.py": "objective distill cache intermediate",
+        "distill/offload.py": "teachers",
+        "distill/routed.py": "teachers",
+        "distill/routing.py": "teachers",
+        "distill/teacher.py": "teachers distill",
+    },
+    "train": {
+        "train/": "train schedule",
+        "train/begin.py": "continuing",
+        "train/census.py": "foresee fp8 teachers",
+        "train/checkpoint.py": "restarts durable saved train intermediate",
+        "train/checks.py": "inputs train continuing",
+        "train/correct_teacher.py": "correction",
+        "train/foresee.py": "foresee automatic",
+        "train/guard.py": "schedule",
+        "train/memory.py": "foresee fp8 teachers",
+        "train/metrics.py": "train",
+        "train/optimizer.py": "schedule distill train",
+        "train/overlap.py": "graphs automatic",
+        "train/rounds.py": "teachers distill",
+        "train/run.py": "restarts train continuing levers saved",
+        "train/saved.py": "saved restarts inputs train plain_files",
+        "train/schedule.py": "schedule",
+        "train/speed.py": "foresee",
+    },
+    "evaluate": {"evaluate/": "evaluate layers"},
+    "report": {"report/": "report"},
+    "search": {"search/": "search"},
+    "candidates": {"candidates/": "candidates"},
+    "throughput": {"throughput/": "throughput"},
+    "chains": {
+        "stages.py": "compress inputs plain_files demo",
+        "composing.py": "compress one_command candidates",
+        "compress.py": "compress one_command",
+        "compress_plan.py": "one_command compress",
+        "choosing.py": "one_command",
+        "chosen.py": "one_command",
+        "demo.py": "demo",
+        "demo_plan.py": "demo",
+        "demo_speed.py": "demo",
+    },
+    "benchmark": {"benchmark/": "benchmark foresee memory"},
+    "slurm": {
+        "submit.py": "submit hostile",
+        "job.sh.jinja": "hostile submit",
+        "/slurm/": "restarts submit compress slurm",
+        "/slurm/common.sh": "restarts submit slurm",
+    },
+}  # fmt: skip
+# Beside those, for every file of Python: quick ones that go through the rooms.
+OF_ALL = ("bounds", "always")
+# Of the whole: a wheel, and this.
+OF_NONE = ("wheel", "mutants", "used")
+
+
+class Owner(NamedTuple):
+    """A room, and its test files for a file, the nearest first."""
+
+    room: str
+    tests: tuple[str, ...]
+
+
+def owner(file: str) -> Owner | None:
+    """Who owns a file, named as it lies in the repository."""
+    found = [
+        (len(beginning), room, tests)
+        for room, files in ROOMS.items()
+        for start, tests in files.items()
+        if file.startswith(beginning := start.removeprefix("/") if start.startswith("/") else PACKAGE + start)
+    ]
+    if not found:
+        return None
+    _, room, tests = max(found)
+    names = [*tests.split(), *(OF_ALL if file.endswith(".py") and file.startswith(PACKAGE) else ())]
+    return Owner(room, tuple(f"tests/test_{name}.py" for name in dict.fromkeys(names)))
+
+
+def product() -> list[str]:
+    """Every file of the product that can have a bug: programs and templates; links of the package to the repository are one."""
+    kinds = (".py", ".sh", ".jinja", ".html")
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    return [f for f in listed.stdout.split("\n") if f.endswith(kinds) and not f.startswith(("tests/", ".ci/", "docs/"))]
