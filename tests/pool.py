@@ -37,6 +37,18 @@ _CONTEXT.set_forkserver_preload(["megatron.core.optimizer", "tests.jobs"])
 GRACE = 10.0
 
 
+class _Gloo(dist.ProcessGroupGloo):
+    """Gloo with one device for all groups of a process: each of its own would be a loop that takes 10 ms to end."""
+
+    device: Any = None
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
+        options = dist.ProcessGroupGloo._Options()
+        type(self).device = self.device or dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")
+        options._devices, options._timeout, options._threads = [self.device], timeout, 2
+        super().__init__(store, rank, size, options)
+
+
 class WorkerError(Exception):
     """A rank raised or hung: the message has its traceback."""
 
@@ -47,6 +59,8 @@ class Pool:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="pool-")
         self._workers: dict[int, tuple[Any, Connection]] = {}
+        # Files as a store are looked at every 10 ms, and a layout has dozens of groups.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._calls = 0
         # pytest may die without ending its fixtures; multiprocessing would then wait for the workers forever.
         atexit.register(self.close)
@@ -74,7 +88,7 @@ class Pool:
         elif layout is not None:
             layout = replace(layout, world_size=world_size)
         self._calls += 1
-        store = os.path.join(self._folder.name, f"store-{self._calls}")
+        store = self._store.port, f"call {self._calls}"
         task = _pack((function, args, layout, seed, world_size, store, timeout))
         self._start(world_size)
         for rank in range(world_size):
@@ -187,6 +201,7 @@ def _work(rank: int, pipe: Connection, stack_file: str) -> None:
         from tests.computing import watch
 
         watch()
+        dist.distributed_c10d.ProcessGroupGloo = _Gloo
         with adapter():
             # What is imported stays: collecting garbage after every layout need not look at it.
             gc.freeze()
@@ -216,16 +231,16 @@ def _run(
     layout: Layout | None,
     seed: int,
     world_size: int,
-    store: str,
+    store: tuple[int, str],
     timeout: float,
 ) -> Any:
     from minitron_megatron.parallel.job import model_parallel
 
     limit = datetime.timedelta(seconds=timeout)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=limit
-    )
+    port, call = store
+    own = dist.PrefixStore(call, dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit))
+    dist.init_process_group("gloo", store=own, rank=rank, world_size=world_size, timeout=limit)
     try:
         if layout is None:
             return function(*args)
