@@ -666,6 +666,9 @@ class ImportHfConfig(CommandConfig):
     unread = (*_RUNS_NO_MODEL, "seed", "verify")
 
     hf: str = option(REQUIRED, "Hugging Face model folder with safetensors weights")
+    ignore_keys: list[str] = option(
+        [], "keys of config.json that are not known, and change nothing of what the model computes"
+    )
 
 
 @dataclass
@@ -678,6 +681,9 @@ class ImportNemoConfig(CommandConfig):
     tokenizer: str | None = option(None, "folder with a Hugging Face tokenizer, instead of the checkpoint's own")
     vocab_size: int | None = option(
         None, "tokens, where further rows of the embedding are padding; all rows if not given"
+    )
+    ignore_keys: list[str] = option(
+        [], "keys of its config that are not known, and change nothing of what the model computes"
     )
 
 
@@ -837,7 +843,9 @@ class SpaceConfig:
         "2 and 1 that the model itself divides by",
     )
     exportable: bool = option(
-        True, "leave out what transformers 5 refuses to load: a hidden_size that is no multiple of the query heads"
+        True,
+        "leave out what transformers 5 refuses to load as a Llama: a hidden_size that is no multiple of the query heads; it "
+        "would be exported as a Mistral, which computes the same",
     )
 
 

@@ -352,7 +352,7 @@ def test_models_that_compute_something_else_are_refused(models):
         "position_embedding_type='learned_absolute'": {"position_embedding_type": "learned_absolute"},
         "no family that is supported": {"activation_func": {"_target_": "torch.nn.functional.gelu"}},
         "num_layers is missing": {"num_layers": None},
-        "num_layers=a dict is not a number": {"num_layers": {}},
+        "num_layers=a mapping is not a number": {"num_layers": {}},
         "num_attention_heads=3 is not a multiple": {"num_attention_heads": 3},
     }
     for says, values in cases.items():
@@ -401,6 +401,21 @@ def test_weights_that_do_not_fit_are_refused(models, tmp_path):
     refused("older than distributed checkpoints")
     folder = packed(folder, tmp_path / "old.nemo")
     refused("older than distributed checkpoints")
+
+
+@pytest.mark.parametrize("form", ["torch_dist", "zarr"])
+def test_an_index_that_names_what_is_not_there_is_found_without_reading(models, tmp_path, form):
+    """By the dry run, as by the run."""
+    folder = unpacked(models("nemotron")[0], tmp_path / "unpacked", form)
+    stored = folder / "model_weights"
+    file = next(stored.glob("*.distcp")) if form == "torch_dist" else stored / "model.output_layer.weight" / "1.0"
+    os.truncate(file, file.stat().st_size - 1)
+    dry = ImportNemoConfig(nemo=str(folder), output=str(tmp_path / "x"), dry_run=True)
+    with pytest.raises(UserError, match=r"ends too soon|is damaged"):
+        import_nemo(dry)
+    file.unlink()
+    with pytest.raises(UserError, match=r"is missing|cannot be read"):
+        import_nemo(dry)
 
 
 def test_what_nemo_cannot_say_is_refused(models):

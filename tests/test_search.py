@@ -410,7 +410,10 @@ def test_a_dry_run_counts_and_writes_nothing(source, scores_folder, tmp_path, mo
         (["space.ffn_hidden_size=[64]"], "space.ffn_hidden_size: 64 must be a whole number from 1 to the model's 48"),
         (["space.num_layers=[two]"], "space.num_layers: 'two' must be a whole number"),
         (["space.num_attention_heads=[7]"], "the space is empty: no space.num_attention_heads (7) goes with"),
-        (["space.num_attention_heads=[6]", "space.hidden_size=[20]"], "give space.exportable=false if transformers"),
+        (
+            ["space.num_attention_heads=[6]", "space.hidden_size=[20]"],
+            "give space.exportable=false, which has them exported as Mistral",
+        ),
         (["space.widths=3"], "unknown option 'space.widths' of launch/search.py"),
         (["rank.weights.hiden=3"], "did you mean rank.weights.hidden?"),
         (["rank.weights={layers:0,hidden:0,ffn:0,heads:0}"], "rank.weights are all 0"),

@@ -21,7 +21,7 @@ from minitron_megatron.config import ExportHfConfig, OptimConfig
 from minitron_megatron.console import format_value, markdown_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters
-from minitron_megatron.models.families import FAMILIES
+from minitron_megatron.models.families import class_of_export
 from minitron_megatron.models.shape import SIZES
 from minitron_megatron.train.schedule import reached
 
@@ -111,7 +111,7 @@ def model_card(cfg: ExportHfConfig, folder: ModelFolder, results: Sequence[Measu
         source_name=base if "pruned" in kinds else None,
         parameters=f"{count_parameters(folder.shape):,}",
         dtype=folder.shape.dtype,
-        architecture=FAMILIES[folder.shape.family].architecture,
+        architecture=class_of_export(folder.shape).architecture,
         kinds=kinds,
         license=cfg.license,
         tokenizer=folder.tokenizer_path.is_dir(),
@@ -129,7 +129,7 @@ def _front_matter(cfg: ExportHfConfig, base: str | None, folder: ModelFolder, ki
         "pipeline_tag": "text-generation",
         **({"license": cfg.license} if cfg.license else {}),
         **({"base_model": base} if base else {}),
-        "tags": [FAMILIES[folder.shape.family].model_type, "minitron", "megatron", *dict.fromkeys(kinds)],
+        "tags": [class_of_export(folder.shape).model_type, "minitron", "megatron", *dict.fromkeys(kinds)],
     }
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 

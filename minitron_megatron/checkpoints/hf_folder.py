@@ -3,8 +3,10 @@
 hf.py reads and writes the weights.
 """
 
+import logging
 import math
 import shutil
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,15 +24,20 @@ from minitron_megatron.models.axes import Slot, count_parameters, slots
 from minitron_megatron.models.families import shape_from_hf
 from minitron_megatron.models.limits import ITEMSIZES
 from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.plain_files import parse_json
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 # What travels beside the weights: the source's own config (its keys that are no sizes) and its tokenizer.
 HF_FILES = "huggingface"
 
 
-GENERATION, INDEX = "generation_config.json", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 CONFIG_FILES = ("config.json", GENERATION)
@@ -48,16 +55,30 @@ TOKENIZER_FILES = (
 )
 
 
-class HfFolder:
-    """A Hugging Face folder with safetensors weights: its shape, and any rows of any tensor."""
+# What stands beside weights that are no model by themselves: transformers loads another one, named in it, first.
+ADAPTER = "adapter_config.json"
+# Files beside the weights that must be whole, small enough to be looked into at once.
+_SMALL_JSON = (GENERATION, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# Bytes that two tensors are compared by.
+_COMPARED = 2**22
 
-    def __init__(self, path: Path | str) -> None:
+
+class HfFolder:
+    """A Hugging Face folder with safetensors weights: its shape, and any rows of any tensor.
+
+    `ignored` are keys of config.json that are not known, of which the user says that they change nothing. Raises UserError.
+    """
+
+    def __init__(self, path: Path | str, ignored: Collection[str] = ()) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"hf={self.path} does not exist or is not a folder: give a Hugging Face model folder")
+        if (self.path / ADAPTER).is_file():
+            raise UserError(f"{self.path} is an adapter ({ADAPTER}): merge it into its model first")
         self.config = load_json(self.path / "config.json")
-        self.shape = shape_from_hf(self.config, str(self.path / "config.json"))
+        shape = shape_from_hf(self.config, str(self.path / "config.json"), ignored)
         self.files = self._index()
+        self.shape = shape if self._tied(shape) else shape.resized(tied_embeddings=False)
 
     @cached_property
     def stamps(self) -> dict[str, str]:
@@ -66,21 +87,68 @@ class HfFolder:
         return file_stamps(self.path, [*set(self.files.values()), *(self.path / name for name in beside)])
 
     def _index(self) -> dict[str, Path]:
-        index, single = self.path / INDEX, self.path / "model.safetensors"
-        if index.is_file():
-            names = load_json(index).get("weight_map", {})
-            if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-                raise UserError(f"{index} is damaged: weight_map does not name files")
-            files = {name: self.path / file for name, file in names.items()}
-        elif single.is_file():
-            files = dict.fromkeys(self._names(single), single)
-        else:
+        """The file of each tensor, from the source that transformers takes: the single file before an index."""
+        index, single = self.path / INDEX, self.path / SINGLE
+        if single.is_file():
+            self._name_the_other_source(index)
+            return dict.fromkeys(self._names(single), single)
+        if not index.is_file():
             hint = " (.bin files can execute code: convert them)" if list(self.path.glob("*.bin")) else ""
-            raise UserError(f"{self.path} has no model.safetensors or its index{hint}")
+            raise UserError(f"{self.path} has no {SINGLE} or its index{hint}")
+        names = load_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(map(_is_file_name, names.values())):
+            raise UserError(f"{index} is damaged: weight_map does not name files of the folder")
+        files = {name: self.path / file for name, file in names.items()}
         missing = sorted({str(file) for file in files.values() if not file.is_file()})
         if missing:
             raise UserError(f"{missing[0]} is missing: the index of {self.path} names it")
         return files
+
+    def _name_the_other_source(self, index: Path) -> None:
+        """Say that there is an index of other files beside the single one, as saving over an older model leaves it."""
+        try:
+            names = load_json(index).get("weight_map") if index.is_file() else {}
+        except UserError:
+            names = None
+        plain = isinstance(names, dict) and all(map(_is_file_name, names.values()))
+        if not plain or set(names.values()) - {SINGLE}:
+            log.warning(
+                "%s: taken from %s, as transformers does; %s names other files: remove one", self.path, SINGLE, INDEX
+            )
+
+    def _tied(self, shape: ModelShape) -> bool:
+        """Whether one matrix stands at both ends: not where the folder has another head, which transformers then takes."""
+        if not shape.tied_embeddings or not {_EMBEDDING, _HEAD} <= set(self.files) or self._equal(_EMBEDDING, _HEAD):
+            return shape.tied_embeddings
+        log.warning(
+            "%s: %s differs from %s, though config.json ties them: taken as untied, as transformers does",
+            self.path,
+            _HEAD,
+            _EMBEDDING,
+        )
+        return False
+
+    def _equal(self, *names: str) -> bool:
+        """Whether two tensors have the same bytes. Raises UserError where a file lacks one."""
+        (first, one), (second, other) = (self._bytes(name) for name in names)
+        if first != second or len(one) != len(other):
+            return False
+        starts = range(0, len(one), _COMPARED)
+        return all(np.array_equal(one[at : at + _COMPARED], other[at : at + _COMPARED]) for at in starts)
+
+    def _bytes(self, name: str) -> tuple[Any, np.ndarray]:
+        """Dtype and shape of a tensor, and its bytes as they lie in the file."""
+        file = self.files[name]
+        if name not in self._names(file):
+            raise self._lacks(file, name)
+        with open(file, "rb") as there:
+            length = int.from_bytes(there.read(8), "little")
+            about = parse_json(there.read(length))[name]
+        start, stop = about["data_offsets"]
+        place = 8 + length + start
+        if start == stop:
+            return (about["dtype"], about["shape"]), np.empty(0, np.uint8)
+        return (about["dtype"], about["shape"]), np.memmap(file, np.uint8, "r", place, (stop - start,))
 
     def _names(self, file: Path) -> list[str]:
         try:
@@ -90,20 +158,37 @@ class HfFolder:
             pass_on_unless_damage(error)
             raise UserError(f"{file} is damaged ({error}): download it again") from None
 
+    def _lacks(self, file: Path, name: str) -> UserError:
+        return UserError(f"{file} has no {name}, which {INDEX} says is in it: download both again")
+
     def check(self) -> None:
         """Every tensor of the table is there with its shape and one dtype, and nothing else is. Raises UserError."""
         wanted = {name: shape for slot in slots(self.shape) for name, shape in hf_tensors(slot, self.shape).items()}
-        spare = {"lm_head.weight"} if self.shape.tied_embeddings else set()
-        unknown = sorted(n for n in set(self.files) - set(wanted) - spare if not n.endswith("rotary_emb.inv_freq"))
+        spare = {_HEAD} if self.shape.tied_embeddings else set()
+        unknown = sorted(n for n in set(self.files) - set(wanted) - spare if not _is_buffer(n))
         missing = sorted(set(wanted) - set(self.files))
         if missing or unknown:
             what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is not a tensor of {self.shape.family}"
             raise UserError(f"{self.path}: {what} ({len(missing)} missing, {len(unknown)} unknown)")
         for file in sorted(set(self.files.values())):
-            self._names(file)
+            names = set(self._names(file))
+            self._check_index(file, names)
             with safe_open(file, "numpy") as tensors:
-                for name in set(tensors.keys()) & set(wanted):
+                for name in names & set(wanted):
                     self._check_tensor(name, tensors.get_slice(name), wanted[name])
+        for name in _SMALL_JSON:
+            if (self.path / name).is_file():
+                load_json(self.path / name)
+
+    def _check_index(self, file: Path, names: set[str]) -> None:
+        """Raise UserError where a file has other tensors than its index says: transformers reads all that is there."""
+        said = {name for name, there in self.files.items() if there == file}
+        if said - names:
+            raise self._lacks(file, min(said - names))
+        more = sorted(name for name in names - said if not _is_buffer(name))
+        if more:
+            where = f"says it is in {self.files[more[0]].name}" if more[0] in self.files else "does not name it"
+            raise UserError(f"{file} has {more[0]}, and {INDEX} {where}: leave the one that is right")
 
     def _check_tensor(self, name: str, there: Any, shape: tuple[int, ...]) -> None:
         dtype = {"F32": "float32", "BF16": "bfloat16"}.get(there.get_dtype(), there.get_dtype())
@@ -116,6 +201,15 @@ class HfFolder:
         """Rows `start` to `stop` of a tensor. The file is mapped only while it is read, so memory does not grow."""
         with safe_open(self.files[name], "pt") as tensors:
             return tensors.get_slice(name)[start:stop]
+
+
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and not Path(value).is_absolute() and ".." not in Path(value).parts
+
+
+def _is_buffer(name: str) -> bool:
+    """Whether a tensor follows from the config, and was stored all the same by older programs."""
+    return name.endswith("rotary_emb.inv_freq")
 
 
 def hf_tensors(slot: Slot, shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -135,11 +229,22 @@ def write_shape(folder: Path, shape: ModelShape) -> None:
     (folder / SHAPE_FILE).write_text(yaml.safe_dump(shape.to_dict(), sort_keys=False), encoding="utf-8")
 
 
-def copy_companions(source: ModelFolder, target: Path) -> None:
-    """Copy tokenizer and Hugging Face files from one model folder into another that is being written."""
+def copy_companions(source: ModelFolder, target: Path, data: Path | None = None) -> None:
+    """Copy tokenizer and Hugging Face files from one model folder into another that is being written.
+
+    Where the source has no tokenizer, that of a data folder is taken: the one that made the tokens it was trained on.
+    """
     for name in (TOKENIZER, HF_FILES):
         if (source.path / name).is_dir():
             shutil.copytree(source.path / name, target / name)
+    if (target / TOKENIZER).is_dir():
+        return
+    if data is not None:
+        copy_files(data / TOKENIZER, target / TOKENIZER, TOKENIZER_FILES)
+    if (target / TOKENIZER).is_dir():
+        log.info("the tokenizer is that of %s: %s has none", data, source.path)
+    else:
+        log.warning("%s has no tokenizer, so the new model has none: it cannot be used on text", source.path)
 
 
 def companion_stamps(folder: ModelFolder) -> dict[str, str]:

@@ -47,6 +47,10 @@ class _Properties:
         self.dtype = state["dtype"] if isinstance(state, dict) else state[0]
 
 
+class _Stored:
+    """Stands for where a piece is stored: relative_path, offset, length."""
+
+
 _METADATA = "torch.distributed.checkpoint.metadata"
 # Indices of megatron.core 0.15: torch's, with fields more about optimizer states and the plans by which it was written.
 MEGATRON, PLANNER = "megatron.core.dist_checkpointing.strategies.torch", "torch.distributed.checkpoint.planner"
@@ -58,7 +62,7 @@ STAND_INS: dict[tuple[str, str], Any] = {
     ("pathlib", "PosixPath"): Ignored,
     ("pathlib", "Path"): Ignored,
     ("torch.serialization", "_get_layout"): Ignored,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): Ignored,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Stored,
     (_METADATA, "Metadata"): _Index,
     (_METADATA, "TensorStorageMetadata"): _Tensor,
     (_METADATA, "TensorProperties"): _Properties,
@@ -115,6 +119,26 @@ def _tensors(file: IO[bytes]) -> dict[str, Stored | None]:
 def stored_tensors(folder: Path) -> dict[str, Stored | None]:
     """Global shape and dtype of every tensor of a distributed checkpoint, by key; None for what is none. Raises UserError."""
     return read_with(folder, _tensors)
+
+
+def _ends(file: IO[bytes]) -> dict[str, int]:
+    index = _Unpickler(file).load()
+    if not isinstance(index, _Index) or not isinstance(index.storage_data, dict):
+        raise pickle.UnpicklingError("no places of tensors in it")
+    ends: dict[str, int] = {}
+    for piece in index.storage_data.values():
+        ends[str(piece.relative_path)] = max(ends.get(str(piece.relative_path), 0), piece.offset + piece.length)
+    return ends
+
+
+def check_files(folder: Path) -> None:
+    """Raise UserError where a distributed checkpoint's index names a file that is not there, or bytes beyond its end."""
+    for name, end in read_with(folder, _ends).items():
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            raise UserError(f"{file} is missing, or of another folder: {folder}/.metadata names it")
+        if file.stat().st_size < end:
+            raise UserError(f"{file} ends too soon: {folder}/.metadata names {end} bytes of it")
 
 
 def short(error: BaseException) -> str:

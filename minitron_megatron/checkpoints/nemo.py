@@ -75,7 +75,7 @@ def import_nemo(cfg: ImportNemoConfig, checked: Opened | None = None) -> None:
                 return
             began = time.monotonic()
             if archive:
-                source = _unpack(archive, out.path, source, cfg.vocab_size)
+                source = _unpack(archive, out.path, source, cfg)
             out.digest = write_weights(out.path / WEIGHTS, source.shape, source.fill, "import")
             if collectives.is_rank_zero():
                 write_shape(out.path, source.shape)
@@ -86,7 +86,7 @@ def import_nemo(cfg: ImportNemoConfig, checked: Opened | None = None) -> None:
         print_shape(f"{cfg.output}: imported from {path}", source.shape, out.results)
 
 
-def _unpack(archive: Archive, output: Path, index: NemoFolder, vocab_size: int | None) -> NemoFolder:
+def _unpack(archive: Archive, output: Path, index: NemoFolder, cfg: ImportNemoConfig) -> NemoFolder:
     """Unpack an archive beside the weights that are made of it, for as long as they are; rank 0 does, every rank reads."""
     need = archive.need(_is_wanted)
     what = f"{archive.path} unpacked and imported"
@@ -101,7 +101,7 @@ def _unpack(archive: Archive, output: Path, index: NemoFolder, vocab_size: int |
         return [*target.glob("*"), *target.glob("*/*")]
 
     wait_until_seen(*ask_rank_zero(unpack))
-    return NemoFolder(target, str(archive.path), vocab_size)
+    return NemoFolder(target, str(archive.path), cfg.vocab_size, cfg.ignore_keys)
 
 
 def _copy_tokenizer(cfg: ImportNemoConfig, source: NemoFolder, target: Path) -> None:

@@ -4,6 +4,7 @@ nemo.py reads and writes the weights.
 """
 
 import tempfile
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from minitron_megatron.checkpoints.archive import Archive
 from minitron_megatron.checkpoints.folder import WEIGHTS, load_yaml
 from minitron_megatron.checkpoints.hf_folder import TOKENIZER_FILES
-from minitron_megatron.checkpoints.index import Stored, stored_tensors
+from minitron_megatron.checkpoints.index import Stored, check_files, stored_tensors
 from minitron_megatron.checkpoints.stamps import file_stamps, stamp_of_folder
 from minitron_megatron.checkpoints.zarr_arrays import HEADER, ZarrArrays
 from minitron_megatron.config import ImportNemoConfig
@@ -46,10 +47,11 @@ class _Tensors(Protocol):
 class NemoFolder:
     """A NeMo checkpoint as a folder: its shape, and any rows of any tensor.
 
-    `where` is what errors call it; `vocab_size` the user's, if rows of the embedding from there on are padding.
+    `where` is what errors call it; `vocab_size` the user's, if rows of the embedding from there on are padding; `ignored` are
+    keys of its config that are not known, of which the user says that they change nothing. Raises UserError.
     """
 
-    def __init__(self, path: Path, where: str, vocab_size: int | None = None) -> None:
+    def __init__(self, path: Path, where: str, vocab_size: int | None = None, ignored: Collection[str] = ()) -> None:
         self.where = where
         inside = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
         self.root = next((folder for folder in (path, *inside) if _config_file(folder)), None)
@@ -57,7 +59,7 @@ class NemoFolder:
             raise UserError(
                 f"{where} has neither {CONTEXT}/{MODEL_FILE} (NeMo 2) nor {NEMO1_CONFIG} (.nemo): give a whole NeMo checkpoint"
             )
-        self.config, fields = _read_config(self.root, where)
+        self.config, fields = _read_config(self.root, where, ignored)
         # Without the embedding yet: a config that is not supported is told before the weights are looked at.
         first = shape_from_nemo(fields, 1, "float32", None)
         self.weights, self.tensors = _stored(self.root, where)
@@ -72,8 +74,19 @@ class NemoFolder:
             f"{self.where}: its weights have no {PREFIX}{key}: it is not a checkpoint of Megatron-core's GPT model"
         )
 
-    def check(self) -> None:
-        """Every tensor of the table is there with its shape and one dtype, and nothing else is. Raises UserError."""
+    def _check_files(self, keys: Iterable[str]) -> None:
+        if (self.weights / ".metadata").is_file():
+            check_files(self.weights)
+        else:
+            arrays = ZarrArrays(self.weights)
+            for key in sorted(keys):
+                arrays.check_files(key)
+
+    def check(self, *, whole: bool = True) -> None:
+        """Every tensor of the table is there with its shape and one dtype, and nothing else is. Raises UserError.
+
+        Where the folder is `whole`, and not what says what an archive is, the files of the weights are there too.
+        """
         wanted = set()
         for slot in slots(self.shape):
             key, lead = self._place(slot)
@@ -86,6 +99,8 @@ class NemoFolder:
             if found[1] != self.shape.dtype:
                 raise UserError(f"{self.where}: {key} is {found[1]}, others are {self.shape.dtype}: store one dtype")
             wanted.add(key)
+        if whole:
+            self._check_files(wanted)
         # A tied model's last stage may have stored its copy, and without a prefix optimizer states lie beside the weights.
         spare = {self.prefix + str(slot.row.tied_path) for slot in slots(self.shape) if slot.row.tied_path}
         for key in sorted(set(self.tensors) - wanted - spare):
@@ -133,13 +148,13 @@ def _config_file(folder: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _read_config(root: Path, where: str) -> tuple[dict[str, Any], Fields]:
+def _read_config(root: Path, where: str, ignored: Collection[str]) -> tuple[dict[str, Any], Fields]:
     file = _config_file(root)
     assert file is not None
     if file.stat().st_size > _LARGEST_CONFIG:
         raise UserError(f"{where}: {file.name} has {file.stat().st_size} bytes: that is no model's config")
     config, name = load_yaml(file), f"{where}: {file.name}"
-    return config, (fields_of_nemo1 if file.name == NEMO1_CONFIG else fields_of_nemo2)(config, name)
+    return config, (fields_of_nemo1 if file.name == NEMO1_CONFIG else fields_of_nemo2)(config, name, ignored)
 
 
 def _stored(root: Path, where: str) -> tuple[Path, dict[str, Stored]]:
@@ -207,8 +222,8 @@ def check_import_nemo(cfg: ImportNemoConfig) -> Opened:
     scratch = tempfile.TemporaryDirectory(prefix="nemo-")
     try:
         archive = _open_archive(path, Path(scratch.name)) if path.is_file() else None
-        source = NemoFolder(Path(scratch.name) if archive else path, str(path), cfg.vocab_size)
-        source.check()
+        source = NemoFolder(Path(scratch.name) if archive else path, str(path), cfg.vocab_size, cfg.ignore_keys)
+        source.check(whole=archive is None)
         inputs = _stamps(cfg, path, source)
         check_command_output(cfg, inputs)
     except BaseException:

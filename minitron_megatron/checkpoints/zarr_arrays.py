@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 _DTYPES = {"<f4": "float32", "bfloat16": "bfloat16", "<f2": "float16"}
+# Integers of a number's width.
+_WIDTHS = {"float32": np.int32, "bfloat16": np.int16, "float16": np.int16}
 HEADER = ".zarray"
 
 
@@ -52,6 +54,13 @@ class ZarrArrays:
         if plain and sane and separator in (".", "/") and dtype is not None:
             self.tensors[key] = shape, dtype
             self.chunks[key], self.separators[key] = chunks, separator
+
+    def check_files(self, key: str) -> None:
+        """Raise UserError where a chunk of an array is missing, or has another size than the others."""
+        shape, chunks = self.tensors[key][0], self.chunks[key]
+        dtype = np.dtype(_WIDTHS[self.tensors[key][1]])
+        for place in itertools.product(*(range(-(-n // c)) for n, c in zip(shape, chunks, strict=True))):
+            self._chunk(key, place, dtype)
 
     def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> "torch.Tensor":
         """The region of `key` at `offsets` with extent `sizes`, in the dtype on disk. Raises UserError."""

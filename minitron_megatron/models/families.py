@@ -1,142 +1,133 @@
 """Hugging Face configs and our shapes: which architectures are read and written, and what is refused by name.
 
-A family is an axis table (axes.py) plus what is here. Reading refuses every feature that the table does not describe,
-rather than importing a model that computes something else.
+A family is an axis table (axes.py), the table of its keys (hf_keys.py), and what is here. Reading refuses every key that the
+tables do not know, and every feature that they do not describe, rather than importing a model that computes something else.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from minitron_megatron.errors import UserError
-from minitron_megatron.models.shape import DTYPES, ModelShape, RopeScaling
+from minitron_megatron.models.config_keys import number, shown, truth, whole_number, words
+from minitron_megatron.models.hf_keys import FAMILIES, Family
+from minitron_megatron.models.hf_rope import rope_of
+from minitron_megatron.models.shape import DTYPES, SIZES, ModelShape
+
+__all__ = ["FAMILIES", "check_exportable", "class_of_export", "hf_config", "shape_from_hf"]
+
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Family:
-    """One Hugging Face architecture.
+def shape_from_hf(config: Mapping[str, Any], where: str, ignored: Collection[str] = ()) -> ModelShape:
+    """The shape of a Hugging Face model by its config.json (transformers 4 or 5).
 
-    `fixed` are config keys whose value must be just this; `defaults` are what transformers takes for keys that a config
-    leaves out, where that is not what everyone takes. `norm_eps` is the key of the norms' epsilon, and `partial_rotary`
-    says whether rotary embeddings may turn a part of each head only.
+    Args:
+        config: what is in it.
+        where: the file, for errors.
+        ignored: keys that the user says change nothing of what the model computes.
+
+    Raises:
+        UserError: it names the key.
     """
+    name, family = _family(config, where)
+    family.keys.check({**family.defaults, **config}, where, family.architecture, ignored)
+    hidden, heads = _size(config, "hidden_size", where), _size(config, "num_attention_heads", where)
+    layers = _size(config, "num_hidden_layers", where)
+    _check_layer_types(config, layers, where)
+    rope = rope_of(config, family, where)
+    try:
+        return ModelShape(
+            family=name,
+            num_layers=layers,
+            hidden_size=hidden,
+            ffn_hidden_size=_size(config, "intermediate_size", where),
+            num_attention_heads=heads,
+            num_query_groups=_size(config, "num_key_value_heads", where, family, absent=heads),
+            head_dim=_head_dim(config, family, hidden // heads, where),
+            vocab_size=_size(config, "vocab_size", where),
+            max_position_embeddings=_size(config, "max_position_embeddings", where),
+            rope_theta=rope.theta,
+            norm_eps=number({**family.defaults, **config}, family.norm_eps, where),
+            tied_embeddings=truth(config, "tie_word_embeddings", where),
+            dtype=_dtype(config, where),
+            rope_scaling=rope.scaling,
+            rotary_percent=rope.percent,
+        )
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
-    architecture: str
-    model_type: str
-    fixed: Mapping[str, Any]
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    norm_eps: str = "rms_norm_eps"
-    partial_rotary: bool = False
 
-
-_SILU, _NO_BIAS = {"hidden_act": "silu"}, {"attention_bias": False, "mlp_bias": False}
-_WHOLE_WINDOW = {"use_sliding_window": False}
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM", "llama", {**_SILU, **_NO_BIAS}),
-    "mistral": Family(
-        "MistralForCausalLM",
-        "mistral",
-        {**_SILU, **_NO_BIAS, "sliding_window": None},
-        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
-    ),
-    "qwen2": Family("Qwen2ForCausalLM", "qwen2", {**_SILU, **_WHOLE_WINDOW}, defaults={"num_key_value_heads": 32}),
-    "qwen3": Family(
-        "Qwen3ForCausalLM",
-        "qwen3",
-        {**_SILU, **_WHOLE_WINDOW, "attention_bias": False},
-        defaults={"num_key_value_heads": 32, "head_dim": 128},
-    ),
-    "nemotron": Family(
-        "NemotronForCausalLM",
-        "nemotron",
-        {"hidden_act": "relu2", **_NO_BIAS},
-        defaults={"partial_rotary_factor": 0.5},
-        norm_eps="norm_eps",
-        partial_rotary=True,
-    ),
+# Our names of sizes that a config calls otherwise.
+_OUR_NAMES = {
+    "num_hidden_layers": "num_layers",
+    "intermediate_size": "ffn_hidden_size",
+    "num_key_value_heads": "num_query_groups",
+    "kv_channels": "head_dim",
 }
 
 
-def shape_from_hf(config: Mapping[str, Any], where: str) -> ModelShape:
-    """The shape of a Hugging Face model by its config.json (transformers 4 or 5). Raises UserError."""
-    name, family = _family(config, where)
-    config = {**family.defaults, **config}
-    _check_features(config, family, where)
-    rope = config.get("rope_parameters") or {}
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    if dtype not in DTYPES:
-        raise UserError(f"{where}: dtype {dtype} is not supported: convert the model to one of {', '.join(DTYPES)}")
-    try:
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        return ModelShape(
-            family=name,
-            num_layers=config["num_hidden_layers"],
-            hidden_size=hidden,
-            ffn_hidden_size=config["intermediate_size"],
-            num_attention_heads=heads,
-            num_query_groups=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            vocab_size=config["vocab_size"],
-            max_position_embeddings=config["max_position_embeddings"],
-            rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-            norm_eps=config[family.norm_eps],
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            dtype=dtype,
-            rope_scaling=_rope_scaling(config.get("rope_scaling") or rope, where),
-            rotary_percent=_rotary_percent(config),
+def _size(
+    config: Mapping[str, Any], key: str, where: str, family: Family | None = None, absent: int | None = None
+) -> int:
+    """A size; where a config has none, the family's, and where it has a null, or there is none either, `absent`."""
+    values = config if family is None or key in config else family.defaults
+    if absent is not None and values.get(key) is None:
+        return absent
+    return whole_number(values, key, where, SIZES[_OUR_NAMES.get(key, key)])
+
+
+def _head_dim(config: Mapping[str, Any], family: Family, share: int, where: str) -> int:
+    """Channels of a head: `share` of the hidden size where it is not said. Nemotron's kv_channels must say the same."""
+    size = _size(config, "head_dim", where, family, absent=share)
+    if (other := _size(config, "kv_channels", where, absent=size)) != size:
+        raise UserError(
+            f"{where}: kv_channels={other} and heads of {size} channels contradict each other: say head_dim"
         )
-    except KeyError as error:
-        raise UserError(f"{where}: {error.args[0]} is missing") from None
+    return size
+
+
+def _dtype(config: Mapping[str, Any], where: str) -> str:
+    named = {key: config[key] for key in ("dtype", "torch_dtype") if config.get(key) is not None}
+    found = next(iter(named.values()), "float32")
+    if not isinstance(found, str) or found not in DTYPES:
+        said = found if isinstance(found, str) else shown(found)
+        raise UserError(f"{where}: dtype {said} is not supported: convert the model to one of {', '.join(DTYPES)}")
+    if any(value != found for value in named.values()):
+        raise UserError(
+            f"{where}: dtype={found} and torch_dtype={shown(named['torch_dtype'])} contradict each other: leave the one that is "
+            "right"
+        )
+    return found
 
 
 def _family(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
-    architecture = (config.get("architectures") or ["unnamed"])[0]
+    """The family by the architecture, which the model_type must go with: transformers goes by that. Raises UserError."""
+    kind, named = config.get("model_type"), words(config, "architectures", where)
+    if kind is not None and not isinstance(kind, str):
+        raise UserError(f"{where}: model_type={shown(kind)} must be a name")
     for name, family in FAMILIES.items():
-        if family.architecture == architecture:
+        if named[:1] == [family.architecture] or (not named and kind == family.model_type):
+            if kind not in (None, family.model_type):
+                raise UserError(
+                    f"{where}: model_type={kind!r} and architectures={named[0]!r} contradict each other: transformers takes the "
+                    f"model_type; {family.architecture} has {family.model_type!r}"
+                )
             return name, family
     known = ", ".join(f.architecture for f in FAMILIES.values())
-    raise UserError(f"{where}: architecture {architecture} is not supported: use one of {known}")
+    raise UserError(f"{where}: architecture {(named or ['unnamed'])[0]} is not supported: use one of {known}")
 
 
-def _check_features(config: Mapping[str, Any], family: Family, where: str) -> None:
-    """Raise UserError for what the family's table does not describe."""
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = config.get(key) or {}
-        if not isinstance(rope, Mapping):
-            raise UserError(f"{where}: {key} is not a mapping")
-        if any(isinstance(value, Mapping) for value in rope.values()):
-            raise UserError(f"{where}: {key} that differ between layers are not supported")
-    for key, value in {**family.fixed, "quantization_config": None}.items():
-        if config.get(key, value) != value:
-            raise UserError(
-                f"{where}: {key}={config[key]!r} is not supported for {family.architecture} (only {value!r})"
-            )
-    windows = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
-    if windows:
-        raise UserError(f"{where}: layer_types has {windows[0]}: only full_attention is supported")
-    if _rotary_percent(config) != 1 and not family.partial_rotary:
+def _check_layer_types(config: Mapping[str, Any], layers: int, where: str) -> None:
+    """Raise UserError for layers that do not attend to everything, or where the list is of another model."""
+    kinds = words(config, "layer_types", where)
+    others = sorted(set(kinds) - {"full_attention"})
+    if others:
+        raise UserError(f"{where}: layer_types has {others[0]}: only full_attention is supported")
+    if kinds and len(kinds) != layers:
         raise UserError(
-            f"{where}: partial_rotary_factor={_rotary_percent(config)} is not supported for {family.architecture}"
+            f"{where}: layer_types has {len(kinds)} entries, num_hidden_layers={layers}: one a layer is needed"
         )
-
-
-def _rotary_percent(config: Mapping[str, Any]) -> float:
-    """Under either name: transformers 5 has it in rope_parameters, 4 beside them."""
-    rope = config.get("rope_parameters") or {}
-    for percent in (rope.get("partial_rotary_factor"), config.get("partial_rotary_factor")):
-        if percent is not None:
-            return percent
-    return 1.0
-
-
-def _rope_scaling(rope: Mapping[str, Any], where: str) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise UserError(f"{where}: rope scaling {kind!r} is not supported: only default and llama3 are")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return RopeScaling(*(rope[name] for name in names))
 
 
 def check_exportable(shape: ModelShape, where: str) -> None:
@@ -148,19 +139,37 @@ def check_exportable(shape: ModelShape, where: str) -> None:
         )
 
 
+def class_of_export(shape: ModelShape) -> Family:
+    """The architecture that a shape is exported as: its own, unless transformers' class refuses its sizes.
+
+    That is Llama, where the hidden size is not a multiple of the heads: Mistral computes the same, and takes any.
+    """
+    own = FAMILIES[shape.family]
+    odd = own.whole_heads and shape.hidden_size % shape.num_attention_heads
+    return FAMILIES["mistral"] if odd else own
+
+
+# Of the source's keys: what no copy of a config should say.
+_NOT_KEPT = frozenset(("_name_or_path", "name_or_path", "_commit_hash"))
+
+
 def hf_config(shape: ModelShape, source: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json for a shape; keys of `source` (the imported model's own) that are no sizes are kept."""
-    family = FAMILIES[shape.family]
+    """A config.json for a shape; keys of `source` (the imported model's own) that are no sizes, and known, are kept."""
+    family = class_of_export(shape)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rope_theta}
     if shape.rope_scaling:
         rope |= {"rope_type": "llama3", **vars(shape.rope_scaling)}
     if family.partial_rotary:
         rope["partial_rotary_factor"] = shape.rotary_percent
-    # layer_types has an entry a layer; where all are alike, transformers makes it itself.
-    kept = {k: v for k, v in source.items() if k not in ("layer_types", "_name_or_path")}
+    # Sizes and what follows from them are the shape's; the rest is kept, where it is known.
+    keys = family.keys
+    kept = {k: v for k, v in source.items() if keys.knows(k) and k not in keys.read and k not in _NOT_KEPT}
+    lost = [k for k, v in source.items() if v is not None and not keys.knows(k)]
+    if lost:
+        log.warning("config.json: %s left out: not known for %s", ", ".join(lost), family.architecture)
     return {
         **kept,
-        **family.fixed,
+        **{key: values[0] for key, values in family.fixed.items()},
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "hidden_size": shape.hidden_size,

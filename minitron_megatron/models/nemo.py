@@ -5,14 +5,16 @@ model.yaml, the same with every default filled in. Here io.json is written and m
 Names and defaults are those of nemo-toolkit 2.7.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import TRAITS, Traits
+from minitron_megatron.models.config_keys import number, shown, truth, whole_number
 from minitron_megatron.models.megatron_lm import ROPE_SCALING
-from minitron_megatron.models.shape import DTYPES, ModelShape, RopeScaling
+from minitron_megatron.models.nemo_keys import NEMO1, NEMO2, NEMO2_MODEL
+from minitron_megatron.models.shape import DTYPES, SIZES, ModelShape, RopeScaling
 
 _MODELS = "nemo.collections.llm.gpt.model"
 
@@ -54,11 +56,6 @@ _ROPE_SCALING = {
     "high_freq_factor": "high_freq_factor",
     "original_max_position_embeddings": "old_context_len",
 }
-# What a model must not have: it would compute something else than the axis table describes. None, False and 0 say the same.
-_ABSENT = """add_bias_linear num_moe_experts multi_latent_attention seq_len_interpolation_factor rotary_interleaved
-    mtp_num_layers heterogeneous_block_specs apply_residual_connection_post_layernorm apply_query_key_layer_scaling
-    softmax_scale no_rope_freq window_attn_skip_freq qk_l2_norm is_hybrid_model glu_linear_offset nope_layer_interval
-    activation_func_clamp_value attention_chunk_size""".split()
 
 
 def check_nemo_class(shape: ModelShape, where: str) -> NemoClass:
@@ -221,11 +218,6 @@ def _plain(value: Any) -> Any:
 # Reading
 
 
-def shown(value: Any) -> str:
-    """A value in an error: a few words, however large a structure YAML's aliases make it look."""
-    return repr(value)[:60] if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
-
-
 @dataclass(frozen=True)
 class Fields:
     """A config's fields with NeMo 2's names, and where they stand, for errors; `family` where the config names its class."""
@@ -235,17 +227,22 @@ class Fields:
     family: str | None = None
 
     def number(self, name: str) -> Any:
-        """A number, or true or false, that must be there. Raises UserError."""
+        """A number that must be there. Raises UserError."""
         value = self.values.get(name)
         if value is None:
             raise UserError(f"{self.where}: {name} is missing")
-        if type(value) not in (int, float, bool):
+        if type(value) not in (int, float):
             raise UserError(f"{self.where}: {name}={shown(value)} is not a number")
         return value
 
+    def size(self, name: str, ours: str = "") -> int:
+        """A size that must be there, called `ours` here. Raises UserError."""
+        self.number(name)
+        return whole_number(self.values, name, self.where, SIZES[ours or name])
 
-def fields_of_nemo2(config: Mapping[str, Any], where: str) -> Fields:
-    """The fields of a context/model.yaml. Raises UserError."""
+
+def fields_of_nemo2(config: Mapping[str, Any], where: str, ignored: Collection[str] = ()) -> Fields:
+    """The fields of a context/model.yaml; `ignored` are keys that the user says change nothing. Raises UserError."""
     name = _target(config).rpartition(".")[2]
     family = next((family for family, known in CLASSES.items() if known.model == name), None)
     if family is None:
@@ -256,16 +253,23 @@ def fields_of_nemo2(config: Mapping[str, Any], where: str) -> Fields:
     values = config.get("config")
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: config is missing")
-    window = values.get("window_size")
+    NEMO2_MODEL.check(config, where, name)
+    NEMO2.check(values, where, name, ignored)
+    length, window, spec = (values.get(key) for key in ("seq_length", "window_size", "transformer_layer_spec"))
+    length = CLASSES[family].seq_length if length is None else length
     whole = (
-        isinstance(window, list) and window and type(window[0]) is int and window[0] >= (values.get("seq_length") or 0)
+        isinstance(window, list) and window and type(window[0]) is int and type(length) is int and window[0] >= length
     )
     if window is not None and not whole:
         raise UserError(f"{where}: window_size={shown(window)} is not supported: only attention to all tokens is")
+    if spec is not None and _target(spec).rpartition(".")[2] not in _LAYER_SPECS:
+        raise UserError(
+            f"{where}: transformer_layer_spec={shown(_target(spec))} is not supported: its layers may be others"
+        )
     values = {
         **values,
         **_attention_sizes(values),
-        "seq_length": values.get("seq_length") or CLASSES[family].seq_length,
+        "seq_length": length,
         "activation_func": _target(values.get("activation_func")).rpartition(".")[2],
     }
     return Fields(values, where, family)
@@ -275,10 +279,17 @@ def _attention_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes that follow from others where a config has none."""
     heads, hidden = (values.get(name) for name in ("num_attention_heads", "hidden_size"))
     follows = hidden // heads if type(heads) is int and type(hidden) is int and heads > 0 else None
-    return {
-        "num_query_groups": values.get("num_query_groups") or heads,
-        "kv_channels": values.get("kv_channels") or follows,
-    }
+    absent = {"num_query_groups": heads, "kv_channels": follows}
+    return {name: size for name, size in absent.items() if values.get(name) is None}
+
+
+# Names of the functions that make NeMo's own layers.
+_LAYER_SPECS = (
+    "default_layer_spec",
+    "transformer_engine_layer_spec",
+    "transformer_engine_full_layer_spec",
+    "local_layer_spec",
+)
 
 
 def _target(value: Any) -> str:
@@ -290,8 +301,11 @@ _NEMO1_NORMS = {"rmsnorm": ("RMSNorm", False), "layernorm": ("LayerNorm", False)
 _NEMO1_ACTIVATIONS = {"fast-swiglu": ("silu", True), "swiglu": ("silu", True), "squared-relu": ("squared_relu", False)}
 
 
-def fields_of_nemo1(config: Mapping[str, Any], where: str) -> Fields:
-    """The fields of a .nemo archive's model_config.yaml, with NeMo 1's defaults. Raises UserError."""
+def fields_of_nemo1(config: Mapping[str, Any], where: str, ignored: Collection[str] = ()) -> Fields:
+    """The fields of a .nemo archive's model_config.yaml, with NeMo 1's defaults. Raises UserError.
+
+    `ignored` are keys that the user says change nothing.
+    """
 
     def one_of(name: str, known: Mapping[str, Any], default: str) -> Any:
         value = config.get(name, default)
@@ -299,21 +313,19 @@ def fields_of_nemo1(config: Mapping[str, Any], where: str) -> Fields:
             raise UserError(f"{where}: {name}={shown(value)} is not supported: only {', '.join(known)} are")
         return known[value]
 
-    if not config.get("mcore_gpt"):
+    if not truth(config, "mcore_gpt", where):
         raise UserError(
             f"{where}: mcore_gpt is not true: its layers are older than Megatron-core's; convert it with NeMo 1"
         )
-    if config.get("window_size") is not None:
-        raise UserError(
-            f"{where}: window_size={shown(config['window_size'])} is not supported: only attention to all tokens is"
-        )
+    NEMO1.check({"position_embedding_type": "learned_absolute", **config}, where, "a model of NeMo 1", ignored)
+    scaled = truth(config, "scale_positional_embedding", where)
     normalization, zero_centered = one_of("normalization", _NEMO1_NORMS, "layernorm")
     activation, gated = one_of("activation", _NEMO1_ACTIVATIONS, "gelu")
     scaling = {_ROPE_SCALING[name]: value for name, value in vars(ROPE_SCALING).items()}
     values = {
         **config,
         **_attention_sizes(config),
-        "seq_length": config.get("max_position_embeddings") or config.get("encoder_seq_length"),
+        "seq_length": _first(config, "max_position_embeddings", "encoder_seq_length"),
         "rotary_base": config.get("rotary_base", 10000),
         "rotary_percent": config.get("rotary_percentage", 1.0),
         "layernorm_epsilon": config.get("layernorm_epsilon", 1e-5),
@@ -322,10 +334,18 @@ def fields_of_nemo1(config: Mapping[str, Any], where: str) -> Fields:
         "activation_func": activation,
         "gated_linear_unit": gated,
         "add_bias_linear": config.get("bias", True),
+        "add_qkv_bias": _first(config, "qkv_bias", "add_qkv_bias"),
         "share_embeddings_and_output_weights": config.get("share_embeddings_and_output_weights", True),
-        **(scaling if config.get("scale_positional_embedding") else {}),
+        **(scaling if scaled else {}),
     }
+    if truth(values, "add_bias_linear", where):
+        raise UserError(f"{where}: bias={shown(config.get('bias'))} is not supported: only layers without are")
     return Fields(values, where)
+
+
+def _first(config: Mapping[str, Any], *names: str) -> Any:
+    """The value of the first of the names that has one."""
+    return next((config[name] for name in names if config.get(name) is not None), None)
 
 
 def shape_from_nemo(fields: Fields, rows: int, dtype: str, vocab_size: int | None) -> ModelShape:
@@ -335,7 +355,6 @@ def shape_from_nemo(fields: Fields, rows: int, dtype: str, vocab_size: int | Non
         UserError: for what the axis table does not describe. `vocab_size` is the user's, where rows from there on are padding.
     """
     where = fields.where
-    _check_features(fields)
     if vocab_size is not None and vocab_size > rows:
         raise UserError(f"vocab_size={vocab_size}: the embedding of {where} has {rows} rows: give at most that")
     if dtype not in DTYPES:
@@ -346,17 +365,17 @@ def shape_from_nemo(fields: Fields, rows: int, dtype: str, vocab_size: int | Non
     try:
         return ModelShape(
             family=_family(fields),
-            num_layers=fields.number("num_layers"),
-            hidden_size=fields.number("hidden_size"),
-            ffn_hidden_size=fields.number("ffn_hidden_size"),
-            num_attention_heads=fields.number("num_attention_heads"),
-            num_query_groups=fields.number("num_query_groups"),
-            head_dim=fields.number("kv_channels"),
-            vocab_size=vocab_size or rows,
-            max_position_embeddings=fields.number("seq_length"),
-            rope_theta=float(fields.number("rotary_base")),
+            num_layers=fields.size("num_layers"),
+            hidden_size=fields.size("hidden_size"),
+            ffn_hidden_size=fields.size("ffn_hidden_size"),
+            num_attention_heads=fields.size("num_attention_heads"),
+            num_query_groups=fields.size("num_query_groups"),
+            head_dim=fields.size("kv_channels", "head_dim"),
+            vocab_size=rows if vocab_size is None else vocab_size,
+            max_position_embeddings=fields.size("seq_length", "max_position_embeddings"),
+            rope_theta=number(fields.values, "rotary_base", where),
             norm_eps=fields.number("layernorm_epsilon"),
-            tied_embeddings=bool(fields.number("share_embeddings_and_output_weights")),
+            tied_embeddings=_tied(fields),
             dtype=dtype,
             rope_scaling=scaling,
             rotary_percent=fields.number("rotary_percent"),
@@ -365,14 +384,12 @@ def shape_from_nemo(fields: Fields, rows: int, dtype: str, vocab_size: int | Non
         raise UserError(f"{where}: {error}" if where not in str(error) else str(error)) from None
 
 
-def _check_features(fields: Fields) -> None:
-    for name in _ABSENT:
-        if fields.values.get(name):
-            value = shown(fields.values[name])
-            raise UserError(f"{fields.where}: {name}={value} is not supported: the model computes something else")
-    for name, only in {"position_embedding_type": "rope", "softmax_type": "vanilla"}.items():
-        if fields.values.get(name, only) != only:
-            raise UserError(f"{fields.where}: {name}={shown(fields.values[name])} is not supported: only {only!r} is")
+def _tied(fields: Fields) -> bool:
+    """Whether embedding and output are one matrix, which a config must say. Raises UserError."""
+    name = "share_embeddings_and_output_weights"
+    if fields.values.get(name) is None:
+        raise UserError(f"{fields.where}: {name} is missing")
+    return truth(fields.values, name, fields.where)
 
 
 def _family(fields: Fields) -> str:
@@ -381,11 +398,11 @@ def _family(fields: Fields) -> str:
     words = {name: values.get(name) for name in ("activation_func", "normalization")}
     traits = Traits(
         activation=words["activation_func"] if isinstance(words["activation_func"], str) else "",
-        gated=bool(values.get("gated_linear_unit")),
+        gated=truth(values, "gated_linear_unit", fields.where),
         normalization=words["normalization"] if isinstance(words["normalization"], str) else "",
-        zero_centered_gain=bool(values.get("layernorm_zero_centered_gamma")),
-        qkv_bias=bool(values.get("add_qkv_bias")),
-        qk_norm=bool(values.get("qk_layernorm")),
+        zero_centered_gain=truth(values, "layernorm_zero_centered_gamma", fields.where),
+        qkv_bias=truth(values, "add_qkv_bias", fields.where),
+        qk_norm=truth(values, "qk_layernorm", fields.where),
     )
     families = [family for family, known in TRAITS.items() if known == traits]
     if not families:

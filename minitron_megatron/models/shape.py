@@ -28,10 +28,14 @@ SIZES = {
 }
 
 
+# The largest number that is one: whole numbers of a text may be larger than any float.
+LARGEST = 1e300
+
+
 def _check_numbers(owner: object, names: tuple[str, ...]) -> None:
     for name in names:
         value = getattr(owner, name)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        if type(value) not in (int, float) or not 0 < value <= LARGEST:
             raise UserError(f"{name}={value!r} in the model's shape: must be a number above 0")
 
 
@@ -50,8 +54,13 @@ class RopeScaling:
     original_max_position_embeddings: int
 
     def __post_init__(self) -> None:
-        """All four must be numbers above 0. Raises UserError."""
+        """All four must be numbers above 0, and the bounds of the ramp in order. Raises UserError."""
         _check_numbers(self, tuple(f.name for f in fields(self)))
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise UserError(
+                f"low_freq_factor={self.low_freq_factor} must be below high_freq_factor={self.high_freq_factor}: rotary "
+                "frequencies are scaled along a ramp from one to the other"
+            )
 
 
 @dataclass(frozen=True)

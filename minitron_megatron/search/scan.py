@@ -92,7 +92,7 @@ def _check_found(found: Found, budget: Budget) -> None:
     if not found.shapes:
         raise UserError(
             "the space is empty: no space.hidden_size is a multiple of a space.num_attention_heads: change them, or give "
-            "space.exportable=false if transformers need not load the export"
+            "space.exportable=false, which has them exported as Mistral"
         )
     for name, limit in budget.limits.items():
         whole = budget.cost_of(name, budget.source)

@@ -16,6 +16,7 @@ import numpy as np
 
 from minitron_megatron.config import PruneOptions, SpaceConfig
 from minitron_megatron.errors import UserError
+from minitron_megatron.models.families import FAMILIES
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.prune.select import target_shape
 
@@ -134,7 +135,7 @@ def frozen_axes(source: ModelShape, cfg: SpaceConfig, space: Space) -> dict[str,
             why[name] = f"down to half of it no size is a multiple of {said}, which a smaller value changes"
         elif name == "hidden_size":
             why[name] = (
-                "no smaller one is a multiple of the heads, which transformers wants and space.exportable=false waives"
+                "no smaller one is a multiple of the heads, which transformers wants of a Llama and space.exportable=false waives"
             )
         else:
             why[name] = "no smaller one goes together with the heads and groups that are left"
@@ -176,7 +177,7 @@ def make_space(
         np.asarray(_sizes("hidden_size", cfg.hidden_size, whole.hidden_size, cfg.multiple, "space.multiple")),
         np.asarray(_sizes("ffn_hidden_size", cfg.ffn_hidden_size, whole.ffn_hidden_size, lcm, both)),
         np.asarray(pairs),
-        cfg.exportable,
+        cfg.exportable and FAMILIES[source.family].whole_heads,
     )
 
 

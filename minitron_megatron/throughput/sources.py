@@ -13,7 +13,7 @@ from minitron_megatron.checkpoints.index import check_weights, total_bytes
 from minitron_megatron.config import ExportHfConfig, ImportHfConfig, ModelConfig, ThroughputConfig
 from minitron_megatron.data.tokenizer import check_tokenizer
 from minitron_megatron.errors import UserError
-from minitron_megatron.models.families import check_exportable
+from minitron_megatron.models.families import FAMILIES, check_exportable, class_of_export
 from minitron_megatron.models.limits import check_layout
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
@@ -104,10 +104,11 @@ def check_sources(cfg: ThroughputConfig, sources: Sequence[Source], layout: Layo
             check_layout(shape, layout, where)
         if not set(cfg.engine) <= OURS:
             check_exportable(shape, where)
-            if shape.hidden_size % shape.num_attention_heads:
+            # A folder of ours is exported as a class that takes it.
+            if not source.ours and class_of_export(shape) is not FAMILIES[shape.family]:
                 raise UserError(
                     f"{where}: hidden_size={shape.hidden_size} is not a multiple of num_attention_heads="
-                    f"{shape.num_attention_heads}, which transformers 5 refuses: engine=[megatron] alone"
+                    f"{shape.num_attention_heads}, which transformers 5 refuses of a Llama: engine=[megatron] alone"
                 )
         if "tensorrt_llm" in cfg.engine:
             check_tokenizer(source.path)

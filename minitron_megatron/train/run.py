@@ -177,7 +177,7 @@ def run_training(cfg: TrainingConfig, checked: Checked) -> None:
             out.digest = publish(out.path / WEIGHTS, source.shape, training.to_publish())
             if collectives.is_rank_zero():
                 write_shape(out.path, source.shape)
-                copy_companions(source, out.path)
+                copy_companions(source, out.path, data.folders[0].path)
         print_table(f"{run / 'model'}: {recipe.verb}ed", ["", "value"], list(results.items()))
 
 
