@@ -8,21 +8,31 @@ Special tokens and the bytes stay always: every text can still be written, frequ
 """
 
 import json
+import logging
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minitron_megatron.checkpoints.folder import load_json
-from minitron_megatron.errors import UserError
+from minitron_megatron.checkpoints.folder import ModelFolder, load_json
+from minitron_megatron.checkpoints.hf_folder import HF_FILES
+from minitron_megatron.data.token_ids import New, by_name, renumber
+from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.plain_files import read_json
+from minitron_megatron.plain_text import one_line
+
+log = logging.getLogger(__name__)
 
 FILE = "tokenizer.json"
 KEPT_FILE = "kept_token_ids.json"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+# Other files of a tokenizer: those that have ids under names of keys, and by token; text without ids; and those that say what
+# tokenizer.json says, for other programs, and cannot be cut here.
+_WITH_IDS, _BY_TOKEN, _TEXTS = ("tokenizer_config.json", "special_tokens_map.json"), "added_tokens.json", (".jinja",)
+_SAID_TWICE = ("tokenizer.model", "vocab.json", "merges.txt")
 
 
 class BytePairs:
@@ -31,25 +41,31 @@ class BytePairs:
     def __init__(self, folder: Path) -> None:
         try:
             self.file = read_json(folder / FILE)
-            model = self.file["model"]
-            kind = model["type"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / FILE} cannot be read ({error}): target.vocab_size needs it") from None
+            kind = self.file["model"]["type"]
+            if kind == "BPE":
+                self._read(self.file["model"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{folder / FILE} cannot be read ({type(error).__name__}: {in_one_line(error, 100)}): target.vocab_size needs it"
+            ) from None
         if kind != "BPE":
             raise UserError(
-                f"{folder / FILE} is a {kind} tokenizer: target.vocab_size can cut byte-pair (BPE) ones only"
+                f"{folder / FILE} is a {one_line(str(kind))[:40]} tokenizer: target.vocab_size can cut byte-pair (BPE) ones only"
             )
-        self.ids: dict[str, int] = model["vocab"]
-        self.added: dict[str, int] = {token["content"]: token["id"] for token in self.file.get("added_tokens", [])}
-        self.merges: list[tuple[str, str]] = [
-            tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]
-        ]
-        self.unknown: str | None = model.get("unk_token")
-        self.byte_fallback = bool(model.get("byte_fallback"))
         # A token may be made in several ways: the first is the one that text usually takes.
         self.made_of: dict[str, tuple[str, str]] = {}
         for a, b in self.merges:
             self.made_of.setdefault(a + b, (a, b))
+
+    def _read(self, model: dict[str, Any]) -> None:
+        self.ids: dict[str, int] = dict(model["vocab"])
+        self.added: dict[str, int] = {token["content"]: token["id"] for token in self.file.get("added_tokens", [])}
+        odd = next((t for ids in (self.ids, self.added) for t, i in ids.items() if type(i) is not int or i < 0), None)
+        if odd is not None:
+            raise ValueError(f"the id of {odd!r} is none")
+        self.merges: list[tuple[str, str]] = [_pair(merge) for merge in model["merges"]]
+        self.unknown: str | None = model.get("unk_token")
+        self.byte_fallback = bool(model.get("byte_fallback"))
 
     def always(self) -> set[int]:
         """Ids that stay whatever their frequency."""
@@ -69,6 +85,11 @@ class BytePairs:
                 found.add(self.ids[one])
                 waiting += [part for part in self.made_of.get(one, ()) if part in self.ids]
         return found
+
+
+def _pair(merge: Any) -> tuple[str, str]:
+    first, second = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return str(first), str(second)
 
 
 def choose_tokens(folder: Path, counts: np.ndarray, size: int) -> np.ndarray:
@@ -99,50 +120,81 @@ def choose_tokens(folder: Path, counts: np.ndarray, size: int) -> np.ndarray:
 
 
 def write_tokenizer(source: Path, target: Path, kept: np.ndarray) -> None:
-    """Copy a tokenizer's folder with the kept ids alone, numbered anew in ascending order. Raises UserError."""
-    pairs = BytePairs(source)
-    new = {old: i for i, old in enumerate(kept.tolist())}
+    """A tokenizer's files with the kept ids alone, numbered anew in ascending order, in a new folder. Raises UserError."""
+    pairs, new = BytePairs(source), numbered(kept)
     lost = sorted(pairs.always() - set(new))
     if lost:
         raise UserError(f"vocab leaves out token {lost[0]}, a special or single-byte token of {source}: keep it")
-    file, model = pairs.file, pairs.file["model"]
-    model["vocab"] = {token: new[i] for token, i in pairs.ids.items() if i in new}
-    model["merges"] = [list(m) for m in pairs.merges if all(t in model["vocab"] for t in (*m, m[0] + m[1]))]
-    for token in file.get("added_tokens", []):
-        token["id"] = new[token["id"]]
-    _renumber(file.get("post_processor"), {**model["vocab"], **{t: new[i] for t, i in pairs.added.items()}})
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("tokenizer.model", "vocab.json", "merges.txt"))
-    (target / FILE).write_text(json.dumps(file, ensure_ascii=False), encoding="utf-8")
-    config = target / "tokenizer_config.json"
-    if config.is_file():
-        values = load_json(config)
-        if "added_tokens_decoder" in values:
-            values["added_tokens_decoder"] = {
-                str(new[int(old)]): token for old, token in values["added_tokens_decoder"].items() if int(old) in new
-            }
-        config.write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
+    cut = cut_files(source, new)
+    cut[FILE] = cut_tokenizer(pairs, new, source / FILE)
+    target.mkdir()
+    for name, values in cut.items():
+        (target / name).write_text(json.dumps(values, indent=None if name == FILE else 2, ensure_ascii=False), "utf-8")
+    for file in sorted(source.iterdir()):
+        if file.suffix in _TEXTS:
+            shutil.copyfile(file, target / file.name)
+        elif file.name not in (*cut, *_SAID_TWICE):
+            log.warning("%s left out: which ids of the whole vocabulary it has is not known", file)
 
 
-def _renumber(processor: Any, ids: Mapping[str, int]) -> None:
-    """Token ids inside a post-processor, wherever they stand."""
+def numbered(kept: np.ndarray) -> New:
+    """New id of each token that stays, by its old one."""
+    return {old: i for i, old in enumerate(kept.tolist())}
+
+
+def cut_files(folder: Path, new: New) -> dict[str, dict[str, Any]]:
+    """The JSON files of a tokenizer beside tokenizer.json, in the new numbering, by name. Raises UserError."""
+    cut = {name: renumber(load_json(folder / name), new, name) for name in _WITH_IDS if (folder / name).is_file()}
+    if (folder / _BY_TOKEN).is_file():
+        cut[_BY_TOKEN] = by_name("a token", load_json(folder / _BY_TOKEN), new, str(folder / _BY_TOKEN))
+    return cut
+
+
+def cut_configs(folder: ModelFolder, new: New) -> dict[str, dict[str, Any]]:
+    """Hugging Face's configs of a model folder in the new numbering, by name. Raises UserError."""
+    files = sorted((folder.path / HF_FILES).glob("*.json"))
+    return {file.name: renumber(load_json(file), new, str(file)) for file in files}
+
+
+def check_cut(folder: ModelFolder) -> None:
+    """Raise UserError where a file of a model folder cannot follow a cut of its vocabulary: before anything is measured."""
+    pairs = BytePairs(folder.tokenizer_path)
+    new = {i: i for i in range(folder.shape.vocab_size)}
+    cut_tokenizer(pairs, new, folder.tokenizer_path / FILE)
+    cut_files(folder.tokenizer_path, new)
+    cut_configs(folder, new)
+
+
+def cut_tokenizer(pairs: BytePairs, new: New, where: Path) -> dict[str, Any]:
+    """What tokenizer.json says, in the new numbering. Raises UserError."""
+    file = dict(pairs.file)
+    vocabulary = {token: new[i] for token, i in pairs.ids.items() if i in new}
+    merges = [list(m) for m in pairs.merges if all(t in vocabulary for t in (*m, m[0] + m[1]))]
+    file["model"] = {**file["model"], "vocab": vocabulary, "merges": merges}
+    try:
+        file["added_tokens"] = [{**token, "id": new[token["id"]]} for token in file.get("added_tokens", [])]
+        ids = {**vocabulary, **{token: new[i] for token, i in pairs.added.items()}}
+        if file.get("post_processor") is not None:
+            file["post_processor"] = _renumbered(file["post_processor"], ids)
+        if isinstance(file.get("padding"), Mapping):
+            file["padding"] = {**file["padding"], "pad_id": ids[file["padding"]["pad_token"]]}
+    except (KeyError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{where} is damaged ({type(error).__name__}: {in_one_line(error, 100)}): a token that it names is none of its own"
+        ) from None
+    return file
+
+
+def _renumbered(processor: Any, ids: Mapping[str, int]) -> Any:
+    """A post-processor, or a part of one, with the ids of the tokens that it names."""
     if isinstance(processor, list):
-        for one in processor:
-            _renumber(one, ids)
-    elif isinstance(processor, dict):
-        if isinstance(processor.get("ids"), list) and isinstance(processor.get("tokens"), list):
-            processor["ids"] = [ids[token] for token in processor["tokens"]]
-        for key in ("sep", "cls"):
-            if isinstance(processor.get(key), list):
-                processor[key] = [processor[key][0], ids[processor[key][0]]]
-        for value in processor.values():
-            _renumber(value, ids)
-
-
-def renumber_config(config: Mapping[str, Any], kept: Iterable[int]) -> dict[str, Any]:
-    """A Hugging Face config (or generation config) with its token ids in the new numbering; ids that went are null."""
-    new = {old: i for i, old in enumerate(kept)}
-
-    def of(value: Any) -> Any:
-        return [new[v] for v in value if v in new] if isinstance(value, list) else new.get(value)
-
-    return {key: of(value) if key.endswith("_token_id") else value for key, value in config.items()}
+        return [_renumbered(one, ids) for one in processor]
+    if not isinstance(processor, Mapping):
+        return processor
+    found = {key: _renumbered(value, ids) for key, value in processor.items()}
+    if isinstance(found.get("ids"), list) and isinstance(found.get("tokens"), list):
+        found["ids"] = [ids[token] for token in found["tokens"]]
+    for key in ("sep", "cls"):
+        if isinstance(found.get(key), list):
+            found[key] = [found[key][0], ids[found[key][0]]]
+    return found

@@ -11,11 +11,12 @@ from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.config import DataConfig, ImportanceConfig, PruneConfig
 from minitron_megatron.data.folder import Data, open_data
 from minitron_megatron.data.same_tokenizer import check_same_tokenizer
+from minitron_megatron.data.vocabulary import check_cut
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.checks import check_calibration
 from minitron_megatron.importance.layers import load_layer_analysis
 from minitron_megatron.importance.scores import check_scores, load_scores
-from minitron_megatron.models.families import check_exportable
+from minitron_megatron.models.families import FAMILIES, check_exportable, class_of_export
 from minitron_megatron.models.limits import check_layout, check_sequence, tensor_sizes
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.outputs import check_command_output
@@ -68,6 +69,8 @@ def check_prune(cfg: PruneConfig) -> Goal | None:
     else:
         drop_layers = drop_layers or _best_block(cfg, folder)
         target = target_shape(source, vars(cfg.target), drop_layers, cfg.prune)
+    if target.vocab_size < source.vocab_size:
+        check_cut(folder)
     data = None
     if cfg.data.path and (cfg.loss_samples or not cfg.scores):
         data = open_data(cfg.data.path, "train", source, cfg.data.sequence_length)
@@ -157,11 +160,13 @@ def _warn_of_idle_options(cfg: PruneConfig, goal: Goal) -> None:
 
 
 def _warn_of_exports(target: ModelShape) -> None:
-    if target.hidden_size % target.num_attention_heads:
+    if (exported := class_of_export(target)) is not FAMILIES[target.family]:
         log.warning(
-            "hidden_size=%d is not a multiple of num_attention_heads=%d: transformers 5 will refuse to load its export",
+            "hidden_size=%d is not a multiple of num_attention_heads=%d, which transformers 5 refuses of a Llama: the target "
+            "will be exported as %s, which computes the same",
             target.hidden_size,
             target.num_attention_heads,
+            exported.architecture,
         )
     try:
         check_exportable(target, "the target")

@@ -27,7 +27,7 @@ from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.checkpoints.weights import verify_digest, write_weights
 from minitron_megatron.config import PruneConfig
 from minitron_megatron.console import print_table
-from minitron_megatron.data.vocabulary import KEPT_FILE, choose_tokens, renumber_config, write_tokenizer
+from minitron_megatron.data.vocabulary import KEPT_FILE, choose_tokens, cut_configs, numbered, write_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.scores import Scores, check_scores, load_scores
 from minitron_megatron.models.axes import count_parameters
@@ -41,7 +41,6 @@ from minitron_megatron.parallel.job import pick_device, process_group
 from minitron_megatron.parallel.layout import Layout, world_size_from_env
 from minitron_megatron.parallel.precision import record
 from minitron_megatron.parallel.tools import tool_job
-from minitron_megatron.plain_files import read_json
 from minitron_megatron.prune.checks import Goal, check_prune, importance_command
 from minitron_megatron.prune.compare import cut_variants, losses_around_the_cut
 from minitron_megatron.prune.cut import cut_chunk
@@ -182,9 +181,8 @@ def _write_companions(folder: ModelFolder, target: Path, kept: Kept) -> None:
     (target / KEPT_FILE).write_text(json.dumps(kept.vocab.tolist()) + "\n", encoding="utf-8")
     if (folder.path / HF_FILES).is_dir():
         (target / HF_FILES).mkdir()
-        for file in sorted((folder.path / HF_FILES).iterdir()):
-            values = renumber_config(read_json(file), kept.vocab.tolist())
-            (target / HF_FILES / file.name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        for name, values in cut_configs(folder, numbered(kept.vocab)).items():
+            (target / HF_FILES / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _dry_run(cfg: PruneConfig, goal: Goal) -> None:
