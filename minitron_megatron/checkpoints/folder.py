@@ -112,6 +112,12 @@ class ModelFolder:
         return self.path / TOKENIZER
 
 
+# What kind of value a manifest has under each key, where it has it.
+_KINDS = dict.fromkeys(("files", "inputs", "results", "config", "versions"), dict) | dict.fromkeys(
+    ("digest", "command", "made", "fingerprint"), str
+)
+
+
 def read_manifest(path: Path | str) -> dict[str, Any]:
     """The manifest of a whole folder. Raises UserError when the folder is missing, half-written or damaged."""
     path = Path(path)
@@ -121,9 +127,11 @@ def read_manifest(path: Path | str) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{path} has no {MANIFEST}: it is half-written or not one of our folders; make it again")
     manifest = load_yaml(file)
+    odd = [key for key, kind in _KINDS.items() if not isinstance(manifest.get(key, kind()), kind)]
+    odd += [key for key in ("files", "digest") if key not in manifest]
     files = manifest.get("files")
-    if not isinstance(files, dict) or not isinstance(manifest.get("digest"), str) or not all(map(_is_name, files)):
-        raise UserError(f"{file} is damaged: make the folder again")
+    if odd or not all(map(_is_name, files)):
+        raise UserError(f"{file} is damaged ({odd[0] if odd else 'files'} is missing or odd): make the folder again")
     for name, size in files.items():
         there = path / name
         if not there.is_file() or there.stat().st_size != size:

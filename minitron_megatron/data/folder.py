@@ -5,7 +5,7 @@ Samples of them are made in datasets.py. Torch is not imported here.
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,8 @@ from minitron_megatron.checkpoints.folder import read_manifest, verify_files
 from minitron_megatron.data.indexed import open_split
 from minitron_megatron.errors import UserError
 from minitron_megatron.lengths import check_positions
+from minitron_megatron.models.config_keys import shown
+from minitron_megatron.models.shape import SIZES
 from minitron_megatron.parallel.deciding import from_rank_zero
 
 
@@ -157,6 +159,7 @@ def _open_folder(path: str, split: str, shape: DataSizes, sequence_length: int) 
     results = folder.manifest.get("results", {})
     if split not in results or not (folder.path / f"{split}.idx").is_file():
         raise UserError(f"data.path={path} has no split {split!r}: give the output of launch/prepare_data.py")
+    _check_results(results, f"data.path={path}")
     found = open_split(folder.path / split, f"data.path={path}")
     if found.tokens != results[split].get("tokens") or found.dtype.name != results.get("token_dtype"):
         raise UserError(f"data.path={path}: the {split} split is not what its manifest says; prepare the data again")
@@ -172,6 +175,21 @@ def _open_folder(path: str, split: str, shape: DataSizes, sequence_length: int) 
         )
     found.check_ids(results["vocab_size"], f"data.path={path}, {split}")
     return folder
+
+
+def _check_results(results: Mapping[str, Any], where: str) -> None:
+    """Raise UserError, which names the key, for numbers of a manifest that cannot be."""
+    vocabulary = results.get("vocab_size")
+    if type(vocabulary) is not int or not 0 < vocabulary <= SIZES["vocab_size"]:
+        raise UserError(f"{where}: vocab_size={shown(vocabulary)} in its manifest is damaged: prepare the data again")
+    end = results.get("end_of_document")
+    if type(end) is not int or not 0 <= end < vocabulary:
+        raise UserError(f"{where}: end_of_document={shown(end)} in its manifest is damaged: prepare the data again")
+    for split in ("train", "validation"):
+        found = results.get(split, {"tokens": 0})
+        tokens = found.get("tokens") if isinstance(found, Mapping) else None
+        if type(tokens) is not int or tokens < 0:
+            raise UserError(f"{where}: {split} in its manifest has {shown(tokens)} tokens: prepare the data again")
 
 
 def verify_data(data: Data) -> None:

@@ -14,6 +14,8 @@ from minitron_megatron.checkpoints.folder import read_manifest
 from minitron_megatron.data.folder import Data
 from minitron_megatron.distill.choices import Divergence
 from minitron_megatron.errors import UserError
+from minitron_megatron.models.config_keys import shown
+from minitron_megatron.models.shape import LARGEST
 
 SPLITS = ("train", "validation")
 
@@ -49,6 +51,19 @@ class Contents:
     train: int
     validation: int
     chunk_samples: int
+
+    def odd(self) -> str | None:
+        """A field that is of another kind than it can be, or out of its bounds."""
+        whole = ("sequence_length", "vocab_size", "top_k", "train", "validation", "chunk_samples")
+        lowest = {"train": 0, "validation": 0}
+        for name in whole:
+            value = getattr(self, name)
+            if type(value) is not int or not lowest.get(name, 1) <= value < 2**62:
+                return name
+        if type(self.temperature) not in (int, float) or not 0 < self.temperature <= LARGEST:
+            return "temperature"
+        kinds = {"model": str, "data": str, "seed": int, "reset_attention_mask": bool}
+        return next((name for name, kind in kinds.items() if not isinstance(getattr(self, name), kind)), None)
 
     @property
     def id_bytes(self) -> int:
@@ -119,6 +134,10 @@ class CacheFolder:
             made = manifest.get("command", "another command")
             raise UserError(f"{path} is not a teacher cache (it was made by {made}): give the output of cache_teacher")
         contents = Contents(**{name: results[name] for name in names})
+        odd = contents.odd()
+        if odd or contents.files > len(manifest["files"]):
+            what = f"{odd}={shown(getattr(contents, odd))}" if odd else "its number of samples"
+            raise UserError(f"{path} is damaged ({what} in its manifest cannot be): make the cache again")
         missing = next((c.name for c in contents.chunks() if c.name not in manifest["files"]), None)
         if missing:
             raise UserError(f"{path}/{missing} is missing: the cache is damaged; make it again")

@@ -132,6 +132,9 @@ def _plain(judged: Judged) -> dict[str, Any]:
 
 def _judged(values: Mapping[str, Any]) -> Judged:
     names = ("loss", "bi", "accuracy", "margin", "tasks")
+    for name in names[:-1]:
+        if values.get(name) is not None and type(values[name]) not in (int, float):
+            raise ValueError(f"{name} is no number")
     return Judged(**{name: values[name] for name in names if name in values})
 
 
@@ -150,6 +153,8 @@ def load_layer_analysis(path: Path | str) -> LayerAnalysis:
                 raise ValueError(f"blocks of {block['length']} layers are not in order")
             found.append(_judged(block))
         num_layers, base = values.pop("num_layers"), _judged(values.pop("base"))
+        if type(num_layers) is not int or not all(type(n) is int and 0 < n < num_layers for n in blocks):
+            raise ValueError("num_layers or the length of a block is no such number")
         if any(len(found) != num_layers - length + 1 for length, found in blocks.items()):
             raise ValueError("blocks are missing")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -83,7 +83,8 @@ def merge_scores(cfg: MergeScoresConfig, checked: Merging | None = None) -> None
 def _manifest(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     results, inputs = manifest.get("results"), manifest.get("inputs")
-    if not isinstance(results, dict) or not {*_SHARED, "parts"} <= set(results) or not isinstance(inputs, dict):
+    whole = isinstance(results, dict) and {*_SHARED, "parts"} <= set(results) and isinstance(results["parts"], list)
+    if not whole or not isinstance(inputs, dict):
         raise UserError(f"scores={folder} is not a scores folder: give outputs of launch/importance.py")
     return manifest
 
@@ -98,6 +99,10 @@ def _check(folders: list[Path], manifests: list[dict[str, Any]], parts: list[dic
             ours, theirs = first["results"][name], manifest["results"][name]
             if ours != theirs:
                 raise UserError(f"scores={folder} have {name}={theirs}, {folders[0]} has {ours}: they do not add up")
+    for part in parts:
+        numbers = [part.get(name) for name in ("seed", "first_sample", "samples")] if isinstance(part, dict) else [None]
+        if not all(type(one) is int for one in numbers) or not isinstance(part.get("data"), str):
+            raise UserError(f"scores={folders[0]} or another of them: parts in its manifest are damaged: measure again")
     ordered = sorted(parts, key=lambda part: (part["data"], part["seed"], part["first_sample"]))
     for one, other in itertools.pairwise(ordered):
         same = (one["data"], one["seed"]) == (other["data"], other["seed"])
