@@ -16,7 +16,7 @@ _SEEN_AS = {
     4: (np.int32, 0x7F800000, np.uint32, 0xFF800000),
 }
 # Bytes that are looked at, and given a checksum, while they are in a core's cache.
-BLOCK_BYTES = 2**18
+BLOCK_BYTES = 2**19
 
 
 def has_odd(numbers: np.ndarray) -> bool:
