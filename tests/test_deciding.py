@@ -280,7 +280,7 @@ FUNCTIONS = {
     models.build.attention_in_fixed_order models.vocab_parallel.have_kernels models.build.pick_engine""",
     "each chunk is looked at by one rank, and all are told": "distill.cache.check_chunk",
     "sets what rank 0 was asked for": "train.overlap.user_buffers",
-    "for a message": "train.checkpoint._telling train.run._what_is_saved",
+    "for a message": "train.checkpoint._telling train.run._what_is_saved checkpoints.damage._is_there",
     "reads, and decides nothing": """checkpoints.archive.Archive._members checkpoints.zarr_arrays.ZarrArrays.__init__
     checkpoints.zarr_arrays.ZarrArrays._chunk""",
 }

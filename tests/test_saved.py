@@ -1,9 +1,8 @@
-"""Checkpoints of training: damage is noticed and named, all ranks take the newest whole one, and only damage is called so."""
+"""Checkpoints of training: damage is noticed and named, all ranks take the newest whole one, and a lock is its run's."""
 
 import errno
 import json
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -16,19 +15,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron_megatron.checkpoints import digests, locks
-from minitron_megatron.checkpoints.damage import is_damage
 from minitron_megatron.checkpoints.folder import open_model_folder, output_folder, partial_folder
-from minitron_megatron.checkpoints.hf_folder import HfFolder
-from minitron_megatron.checkpoints.reading import read_metadata
-from minitron_megatron.checkpoints.weights import load_weights
-from minitron_megatron.config import DistillConfig, TrainerConfig
+from minitron_megatron.config import DistillConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train import checkpoint, saved
@@ -249,76 +241,6 @@ def test_without_a_whole_one_nothing_is_set_aside(gloo, tmp_path):
         and "1 more are damaged too" in said
     )
     assert sorted(os.listdir(folder)) == ["step_00000002", "step_00000004"]
-
-
-# --- Only damage is damage --------------------------------------------------------------------------------------------
-
-NOT_DAMAGE = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
-    MemoryError(),
-    OSError(errno.EMFILE, "Too many open files", "x"),
-    OSError(errno.EIO, "Input/output error", "x"),
-    PermissionError(errno.EACCES, "Permission denied", "x"),
-    dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:3699, unhandled system error"),
-    RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234"),
-    RuntimeError("CUDA error: an illegal memory access was encountered"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory"),
-    KeyboardInterrupt(),
-]
-DAMAGE = [
-    EOFError("Ran out of input"),
-    pickle.UnpicklingError("invalid load key"),
-    FileNotFoundError(errno.ENOENT, "No such file or directory", "x"),
-    RuntimeError("PytorchStreamReader failed reading zip archive: failed finding central directory"),
-    KeyError("storage"),
-]
-
-
-@pytest.mark.parametrize(
-    "error", [*NOT_DAMAGE, *DAMAGE], ids=lambda error: f"{type(error).__name__}: {str(error)[:30]}"
-)
-def test_what_says_that_a_file_is_damaged(error):
-    assert is_damage(error) == (error in DAMAGE)
-
-
-def wrapped(error: BaseException) -> CheckpointException:
-    """As torch's distributed reading passes it on."""
-    return CheckpointException("read", {1: (EOFError("it followed"), None), 2: (error, None)})
-
-
-@pytest.mark.parametrize("error", NOT_DAMAGE, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("through_torch", [False, True])
-def test_what_is_no_damage_is_raised_as_it_is(tmp_path, monkeypatch, error, through_torch):
-    """Of a training checkpoint and of a model's weights; the checkpoint stays where it is."""
-    folder = written(tmp_path / "checkpoints", 2)
-
-    def load(*_):
-        raise wrapped(error) if through_torch else error
-
-    monkeypatch.setattr(dist_checkpointing, "load", load)
-    monkeypatch.setattr(checkpoint, "_state", lambda *_, **__: {})
-    with pytest.raises(type(error)) as raised:
-        checkpoint.load(folder / "step_00000002", [], None, TrainerConfig(parallel_load=False))
-    assert raised.value is error and "damaged" not in str(raised.value)
-    with pytest.raises(type(error)) as raised:
-        load_weights([], tmp_path)
-    assert raised.value is error and [path.name for path in folder.iterdir()] == ["step_00000002"]
-
-
-def test_descriptors_that_are_wanting_damage_no_model(sources, tmp_path, monkeypatch):
-    """The index of its weights, and a Hugging Face folder's header: own examples of the same."""
-    weights = open_model_folder(sources / "teacher" / "model").weights
-
-    def too_many(*_, **__):
-        raise OSError(errno.EMFILE, "Too many open files", "x")
-
-    monkeypatch.setattr("builtins.open", too_many)
-    with pytest.raises(OSError, match="Too many open files"):
-        read_metadata(weights)
-    monkeypatch.undo()
-    monkeypatch.setattr("minitron_megatron.checkpoints.hf_folder.safe_open", too_many)
-    with pytest.raises(OSError, match="Too many open files"):
-        HfFolder(sources / "teacher" / "hf")
 
 
 # --- Whose a lock is --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ or header, and for a file that is missing. It is wrong where memory, descriptors
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 # Of exceptions, by the names of their classes: torch's own are known without importing it.
@@ -22,14 +23,28 @@ def is_damage(error: BaseException) -> bool:
     if not isinstance(error, Exception) or {kind.__name__ for kind in type(error).__mro__} & _OTHERWISE:
         return False
     if isinstance(error, OSError):
-        return isinstance(error, FileNotFoundError)
+        return isinstance(error, FileNotFoundError) and not _is_there(error)
     return not _WANTING.search(str(error))
+
+
+def _is_there(error: FileNotFoundError) -> bool:
+    """Whether the file is there all the same: safetensors says this, and no number, of every file that it could not open."""
+    return error.errno is None and _named_in(error).exists()
+
+
+def _named_in(error: FileNotFoundError) -> Path:
+    """The file of "No such file or directory: FILE"."""
+    return Path(str(error).partition(": ")[2])
 
 
 def pass_on_unless_damage(error: BaseException) -> None:
     """Raise the error again where it does not say that a file is damaged."""
-    if not is_damage(error):
-        raise error
+    if is_damage(error):
+        return
+    if isinstance(error, FileNotFoundError):
+        with open(_named_in(error), "rb"):
+            pass  # what was wanting is there by now
+    raise error
 
 
 def cause_of(failed: Any) -> BaseException:
