@@ -253,8 +253,8 @@ MODULES = {
     benchmark.loss machine""",
     "data are prepared by one process": "data.adopt data.estimate data.prepare data.text data.tokenizer data.vocabulary",
     BEFORE: """cli.main launcher preset_files evaluate.checks distill.cache_checks train.checks train.begin
-    checkpoints.hf_folder checkpoints.nemo_folder checkpoints.stamps data.folder data.indexed data.same_tokenizer prune.plan
-    importance.layers""",
+    checkpoints.export_checks checkpoints.hf_folder checkpoints.nemo_folder checkpoints.stamps data.folder data.indexed
+    data.same_tokenizer prune.plan importance.layers""",
     RANK_ZERO: "checkpoints.card checkpoints.lineage cli.next_command train.metrics starts evaluate.harness",
     "ends a process, and lets one of them speak": "claims first_moments parallel.torchrun console",
     "the helpers themselves": "parallel.deciding",
@@ -264,7 +264,8 @@ FUNCTIONS = {
     BEFORE: """checkpoints.folder.read_manifest checkpoints.folder.open_model_folder checkpoints.folder.check_space
     checkpoints.folder.check_place train.overlap.check_overlap_device parallel.job.pick_device parallel.job.process_group
     parallel.job._of_this_start parallel.job.check_device_type parallel.layout.world_size_from_env parallel.tools.tool_job
-    parallel.precision.recalled train.saved.check_room train.saved.newest_whole train.saved._sized""",
+    parallel.precision.recalled train.saved.check_room train.saved.newest_whole train.saved._sized
+    checkpoints.index.check_files""",
     RANK_ZERO: """checkpoints.folder._already_there checkpoints.folder._start_partial checkpoints.folder._finish
     checkpoints.folder.has_work checkpoints.hf._write_companions checkpoints.hf._generation_config prune.prune._write_companions
     checkpoints.megatron_lm.all_arguments checkpoints.megatron_lm._write_companions checkpoints.nemo._write_context

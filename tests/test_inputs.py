@@ -12,6 +12,7 @@ import yaml
 
 from minitron_megatron.checkpoints.folder import MANIFEST, TOKENIZER, open_model_folder, output_folder, read_manifest
 from minitron_megatron.checkpoints.stamps import task_stamps
+from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.config import (
     CacheDataConfig,
     CacheOptions,
@@ -22,9 +23,11 @@ from minitron_megatron.config import (
     EvaluateConfig,
     ImportanceConfig,
     LayersConfig,
+    Option,
     PruneConfig,
     TargetConfig,
 )
+from minitron_megatron.config import options as all_options
 from minitron_megatron.data.datasets import training_samples
 from minitron_megatron.data.folder import open_data
 from minitron_megatron.data.tokenizer import tokenizer_digest
@@ -48,6 +51,38 @@ from tests.test_saved import written
 from tests.test_train import LENGTH, exit_code, make_sources, options
 from tests.tiny import data_folder, data_option, hf_model, imported, model_option, save_hf, tiny_tokenizer
 
+# Options that name what a command reads, and what that is called among the inputs of its manifest (of compress and the
+# candidates: of their stages).
+READ = {
+    "hf": "file NAME of each, or hf: a digest of all",
+    "nemo": "file NAME of the archive or config, and file weights",
+    "tokenizer": "file NAME of each",
+    "model.path": "model, and file tokenizer/NAME where the tokenizer is read",
+    "teacher.path": "teacher",
+    "student.path": "student, and file tokenizer/NAME",
+    "data.path": "data: of a blend, with its weights",
+    "input": "the path of each file",
+    "train": "train",
+    "validation": "validation",
+    "scores": "scores, or scores 1, scores 2, …",
+    "layers": "layers",
+    "questions": "questions",
+    "tasks": "file NAME of task files and what they name",
+    "budget.table": "table",
+    "plan": "plan: a digest of what is kept",
+    "distill.cache": "cache, and teacher: of whom it is",
+    "cache": "cache",
+    "found": "found",
+    "trainer.start_from": "start_from",
+    "results": "results PATH",
+    "models": "0 NAME, 1 NAME, …",
+    "folders": "the name of each",
+}
+# Options with text that name nothing to read; those of status and submit, which keep nothing that could be taken as done.
+NOT_READ = """output rope_scaling pipeline_layout text_key end_of_document begin_of_document block space target
+    recompute_modules logger intermediate_layers base_model license engine start ignore_keys vllm tensorrt_llm rounds prepare_data importance
+    search prune distill evaluate export_hf cache_teacher ranks halving scaling student title folder command name
+    cluster""".split()
 OTHER_TEXT = "Pack my box with five dozen liquor jugs; how vexingly quick daft zebras jump over the sphinx of quartz! "
 
 
@@ -90,6 +125,18 @@ def replaced(there: Path, by: Path) -> Iterator[None]:
     finally:
         shutil.rmtree(there) if there.is_dir() else there.unlink()
         aside.rename(there)
+
+
+def test_what_every_command_reads_is_known():
+    """An option that may name a file is in one of the two tables: whoever adds one says how its file is known."""
+    named = {option.name for command in COMMANDS.values() for option in with_text(command.config)}
+    unknown = {n for n in named - set(READ) if not set(n.split(".")) & set(NOT_READ)}
+    assert not unknown and not set(READ) - named
+
+
+def with_text(config: type) -> list[Option]:
+    """Options whose values are text, or anything, and not one of a few words."""
+    return [o for o in all_options(config) if ("str" in o.type or "Any" in o.type) and not o.choices]
 
 
 # --- Runs that go on --------------------------------------------------------------------------------------------------

@@ -82,11 +82,7 @@ def _open(name: str, path: Path) -> Source:
         return Source(name, folder.path, folder.shape, folder.digest, ours=True)
     folder = HfFolder(path)
     folder.check()
-    if (path / MANIFEST).is_file():
-        digest = read_manifest(path)["digest"]
-    else:
-        files = [path / "config.json", *sorted(set(folder.files.values()))]
-        digest = json.dumps([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+    digest = read_manifest(path)["digest"] if (path / MANIFEST).is_file() else json.dumps(folder.stamps)
     return Source(name, path, folder.shape, digest, ours=False)
 
 
