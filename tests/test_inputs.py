@@ -80,9 +80,9 @@ READ = {
 }
 # Options with text that name nothing to read; those of status and submit, which keep nothing that could be taken as done.
 NOT_READ = """output rope_scaling pipeline_layout text_key end_of_document begin_of_document block space target
-    recompute_modules logger intermediate_layers base_model license engine start ignore_keys vllm tensorrt_llm rounds
-    prepare_data importance search prune distill evaluate export_hf cache_teacher ranks halving scaling student title folder command name
-    cluster""".split()
+    recompute_modules logger intermediate_layers base_model license engine start ignore_keys vllm
+    tensorrt_llm rounds prepare_data importance search prune distill evaluate export_hf cache_teacher
+    ranks halving scaling student title folder command name cluster""".split()
 OTHER_TEXT = "Pack my box with five dozen liquor jugs; how vexingly quick daft zebras jump over the sphinx of quartz! "
 
 
