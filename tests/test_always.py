@@ -39,6 +39,7 @@ from minitron_megatron.config import (
     RandomModelConfig,
     SpaceConfig,
 )
+from minitron_megatron.data import same_tokenizer
 from minitron_megatron.data.datasets import Epochs, RequestSamples, training_samples
 from minitron_megatron.data.indexed import SplitWriter, open_split
 from minitron_megatron.data.prepare import split_of
@@ -48,6 +49,7 @@ from minitron_megatron.data.vocabulary import choose_tokens
 from minitron_megatron.distill.routing import Side
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.scoring import _inputs
+from minitron_megatron.models import guessing
 from minitron_megatron.models.axes import Selection, count_parameters, slots
 from minitron_megatron.models.families import shape_from_hf
 from minitron_megatron.models.shape import padded_size
@@ -513,3 +515,28 @@ def test_a_rank_stops_where_any_rank_was_asked_to(asked, monkeypatch):
     monkeypatch.setattr(loop, "gradient_norm", lambda *_: 1.0)
     trainer.train_step(0, SimpleNamespace(steps=2, learning_rate=lambda _: 0.1), None)
     assert trainer.stop_asked is asked
+
+
+@pytest.mark.parametrize("rank_zero", [True, False])
+def test_a_model_that_guesses_is_named_by_rank_zero_alone(rank_zero, monkeypatch, caplog):
+    monkeypatch.setattr(guessing.collectives, "is_rank_zero", lambda: rank_zero)
+    guessing.warn_of_guessing("model=m", 9.0, 300)
+    assert len(caplog.records) == rank_zero
+
+
+def test_a_rank_that_does_not_see_what_is_made_says_so(tmp_path, monkeypatch):
+    """Rank 0 has made it and does not look."""
+    monkeypatch.setattr(deciding, "SECONDS_UNTIL_SEEN", 0.0)
+    monkeypatch.setattr(deciding.collectives, "is_rank_zero", lambda: False)
+    deciding.wait_until_seen(tmp_path)
+    with pytest.raises(UserError, match="does not see .*none, which rank 0"):
+        deciding.wait_until_seen(tmp_path / "none")
+
+
+def test_every_folder_of_a_blend_is_compared_with_every_model_that_reads_it(tmp_path, monkeypatch):
+    compared = []
+    monkeypatch.setattr(same_tokenizer, "tokenizer_files", lambda _: ["tokenizer.json"])
+    monkeypatch.setattr(same_tokenizer, "_check", lambda folder, option, _: compared.append((folder.path.name, option)))
+    blend = SimpleNamespace(folders=[SimpleNamespace(path=tmp_path / name) for name in "ab"])
+    same_tokenizer.check_same_tokenizer(blend, {"teacher": tmp_path, "student": tmp_path, "model": None})
+    assert compared == [("a", "teacher"), ("b", "teacher"), ("a", "student"), ("b", "student")]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from minitron_megatron.checkpoints import archive, hf, reading, weights
+from minitron_megatron.checkpoints import archive, digests, hf, reading, weights
 from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.config import (
@@ -277,3 +277,15 @@ def test_files_of_an_archive(tmp_path, monkeypatch, size):
     archive.Archive(tmp_path / "x.tar").extract(tmp_path / "out", lambda _: True, written.append)
     assert {name: (tmp_path / "out" / name).read_bytes() for name in contents} == contents
     assert sum(written) == 130 + size and max(written) <= size
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("segment", [1, 7, 64, 200])
+def test_digests_of_files(block, segment, tmp_path, monkeypatch):
+    """Every byte of a segment, whatever is read at once."""
+    monkeypatch.setattr(digests, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(digests, "SEGMENT_BYTES", segment)
+    data = bytes(range(100)) + bytes(30)
+    (tmp_path / "f").write_bytes(data)
+    wanted = [digests.blake3(data[at : at + segment]).hexdigest() for at in range(0, len(data), segment)]
+    assert list(digests.digest_files(tmp_path, ["f"])["f"].segments) == wanted
