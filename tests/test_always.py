@@ -529,7 +529,7 @@ def test_a_rank_that_does_not_see_what_is_made_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(deciding, "SECONDS_UNTIL_SEEN", 0.0)
     monkeypatch.setattr(deciding.collectives, "is_rank_zero", lambda: False)
     deciding.wait_until_seen(tmp_path)
-    with pytest.raises(UserError, match="does not see .*none, which rank 0"):
+    with pytest.raises(UserError, match=r"does not see .*none, which rank 0"):
         deciding.wait_until_seen(tmp_path / "none")
 
 
