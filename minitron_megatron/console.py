@@ -9,8 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -85,30 +87,79 @@ class _Console(Console):
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print one table; numbers to the right. Where the terminal is too narrow for its columns, they are rows, a table a row."""
+    """Print one table under its title; numbers to the right. Titles, numbers and paths are never broken.
+
+    Where the terminal is too narrow for the columns, each row is a table of its own, or a few lines.
+    """
     if not speaks():
         return
     screen = console()
-    table = _table(title, columns, rows)
-    # A number that goes on in the next line is no number.
-    if len(columns) > 2 and sum(column.min_width + 3 for column in table.columns) >= screen.width:
-        screen.print(title, style="bold", highlight=False)
-        for first, *row in rows:
-            screen.print(_table(None, [columns[0], format_value(first)], list(zip(columns[1:], row, strict=True))))
+
+    def say(text: str, **how: Any) -> None:
+        screen.print(text, highlight=False, soft_wrap=True, **how)
+
+    say(title, style="bold")
+    if table := _table(columns, rows, screen.width):
+        screen.print(table)
         return
-    screen.print(table)
+    pairs = [list(zip(columns[1:], row[1:], strict=True)) for row in rows]
+    names = [format_value(row[0]) for row in rows]
+    if len(columns) == 2:
+        for name, ((_, value),) in zip(names, pairs, strict=True):
+            say(f"  {name}  {format_value(value)}")
+        return
+    tables = [_table([columns[0], name], found, screen.width) for name, found in zip(names, pairs, strict=True)]
+    for name, found, table in zip(names, pairs, tables, strict=True):
+        if all(tables):
+            screen.print(table)
+            continue
+        say(f"{columns[0]}  {name}" if columns[0] else name)
+        for column, value in found:
+            say(f"  {column}  {format_value(value)}")
 
 
-def _table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+def _table(columns: Sequence[str], rows: Sequence[Sequence[object]], width: int) -> Table | None:
+    """A table that is at most so wide; None where that would break a number or a path."""
+    table = Table()
+    least, most = [], []
     for i, column in enumerate(columns):
-        numeric = i > 0 and all(isinstance(row[i], int | float) for row in rows)
-        longest = max((len(format_value(row[i])) for row in rows), default=1)
-        whole = longest if numeric else min(_WORD, max(longest, len(column)))
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold", min_width=whole)
+        values = [row[i] for row in rows]
+        numeric = i > 0 and all(isinstance(value, int | float) for value in values)
+        longest = max((_length(format_value(value)) for value in values), default=1)
+        most.append(max(longest, _length(column)))
+        least.append(max(longest if numeric else min(_WORD, most[-1]), *map(_narrowest, [column, *values])))
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    # Two blanks and a line a column, and a line.
+    room = width - 3 * len(columns) - 1
+    if sum(least) > room:
+        return None
+    if sum(most) > room:
+        for column, size in zip(table.columns, _shares(least, most, room), strict=True):
+            column.width = size
     for row in rows:
         table.add_row(*(format_value(value) for value in row))
     return table
+
+
+def _length(text: str) -> int:
+    """Columns of a terminal that a text takes in its longest line."""
+    return max(map(cell_len, escaped(text).split("\n")))
+
+
+def _narrowest(value: object) -> int:
+    """Columns that a cell needs so that no number and no path in it is broken."""
+    text = format_value(value)
+    whole = [text] if isinstance(value, Path) else [w for w in text.split() if "/" in w or w.lstrip("-")[:1].isdigit()]
+    return max(map(_length, whole), default=0)
+
+
+def _shares(least: Sequence[int], most: Sequence[int], room: int) -> list[int]:
+    """Widths of columns that want more than there is: the least, and of what is left as much for each as for another."""
+    sizes = list(least)
+    while left := [i for i, size in enumerate(sizes) if size < most[i]][: room - sum(sizes)]:
+        for i in left:
+            sizes[i] += 1
+    return sizes
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

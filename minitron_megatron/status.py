@@ -23,9 +23,9 @@ from minitron_megatron.config import StatusConfig
 from minitron_megatron.console import console, format_time, format_value, print_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.plain_files import read_json
+from minitron_megatron.stages import STAGES_FILE
 from minitron_megatron.starts import STARTS, is_alive, read_starts, seconds_left, tail_of
 
-STAGES_FILE = "stages.json"
 # What a whole of several stages writes when all of it is done.
 _SUMMARIES = ("chain.json", "summary.json", "results.json")
 _CHECKPOINT = re.compile(r"step_(\d{8})")
@@ -270,7 +270,8 @@ def _whole(path: Path) -> Status:
     starts = read_starts(path)
     newest = max((file.stat().st_mtime for file in (path / STAGES_FILE, path / STARTS) if file.is_file()), default=0.0)
     busy = any(one.state == "running" for one in inside)
-    running = busy or (bool(starts) and _seems_alive(starts[-1], newest))
+    owner = _lock(path)
+    running = busy or owner is not None or (bool(starts) and _seems_alive(starts[-1], newest))
     summary = next((name for name in _SUMMARIES if (path / name).is_file()), None)
     bad = next((one for one in inside if one.state in ("diverged", "damaged", "failed")), None)
     state = "running" if running else "done" if summary and not inside else bad.state if bad else "stopped"
@@ -283,7 +284,7 @@ def _whole(path: Path) -> Status:
     lines += [(one.path.name, f"{one.state}: {one.about}") for one in inside]
     if starts:
         lines.append(("starts", _words_of_starts(starts)))
-        lines += [("lock", _words_of_lock(None, starts))] if state != "done" else []
+        lines += [("lock", _words_of_lock(owner, starts))] if state != "done" else []
     lines += [("result", str(path / summary))] if state == "done" else _how_to_go_on(starts, running)
     about = f"{len(done)} stages done" + (f"; {inside[0].path.name}: {inside[0].about}" if inside else "")
     return Status(path, kind, state, about, lines)
@@ -375,7 +376,7 @@ def _ago(then: float) -> str:
 def _show(one: Status) -> None:
     """The long form of an output, or a row of each that is in a folder."""
     if one.kind == "folder":
-        rows = [[str(found.path.relative_to(one.path)), found.kind, found.state, found.about] for found in one.inside]
+        rows = [[found.path.relative_to(one.path), found.kind, found.state, found.about] for found in one.inside]
         print_table(f"{one.path}: {one.about}", ["output", "made by", "state", ""], rows)
         return
     screen = console()
