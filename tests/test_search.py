@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import time
 
 import numpy as np
@@ -314,6 +315,15 @@ def test_wrong_tables_are_refused(shape, tmp_path, text, says):
         read_latency(file, shape)
 
 
+# No size of the model varies.
+FIXED = [
+    f"space.{name}={size}"
+    for name, size in {
+        "num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 8, "num_query_groups": 4
+    }.items()
+]  # fmt: skip
+
+
 def words_of(source, scores_folder, *own: str) -> list[str]:
     tiny = ["budget.parameters=40000", "space.multiple=4", "space.tensor=1"]
     return [f"model={source}", f"scores={scores_folder}", *tiny, *own]
@@ -323,9 +333,9 @@ def test_the_command_of_a_target_makes_a_model_of_these_sizes(source, scores_fol
     words = words_of(source, scores_folder, "keep=2", "prune.groups=mean", f"output={tmp_path / 'found'}")
     search_shapes(compose_in_test("search", words))
     lines = (tmp_path / "found" / "targets" / "rank_01.yaml").read_text().splitlines()
-    command = next(line.split()[1:] for line in lines if "launch/prune.py" in line)
+    command = next(line.partition(" prune ")[2].split() for line in lines if " prune " in line)
     assert "prune.groups=mean" in command and f"target={tmp_path / 'found'}/targets/rank_01.yaml" in command
-    done = run("prune", *command[2:])
+    done = run("prune", *command)
     assert done.returncode == 0, done.stderr
     pruned = open_model_folder(tmp_path / "found_rank_01")
     values = yaml.safe_load((tmp_path / "found" / "candidates.yaml").read_text())
@@ -399,6 +409,11 @@ def test_a_dry_run_counts_and_writes_nothing(source, scores_folder, tmp_path, mo
             "budget.parameters=37498 (60% of it)",
         ),
         (
+            ["budget.parameters=1e6", *FIXED],
+            "the model has no smaller shape in this space: none has less than its 62,496 p",
+        ),
+        (["budget.parameters=1", *FIXED], "the model has no smaller shape in this space"),
+        (
             ["budget.parameters=6e4", "space.hidden_size=16"],
             "of it at most, budget.at_least is 90%: use budget.at_least=0.",
         ),
@@ -414,13 +429,13 @@ def test_a_dry_run_counts_and_writes_nothing(source, scores_folder, tmp_path, mo
             ["space.num_attention_heads=[6]", "space.hidden_size=[20]"],
             "give space.exportable=false, which has them exported as Mistral",
         ),
-        (["space.widths=3"], "unknown option 'space.widths' of launch/search.py"),
+        (["space.widths=3"], "unknown option 'space.widths' of minitron search"),
         (["rank.weights.hiden=3"], "did you mean rank.weights.hidden?"),
         (["rank.weights={layers:0,hidden:0,ffn:0,heads:0}"], "rank.weights are all 0"),
         (["budget.latency_ms=3"], "budget.table= and budget.latency_ms= (or tokens_per_second=) go together"),
         (["budget.latency_ms=3", "budget.tokens_per_second=9"], "say the same: give one of them"),
         (["keep=0"], "keep=0 must be above 0"),
-        (["scores=null"], "scores= is missing: give the output of launch/importance.py"),
+        (["scores=null"], "scores= is missing: give the output of importance"),
         (["layers=nowhere"], "nowhere does not exist"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -433,6 +448,26 @@ def test_mistakes_are_refused_before_anything(source, scores_folder, tmp_path, m
         search_shapes(compose_in_test("search", [*words, *own, "output=found"]))
     assert says in str(refused.value) and "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("axis", range(5))
+def test_what_is_proposed_is_a_budget_that_a_shape_is_within(source, scores_folder, tmp_path, monkeypatch, axis):
+    """Also where the space has few shapes, all of them above the usual share."""
+    monkeypatch.chdir(tmp_path)
+    free = ["space.num_layers=[4,3]", "space.hidden_size=[32,24]", "space.ffn_hidden_size=[48,44]"]
+    free += ["space.num_attention_heads=[8,4]", "space.num_query_groups=[4,2]"]
+    one = [*FIXED[:axis], free[axis], *FIXED[axis + 1 :]]
+    if axis == 4:
+        # Fewer groups need fewer heads.
+        one[3] = free[3]
+    for name in ("parameters", "memory_gib", "flops_per_token"):
+        words = [
+            word for word in words_of(source, scores_folder, *one, "dry_run=true", "output=x") if "budget" not in word
+        ]
+        with pytest.raises(UserError) as refused:
+            search_shapes(compose_in_test("search", [*words, f"budget.{name}=1e15"]))
+        proposed = re.search(rf"give less, such as (budget\.{name}=\S+) ", str(refused.value))
+        search_shapes(compose_in_test("search", [*words, proposed[1], "budget.at_least=0"]))
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from minitron_megatron.config import BudgetConfig
-from minitron_megatron.console import format_value
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import Sizes, cached_values, count_parameters, flops_per_token
 from minitron_megatron.models.shape import ModelShape
@@ -22,9 +21,8 @@ QUANTITIES = {
     "flops_per_token": "operations a token",
     "latency_ms": "estimated milliseconds",
 }
-# Those that are counts; and the share of the model that is proposed where a budget leaves nothing to prune.
+# Those that are counts.
 _WHOLE = ("parameters", "non_embedding_parameters", "flops_per_token")
-_SUGGESTED = 0.6
 
 
 @dataclass(frozen=True)
@@ -58,25 +56,6 @@ class Budget:
         table = read_latency(Path(options.table), source, column) if options.table else None
         return cls(source, options, limits, table)
 
-    @classmethod
-    def to_prune(cls, source: ModelShape, options: BudgetConfig) -> "Budget":
-        """The limits as `of` gives them. Raises UserError also where they leave nothing to prune."""
-        budget = cls.of(source, options)
-        budget.check_below()
-        return budget
-
-    def check_below(self) -> None:
-        """Raise UserError where the model itself is within every limit: then there is nothing to prune."""
-        whole = {name: self.cost_of(name, self.source) for name in self.limits}
-        if any(limit < whole[name] for name, limit in self.limits.items()):
-            return
-        name = next(iter(self.limits))
-        above = "above" if self.limits[name] > whole[name] else "at"
-        raise UserError(
-            f"the budget is {above} the model's {format_value(whole[name])} {QUANTITIES[name]}, so nothing need be pruned: give "
-            f"less, such as {self.option(name, _SUGGESTED * whole[name])} ({_SUGGESTED:.0%} of it)"
-        )
-
     def cost_of(self, quantity: str, shape: ModelShape) -> float:
         """What one shape of the source's architecture takes."""
         sizes = {
@@ -88,13 +67,20 @@ class Budget:
         }
         return self.cost(quantity, {name: np.array([size]) for name, size in sizes.items()}).item()
 
-    def option(self, quantity: str, limit: float) -> str:
-        """A limit as it is typed: milliseconds as tokens a second where those were given."""
-        if quantity == "latency_ms" and self.options.tokens_per_second is not None:
-            quantity, limit = "tokens_per_second", MILLISECONDS / limit
-        # Three figures of it, wherever they begin: a small limit is not none.
-        digits = 0 if quantity in _WHOLE or limit <= 0 else 2 - math.floor(math.log10(limit))
-        return f"budget.{quantity}={round(limit) if digits <= 0 else round(limit, digits)}"
+    def option(self, quantity: str, limit: float, below: float = math.inf) -> str:
+        """An option as it is typed, whose limit is at least `limit` and `below` that: as tokens a second where those were given.
+
+        Counts are whole; of anything else there are three figures, or as many more as keep it below.
+        """
+        if quantity in _WHOLE:
+            return f"budget.{quantity}={math.ceil(limit)}"
+        as_rate = quantity == "latency_ms" and self.options.tokens_per_second is not None
+        for figures in range(3, 16):
+            # A lower rate is a higher limit.
+            typed = -_ceil(-MILLISECONDS / limit, figures) if as_rate else _ceil(limit, figures)
+            if (MILLISECONDS / typed if as_rate else typed) < below:
+                break
+        return f"budget.{'tokens_per_second' if as_rate else quantity}={typed:.{figures}g}"
 
     @property
     def quantities(self) -> list[str]:
@@ -113,3 +99,12 @@ class Budget:
             return parameters
         cache = cached_values(self.source, sizes) * options.batch * options.context
         return (parameters * options.weight_bytes + cache * options.cache_bytes) / 2**30
+
+
+def _ceil(value: float, figures: int) -> float:
+    """The least number of so many figures that is not below a value."""
+    if value == 0:
+        return 0.0
+    digits = figures - 1 - math.floor(math.log10(abs(value)))
+    near = round(value, digits)
+    return near if near >= value else round(near + 10.0**-digits, digits)

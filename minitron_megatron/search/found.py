@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import load_yaml, read_manifest
+from minitron_megatron.checkpoints.folder import load_yaml, read_output
 from minitron_megatron.config import PruneOptions
 from minitron_megatron.errors import UserError
 from minitron_megatron.search.space import SIZES
@@ -68,10 +68,7 @@ class SearchFolder:
 
 def read_search(path: Path | str) -> SearchFolder:
     """Read the output of launch/search.py. Raises UserError where it is missing, damaged or something else."""
-    path, manifest = Path(path), read_manifest(path)
-    if FILE not in manifest["files"]:
-        made = manifest.get("command", "another command")
-        raise UserError(f"{path} has no {FILE} (it was made by {made}): give the output of launch/search.py")
+    path, manifest = Path(path), read_output(Path(path), FILE, "search")
     try:
         config, listed = manifest["config"], load_yaml(path / FILE)["candidates"]
         source = Source(config["model"]["path"], config["scores"], config["layers"], PruneOptions(**config["prune"]))
@@ -84,9 +81,9 @@ def read_search(path: Path | str) -> SearchFolder:
         inputs |= {"layers": str(manifest["inputs"]["layers"])} if source.layers else {}
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path} is damaged ({reason}): run launch/search.py again") from None
+        raise UserError(f"{path} is damaged ({reason}): run search again") from None
     missing = [one.rank for one in ranked if target_file(one.rank) not in manifest["files"]]
     if missing or not ranked:
         what = f"no {target_file(missing[0])}" if missing else "no ranked shape"
-        raise UserError(f"{path} has {what}: run launch/search.py again")
+        raise UserError(f"{path} has {what}: run search again")
     return SearchFolder(path, source, ranked, manifest["digest"], inputs)

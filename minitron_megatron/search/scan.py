@@ -12,6 +12,9 @@ from minitron_megatron.search.budget import QUANTITIES, Budget
 from minitron_megatron.search.predict import Predictor
 from minitron_megatron.search.space import Space
 
+# The share of the model that is proposed where a budget leaves nothing to prune.
+_SUGGESTED = 0.6
+
 
 @dataclass
 class Found:
@@ -55,6 +58,28 @@ def scan(space: Space, budget: Budget, predictor: Predictor | None = None, keep:
             _take(found, budget, predictor, numbers[fits], {name: cost[fits] for name, cost in costs.items()}, keep)
     _check_found(found, budget)
     return found
+
+
+def check_smaller(space: Space, budget: Budget) -> None:
+    """Raise UserError where there is nothing to prune: the model is within every limit, or the space has no smaller shape."""
+    whole = {name: budget.cost_of(name, budget.source) for name in budget.limits}
+    least = {name: min(budget.cost(name, space.smallest()).tolist(), default=math.inf) for name in budget.limits}
+    smaller = [name for name in budget.limits if least[name] < whole[name]]
+    if not smaller and all(map(math.isfinite, least.values())):
+        name = next(iter(budget.limits))
+        raise UserError(
+            f"the model has no smaller shape in this space: none has less than its {format_value(whole[name])} "
+            f"{QUANTITIES[name]}; widen space, as with space.num_layers=[…], or give a smaller space.multiple="
+        )
+    if any(limit < whole[name] for name, limit in budget.limits.items()):
+        return
+    name = next(iter([*smaller, *budget.limits]))
+    above = "above" if budget.limits[name] > whole[name] else "at"
+    proposed = max(_SUGGESTED * whole[name], least[name] if smaller else 0.0)
+    raise UserError(
+        f"the budget is {above} the model's {format_value(whole[name])} {QUANTITIES[name]}, so nothing need be pruned: give "
+        f"less, such as {budget.option(name, proposed, below=whole[name])} ({proposed / whole[name]:.0%} of it)"
+    )
 
 
 def _take(
@@ -104,7 +129,7 @@ def _check_found(found: Found, budget: Budget) -> None:
         if found.smallest[name] > limit:
             raise UserError(
                 f"nothing fits: the smallest possible shape has {format_value(found.smallest[name])} {QUANTITIES[name]}, "
-                f"budget.{name} is {format_value(limit)}: use {budget.option(name, _above(found.smallest[name]))} or more, or "
+                f"budget.{name} is {format_value(limit)}: use {budget.option(name, found.smallest[name])} or more, or "
                 "widen space, as with space.num_layers=[…]"
             )
     if not found.within:
@@ -121,8 +146,3 @@ def _below(share: float) -> float:
     """Three figures of a share, rounded down."""
     unit = 10.0 ** (math.floor(math.log10(share)) - 2)
     return math.floor(share / unit) * unit
-
-
-def _above(cost: float) -> float:
-    """A limit that a cost is within, whatever few digits it is written with."""
-    return cost if cost == int(cost) else cost * 1.01

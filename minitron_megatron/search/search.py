@@ -6,7 +6,6 @@ parameters.svg        … of each limited quantity: predicted damage against it
 """
 
 import logging
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from minitron_megatron.checkpoints.folder import (
     open_model_folder,
     read_manifest,
 )
+from minitron_megatron.cli.spelling import line_of
 from minitron_megatron.config import SearchConfig
 from minitron_megatron.console import print_table, speaks
 from minitron_megatron.errors import UserError
@@ -32,7 +32,7 @@ from minitron_megatron.report import plots
 from minitron_megatron.search.budget import QUANTITIES, Budget
 from minitron_megatron.search.found import FILE, TARGETS, Source, target_file
 from minitron_megatron.search.predict import AXES, Predictor, make_predictor
-from minitron_megatron.search.scan import Found, scan
+from minitron_megatron.search.scan import Found, check_smaller, scan
 from minitron_megatron.search.space import SIZES, Space, frozen_axes, make_space, settle_space, uniform
 
 log = logging.getLogger(__name__)
@@ -90,16 +90,18 @@ def check_search(cfg: SearchConfig) -> Searching:
     """Model, scores, space, budget and output. Raises UserError."""
     if cfg.dry_run and cfg.model.path is None:
         source = ModelShape.from_dict(cfg.model.sizes("model"), "model")
-        budget = _budget(cfg, source)
-        return Searching(source, budget, _space(cfg, source, None))
+        budget, space = Budget.of(uniform(source), cfg.budget), _space(cfg, source, None)
+        check_smaller(space, budget)
+        return Searching(source, budget, space)
     folder = open_model_folder(cfg.model.folder("model"))
-    budget = _budget(cfg, folder.shape)
+    budget = Budget.of(uniform(folder.shape), cfg.budget)
     analysis = _analysis(cfg, folder)
     judged = None if analysis is None else {folder.shape.num_layers - cut for cut in (0, *analysis.blocks)}
     space = _space(cfg, folder.shape, judged)
+    check_smaller(space, budget)
     if cfg.scores is None:
         if not cfg.dry_run:
-            raise UserError("scores= is missing: give the output of launch/importance.py; a dry run can do without")
+            raise UserError("scores= is missing: give the output of importance; a dry run can do without")
         return Searching(folder.shape, budget, space)
     scores = load_scores(cfg.scores)
     check_scores(scores, folder.shape, folder.digest, cfg.scores)
@@ -120,11 +122,6 @@ def search_shapes(cfg: SearchConfig, checked: Searching | None = None) -> None:
         _count(checked.shape, checked.space, checked.budget)
         return
     _write(cfg, checked.folder, checked.budget, checked.predictor, checked.inputs)
-
-
-def _budget(cfg: SearchConfig, source: ModelShape) -> Budget:
-    """The limits. Raises UserError where they are none, or leave nothing to prune."""
-    return Budget.to_prune(uniform(source), cfg.budget)
 
 
 def _space(cfg: SearchConfig, source: ModelShape, judged: set[int] | None) -> Space:
@@ -194,7 +191,7 @@ def prune_command(cfg: SearchConfig, candidate: Candidate, layers_of_source: int
     source = Source(cfg.model.path, cfg.scores, cfg.layers, cfg.prune)
     given = source.options(candidate.target, layers_of_source)
     given |= {"target": f"{output}/{candidate.file}", "output": f"{output}_rank_{candidate.rank:02d}"}
-    return shlex.join(["python", "launch/prune.py", *(f"{name}={value}" for name, value in given.items())])
+    return line_of("prune", [f"{name}={value}" for name, value in given.items()])
 
 
 def _write(

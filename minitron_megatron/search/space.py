@@ -75,6 +75,23 @@ class Space:
             "q_heads": heads // groups,
         }
 
+    def smallest(self) -> dict[str, np.ndarray]:
+        """Lengths of the smallest shape with each of the heads that go together, as `lengths` has them; of none: no shape."""
+        heads, groups = self.heads.T
+        fits = self.hidden[None, :] % heads[:, None] == 0 if self.exportable else np.ones((len(heads), 1), bool)
+        hidden = np.where(fits, self.hidden[None, :], np.iinfo(np.int64).max).min(
+            axis=1, initial=np.iinfo(np.int64).max
+        )
+        there = (hidden < np.iinfo(np.int64).max) & (self.size > 0)
+        count = int(there.sum())
+        return {
+            "layers": np.full(count, self.layers.min(initial=np.iinfo(np.int64).max)),
+            "hidden": hidden[there],
+            "ffn": np.full(count, self.ffn.min(initial=np.iinfo(np.int64).max)),
+            "kv_groups": groups[there],
+            "q_heads": (heads // groups)[there],
+        }
+
     def target(self, number: int) -> dict[str, int]:
         """The options of `target` that make this shape."""
         layers, hidden, ffn, pair = self.positions(np.int64(number))
