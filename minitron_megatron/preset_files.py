@@ -30,7 +30,7 @@ _NAME = re.compile(r"[\w.]+")
 
 def is_preset_file(value: str) -> bool:
     """Whether what follows `GROUP=` is a file rather than the name of a preset."""
-    return value.endswith(_ENDINGS) and not Path(value).is_dir()
+    return value.endswith(_ENDINGS) and not os.path.isdir(value)
 
 
 def words_of_file(group: str, value: str, known: list[str], whole: list[str]) -> list[str]:
@@ -46,7 +46,7 @@ def words_of_file(group: str, value: str, known: list[str], whole: list[str]) ->
         UserError: the file is missing or no mapping, or something in it is not plain.
     """
     where, file = f"{group}={value}", Path(os.path.expanduser(value))
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(f"{where} does not exist: give a YAML file of your own, or a preset (--help lists them)")
     values = _read(file, where)
     if own := next((key for key in values if str(key).partition(".")[0] == "hydra"), None):

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ STARTS = "starts.jsonl"
 def record_start(folder: Path, step: int | None = None) -> None:
     """Note that this process begins, or continues, what is in `folder`, from a step where it has steps."""
     from minitron_megatron.cli.next_command import this_line
-    from minitron_megatron.launcher import TYPED
 
     line = {
         "time": round(time.time(), 1),
@@ -33,7 +31,7 @@ def record_start(folder: Path, step: int | None = None) -> None:
         "born": born(os.getpid()),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "directory": str(Path.cwd()),
-        "command": this_line(Path(sys.argv[0].removeprefix("minitron ")).stem, TYPED[1:]),
+        "command": this_line(),
     }
     with contextlib.suppress(OSError), open(folder / STARTS, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

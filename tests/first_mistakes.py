@@ -11,6 +11,7 @@ import sys
 import tempfile
 
 from minitron_megatron import launcher  # noqa: F401
+from minitron_megatron.cli import spelling
 from minitron_megatron.cli.main import command
 
 HEAVY = """torch megatron transformers tokenizers pyarrow pandas scipy matplotlib lm_eval wandb datasets
@@ -25,6 +26,7 @@ def answer(name: str, words: list[str]) -> dict:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(said.fileno(), 2)
             sys.argv = [f"launch/{name}.py", *words]
+            spelling.TYPED[:] = sys.argv
             status = 0
             try:
                 command(name)

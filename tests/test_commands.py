@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from minitron_megatron.checkpoints.folder import output_folder
+from minitron_megatron.cli.arguments import CONF, group_of, presets
 from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.config import ModelConfig, model_options, options
-from minitron_megatron.launcher import CONF, group_of, presets
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.shape import ModelShape
 from tests.tiny import data_folder, hf_model, imported
@@ -52,6 +52,16 @@ def error_of(done: subprocess.CompletedProcess) -> str:
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     return lines[0]
+
+
+def command_of(line: str) -> str:
+    """The command that a line starts: launch/NAME.py, or minitron NAME."""
+    return re.search(r"(?:launch/|minitron (?:--nproc-per-node \d+ )?|minitron_megatron (?:--\S+ \d+ )?)(\w+)", line)[1]
+
+
+def shown(printed: str) -> list[str]:
+    """The commands of the lines that a chain shows before it starts them, or in its plan."""
+    return [command_of(line) for line in printed.splitlines() if line.startswith("$ ")]
 
 
 def test_the_first_line_says_what_will_be_done_and_is_there_before_the_work(tmp_path):

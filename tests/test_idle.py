@@ -139,7 +139,7 @@ def test_sizes_beside_a_preset_are_what_they_say(monkeypatch):
 
 def test_a_command_says_it_before_it_checks(monkeypatch, caplog, tmp_path):
     """As typed: by the command itself, before the mistake that ends it."""
-    monkeypatch.setattr(launcher, "_logging", lambda: None)
+    monkeypatch.setattr(launcher, "start_logging", lambda: None)
     words = [f"teacher={tmp_path}", f"student={tmp_path}", f"data.path={tmp_path}", "trainer.steps=20"]
     monkeypatch.setattr(sys, "argv", ["distill", *words, "distill.top_k=9", f"output={tmp_path / 'o'}"])
     with caplog.at_level(logging.INFO), pytest.raises(UserError, match="manifest"):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from hydra import initialize_config_dir
 
-from minitron_megatron.cli import next_command
+from minitron_megatron.cli import next_command, spelling
 from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.cli.next_command import NEXT, Next, free_name, line_of, load_words
 from minitron_megatron.config import ImportanceConfig, ModelConfig, ParallelConfig
@@ -19,7 +19,7 @@ from minitron_megatron.launcher import CONF, compose
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.words import word
 from tests.slurm_cluster import programs_by_name
-from tests.test_commands import ROOT, environment, run
+from tests.test_commands import ROOT, command_of, environment, run
 from tests.tiny import TEXT, hf_model, save_hf
 
 # What a command itself says is next, or that nothing is.
@@ -52,7 +52,7 @@ def test_an_output_that_is_there_is_not_named_again(tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_it_is_started_as_this_one_was(tmp_path, monkeypatch, processes):
-    monkeypatch.setattr(sys, "argv", ["launch/importance.py"])
+    monkeypatch.setattr(spelling, "TYPED", ["launch/importance.py"])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     given = config(tmp_path, parallel=ParallelConfig(tensor=2, sequence=True), device="cpu")
@@ -64,7 +64,7 @@ def test_it_is_started_as_this_one_was(tmp_path, monkeypatch, processes):
 
 
 def test_a_python_that_the_shell_does_not_find_has_its_path(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["launch/importance.py"])
+    monkeypatch.setattr(spelling, "TYPED", ["launch/importance.py"])
     monkeypatch.setenv("PATH", "/nowhere")
     assert line_of(Next("search", {}, "found"), config(tmp_path)).startswith(f"{shlex.quote(sys.executable)} launch/")
 
@@ -84,11 +84,6 @@ def last_line(printed: str) -> str:
     lines = printed.rstrip().splitlines()
     assert lines[-2] == "Next:", printed
     return lines[-1].strip()
-
-
-def command_of(line: str) -> str:
-    """The command that a line starts: launch/NAME.py, or minitron NAME."""
-    return re.search(r"(?:launch/|minitron (?:--nproc-per-node \d+ )?|minitron_megatron (?:--\S+ \d+ )?)(\w+)", line)[1]
 
 
 def paste(line: str, folder: Path) -> str:
@@ -148,7 +143,13 @@ def manifest(folder: Path, config: dict, results: dict | None = None, **files: s
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     sizes = {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
-    values = {"command": "x", "digest": "d", "inputs": {"model": "d"}, "config": config, "results": results or {}}
+    values = {
+        "command": "x",
+        "digest": "d",
+        "inputs": {"model": "d", "scores": "d"},
+        "config": config,
+        "results": results or {},
+    }
     (folder / "manifest.yaml").write_text(yaml.safe_dump({**values, "files": sizes}))
     return folder
 
@@ -217,7 +218,7 @@ def test_every_command_is_tried():
 
 @pytest.mark.parametrize("name", FOLLOWS)
 def test_what_follows_is_a_command_that_is_accepted(outputs, monkeypatch, capsys, name):
-    monkeypatch.setattr(sys, "argv", [f"launch/{name}.py"])
+    monkeypatch.setattr(spelling, "TYPED", [f"launch/{name}.py"])
     command, words = FOLLOWS[name]
     output = outputs / WRITES.get(name, f"{name} of mine")
     output.mkdir(exist_ok=True)
@@ -241,7 +242,7 @@ def test_what_follows_is_a_command_that_is_accepted(outputs, monkeypatch, capsys
 
 
 def test_a_run_of_steps_reads_the_text_once(outputs, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["launch/prune.py"])
+    monkeypatch.setattr(spelling, "TYPED", ["launch/prune.py"])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(

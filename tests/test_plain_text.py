@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitron_megatron import console
+from minitron_megatron.cli.logs import _PlainLines
 from minitron_megatron.ending import reason_of
 from minitron_megatron.errors import UserError
-from minitron_megatron.launcher import ROOT, _PlainLines
+from minitron_megatron.launcher import ROOT
 from minitron_megatron.plain_text import escaped, one_line
 
 HOSTILE = [

@@ -7,10 +7,11 @@ import pytest
 import yaml
 from hydra import initialize_config_dir
 
+from minitron_megatron.cli.arguments import CONF, presets
 from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.config import REQUIRED, model_options, options
 from minitron_megatron.errors import UserError
-from minitron_megatron.launcher import CONF, ROOT, compose, presets, resolved_config
+from minitron_megatron.launcher import ROOT, compose, resolved_config
 from tests.test_commands import error_of, run
 
 
@@ -79,10 +80,10 @@ def test_text_in_a_file_arrives_as_it_is(tmp_path, text):
 @pytest.mark.parametrize(
     ("command", "group", "values", "says"),
     [
-        ("compress", "chain", {"distil": {"trainer": {"steps": 3}}}, "unknown option 'distil.trainer.steps' of launch/comp"),
+        ("compress", "chain", {"distil": {"trainer": {"steps": 3}}}, "unknown option 'distil.trainer.steps' of"),
         ("compress", "chain", "seed: 1\nseed: 2", "seed is there twice"),
         ("compress", "chain", {"chain": "other.yaml"}, "a file cannot name another file"),
-        ("distill", "optim", {"lrr": 1.0}, "unknown option 'optim.lrr' of launch/distill.py: did you mean optim.lr?"),
+        ("distill", "optim", {"lrr": 1.0}, "unknown option 'optim.lrr' of minitron distill: did you mean optim.lr?"),
         ("distill", "optim", {"lr": "fast"}, "optim.lr: Value 'fast' of type 'str' could not be converted to Float"),
         ("distill", "optim", {"lr": -1.0}, "optim.lr=-1.0 must be above 0"),
         ("distill", "experiment", {"trainer": {"recompute": "ful"}}, "trainer.recompute=ful is not one of"),

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from minitron_megatron.checkpoints.folder import read_manifest
-from tests.test_commands import ROOT
-from tests.test_next import command_of, paste
+from tests.test_commands import ROOT, command_of
+from tests.test_next import paste
 from tests.tiny import TEXT, hf_model, save_hf
 
 # What a reader puts in: his model and text, a budget and batches of their size. The rest stands as it is.
@@ -83,3 +83,11 @@ def test_every_command_that_the_text_names_is_there():
     text = (ROOT / "README.md").read_text()
     named = set(re.findall(r"launch/([a-z]\w*)\.py", text))
     assert named <= {file.stem for file in (ROOT / "launch").glob("*.py")}
+
+
+def test_lines_of_the_docs_are_wrapped():
+    """Rows of tables and what programs print stay as they are."""
+    for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        prose = "".join(file.read_text(encoding="utf-8").split("```")[::2])
+        lines = [line for line in prose.splitlines() if not line.startswith("|")]
+        assert max(map(len, lines)) <= 300, file

@@ -3,21 +3,20 @@
     import_hf ─▶ prepare_data ─▶ importance ─▶ search ─▶ prune ─▶ distill ─▶ evaluate ─▶ export_hf ─▶ a line that loads it
 
 One table, NEXT, says what follows on what. A line can be pasted into the shell that the command was typed in: paths are quoted,
-Python and launch/ are found where this command found them, and as many processes are started. Only what nobody can know, such as
-where the text is, stands there in capitals. Nothing heavy is imported.
+programs are found where this command found them (spelling.py), and as many processes are started. Only what nobody can know, such
+as where the text is, stands there in capitals. Nothing heavy is imported.
 """
 
 import os
 import re
 import shlex
-import shutil
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from minitron_megatron.checkpoints.folder import MANIFEST, SHAPE_FILE, load_yaml
+from minitron_megatron.cli import spelling
 from minitron_megatron.config import CommandConfig, ParallelConfig
 from minitron_megatron.console import console, speaks
 from minitron_megatron.errors import UserError
@@ -35,7 +34,7 @@ _SHARE = 0.6
 
 @dataclass(frozen=True)
 class Next:
-    """A command of launch/ with its options; `output` is made unique beside what is there."""
+    """A command with its options; `output` is made unique beside what is there."""
 
     command: str
     options: Mapping[str, Any]
@@ -67,7 +66,8 @@ def line_of(found: Next, config: CommandConfig) -> str:
         # A report is written over an older one.
         given["output"] = beside if (beside / "report.html").is_file() else free_name(beside)
     words = [f"{name}={word(value)}" for name, value in given.items() if value is not None]
-    return shlex.join([*_program(found), *words])
+    processes = (found.processes or _processes()) if found.command in _PARALLEL else 1
+    return spelling.line_of(found.command, words, processes)
 
 
 def _quoted(word: str) -> str:
@@ -98,35 +98,11 @@ def _same_way(found: Next, config: CommandConfig) -> dict[str, Any]:
     return {**{k: v for k, v in layout.items() if k not in found.options}, **how}
 
 
-def _program(found: Next) -> list[str]:
-    """What starts a command as this one was started."""
-    processes = (found.processes or _processes()) if found.command in _PARALLEL else 1
-    typed = Path(sys.argv[0])
-    if processes > 1:
-        return [*_minitron(), "--nproc-per-node", str(processes), found.command]
-    if typed.parent.name == "launch":
-        return [_on_path("python", sys.executable), str(typed.parent / f"{found.command}.py")]
-    return [*_minitron(), found.command]
-
-
-def _minitron() -> list[str]:
-    """The program that pip installs beside Python, or the package where it does not."""
-    beside = Path(sys.executable).parent / "minitron"
-    if beside.is_file():
-        return [_on_path("minitron", str(beside))]
-    return [_on_path("python", sys.executable), "-m", "minitron_megatron"]
-
-
-def _on_path(name: str, this: str) -> str:
-    """A program's name where the shell finds this very one by it, else its path."""
-    there = shutil.which(name)
-    same = there is not None and Path(there).parent.resolve() == Path(this).parent.resolve()
-    return name if same else this
-
-
-def this_line(name: str, typed: Sequence[str]) -> str:
+def this_line() -> str:
     """The line that starts this very command again, with the options as they were typed."""
-    return shlex.join([*_program(Next(name, {}, "", processes=_processes())), *typed])
+    name = Path(spelling.TYPED[0].removeprefix("minitron ")).stem
+    processes = _processes() if name in _PARALLEL else 1
+    return spelling.line_of(name, spelling.TYPED[1:], processes)
 
 
 def _processes() -> int:
@@ -285,7 +261,7 @@ def load_words(folder: str) -> list[str]:
     code = (
         f"from transformers import pipeline; print(pipeline('text-generation', {folder!r})('The')[0]['generated_text'])"
     )
-    return [_on_path("python", sys.executable), "-c", code]
+    return [spelling.python_word(), "-c", code]
 
 
 def _after_random(cfg: Any) -> Next:
@@ -294,7 +270,7 @@ def _after_random(cfg: Any) -> Next:
 
 def _read_report(cfg: Any) -> Next | None:
     page = Path(cfg.output) / "report.html" if Path(cfg.output).is_dir() else Path(cfg.output)
-    python = _on_path("python", sys.executable)
+    python = spelling.python_word()
     return Next("", {}, "", shell=[python, "-m", "webbrowser", str(page)]) if page.suffix == ".html" else None
 
 

@@ -1,0 +1,178 @@
+"""The words of a command line: which are refused, and what Hydra is given of the others.
+
+    model=outputs/x  ──▶  model.path=outputs/x       teacher=PRESET  ──▶  model@teacher=PRESET       optim=my.yaml  ──▶  its words
+
+`model=FOLDER` and `model=PRESET` are told apart here. What is typed is checked before anything reads it as a value.
+"""
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+from minitron_megatron.cli.commands import COMMANDS
+from minitron_megatron.cli.spelling import called
+from minitron_megatron.config import (
+    MODEL_OPTIONS,
+    CommandConfig,
+    free_options,
+    model_options,
+    options,
+)
+from minitron_megatron.errors import UserError
+from minitron_megatron.preset_files import is_preset_file, words_of_file
+from minitron_megatron.words import PLAIN_VALUE, quoted
+
+# In the repository a link to its conf/; a package has the folder itself.
+CONF = Path(__file__).resolve().parent.parent / "conf"
+# How deep lists, mappings and the names of options may be nested; an option has three levels.
+DEEPEST = 50
+
+
+def words_after_dashes(words: list[str], option: str) -> list[str]:
+    """Words after `--` as the list that is the value of one option: nothing in them needs quotes of Hydra's."""
+    if "--" not in words:
+        return words
+    own, after = words[: words.index("--")], words[words.index("--") + 1 :]
+    return [*own, f"{option}=[{','.join(map(quoted, after))}]"]
+
+
+def words_that_stand_alone(words: list[str], option: str) -> list[str]:
+    """Words that are neither options nor flags as the value of one option."""
+    alone = [
+        word for word in words if not word.startswith("-") and not (is_override(word) and not os.path.exists(word))
+    ]
+    if not alone:
+        return words
+    value = alone[0] if len(alone) == 1 else f"[{','.join(map(quoted, alone))}]"
+    return [*(word for word in words if word not in alone), f"{option}={value}"]
+
+
+def is_override(word: str) -> bool:
+    """Whether a word sets an option, rather than being one of Hydra's flags or a flag's value (`--cfg job`)."""
+    return "=" in word and not word.startswith("-")
+
+
+def is_for_hydra(word: str) -> bool:
+    """Whether a word sets an option of Hydra's own."""
+    return word.startswith(("hydra.", "hydra/", "+hydra"))
+
+
+def check_words(words: list[str], name: str, config_class: type[CommandConfig]) -> None:
+    """Refuse unknown options and presets, options given twice, and deletions. Raises UserError."""
+    known = [o.name for o in options(config_class)]
+    groups = presets(name)
+    models = model_options(config_class)
+    free = free_options(config_class)
+    seen: set[str] = set()
+    for word in words:
+        if word.startswith("~"):
+            raise UserError(f"{word}: options cannot be deleted, only set")
+        key, _, value = word.lstrip("+").partition("=")
+        if max(_depth(word), key.count(".")) > DEEPEST:
+            raise UserError(f"{key[:40]}{'…' * (len(key) > 40)} is nested more than {DEEPEST} deep: write it flat")
+        if "${" in word and not {"-m", "--multirun"} & set(words):
+            raise UserError(f"{word} has an interpolation (${{…}}), which is only for -m: write the value")
+        if not is_override(word) or is_for_hydra(word):
+            continue
+        if re.search(r"\d{301}", value):  # more digits than the largest float has
+            raise UserError(f"{key}= has a number of more than 300 digits: write a smaller one")
+        if key in seen:
+            raise UserError(f"{key}= is given twice")
+        seen.add(key)
+        if key.partition(".")[0] in free:
+            continue
+        if key in groups and key not in MODEL_OPTIONS:
+            if not is_preset_file(value):
+                _check_preset(key, value, groups[key])
+        elif key not in known and key not in models and not any(o.startswith(f"{key}.") for o in known):
+            near = difflib.get_close_matches(key, [*known, *groups, *models], n=1)
+            near = near or difflib.get_close_matches(key.partition(".")[0], free, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"unknown option {key!r} of {called(name)}: {hint}(--help lists all)")
+
+
+def _depth(word: str) -> int:
+    """Brackets that are open at once at the most; in quotes they count too."""
+    deepest = depth = 0
+    for sign in word:
+        depth += (sign in "([{") - (sign in ")]}")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _check_preset(group: str, value: str, names: list[str]) -> None:
+    wrong = [v for v in value.split(",") if v not in names and not value.startswith(("{", "["))]
+    if wrong:
+        near = difflib.get_close_matches(wrong[0], names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(names)}"
+        raise UserError(f"{group}={wrong[0]} is not a preset of conf/{group}: {hint}")
+
+
+def with_preset_files(
+    words: list[str], name: str, config_class: type[CommandConfig]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """The words with every file of one's own in place of a preset taken apart: what it sets comes before them.
+
+    Gives the words, and the options that each file sets. Raises UserError, naming the file, for what is wrong in it.
+    """
+    free = free_options(config_class)
+    known = [o.name for o in options(config_class) if o.name not in free]
+    models = model_options(config_class)
+    groups = [*presets(name), *models]
+    taken: list[str] = []
+    keys: dict[str, list[str]] = {}
+    for word in words:
+        key, _, value = word.lstrip("+").partition("=")
+        if not is_override(word) or key not in groups or not is_preset_file(value):
+            continue
+        found = words_of_file(key, value, known, groups)
+        try:
+            check_words(found, name, config_class)
+        except UserError as error:
+            raise UserError(f"{key}={value}: {error}") from None
+        keys[word.lstrip("+")] = [one.partition("=")[0] for one in found]
+        taken += found
+    own = [word for word in words if word.lstrip("+") not in keys]
+    return [*taken, *own], keys
+
+
+def as_override(word: str, config_class: type[CommandConfig]) -> str:
+    """`model=outputs/x` sets model.path, `model=PRESET` takes conf/model/PRESET.yaml; odd characters are quoted."""
+    if not is_override(word):
+        return word
+    key, _, value = word.lstrip("+").partition("=")
+    if not value:
+        return f"{key}=''"
+    if value == "~" or value.startswith("~/"):
+        value = os.path.expanduser(value)
+    if key in model_options(config_class):
+        if os.path.isfile(CONF / "model" / f"{value}.yaml"):
+            return f"{group_of(key)}={value}"
+        key = f"{key}.path"
+    if key.partition(".")[0] in free_options(config_class):
+        return f"++{key}={value}"
+    if _takes_text(key, config_class) and not PLAIN_VALUE.fullmatch(value) and value[0] not in "'\"[{$":
+        value = quoted(value)
+    return f"{key}={value}"
+
+
+def group_of(model_option: str) -> str:
+    """The config group that an option such as `teacher` takes presets from, as each command's conf file lists it."""
+    return "model" if model_option == "model" else f"model@{model_option}"
+
+
+def _takes_text(key: str, config_class: type[CommandConfig]) -> bool:
+    found = next((o for o in options(config_class) if o.name == key.lstrip("+~")), None)
+    return found is not None and ("str" in found.type or found.type == "Any")
+
+
+def presets(name: str) -> dict[str, list[str]]:
+    """Groups of conf/ that a command can use (those its own conf file lists, and models), with their presets."""
+    own = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
+    models = model_options(COMMANDS[name].config)
+    return {
+        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+        for folder in sorted(path for path in CONF.iterdir() if path.is_dir())
+        if f"- {folder.name}:" in own or (folder.name == "model" and models)
+    }
