@@ -36,14 +36,15 @@ class Obstacle:
 
 @dataclass(frozen=True)
 class Choice:
-    """What an option has become, and why."""
+    """What an option that was auto has become, and why: a switch, or a word."""
 
     option: str
-    value: bool
+    value: bool | str
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.option}=auto is {'on' if self.value else 'off'}: {self.reason}"
+        value = self.value if isinstance(self.value, str) else "on" if self.value else "off"
+        return f"{self.option}=auto is {value}: {self.reason}"
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ error = {
 try:
     raise error
 except Exception:
-    pass
+    pass  # whichever it is: raised once so that it has a traceback, as what ends a command has
 status = ending.report(error)
 assert "torch" not in sys.modules
 sys.exit(status)
@@ -216,7 +216,7 @@ def test_a_stage_that_a_signal_ended_says_that_those_before_are_kept(tmp_path, m
     monkeypatch.setattr(stages, "run_program", lambda *_: (143, f"by SIGTERM: {ending.NOTHING_KEPT}"))
     monkeypatch.setattr(ending._State, "status", None)
     with pytest.raises(SystemExit) as raised:
-        stages.Stages(tmp_path / "stages.json").command("prune", tmp_path / "out", "launch/prune.py")
+        stages.Stages(tmp_path / "stages.json").command("prune", tmp_path / "out", "prune")
     assert raised.value.code == 143
     kept = "the stages before prune are kept; the same command continues with it"
     assert capsys.readouterr().err == f"stopped in prune, by SIGTERM: {kept}\n"

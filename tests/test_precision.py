@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minitron_megatron.automatic import Choice
 from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
 from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.config import (
@@ -27,7 +28,7 @@ from minitron_megatron.models.build import model_dtype
 from minitron_megatron.parallel import precision
 from minitron_megatron.parallel.job import parallel_job
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.parallel.precision import DTYPES, PRODUCTS, Choice, Products
+from minitron_megatron.parallel.precision import DTYPES, PRODUCTS, Products
 from minitron_megatron.train.distill import distill
 from tests.test_train import exit_code, options, untimed
 from tests.tiny import data_folder, data_option, hf_model, imported, model_option
@@ -48,7 +49,7 @@ def sources(tmp_path_factory):
 def on_a_machine_for(dtypes: list[str], function, *args):
     """Call a function where each rank's own machine would choose a dtype, and say this."""
     own, before = dtypes[int(os.environ["RANK"])], precision.of_this_machine
-    precision.of_this_machine = lambda: Choice(own, f"since this machine is for {own}")
+    precision.of_this_machine = lambda: Choice("precision", own, f"since this machine is for {own}")
     try:
         return function(*args)
     finally:
@@ -320,7 +321,7 @@ def test_measuring_leaves_no_trace_in_a_run():
 
 def test_without_instructions_for_bfloat16_float32_is_taken(tmp_path):
     """oneDNN held to AVX2 multiplies bfloat16 as processors without AVX-512 do, though torch says AVX512."""
-    code = "from minitron_megatron.parallel.precision import of_this_machine as f; print(f().dtype)"
+    code = "from minitron_megatron.parallel.precision import of_this_machine as f; print(f().value)"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "XDG_CACHE_HOME": str(tmp_path)}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "float32"
@@ -328,7 +329,7 @@ def test_without_instructions_for_bfloat16_float32_is_taken(tmp_path):
 
 def test_a_dry_run_says_what_it_would_be(sources, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(
-        "minitron_megatron.models.build.of_this_machine", lambda: Choice("float32", "since it is faster")
+        "minitron_megatron.models.build.of_this_machine", lambda: Choice("precision", "float32", "since it is faster")
     )
     cfg = ImportanceConfig(
         output=str(tmp_path / "scores"),

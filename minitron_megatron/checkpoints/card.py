@@ -1,6 +1,6 @@
 """The model card of an export: README.md with Hugging Face's front matter, out of manifests and results alone.
 
-    shape · how it was pruned · how it was distilled · results=FOLDERS of launch/evaluate.py · lineage with digests · commands
+    shape · how it was pruned · how it was distilled · results=FOLDERS of evaluate · lineage with digests · commands
 
 Nothing is guessed: a license or a base model that neither the options nor the import say is left out.
 """
@@ -83,7 +83,7 @@ def read_results(paths: Sequence[str], folder: ModelFolder) -> list[Measured]:
         file = path / RESULTS
         digest = (manifest.get("inputs") or {}).get("model")
         if not file.is_file() or digest is None:
-            raise UserError(f"results={path} is not an evaluation: give the output of launch/evaluate.py")
+            raise UserError(f"results={path} is not an evaluation: give the output of evaluate")
         if digest != folder.digest:
             raise UserError(f"results={path} is of another model ({digest}), not of {folder.path}: evaluate this one")
         values = load_json(file, ": evaluate the model again")

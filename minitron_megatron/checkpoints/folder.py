@@ -146,24 +146,31 @@ def _is_name(name: object) -> bool:
 
 def load_yaml(file: Path) -> dict[str, Any]:
     """A YAML mapping, without ever building objects. Raises UserError when it is not one."""
-    try:
-        values = read_yaml(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({in_one_line(error)})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} is not a mapping of keys to values")
-    return values
+    return _mapping(read_yaml, file, "a mapping of keys to values")
 
 
 def load_json(file: Path, remedy: str = "") -> dict[str, Any]:
     """A JSON object. Raises UserError when it is not one, which ends with what there is to do, as ": make it again"."""
+    return _mapping(read_json, file, "a JSON object", remedy)
+
+
+def _mapping(read: Callable[[Path], Any], file: Path, what: str, remedy: str = "") -> dict[str, Any]:
     try:
-        values = read_json(file)
+        values = read(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({in_one_line(error, 200)}){remedy}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{file} is not a JSON object{remedy}")
+        raise UserError(f"{file} is not {what}{remedy}")
     return values
+
+
+def read_output(path: Path, file: str, command: str, option: str = "") -> dict[str, Any]:
+    """The manifest of what a command has made, in which its main file is. Raises UserError where it is another's, or damaged."""
+    manifest = read_manifest(path)
+    if file not in manifest["files"]:
+        made = manifest.get("command", "another command")
+        raise UserError(f"{option}{path} has no {file} (it was made by {made}): give the output of {command}")
+    return manifest
 
 
 def open_model_folder(path: Path | str) -> ModelFolder:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from minitron_megatron.checkpoints.folder import check_output, output_folder
 from minitron_megatron.checkpoints.hf_folder import hf_tensors
+from minitron_megatron.cli.spelling import command_line
 from minitron_megatron.config import Smollm2Config
 from minitron_megatron.errors import UserError
-from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.launcher import resolved_config
 from minitron_megatron.models.axes import slots
 from minitron_megatron.models.families import hf_config, shape_from_hf
 

@@ -14,18 +14,15 @@ from minitron_megatron.distill.contents import Contents
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.outputs import check_command_output
+from minitron_megatron.over_data import OverData
 from minitron_megatron.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
-class Caching:
-    """A teacher, its layout and the data to run it over, checked; `contents` is what the cache will hold."""
+class Caching(OverData):
+    """A teacher over its data; `contents` is what the cache will hold."""
 
-    layout: Layout
-    folder: ModelFolder
-    data: Data
     contents: Contents
-    inputs: dict[str, str]
 
 
 def check_cache_teacher(cfg: CacheTeacherConfig) -> Caching:
@@ -36,7 +33,7 @@ def check_cache_teacher(cfg: CacheTeacherConfig) -> Caching:
     inputs = {"model": folder.digest, "data": data.digest}
     check_command_output(cfg, inputs)
     check_room(Path(cfg.output), contents.total_bytes)
-    return Caching(layout, folder, data, contents, inputs)
+    return Caching(layout, folder, data, inputs, contents)
 
 
 def plan_cache(cfg: CacheTeacherConfig, folder: ModelFolder, layout: Layout) -> tuple[Data, Contents]:

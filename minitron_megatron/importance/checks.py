@@ -1,9 +1,8 @@
 """What launch/importance.py checks by its options and folders alone: before torch is there."""
 
-from dataclasses import dataclass
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
+from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.config import ImportanceConfig
 from minitron_megatron.data.folder import Data, open_data
@@ -11,6 +10,7 @@ from minitron_megatron.data.same_tokenizer import check_same_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.outputs import check_command_output
+from minitron_megatron.over_data import OverData
 from minitron_megatron.parallel.layout import Layout
 
 
@@ -44,17 +44,7 @@ def aggregation(cfg: ImportanceConfig, head_dim: int) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """A model, its layout and the data to measure it on, checked; `inputs` are their digests."""
-
-    layout: Layout
-    folder: ModelFolder
-    data: Data
-    inputs: dict[str, str]
-
-
-def check_importance(cfg: ImportanceConfig) -> Calibration:
+def check_importance(cfg: ImportanceConfig) -> OverData:
     """Model, layout, data and output. Raises UserError."""
     layout = Layout.from_config(cfg.parallel)
     folder = open_model_folder(cfg.model.folder("model"))
@@ -65,4 +55,4 @@ def check_importance(cfg: ImportanceConfig) -> Calibration:
     check_calibration(cfg, data)
     inputs = {"model": folder.digest, "data": data.digest}
     check_command_output(cfg, inputs)
-    return Calibration(layout, folder, data, inputs)
+    return OverData(layout, folder, data, inputs)

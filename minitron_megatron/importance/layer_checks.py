@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder
+from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.checkpoints.stamps import task_stamps
 from minitron_megatron.config import LayersConfig
-from minitron_megatron.data.folder import Data, open_data
+from minitron_megatron.data.folder import open_data
 from minitron_megatron.data.questions import QuestionFile
 from minitron_megatron.data.same_tokenizer import check_same_tokenizer
 from minitron_megatron.data.tokenizer import check_tokenizer, tokenizer_stamps
@@ -15,29 +15,24 @@ from minitron_megatron.importance.blocks import Block, contiguous_blocks
 from minitron_megatron.importance.layers import check_blocks
 from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.outputs import check_command_output
+from minitron_megatron.over_data import OverData
 from minitron_megatron.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
-class Analysing:
-    """A model, what is taken out of it, and what judges it, checked.
+class Analysing(OverData):
+    """A model over its data, what is taken out of it, and what judges it.
 
     Attributes:
-        layout, folder, data: of the model; which windows run through it.
         lengths, blocks: what is taken out.
         count: windows.
         file: questions, if any.
-        inputs: digests for the manifest.
     """
 
-    layout: Layout
-    folder: ModelFolder
-    data: Data
     lengths: list[int]
     blocks: list[Block]
     count: int
     file: QuestionFile | None
-    inputs: dict[str, str]
 
 
 def check_layers(cfg: LayersConfig) -> Analysing:
@@ -60,4 +55,4 @@ def check_layers(cfg: LayersConfig) -> Analysing:
     if file or cfg.tasks:
         inputs |= {**tokenizer_stamps(folder), **task_stamps(cfg.tasks)}
     check_command_output(cfg, inputs)
-    return Analysing(layout, folder, data, lengths, blocks, count, file, inputs)
+    return Analysing(layout, folder, data, inputs, lengths, blocks, count, file)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import read_manifest
+from minitron_megatron.checkpoints.folder import read_output
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.scores import model_digest
 from minitron_megatron.plain_files import read_json
@@ -141,9 +141,7 @@ def _judged(values: Mapping[str, Any]) -> Judged:
 def load_layer_analysis(path: Path | str) -> LayerAnalysis:
     """Read a layer analysis, the output of launch/layers.py. Raises UserError when it is not a whole one."""
     path = Path(path)
-    manifest = read_manifest(path)
-    if not (path / FILE).is_file():
-        raise UserError(f"layers={path} has no {FILE}: give the output of launch/layers.py")
+    manifest = read_output(path, FILE, "layers", "layers=")
     try:
         values = read_json(path / FILE)
         blocks: dict[int, list[Judged]] = {}

@@ -17,7 +17,7 @@ from minitron_megatron.config import ImportanceConfig
 from minitron_megatron.console import print_table, progress
 from minitron_megatron.data.datasets import MicroBatches, Samples, training_samples
 from minitron_megatron.data.folder import Data
-from minitron_megatron.importance.checks import Calibration, aggregation, check_importance
+from minitron_megatron.importance.checks import aggregation, check_importance
 from minitron_megatron.importance.hooks import Recorder
 from minitron_megatron.importance.scores import save_scores
 from minitron_megatron.importance.statistics import BatchStatistic
@@ -28,6 +28,7 @@ from minitron_megatron.models.build import build_model_chunks, foretell_dtype, m
 from minitron_megatron.models.forward import forward_only
 from minitron_megatron.models.guessing import warn_of_guessing
 from minitron_megatron.models.loss import FirstLoss
+from minitron_megatron.over_data import OverData
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.job import pick_device
 from minitron_megatron.parallel.layout import Layout
@@ -35,7 +36,7 @@ from minitron_megatron.parallel.layout import Layout
 log = logging.getLogger(__name__)
 
 
-def measure_importance(cfg: ImportanceConfig, checked: Calibration | None = None) -> None:
+def measure_importance(cfg: ImportanceConfig, checked: OverData | None = None) -> None:
     """`launch/importance.py`: calibration samples through a model into a scores folder."""
     checked = checked or check_importance(cfg)
     layout, folder, data, inputs = checked.layout, checked.folder, checked.data, checked.inputs

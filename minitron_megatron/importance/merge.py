@@ -39,7 +39,7 @@ def check_merge(cfg: MergeScoresConfig) -> Merging:
     """Scores folders and output, before torch is there. Raises UserError."""
     folders = [Path(path) for path in cfg.scores]
     if len(folders) < 2:
-        raise UserError("scores=[…] needs two scores folders or more (outputs of launch/importance.py)")
+        raise UserError("scores=[…] needs two scores folders or more (outputs of importance)")
     manifests = [_manifest(folder) for folder in folders]
     parts = [part for manifest in manifests for part in manifest["results"]["parts"]]
     _check(folders, manifests, parts)
@@ -85,7 +85,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     results, inputs = manifest.get("results"), manifest.get("inputs")
     whole = isinstance(results, dict) and {*_SHARED, "parts"} <= set(results) and isinstance(results["parts"], list)
     if not whole or not isinstance(inputs, dict):
-        raise UserError(f"scores={folder} is not a scores folder: give outputs of launch/importance.py")
+        raise UserError(f"scores={folder} is not a scores folder: give outputs of importance")
     return manifest
 
 

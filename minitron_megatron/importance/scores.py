@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from minitron_megatron.checkpoints.damage import pass_on_unless_damage
-from minitron_megatron.checkpoints.folder import read_manifest
+from minitron_megatron.checkpoints.folder import read_output
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import PROBES
 from minitron_megatron.models.shape import ModelShape
@@ -61,9 +61,7 @@ def save_scores(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
 def load_scores(path: Path | str) -> Scores:
     """Read a whole scores folder. Raises UserError."""
     path = Path(path)
-    manifest = read_manifest(path)
-    if not (path / FILE).is_file():
-        raise UserError(f"scores={path} has no {FILE}: give the output of launch/importance.py")
+    manifest = read_output(path, FILE, "importance", "scores=")
     try:
         tensors = load_file(path / FILE)
     except (SafetensorError, OSError) as error:

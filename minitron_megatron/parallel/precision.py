@@ -25,6 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from minitron_megatron.automatic import Choice
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.parallel.deciding import ask_rank_zero
 from minitron_megatron.plain_files import read_json
@@ -67,12 +68,9 @@ class Products:
         return f"products in bfloat16 are {self.gain:.2g} times as fast as in float32 on this machine ({self.machine})"
 
 
-@dataclass(frozen=True)
-class Choice:
+def _choice(dtype: str, why: str) -> Choice:
     """What `auto` computes a bfloat16 folder in, and why."""
-
-    dtype: str
-    why: str
+    return Choice("precision", dtype, why)
 
 
 class _Job:
@@ -93,7 +91,7 @@ def auto_dtype(stored: str) -> str:
         if not _Job.ahead:
             say(_Job.choice)
         _Job.used = _Job.choice
-    return _Job.choice.dtype
+    return _Job.choice.value
 
 
 def asks_machine(precision: str, *stored: str) -> bool:
@@ -103,12 +101,12 @@ def asks_machine(precision: str, *stored: str) -> bool:
 
 def say(choice: Choice, verb: str = "computing") -> None:
     """One line for people."""
-    log.info("precision=auto: %s in %s, %s", verb, choice.dtype, choice.why)
+    log.info("precision=auto: %s in %s, %s", verb, choice.value, choice.reason)
 
 
 def record() -> dict[str, str]:
     """For a manifest: what `auto` was in the last job and why; nothing where it decided nothing."""
-    return {"computed_in": _Job.used.dtype, "why": _Job.used.why} if _Job.used else {}
+    return {"computed_in": _Job.used.value, "why": _Job.used.reason} if _Job.used else {}
 
 
 @contextlib.contextmanager
@@ -145,14 +143,14 @@ def keep(file: Path, *, begun: Callable[[], bool]) -> None:
             dtype = _read_kept(file)
         else:
             own = None if begun() else _Job.choice
-            dtype = "bfloat16" if own is None else own.dtype
-            values = {"computed_in": dtype, **({} if own is None else {"why": own.why})}
+            dtype = "bfloat16" if own is None else own.value
+            values = {"computed_in": dtype, **({} if own is None else {"why": own.reason})}
             _write_whole(file, json.dumps(values) + "\n")
-        if dtype == (_Job.choice.dtype if _Job.choice else "bfloat16"):
+        if dtype == (_Job.choice.value if _Job.choice else "bfloat16"):
             return _Job.choice
-        why = f"; {_Job.choice.why}" if _Job.choice else ""
+        why = f"; {_Job.choice.reason}" if _Job.choice else ""
         slow = ", so another output= with precision=fp32 would be faster" if _Job.choice and dtype == "bfloat16" else ""
-        return Choice(dtype, f"in which {file.parent} was begun{why}{slow}")
+        return _choice(dtype, f"in which {file.parent} was begun{why}{slow}")
 
     _Job.choice = ask_rank_zero(find)
 
@@ -162,7 +160,7 @@ def recalled(file: Path) -> Iterator[None]:
     """Before a job that continues: within it `auto` is what `keep` has written, where it has. Raises UserError."""
     before = _Job.choice
     if file.exists():
-        _Job.choice = Choice(_read_kept(file), f"in which {file.parent} was begun")
+        _Job.choice = _choice(_read_kept(file), f"in which {file.parent} was begun")
     _Job.ahead = True
     try:
         yield
@@ -187,7 +185,7 @@ def _read_kept(file: Path) -> str:
 def of_this_machine() -> Choice:
     """What this machine's CPUs are faster in, measured once for each machine and environment."""
     found = products()
-    return Choice(found.dtype, f"since {found}")
+    return _choice(found.dtype, f"since {found}")
 
 
 def products() -> Products:
