@@ -2,29 +2,31 @@
 
     sizes of model and student, tokens of the text, the machine  ──▶  length, samples, layout, batch, steps, learning rate
 
-Everything here is arithmetic over sizes, but for a quarter of a second in which a CPU's products are timed. Options that were
-given stay as they are, and the others follow from them.
+Everything here is arithmetic over sizes, but for half a second in which a CPU's work is timed (pace.py). Options that were given
+stay as they are, and the others follow from them.
 """
 
 import math
-import os
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-
 from minitron_megatron.chosen import Choices, Pair, Text
+from minitron_megatron.cli.spelling import script
+from minitron_megatron.compress_given import given_limits
 from minitron_megatron.config import CompressConfig, DistillConfig, ParallelConfig, TrainerConfig, TrainingDataConfig
 from minitron_megatron.errors import UserError
-from minitron_megatron.machine import usable_cores
+from minitron_megatron.machine import free_gib, seconds_to_import_torch
 from minitron_megatron.models.axes import count_parameters, flops_per_token
 from minitron_megatron.models.build import model_dtype
 from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.pace import Work, measure, seconds_of_stages
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.precision import asks_machine, of_this_machine
+from minitron_megatron.stages import START, START_OF_LIGHT, START_OF_SEVERAL
+from minitron_megatron.train.checks import TENSOR_SIZES, Models
 from minitron_megatron.train.distill_checks import check_pair
-from minitron_megatron.train.foresee import TENSOR_SIZES, Forecast, Models, forecast
+from minitron_megatron.train.foresee import Forecast, forecast, gib_on_cpus
 
 # Tokens of a sample at the most, calibration samples, windows of an evaluation.
 _LENGTH = {"cuda": 4096, "cpu": 512}
@@ -41,10 +43,8 @@ _STEPS, _LARGEST_BATCH, _SMALLEST_BATCH = 400, 1152, 8
 # Peak learning rates by the parameters of the student: the published one from 2 B on, higher ones for small models.
 _RATES = ((100e6, 1e-3), (500e6, 5e-4), (2e9, 2e-4), (float("inf"), 1e-4))
 _MICRO_BATCHES = (8, 4, 2, 1)
-# What a training step makes of the speed of one large product on a CPU.
-_CPU_EFFICIENCY = 0.5
-# Products are timed for so long.
-_SECONDS = 0.25
+# What a process of Megatron has in memory before its models are there.
+GIB_OF_PROGRAM = 0.8
 
 
 def choose_length(cfg: CompressConfig, shape: ModelShape, text: Text | None, device: str) -> tuple[int, str]:
@@ -116,8 +116,13 @@ def choose(
         "evaluate": {**at_once, "samples": _WINDOWS[device]},
     }
     if device == "cpu":
-        found.lines.append(_line_of_memory(cfg, pair, layout))
-    found.lines.append(_seconds(cfg, pair, length, samples, steps * batch * length, device, foreseen))
+        found.lines.append(_line_of_memory(cfg, pair, layout, length, batch, micro))
+    validations = -(-steps // every)
+    windows = min(_WINDOWS[device], text.validation // length) if text else _WINDOWS[device]
+    validated = validations * min(own.get("trainer.validation_samples", TrainerConfig.validation_samples), windows)
+    work = Work(length, samples, windows, steps, batch, micro, data, validated)
+    found.seconds, line = _line_of_time(cfg, pair, work, device, foreseen)
+    found.lines.append(line)
     return found
 
 
@@ -156,33 +161,32 @@ def choose_layout(
 ) -> tuple[Layout, int, Forecast | None]:
     """Layout, micro-batch and, on GPUs, what they take: the fastest that fits by the arithmetic of a dry run.
 
-    Raises UserError where nothing fits.
+    Raises UserError where nothing fits, or nothing divides the batch that was given.
     """
-    processes, micro = cfg.processes, own.get("trainer.micro_batch_size")
-    given = ParallelConfig()
-    asked = cfg.parallel != given
-    if device == "cpu":
-        layout = Layout.from_config(cfg.parallel, processes)
-        exact = "trainer.global_batch_size" in own
-        fits = next(
-            (n for n in _MICRO_BATCHES[1:] if batch >= n * layout.data and not (exact and batch % (n * layout.data))), 1
-        )
-        return layout, micro or fits, None
-    layouts = (
-        [Layout.from_config(cfg.parallel, processes)]
-        if asked
-        else [
+    processes = cfg.processes
+    if device == "cpu" or cfg.parallel != ParallelConfig():
+        layouts = [Layout.from_config(cfg.parallel, processes)]
+    else:
+        layouts = [
             Layout(tensor=n, sequence=n > 1 and length % n == 0, world_size=processes)
             for n in TENSOR_SIZES
             if processes % n == 0
         ]
-    )
+    possible = [(layout, micro) for layout in layouts for micro in _micro_batches(own, batch, layout.data, device)]
+    if not possible:
+        micro = own.get("trainer.micro_batch_size", 1)
+        step = min(layout.data for layout in layouts) * micro
+        raise UserError(
+            f"distill.trainer.global_batch_size={batch} does not divide over the data-parallel ranks of processes={processes} in "
+            f"micro-batches of {micro}: give a multiple of {step}, such as {math.ceil(batch / step) * step}"
+        )
+    if device == "cpu":
+        return layouts[0], _that_fits(cfg, pair, layouts[0], length, batch, [micro for _, micro in possible]), None
     found: list[Forecast] = []
     for recompute in ("none", "full"):
-        for layout in layouts:
-            for one in [micro] if micro else _MICRO_BATCHES:
-                if foreseen := _foreseen(cfg, pair, layout, length, batch, one, recompute):
-                    found.append(foreseen)
+        for layout, micro in possible:
+            if foreseen := _foreseen(cfg, pair, layout, length, batch, micro, recompute):
+                found.append(foreseen)
         if fitting := [one for one in found if one.fits]:
             best = max(fitting, key=lambda one: one.tokens_per_second)
             return best.plan.layout, best.plan.batch.samples, best
@@ -194,16 +198,62 @@ def choose_layout(
     least = min(found, key=lambda one: one.gib)
     raise UserError(
         f"teacher and student do not fit on processes={processes} of {least.gpu.gpu}: {least.gib:.0f} GiB a GPU in the best "
-        f"layout, of {least.gpu.memory_gib:g}: use more processes, on more nodes by slurm/compress.sh"
+        f"layout, of {least.gpu.memory_gib:g}: use more processes, on more nodes by {script('compress.sh')}"
     )
+
+
+def _micro_batches(own: Mapping[str, Any], batch: int, data: int, device: str) -> list[int]:
+    """Samples that may run at once on each of so many data-parallel ranks, the most first: a given batch is not changed."""
+    given = own.get("trainer.micro_batch_size")
+    sizes = [given] if given else _MICRO_BATCHES[device == "cpu" :]
+    if "trainer.global_batch_size" in own:
+        return [n for n in sizes if batch % (n * data) == 0]
+    return [n for n in sizes if n * data <= batch] or sizes[-1:]
+
+
+def _that_fits(
+    cfg: CompressConfig, pair: Pair, layout: Layout, length: int, batch: int, micro_batches: Sequence[int]
+) -> int:
+    """The first of the micro-batches with which the distillation fits into what is free of this machine's memory."""
+    need = dict(zip(micro_batches, _gib_on_cpus(cfg, pair, layout, length, batch, micro_batches), strict=True))
+    free = free_gib()
+    if fitting := [micro for micro, gib in need.items() if gib <= free]:
+        return fitting[0]
+    micro, gib = min(need.items(), key=lambda one: one[1])
+    raise UserError(
+        f"teacher and student take {gib:,.1f} GiB on CPUs in micro-batches of {micro} (weights, gradients, optimizer, "
+        f"activations), and {free:,.1f} GiB are free here: use a larger machine or one with GPUs, fewer processes=, or a shorter "
+        "data.sequence_length="
+    )
+
+
+def _gib_on_cpus(
+    cfg: CompressConfig, pair: Pair, layout: Layout, length: int, batch: int, micro_batches: Sequence[int]
+) -> list[float]:
+    """GiB that all processes of the distillation take together at their peak, for each micro-batch."""
+    dtype = precision_of(cfg, pair.student, "cpu")[0]
+    job = replace(_job(cfg, layout, length, batch, 1, "none"), precision={"bfloat16": "bf16"}.get(dtype, "fp32"))
+    check_pair(pair.teacher, pair.student, job, layout)
+    found = gib_on_cpus(job, layout, _models(pair), micro_batches)
+    return [layout.world_size * (GIB_OF_PROGRAM + gib) for gib in found]
 
 
 def _foreseen(
     cfg: CompressConfig, pair: Pair, layout: Layout, length: int, batch: int, micro: int, recompute: str
 ) -> Forecast | None:
     """What a layout takes; None where it cannot run the job."""
+    job = _job(cfg, layout, length, batch, micro, recompute)
+    try:
+        check_pair(pair.teacher, pair.student, job, layout)
+    except UserError:
+        return None
+    return forecast(job, layout, _models(pair))
+
+
+def _job(cfg: CompressConfig, layout: Layout, length: int, batch: int, micro: int, recompute: str) -> DistillConfig:
+    """The distillation, as far as its memory and time depend on it."""
     at_once = micro * layout.data
-    job = DistillConfig(
+    return DistillConfig(
         output="",
         precision=cfg.precision,
         data=TrainingDataConfig(path="", sequence_length=length),
@@ -215,11 +265,10 @@ def _foreseen(
         ),
         cluster=cfg.cluster,
     )
-    try:
-        check_pair(pair.teacher, pair.student, job, layout)
-    except UserError:
-        return None
-    return forecast(job, layout, Models(pair.student, "auto", pair.teacher, "auto", lambda of_student: of_student))
+
+
+def _models(pair: Pair) -> Models:
+    return Models(pair.student, "auto", pair.teacher, "auto", lambda of_student: of_student)
 
 
 def _line_of_layout(cfg: CompressConfig, layout: Layout, micro: int, foreseen: Forecast | None) -> tuple[str, str, str]:
@@ -228,43 +277,55 @@ def _line_of_layout(cfg: CompressConfig, layout: Layout, micro: int, foreseen: F
     return "layout", str(layout), f"{processes}, micro-batches of {micro}{memory}"
 
 
-def _line_of_memory(cfg: CompressConfig, pair: Pair, layout: Layout) -> tuple[str, str, str]:
-    """What the distillation keeps in a machine's memory, on CPUs. Raises UserError where there is not as much."""
-    item = getattr(torch, precision_of(cfg, pair.student, "cpu")[0]).itemsize
-    teacher, student = count_parameters(pair.teacher), count_parameters(pair.student)
-    # Data-parallel ranks have all weights and float32 gradients each, and share out master weights and both moments.
-    need = layout.data * (item * teacher + (item + 4) * student) + 12 * student
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    what = f"{need / 2**30:,.1f} GiB"
-    if need > there:
-        raise UserError(
-            f"teacher and student take {what} on CPUs (weights, gradients, optimizer), this machine has "
-            f"{there / 2**30:,.0f} GiB: use a larger machine or one with GPUs, or fewer processes="
-        )
-    return "memory", what, f"of weights, gradients and optimizer, of {there / 2**30:,.0f} GiB here"
-
-
-def _seconds(
-    cfg: CompressConfig,
-    pair: Pair,
-    length: int,
-    samples: int,
-    tokens: int,
-    device: str,
-    foreseen: Forecast | None,
+def _line_of_memory(
+    cfg: CompressConfig, pair: Pair, layout: Layout, length: int, batch: int, micro: int
 ) -> tuple[str, str, str]:
-    """How long importance and distillation take, and what that is worked out from."""
-    forward = flops_per_token(pair.teacher, length)
-    step = 3 * flops_per_token(pair.student, length) + forward
+    """What the distillation takes of a machine's memory, on CPUs."""
+    (gib,) = _gib_on_cpus(cfg, pair, layout, length, batch, [micro])
+    why = f"at the peak: programs, weights, gradients, optimizer and activations; {free_gib():,.1f} GiB are free here"
+    return "memory", f"{gib:,.1f} GiB", why
+
+
+def _line_of_time(
+    cfg: CompressConfig, pair: Pair, work: Work, device: str, foreseen: Forecast | None
+) -> tuple[dict[str, float], tuple[str, str, str]]:
+    """Seconds of every stage, and the line of all of them: by what was measured here, or by a dry run's arithmetic."""
+    start = seconds_to_import_torch()
+    tokens = work.steps * work.batch * work.length
     if foreseen:
-        rate, how = (
-            foreseen.tokens_per_second * step,
-            f"{foreseen.tokens_per_second:,.0f} tokens/s, by arithmetic (docs/cluster.md)",
-        )
+        seconds = _seconds_on_gpus(cfg, pair, work, start, foreseen)
+        how = f"{foreseen.tokens_per_second:,.0f} tokens/s, by arithmetic (docs/cluster.md)"
     else:
-        rate = _CPU_EFFICIENCY * cpu_flops(pair.student, precision_of(cfg, pair.student, device)[0], cfg.processes)
-        how = f"{rate / step:,.0f} tokens/s, from products measured here"
-    return "time", words_of(samples * length * forward / rate + tokens * step / rate), f"of arithmetic: {how}"
+        pace = measure(pair.student, precision_of(cfg, pair.student, device)[0], cfg.processes, start)
+        seconds = seconds_of_stages(pair, work, pace, cfg.processes)
+        how = f"{tokens / seconds['distill']:,.0f} tokens/s, from products and small operations timed here"
+    one = start * START
+    others = {
+        "import_hf": one if cfg.hf else 0.0,
+        "prepare_data": one if cfg.input else 0.0,
+        "search": START_OF_LIGHT * start if given_limits(cfg.budget) else 0.0,
+        "prune": one,
+        "export_hf": one * cfg.export,
+        "report": one * cfg.export,
+    }
+    seconds = {name: round(value, 1) for name, value in {**others, **seconds}.items() if value}
+    if not cfg.perplexity:
+        seconds.pop("evaluate")
+    whole = sum(seconds.values())
+    return seconds, ("time", words_of(whole), f"{words_of(seconds['distill'])} of it distillation: {how}")
+
+
+def _seconds_on_gpus(cfg: CompressConfig, pair: Pair, work: Work, start: float, foreseen: Forecast) -> dict[str, float]:
+    """Seconds of the stages that compute: the distillation's rate is foreseen, forward passes go at its share of the peak."""
+    of_pass = {one: flops_per_token(shape, work.length) for one, shape in vars(pair).items()}
+    rate = foreseen.tokens_per_second * (3 * of_pass["student"] + of_pass["teacher"])
+    start *= START_OF_SEVERAL if cfg.processes > 1 else START
+    judged = work.windows * work.length * (of_pass["student"] + of_pass["teacher"])
+    return {
+        "importance": start + work.calibration * work.length * of_pass["teacher"] / rate,
+        "distill": start + work.steps * work.batch * work.length / foreseen.tokens_per_second,
+        "evaluate": start + judged / rate,
+    }
 
 
 def words_of(seconds: float) -> str:
@@ -281,30 +342,5 @@ def precision_of(cfg: CompressConfig, shape: ModelShape, device: str) -> tuple[s
         return str(model_dtype(shape, cfg.precision)).removeprefix("torch."), "as given"
     if device == "cpu" and asks_machine(cfg.precision, shape.dtype):
         choice = of_this_machine()
-        return choice.dtype, choice.why
+        return choice.value, choice.reason
     return shape.dtype, "as the model is stored"
-
-
-def cpu_flops(shape: ModelShape, precision: str, processes: int) -> float:
-    """Operations a second of the stages in products of a model's sizes, as a training step has them: x·wᵀ, x·w and xᵀ·x.
-
-    One thread is timed, by its least times: what else runs here only lengthens some. The cores that the stages have multiply it.
-    """
-    dtype, cores = getattr(torch, precision), usable_cores()
-    ffn = max(shape.ffn_of_layers)
-    x, y = torch.ones(512, shape.hidden_size, dtype=dtype), torch.ones(512, ffn, dtype=dtype)
-    w = torch.ones(ffn, shape.hidden_size, dtype=dtype)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        least, began, times = float("inf"), time.monotonic(), 0
-        # The first makes what the others use again.
-        while times < 3 or time.monotonic() - began < _SECONDS:
-            start = time.perf_counter()
-            _ = x @ w.T, y @ w, y.T @ x
-            least, times = min(least, time.perf_counter() - start), times + 1
-    finally:
-        torch.set_num_threads(threads)
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    of_a_process = int(given) if given.isdigit() and int(given) else max(1, cores // processes)
-    return 3 * 2 * 512 * shape.hidden_size * ffn / least * min(cores, processes * of_a_process)

@@ -18,10 +18,11 @@ class Text:
 
 @dataclass
 class Choices:
-    """Options by stage, and the lines of the plan: what, its value, why."""
+    """Options by stage, the lines of the plan (what, its value, why), and how long stages are to take, in seconds."""
 
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     lines: list[tuple[str, str, str]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def of(self, stage: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """A stage's options: what was given goes over what was chosen."""

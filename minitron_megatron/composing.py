@@ -1,7 +1,7 @@
 """Stages of something longer as configs: each command's options out of those of the whole, checked before the first one runs.
 
     options of the whole (seed, parallel, data, …) ─┐
-    options of the stage (`distill={…}`)           ─┴─▶ words ─▶ the config that launch/NAME.py would make of them ─▶ Stage
+    options of the stage (`distill={…}`)           ─┴─▶ words ─▶ the config that the command would make of them ─▶ Stage
 
 Options that a command gets later are a stage's at once: nothing here knows any of them.
 """
@@ -37,11 +37,6 @@ class Stage:
     output: Path
     processes: int
     config: Any
-
-    @property
-    def file(self) -> str:
-        """Where the command is in the repository."""
-        return f"launch/{self.command}.py"
 
 
 def compose_stage(
@@ -111,7 +106,8 @@ def check_root(root: Path, mark: str, what: str, resume: bool) -> None:
     elif (root / mark).is_file():
         if not resume:
             raise UserError(f"output={root} has {what} in it and resume=false: remove it or choose another output=")
-    elif any(root.iterdir()):
+    # Hidden: what a run left that was killed while it began.
+    elif any(not path.name.startswith(".") for path in root.iterdir()):
         raise UserError(f"output={root} exists and is not the folder of {what}: choose another output=")
 
 

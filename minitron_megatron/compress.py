@@ -8,8 +8,8 @@
     output/ROUND/{scores,pruned,distilled,evaluation}                             a large cut in several rounds (arXiv 2407.14679)
     output/stages.json, chosen.json, chain.json                                   what is done; what was chosen; the result
 
-The stages are the commands of launch/ (stages.py). All of them are composed and checked with the shapes they will meet before
-the first one starts (compress_plan.py); where there are no rounds, what was not given is chosen (choosing.py).
+The stages are commands of their own (stages.py). All of them are composed and checked with the shapes they will meet before the
+first one starts (compress_plan.py); where there are no rounds, what was not given is chosen (choosing.py).
 """
 
 import math
@@ -19,42 +19,42 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minitron_megatron.checkpoints.folder import RESULTS, load_json, read_manifest
 from minitron_megatron.composing import Stage
-from minitron_megatron.compress_plan import (
-    EXPORTED,
-    REPORT,
-    STAGES_FILE,
-    SUMMARY,
-    Plan,
-    Round,
-    check_compress,
-    make_plan,
-    name_of,
-    remember_choices,
-)
+from minitron_megatron.compress_given import name_of
+from minitron_megatron.compress_plan import Checked, Plan, check_compress, make_plan, remember_choices
+from minitron_megatron.compress_rounds import EXPORTED, REPORT, SUMMARY, Round
 from minitron_megatron.config import CompressConfig
 from minitron_megatron.console import console, format_time, print_table
 from minitron_megatron.errors import UserError
+from minitron_megatron.machine import seconds_to_import_torch
 from minitron_megatron.models.axes import count_parameters
-from minitron_megatron.parallel.job import pick_device
-from minitron_megatron.stages import Stages, stage_words, write_json
+from minitron_megatron.stages import STAGES_FILE, Stages, alone_in, stage_words, write_json
 
 
-def compress(cfg: CompressConfig, _: None = None) -> None:
+def compress(cfg: CompressConfig, checked: Checked | None = None) -> None:
     """`launch/compress.py`: check everything, show the plan, then run what is not done of it."""
-    check_compress(cfg)
+    checked = checked or check_compress(cfg)
+    if cfg.dry_run:
+        _plan(cfg, checked)
+        return
+    root = Path(cfg.output)
+    # Before torch is imported and text is counted: others see at once that there is a run, and keep out.
+    with alone_in(root):
+        stages = Stages(root / STAGES_FILE, inputs=checked.source.inputs, start=cfg.start)
+        cfg, device, plan = _plan(cfg, checked)
+        summary = _run(cfg, checked, plan, device, stages)
+        write_json(root / SUMMARY, summary)
+        _show_results(cfg, summary)
+
+
+def _plan(cfg: CompressConfig, checked: Checked) -> tuple[CompressConfig, str, Plan]:
+    """The config with its processes, the device and the plan, which is shown unless all of it was given."""
     cfg, device = settle_machine(cfg)
-    plan = make_plan(cfg, device)
+    plan = checked.plan or make_plan(cfg, device, checked)
     if plan.chosen or cfg.dry_run:
         _show_plan(cfg, plan)
-    if cfg.dry_run:
-        return
-    summary = _run(cfg, plan, device)
-    write_json(Path(cfg.output) / SUMMARY, summary)
-    _show_results(cfg, summary)
+    return cfg, device, plan
 
 
 def settle_machine(cfg: CompressConfig) -> tuple[CompressConfig, str]:
@@ -62,6 +62,11 @@ def settle_machine(cfg: CompressConfig) -> tuple[CompressConfig, str]:
 
     A dry run may be for another machine: with cluster= it plans for its GPUs. Raises UserError.
     """
+    seconds_to_import_torch()
+    import torch
+
+    from minitron_megatron.parallel.job import pick_device
+
     device = pick_device(cfg.device).type
     if cfg.cluster.gpu and device == "cpu":
         if not cfg.dry_run:
@@ -76,16 +81,14 @@ def settle_machine(cfg: CompressConfig) -> tuple[CompressConfig, str]:
     return replace(cfg, processes=processes), device
 
 
-def _run(cfg: CompressConfig, plan: Plan, device: str) -> dict[str, Any]:
+def _run(cfg: CompressConfig, checked: Checked, plan: Plan, device: str, stages: Stages) -> dict[str, Any]:
     """Run the stages that are not done; gives what came of it all."""
     root = Path(cfg.output)
-    root.mkdir(parents=True, exist_ok=True)
-    stages = Stages(root / STAGES_FILE, inputs=plan.source.inputs, start=cfg.start)
     for stage in plan.source.stages:
         _run_stage(stages, stage.command, stage)
     if not plan.source.ready:
         # The text is counted now.
-        plan = make_plan(cfg, device)
+        plan = make_plan(cfg, device, checked)
         if plan.chosen:
             _show_choices(plan, "now that the text is counted")
     if plan.chosen:
@@ -96,7 +99,7 @@ def _run(cfg: CompressConfig, plan: Plan, device: str) -> dict[str, Any]:
         for command in one.stages:
             _run_stage(stages, name_of(one.name, command), plan.rounds[number].stages[command])
             if command == "search":
-                plan = make_plan(cfg, device)
+                plan = make_plan(cfg, device, checked)
         results.append(_result(plan.rounds[number], stages.seconds))
     for stage in plan.last:
         _run_stage(stages, stage.command, stage)
@@ -109,11 +112,12 @@ def _run(cfg: CompressConfig, plan: Plan, device: str) -> dict[str, Any]:
         "rounds": results,
         **({"hf": str(root / EXPORTED), "report": str(root / REPORT / "report.html")} if plan.last else {}),
         "seconds": stages.seconds,
+        **({"planned_seconds": plan.chosen.seconds} if plan.chosen else {}),
     }
 
 
 def _run_stage(stages: Stages, name: str, stage: Stage) -> None:
-    stages.command(name, stage.output, stage.file, *stage.words, processes=stage.processes)
+    stages.command(name, stage.output, stage.command, *stage.words, processes=stage.processes)
 
 
 def _perplexity(loss: float | None) -> float | None:
@@ -139,6 +143,9 @@ def _result(one: Round, seconds: Mapping[str, float]) -> dict[str, Any]:
         "perplexity": measured.get("perplexity"),
         "kl": measured.get("kl"),
         "source_loss": measured.get("teacher_loss"),
+        "windows": measured.get("windows"),
+        "judged_tokens": measured.get("tokens"),
+        "split": one.stages["evaluate"].config.split if measured else None,
         "seconds": {stage: seconds[name_of(one.name, stage)] for stage in one.stages},
     }
 
@@ -163,7 +170,7 @@ def _show_plan(cfg: CompressConfig, plan: Plan) -> None:
     if plan.chosen:
         _show_choices(plan)
     for _, stage in plan.stages:
-        words = [*stage_words(cfg.start, stage.processes, stage.file), *stage.words, f"output={stage.output}"]
+        words = [*stage_words(cfg.start, stage.processes, stage.command), *stage.words, f"output={stage.output}"]
         console().print(f"$ {shlex.join(words)}", highlight=False, soft_wrap=True)
 
 
@@ -188,12 +195,12 @@ def _show_results(cfg: CompressConfig, summary: Mapping[str, Any]) -> None:
     """The models beside one another, what was kept, and where everything is."""
     columns = ["round", "parameters", "share", "loss", "perplexity", "KL", "seconds of its stages", "model"]
     source = [_or_nothing(summary[name]) for name in ("loss", "perplexity")]
-    rows: list[list[Any]] = [["source", summary["parameters"], "", *source, "", "", summary["model"]]]
+    rows: list[list[Any]] = [["source", summary["parameters"], "", *source, "", "", Path(summary["model"])]]
     for one in summary["rounds"]:
         measured = [_or_nothing(one[name]) for name in ("loss", "perplexity", "kl")]
         seconds = sum(one["seconds"].values())
         share = f"{one['parameters'] / summary['parameters']:.1%}"
-        rows.append([one["name"] or "student", one["parameters"], share, *measured, seconds, one["model"]])
+        rows.append([one["name"] or "student", one["parameters"], share, *measured, seconds, Path(one["model"])])
     print_table("The chain" if cfg.rounds else "What came of it", columns, rows)
     last, screen = summary["rounds"][-1], console()
 
@@ -205,8 +212,14 @@ def _show_results(cfg: CompressConfig, summary: Mapping[str, Any]) -> None:
             f"Kept: {last['parameters'] / summary['parameters']:.1%} of the parameters; perplexity {last['perplexity']:.4g} "
             f"beside the source's {summary['perplexity']:.4g}, {last['loss'] - summary['loss']:+.4f} nats a token"
         )
+    if last["windows"]:
+        say(f"Judged on: {last['windows']:,} windows, {last['judged_tokens']:,} tokens of the {last['split']} split")
     stages = ", ".join(f"{name} {format_time(seconds)}" for name, seconds in summary["seconds"].items())
-    say(f"Took: {format_time(sum(summary['seconds'].values()))}, the start of each stage's program included: {stages}")
+    planned = summary.get("planned_seconds")
+    beside = f", {format_time(sum(planned.values()))} planned" if planned else ""
+    say(
+        f"Took: {format_time(sum(summary['seconds'].values()))}{beside}, the start of each stage's program included: {stages}"
+    )
     say(f"Student: {last['model']}")
     if "hf" in summary:
         say(f"Hugging Face folder: {summary['hf']}")

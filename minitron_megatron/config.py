@@ -751,9 +751,7 @@ class ImportanceConfig(CommandConfig):
     model: ModelConfig = group(ModelConfig)
     data: DataConfig = group(DataConfig)
     samples: int = option(1024, "calibration samples of data.sequence_length tokens")
-    first_sample: int = option(
-        0, "number of the first sample: runs on parts of the data merge with launch/merge_scores.py"
-    )
+    first_sample: int = option(0, "number of the first sample: runs on parts of the data merge with merge_scores")
     trainer: BatchConfig = group(BatchConfig)
     importance: ImportanceOptions = group(ImportanceOptions)
 
@@ -871,7 +869,7 @@ class RankConfig:
 
 @dataclass
 class SearchConfig(CommandConfig):
-    """Shapes within a budget, ordered by the importance of what each would cut; targets for launch/prune.py."""
+    """Shapes within a budget, ordered by the importance of what each would cut; targets for prune."""
 
     unread = (*_RUNS_NO_MODEL, "seed", "verify")
 
@@ -1128,10 +1126,10 @@ class RoundConfig:
     teacher: str = option(
         "source", "who teaches: the model that the round prunes, or the first one", ("source", "first")
     )
-    importance: Any = option({}, "options of launch/importance.py")
-    prune: Any = option({}, "options of launch/prune.py")
-    distill: Any = option({}, "options of launch/distill.py")
-    evaluate: Any = option({}, "options of launch/evaluate.py")
+    importance: Any = option({}, "options of importance")
+    prune: Any = option({}, "options of prune")
+    distill: Any = option({}, "options of distill")
+    evaluate: Any = option({}, "options of evaluate")
 
 
 @dataclass
@@ -1168,21 +1166,19 @@ class CompressConfig(CommandConfig):
     """A model and text into a smaller model, exported, with a report: in one round to a budget or target, or in given rounds."""
 
     hf: str | None = option(None, "Hugging Face folder, in place of model=: imported first")
-    input: Any = option(None, "text, in place of data.path=: tokenised first, as input= of launch/prepare_data.py")
+    input: Any = option(None, "text, in place of data.path=: tokenised first, as input= of prepare_data")
     model: ModelConfig = group(ModelConfig, "model folder, or a preset in a dry run")
     data: CompressDataConfig = group(CompressDataConfig)
     budget: BudgetConfig = group(BudgetConfig)
     target: TargetConfig = group(TargetConfig)
     rounds: Any = option([], "rounds in order, each {name, teacher, importance, prune, distill, evaluate}; or chain=")
-    prepare_data: Any = option({}, "options of launch/prepare_data.py, such as text_key")
-    importance: Any = option({}, "options of launch/importance.py in every round, and processes")
-    search: Any = option({}, "options of launch/search.py, such as space.num_layers")
-    prune: Any = option({}, "options of launch/prune.py in every round, and processes")
-    distill: Any = option({}, "options of launch/distill.py in every round, and processes")
-    evaluate: Any = option(
-        {}, "options of launch/evaluate.py in every round, and processes", when=only_with("perplexity", True)
-    )
-    export_hf: Any = option({}, "options of launch/export_hf.py, such as license")
+    prepare_data: Any = option({}, "options of prepare_data, such as text_key")
+    importance: Any = option({}, "options of importance in every round, and processes")
+    search: Any = option({}, "options of search, such as space.num_layers")
+    prune: Any = option({}, "options of prune in every round, and processes")
+    distill: Any = option({}, "options of distill in every round, and processes")
+    evaluate: Any = option({}, "options of evaluate in every round, and processes", when=only_with("perplexity", True))
+    export_hf: Any = option({}, "options of export_hf, such as license")
     perplexity: bool = option(True, "evaluate the student of every round, and its teacher beside it")
     export: bool = option(True, "export the last student as a Hugging Face folder, and write a report")
     processes: int | None = option(
@@ -1220,9 +1216,9 @@ class DistillCandidatesConfig(CommandConfig):
         "true: the teacher answers once, on disk, for all candidates; false: it runs beside each; FOLDER: its answers are there "
         "(the output of cache_teacher)",
     )
-    cache_teacher: Any = option({}, "options of launch/cache_teacher.py, and processes", when=only_with("cache", True))
-    prune: Any = option({}, "options of launch/prune.py, and processes")
-    distill: Any = option({}, "options of launch/distill.py, and processes; trainer.steps is the budget of a candidate")
+    cache_teacher: Any = option({}, "options of cache_teacher, and processes", when=only_with("cache", True))
+    prune: Any = option({}, "options of prune, and processes")
+    distill: Any = option({}, "options of distill, and processes; trainer.steps is the budget of a candidate")
     halving: HalvingConfig = group(HalvingConfig)
     rung: int | None = option(
         None, "one part alone, for jobs side by side: 0 the teacher's cache, n the n-th rung of candidate="
@@ -1263,7 +1259,7 @@ class ClusterConfig(HardwareConfig):
 
 @dataclass
 class SubmitConfig(CommandConfig):
-    """A command of launch/ as a Slurm job: checked, written as a script, submitted."""
+    """A command as a Slurm job: checked, written as a script, submitted."""
 
     unread = (*_RUNS_NO_MODEL, "seed", "verify")
 
@@ -1276,7 +1272,7 @@ class SubmitConfig(CommandConfig):
 
 @dataclass
 class BenchmarkStepConfig:
-    """measure=step: how the distillation is set up; the names are those of launch/distill.py."""
+    """measure=step: how the distillation is set up; the names are those of distill."""
 
     micro_batches: int = option(1, "micro-batches of a rank in a step")
     optimizer: bool = option(True, "with the optimizer's step, false: forward and backward alone")

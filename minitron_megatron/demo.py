@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.checkpoints.folder import RESULTS, load_json
+from minitron_megatron.composing import check_root
 from minitron_megatron.config import CommandConfig, DemoConfig
 from minitron_megatron.console import console, print_table
 from minitron_megatron.demo_plan import FULL, SHORT, VALIDATED_SHARE, Plan, make_plan, measure_machine
 from minitron_megatron.errors import UserError
 from minitron_megatron.plain_files import read_json
-from minitron_megatron.stages import Stages, write_json
+from minitron_megatron.stages import STAGES_FILE, Stages, alone_in, write_json
 
-STAGES_FILE = "stages.json"
 PLAN_FILE = "plan.json"
 PROMPT = "A list in Python is"
 TITLE = "SmolLM2-135M cut to 60 % of its parameters"
@@ -26,7 +26,7 @@ MODELS = ("teacher", "pruned", "distilled")
 
 
 def options_of_distillation(plan: Plan) -> list[str]:
-    """Options of launch/distill.py."""
+    """Options of the distillation."""
     level = plan.of
     return [
         f"trainer.steps={plan.steps}",
@@ -60,8 +60,7 @@ def write_text(folder: Path) -> None:
 def check_demo(cfg: DemoConfig) -> Plan | None:
     """The output; gives the plan of the demo that is continued there. Raises UserError."""
     root = Path(cfg.output)
-    if root.exists() and not (root / STAGES_FILE).is_file() and any(root.iterdir()):
-        raise UserError(f"output={root} exists and is not a demo's folder: choose another output=")
+    check_root(root, STAGES_FILE, "a demo", cfg.resume)
     if not (root / PLAN_FILE).is_file():
         return None
     try:
@@ -76,14 +75,27 @@ def check_demo(cfg: DemoConfig) -> Plan | None:
 
 def run_demo(cfg: DemoConfig, begun: Plan | None) -> None:
     """`launch/demo.py`: a plan, every stage, a table, summary.json and a report. Raises UserError."""
-    root, plan = Path(cfg.output), begun or make_plan(measure_machine(), cfg.minutes, short=cfg.short)
-    _say(plan, "Continuing what takes" if begun else "This takes")
+    root = Path(cfg.output)
     if cfg.dry_run:
+        _plan(cfg, begun)
         return
-    root.mkdir(parents=True, exist_ok=True)
-    # A continued demo keeps the plan that it began with, whatever else runs on the machine now.
-    write_json(root / PLAN_FILE, asdict(plan))
-    stages = Stages(root / STAGES_FILE, words=[] if cfg.seed == CommandConfig.seed else [f"seed={cfg.seed}"])
+    with alone_in(root):
+        stages = Stages(root / STAGES_FILE, words=[] if cfg.seed == CommandConfig.seed else [f"seed={cfg.seed}"])
+        plan = _plan(cfg, begun)
+        # A continued demo keeps the plan that it began with, whatever else runs on the machine now.
+        write_json(root / PLAN_FILE, asdict(plan))
+        _run(cfg, root, stages, plan)
+
+
+def _plan(cfg: DemoConfig, begun: Plan | None) -> Plan:
+    """What is going to be done, said."""
+    plan = begun or make_plan(measure_machine(), cfg.minutes, short=cfg.short)
+    _say(plan, "Continuing what takes" if begun else "This takes")
+    return plan
+
+
+def _run(cfg: DemoConfig, root: Path, stages: Stages, plan: Plan) -> None:
+    """Every stage that is not done, and what came of it."""
     folders = {
         name: root / name for name in ("smollm2", "teacher", "text", "data", "scores", "found", "pruned", "distilled")
     }
@@ -104,13 +116,13 @@ def _say(plan: Plan, verb: str) -> None:
 def _make_models(stages: Stages, at: dict[str, Path], plan: Plan, minutes: float) -> Plan:
     """From the packaged model to the distilled student; gives the plan as the stages before the distillation have left it."""
     level = plan.of
-    stages.command("source", at["smollm2"], "launch/smollm2.py")
-    stages.command("import", at["teacher"], "launch/import_hf.py", f"hf={at['smollm2']}")
+    stages.command("source", at["smollm2"], "smollm2")
+    stages.command("import", at["teacher"], "import_hf", f"hf={at['smollm2']}")
     write_text(at["text"])
     stages.command(
         "data",
         at["data"],
-        "launch/prepare_data.py",
+        "prepare_data",
         f"input={at['text']}",
         f"model={at['teacher']}",
         "validation_fraction=0.1",
@@ -118,7 +130,7 @@ def _make_models(stages: Stages, at: dict[str, Path], plan: Plan, minutes: float
     stages.command(
         "importance",
         at["scores"],
-        "launch/importance.py",
+        "importance",
         f"model={at['teacher']}",
         f"data.path={at['data']}",
         f"data.sequence_length={level.sequence_length}",
@@ -127,13 +139,11 @@ def _make_models(stages: Stages, at: dict[str, Path], plan: Plan, minutes: float
         f"parallel.pipeline={plan.processes}",
         processes=plan.processes,
     )
-    stages.command(
-        "search", at["found"], "launch/search.py", f"model={at['teacher']}", f"scores={at['scores']}", *level.search
-    )
+    stages.command("search", at["found"], "search", f"model={at['teacher']}", f"scores={at['scores']}", *level.search)
     stages.command(
         "prune",
         at["pruned"],
-        "launch/prune.py",
+        "prune",
         f"model={at['teacher']}",
         f"scores={at['scores']}",
         f"target={at['found']}/targets/rank_01.yaml",
@@ -143,7 +153,7 @@ def _make_models(stages: Stages, at: dict[str, Path], plan: Plan, minutes: float
     stages.command(
         "distill",
         at["distilled"],
-        "launch/distill.py",
+        "distill",
         f"teacher={at['teacher']}",
         f"student={at['pruned']}",
         f"data.path={at['data']}",
@@ -178,7 +188,7 @@ def _judge(stages: Stages, root: Path, at: dict[str, Path], plan: Plan) -> None:
         stages.command(
             f"evaluate {name}",
             root / f"evaluate_{name}",
-            "launch/evaluate.py",
+            "evaluate",
             f"model={at[name]}",
             f"data.path={at['data']}",
             f"data.sequence_length={plan.of.sequence_length}",
@@ -189,7 +199,7 @@ def _judge(stages: Stages, root: Path, at: dict[str, Path], plan: Plan) -> None:
             processes=plan.processes,
         )
     for name in ("pruned", "distilled"):
-        stages.command(f"export {name}", root / f"{name}_hf", "launch/export_hf.py", f"model={at[name]}")
+        stages.command(f"export {name}", root / f"{name}_hf", "export_hf", f"model={at[name]}")
 
 
 def complete(folder: Path, prompt: str = PROMPT, tokens: int = 32) -> str:
@@ -217,7 +227,7 @@ def _show(stages: Stages, root: Path, at: dict[str, Path], plan: Plan) -> None:
         "completions", file, lambda: write_json(file, {name: complete(folder) for name, folder in shown.items()})
     )
     samples = load_json(file)
-    stages.command("report", root / "report", "launch/report.py", f"folders={root}", f"title={TITLE}")
+    stages.command("report", root / "report", "report", f"folders={root}", f"title={TITLE}")
     pruned, distilled = (load_json(root / f"evaluate_{name}" / RESULTS) for name in ("pruned", "distilled"))
     perplexity = (distilled["teacher_perplexity"], pruned["perplexity"], distilled["perplexity"])
     summary: dict[str, Any] = {

@@ -16,11 +16,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from minitron_megatron.cli.spelling import called
 from minitron_megatron.demo_speed import WORDS, Speed
 from minitron_megatron.errors import UserError
 from minitron_megatron.first_moments import STATUS_OF_SIGNAL
 from minitron_megatron.machine import free_gib, usable_cores
 from minitron_megatron.plain_files import parse_json
+from minitron_megatron.stages import START, START_OF_LIGHT, START_OF_SEVERAL
 
 # Of the minutes that are asked for, what is planned: the rest is for what the estimate does not see, and for making .venv.
 SHARE = 0.8
@@ -41,8 +43,6 @@ LOSSES_OF_A_STEP, LOSSES_OF_AN_EVALUATION = 4.0, 2.2
 LOSSES_OF_IMPORTANCE = 1.0
 # What a step does to each parameter once: gradients are zeroed, summed over processes, and taken; in elements of that loss.
 ELEMENTS_OF_A_PARAMETER = 3.0
-# Imports and checks of a command that computes, of several processes of it, and of one that does not, in times of torch's.
-START, START_OF_SEVERAL, START_OF_LIGHT = 2.0, 2.5, 1.0
 # Unpacking the model, completions by transformers, and what a fresh environment compiles once, likewise.
 UNPACKING, COMPLETIONS, FIRST_START = 5.0, 5.0, 6.0
 
@@ -180,9 +180,14 @@ def make_plan(machine: Machine, minutes: float, *, short: bool = False) -> Plan:
             steps = min(level.most, level.least + math.floor(left / of_a_step))
             return _plan(machine, level, steps)
     needed = math.ceil(least.total / SHARE / 60)
+    name = called("demo")
+    # The Makefile is beside launch/.
+    how = (
+        f"make demo MINUTES={needed} ({name} minutes={needed})" if name.endswith(".py") else f"{name} minutes={needed}"
+    )
     raise UserError(
         f"the demo would take about {needed} minutes on this machine as it is now ({machine}), doing the least that shows "
-        f"something: end what else runs here, or allow them with make demo MINUTES={needed} (launch/demo.py minutes={needed})"
+        f"something: end what else runs here, or allow them with {how}"
     )
 
 

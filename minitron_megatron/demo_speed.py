@@ -44,7 +44,7 @@ def measure() -> Speed:
 
     start = time.process_time()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    dtype = of_this_machine().dtype
+    dtype = of_this_machine().value
     draw = torch.Generator().manual_seed(0)
 
     def drawn(rows: int, columns: int) -> torch.Tensor:

@@ -63,7 +63,7 @@ def _check_sizes(config: Any, given: Collection[str]) -> None:
         if path is not None and size:
             raise UserError(
                 f"{size}={typed(value_of(config, size))}: {model}={path} is a folder, whose sizes are its own; leave it out, or "
-                "make a model of that size with launch/prune.py"
+                "make a model of that size with prune"
             )
 
 

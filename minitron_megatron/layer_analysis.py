@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from minitron_megatron.checkpoints.folder import ModelFolder
+from minitron_megatron.cli.spelling import command_line
 from minitron_megatron.config import LayersConfig
 from minitron_megatron.console import format_value, print_table, speaks
 from minitron_megatron.data.questions import QuestionFile, QuestionSource, Request, encode_all
@@ -21,7 +22,6 @@ from minitron_megatron.importance.blocks import Block, layer_passes
 from minitron_megatron.importance.layer_checks import Analysing, check_layers
 from minitron_megatron.importance.layer_passes import LayerMeasurement, Measured
 from minitron_megatron.importance.layers import FILE, JUDGES, Judged, LayerAnalysis
-from minitron_megatron.launcher import command_line
 from minitron_megatron.measuring import measuring
 from minitron_megatron.models.build import foretell_dtype, model_dtype, pick_engine
 from minitron_megatron.models.guessing import warn_of_guessing

@@ -1,4 +1,4 @@
-"""What programs started here may use of this machine: cores and memory, whatever limits them.
+"""What programs started here may use of this machine: cores and memory, whatever limits them; and what starting one takes.
 
 Control groups limit a container, a Slurm job or a service. This process's group may be deep in the tree: every group above it
 limits too, so all are read. Version 2 has one tree; version 1 one for each resource, in a folder of its own.
@@ -10,10 +10,15 @@ limits too, so all are read. Version 2 has one tree; version 1 one for each reso
 import contextlib
 import math
 import os
+import sys
+import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 _ROOT, _OWN, _MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/meminfo")
+# Seconds of CPU time that importing torch takes, where it was imported before anybody asked.
+_IMPORT = 2.0
 
 
 def usable_cores(root: Path = _ROOT, own: Path = _OWN) -> int:
@@ -72,3 +77,14 @@ def _groups(resource: str, root: Path, own: Path) -> Iterator[Path]:
 
 def _words(file: Path) -> list[str]:
     return file.read_text(encoding="ascii").split()
+
+
+@cache
+def seconds_to_import_torch() -> float:
+    """Seconds of CPU time that importing torch takes here; it is imported now, to be timed, unless it was before."""
+    if "torch" in sys.modules:
+        return _IMPORT
+    began = time.process_time()
+    import torch  # noqa: F401
+
+    return time.process_time() - began

@@ -5,8 +5,9 @@ from contextlib import AbstractContextManager
 
 from minitron_megatron.changing import free_options
 from minitron_megatron.checkpoints.folder import Output, check_output, output_folder
+from minitron_megatron.cli.spelling import command_line
 from minitron_megatron.config import CommandConfig
-from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.launcher import resolved_config
 
 
 def command_output(

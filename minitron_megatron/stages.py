@@ -1,4 +1,4 @@
-"""Commands of launch/ as the stages of something longer: each in a process of its own, printed before it runs.
+"""Commands as the stages of something longer: each in a process of its own, printed before it runs.
 
     output/stages.json    what is done: {stage: {seconds, what, starting}}, `what` being its command and what the whole starts
                           from, `starting` the seconds that the command took to its first useful work
@@ -7,6 +7,8 @@ A stage is done when its output is whole (its command wrote the manifest) and it
 second run passes it by. Asked for otherwise, its command runs again and says itself what it thinks of the output it finds.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.checkpoints.folder import MANIFEST, load_yaml
+from minitron_megatron.cli import spelling
 from minitron_megatron.config import CompressConfig
 from minitron_megatron.console import console
 from minitron_megatron.ending import NOTHING_KEPT, STATUS_OF_SIGNAL, keeping, stop_together
@@ -30,11 +33,15 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.machine import usable_cores
 from minitron_megatron.parallel.torchrun import exit_status, how_it_was_killed, killed_for_memory
 from minitron_megatron.plain_files import read_json
-from minitron_megatron.starts import record_start
+from minitron_megatron.starts import STARTS, record_start
 
 ROOT = Path(__file__).resolve().parent.parent
+# What is done, in the folder of a whole.
+STAGES_FILE = "stages.json"
 # In the environment of a stage: what follows on it is known already, and need not be said.
 STAGE = "MINITRON_STAGE"
+# Imports and checks of a command that computes, of several processes of it, and of one that does not, in times of torch's.
+START, START_OF_SEVERAL, START_OF_LIGHT = 2.0, 2.5, 1.0
 # A daemon that a stage left behind may hold its standard error open: do not wait for that one.
 SECONDS_FOR_LAST_WORDS = 10.0
 
@@ -51,18 +58,17 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
     write_whole(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
-def stage_words(start: str, processes: int, file: str) -> list[str]:
-    """The words that start `processes` of launch/NAME.py, before its options. Raises UserError when `start` cannot be read.
+def stage_words(start: str, processes: int, name: str) -> list[str]:
+    """The words that start `processes` of a command, before its options, as they can be typed here.
 
-    A package without launch/ has its commands as `minitron NAME`.
+    Raises UserError when `start` cannot be read.
     """
-    name, there = Path(file).stem, (ROOT / file).is_file()
     if processes == 1:
-        return ["python", file] if there else ["minitron", name]
+        return spelling.program_words(name)
     words = start_words(start, processes)
     if words[:1] == ["minitron"]:
-        return [*words, name]
-    return [*words, file] if there else [*words, "-m", "minitron_megatron", name]
+        return [*spelling.minitron_words(), *words[1:], name]
+    return [*words, *spelling.words_after_start(name)]
 
 
 def start_words(start: str, processes: int) -> list[str]:
@@ -74,10 +80,8 @@ def start_words(start: str, processes: int) -> list[str]:
 
 
 def runnable(words: Sequence[str]) -> list[str]:
-    """The same words with this Python, whatever the PATH says, and files where they are."""
-    program, *rest = [
-        str(ROOT / word) if word.startswith("launch/") and (ROOT / word).is_file() else word for word in words
-    ]
+    """The same words with this Python, whatever the PATH says."""
+    program, *rest = words
     if program == "minitron":
         rest = ["-m", "minitron_megatron", *rest]
     return [program_of(program) or program, *rest]
@@ -96,7 +100,7 @@ def is_whole(output: Path) -> bool:
     return (output / MANIFEST).is_file() or (output / "model" / MANIFEST).is_file()
 
 
-def _read_stages(file: Path) -> dict[str, dict[str, Any]]:
+def read_stages(file: Path) -> dict[str, dict[str, Any]]:
     """What is done, by the file of an earlier run; what cannot be read of it is not done, its command will find out."""
     try:
         values = read_json(file)
@@ -107,6 +111,47 @@ def _read_stages(file: Path) -> dict[str, dict[str, Any]]:
     return {
         name: stage for name, stage in values.items() if isinstance(stage, dict) and {"seconds", "what"} <= set(stage)
     }
+
+
+@contextmanager
+def alone_in(root: Path) -> Iterator[None]:
+    """Make the folder of a whole before what takes time, and keep a second run out of it until this one ends.
+
+    Where nothing comes of it, as after a mistake that shows while it is planned, what was made is taken away again.
+
+    Raises UserError where another run is at work there.
+    """
+    made = [path for path in (root, *root.parents) if not path.exists()]
+    lock = _lock(root)
+    try:
+        yield
+    finally:
+        marks = {STAGES_FILE, STARTS}
+        if {path.name for path in root.iterdir()} <= marks and not read_stages(root / STAGES_FILE):
+            for name in marks:
+                (root / name).unlink(missing_ok=True)
+            for path in made:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+        os.close(lock)
+
+
+def _lock(root: Path) -> int:
+    """The descriptor that keeps others out of a folder, which is made. Raises UserError where another run has it."""
+    while True:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = os.open(root, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever had it may have taken the folder away.
+            if os.path.samestat(os.fstat(lock), root.stat()):
+                return lock
+        except BlockingIOError:
+            os.close(lock)
+            raise UserError(f"another run is at work in {root}: wait for it or choose another output=") from None
+        except FileNotFoundError:
+            pass
+        os.close(lock)
 
 
 class Stages:
@@ -129,7 +174,7 @@ class Stages:
             start: how a stage of several processes is started.
         """
         self.file, self.words, self.inputs, self.start = file, tuple(words), dict(inputs or {}), start
-        self.done = _read_stages(file)
+        self.done = read_stages(file)
         # Digests of outputs by stage, of those that this start has come past.
         self.outputs: dict[str, str] = {}
         write_json(self.file, self.done)
@@ -183,7 +228,7 @@ class Stages:
         self,
         name: str,
         output: Path,
-        file: str,
+        command: str,
         *words: str,
         processes: int = 1,
         whole: Callable[[Path], bool] = is_whole,
@@ -193,13 +238,13 @@ class Stages:
         Args:
             name: of the stage.
             output: of its command.
-            file: launch/NAME.py.
+            command: its name.
             words: its options.
             processes: how many of it.
             whole: whether an output is what the stage is to make.
         """
         options = [*words, *self.words, f"output={output}"]
-        words = [*stage_words(self.start, processes, file), *options]
+        words = [*stage_words(self.start, processes, command), *options]
         line = shlex.join(words)
 
         def work() -> None:
@@ -214,7 +259,7 @@ class Stages:
             if not whole(output):
                 raise UserError(f"{name}: stopped before its end; the same command continues it")
 
-        what = {"command": [file, *options], "inputs": self.inputs}
+        what = {"command": [command, *options], "inputs": self.inputs}
         self.run(name, output if whole(output) else output / MANIFEST, work, what, output)
 
 

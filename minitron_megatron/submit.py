@@ -21,10 +21,11 @@ import jinja2
 
 from minitron_megatron.checkpoints.folder import output_folder
 from minitron_megatron.cli.commands import COMMANDS
+from minitron_megatron.cli.spelling import command_line, script
 from minitron_megatron.config import ClusterConfig, HardwareConfig, SubmitConfig, flat, model_options
 from minitron_megatron.console import console
 from minitron_megatron.errors import UserError
-from minitron_megatron.launcher import command_line, compose, resolved_config
+from minitron_megatron.launcher import compose, resolved_config
 from minitron_megatron.parallel.layout import world_size_from_env
 from minitron_megatron.stages import ROOT, run_program, runnable, stage_words
 
@@ -33,8 +34,8 @@ SCRIPT = "job.sh"
 SCRIPTS = (Path(__file__).parent / "slurm").resolve()
 # These start processes themselves, or are this one.
 _NOT_AS_A_JOB = {
-    "compress": "slurm/compress.sh runs a chain on all nodes",
-    "distill_candidates": "slurm/distill_candidates.sh runs them on all nodes, slurm/halving.sh side by side",
+    "compress": f"{script('compress.sh')} runs a chain on all nodes",
+    "distill_candidates": f"{script('distill_candidates.sh')} runs them on all nodes, {script('halving.sh')} side by side",
     "demo": "it runs on one machine",
     "status": "it reads files: run it here",
     "submit": "name the command that the job is to run",
@@ -57,7 +58,7 @@ class Job:
 def check_submit(cfg: SubmitConfig) -> Job:
     """The command's options, and the job's. Raises UserError."""
     if world_size_from_env() > 1:
-        raise UserError("start launch/submit.py with plain python")
+        raise UserError("start submit in one process: it starts none itself")
     name, words = read_command(cfg.command)
     config = compose(name, words)
     check_job(cfg)
@@ -103,10 +104,10 @@ def read_command(value: Any) -> tuple[str, list[str]]:
         raise UserError("no command: write it after --, as in -- distill teacher=… student=… data.path=… output=…")
     name = words[0].removeprefix("launch/").removesuffix(".py")
     if name in _NOT_AS_A_JOB:
-        raise UserError(f"launch/{name}.py is not for a job of this kind: {_NOT_AS_A_JOB[name]}")
+        raise UserError(f"{name} is not for a job of this kind: {_NOT_AS_A_JOB[name]}")
     if name not in COMMANDS:
         known = ", ".join(sorted(set(COMMANDS) - set(_NOT_AS_A_JOB)))
-        raise UserError(f"there is no launch/{name}.py: the command is one of {known}")
+        raise UserError(f"there is no command {name}: it is one of {known}")
     return name, words[1:]
 
 
@@ -150,7 +151,7 @@ def rehearse(name: str, words: list[str], processes: int) -> None:
     """The command's own dry run, as one of the job's processes would see it. Raises UserError with what it says."""
     # The device is the job's, not this machine's.
     here = [word for word in words if word.partition("=")[0] not in ("dry_run", "device")]
-    program = [*runnable(stage_words("", 1, f"launch/{name}.py")), *here, "dry_run=true"]
+    program = [*runnable(stage_words("", 1, name)), *here, "dry_run=true"]
     status, reason = run_program(["env", "-u", "MASTER_ADDR", f"WORLD_SIZE={processes}", *program], 1)
     if status:
         raise UserError(f"{name}: {reason or f'its dry run ended with status {status}'}")

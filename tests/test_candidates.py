@@ -269,7 +269,7 @@ def _stage_words(output: Path, rank: int) -> list[str]:
         (["found={data}"], "has no candidates.yaml (it was made by"),
         (["ranks=[1,99]"], "has ranks 1 to 20, not 99"),
         (["ranks=[1]"], "must be two different ranks or more"),
-        (["cache=3"], "cache=3 must be true, false, or the output of launch/cache_teacher.py"),
+        (["cache=3"], "cache=3 must be true, false, or the output of cache_teacher"),
         (["cache=nowhere"], "rank 1, distill: nowhere does not exist"),
         (
             ["distill.distill.loss=jsd"],
@@ -281,7 +281,7 @@ def _stage_words(output: Path, rank: int) -> list[str]:
         (["distill.teacher=nowhere"], "distill: nowhere does not exist"),
         (
             ["distill.trainer.step=3"],
-            "rank 1, distill: unknown option 'trainer.step' of launch/distill.py: did you mean",
+            "rank 1, distill: unknown option 'trainer.step' of minitron distill: did you mean",
         ),
         (["distill.trainer.steps=null"], "distill: give either trainer.steps= or trainer.tokens="),
         (["distill.trainer.validation_samples=0"], "distill: trainer.validation_samples=0: candidates are judged by"),
@@ -314,7 +314,7 @@ def test_a_dry_run_shows_every_command_and_writes_nothing(folders, tmp_path, cap
     start(words(folders, tmp_path / "out", "dry_run=true", "processes=2"))
     printed = capsys.readouterr().out
     assert "20 steps of 24: 17% less" in printed and "candidates of each rung: 3 2" in printed
-    assert printed.count("$ minitron --nproc-per-node 2") == 7 and "trainer.stop_after" not in printed
+    assert printed.count(" --nproc-per-node 2 ") == 7 and "trainer.stop_after" not in printed
     assert list(tmp_path.iterdir()) == []
 
 

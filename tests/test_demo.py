@@ -1,6 +1,7 @@
 """The demo's plan: within the time on every machine, and kept by a demo that is continued."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -94,7 +95,7 @@ def test_known_machines():
     assert very_slow.of is LEAN
     one_core = make_plan(replace(SLOW, cores=1, processes=1), 15)
     assert one_core.processes == 1 and one_core.tokens < slow.tokens
-    with pytest.raises(UserError, match=r"about (\d+) minutes.*make demo MINUTES=\1"):
+    with pytest.raises(UserError, match=r"about (\d+) minutes.*minutes=\1"):
         make_plan(replace(VERY_SLOW, speed=replace(VERY_SLOW.speed, gflops=2.0)), 15)
 
 
@@ -149,6 +150,13 @@ def test_as_many_processes_as_memory_holds_or_a_line(monkeypatch, free, processe
             demo_plan.measure_machine()
     else:
         assert demo_plan.measure_machine().processes == processes
+
+
+def test_one_module_asks_for_cores_and_memory():
+    """By what this process may use, not by what the machine has."""
+    package = Path(__file__).resolve().parent.parent / "minitron_megatron"
+    asking = re.compile(r"cpu_count|sched_getaffinity|SC_PHYS_PAGES|SC_NPROCESSORS|MemAvailable")
+    assert [file.name for file in package.rglob("*.py") if asking.search(file.read_text("utf-8"))] == ["machine.py"]
 
 
 def test_the_short_form_is_planned_on_any_machine():

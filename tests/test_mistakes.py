@@ -64,7 +64,7 @@ IN_THREE = {
     "compress": "processes=3",
 }
 # Their outputs are no folders of ours that are compared with a manifest.
-OTHER_OUTPUT = {"demo": "is not a demo's folder", "compress": "is not the folder of a chain"}
+OTHER_OUTPUT = {"demo": "is not the folder of a demo", "compress": "is not the folder of a chain"}
 OTHER_OUTPUT |= {"distill_candidates": "is not the folder of", "correct_teacher": "is not a run folder"}
 OTHER_OUTPUT |= {"distill": "is not a run folder", "report": "exists and is not a report"}
 # What is taken out of a folder to leave half of it.

@@ -7,12 +7,17 @@ from dataclasses import replace
 import pytest
 from hydra import initialize_config_dir
 
+from minitron_megatron import choosing, compress_given, compress_source, status
+from minitron_megatron import compress as compressing
 from minitron_megatron.checkpoints import stamps
 from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
 from minitron_megatron.checkpoints.hf import import_hf
-from minitron_megatron.choosing import Choices, Pair, Text, choose, choose_length
+from minitron_megatron.choosing import Choices, Pair, Text, choose, choose_layout, choose_length
+from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.compress import compress, settle_machine
-from minitron_megatron.compress_plan import CHOSEN, FOLDERS, STAGES_FILE, SUMMARY, check_compress, make_plan
+from minitron_megatron.compress_given import FOLDERS
+from minitron_megatron.compress_plan import check_compress, make_plan
+from minitron_megatron.compress_rounds import CHOSEN, SUMMARY
 from minitron_megatron.config import CompressConfig, ModelConfig
 from minitron_megatron.data.encoding import Encoder
 from minitron_megatron.data.estimate import estimate_tokens
@@ -21,9 +26,17 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF, compose
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.shape import ModelShape
-from tests.test_commands import error_of, run
+from minitron_megatron.pace import Pace, Work, seconds_of_stages
+from tests.test_commands import error_of, run, shown
 from tests.tiny import TEXT, hf_model, save_hf
 
+# Of the model in `given`: no size of it varies.
+FIXED = [
+    f"search.space.{name}={size}"
+    for name, size in {
+        "num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 8, "num_query_groups": 4
+    }.items()
+]  # fmt: skip
 ODD = "it's a model, {tiny} [one]"
 
 
@@ -75,6 +88,7 @@ def test_from_a_hugging_face_folder_to_a_student(given, tmp_path, processes):
     assert (
         "│ source" in printed and f"{model:,}" in printed and "Kept: " in printed and "beside the source's" in printed
     )
+    assert "Judged on: 4 windows, 256 tokens of the validation split" in printed
     for line in (
         f"Student: {root}/distilled/model",
         f"Hugging Face folder: {root}/hf",
@@ -104,9 +118,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(hydra, given, tmp_path, cap
     printed = capsys.readouterr().out
     for what in ("would be run in", "at most", "calibration", "learning rate", "time", "layout"):
         assert what in printed
-    commands = [line.split()[2] for line in printed.splitlines() if line.startswith("$ ")]
-    names = ["import_hf", "prepare_data", *FOLDERS, "export_hf", "report"]
-    assert commands == [f"launch/{name}.py" for name in names]
+    assert shown(printed) == ["import_hf", "prepare_data", *FOLDERS, "export_hf", "report"]
     assert "data.sequence_length=64" in printed
     assert list(tmp_path.iterdir()) == []
 
@@ -114,7 +126,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(hydra, given, tmp_path, cap
 def test_a_target_in_place_of_a_budget_needs_no_search(hydra, given, tmp_path, capsys):
     compress(compose("compress", words(given, tmp_path / "x", "target.hidden_size=16", "dry_run=true")))
     printed = capsys.readouterr().out
-    assert "launch/search.py" not in printed and "target.hidden_size=16" in printed
+    assert "search" not in shown(printed) and "target.hidden_size=16" in printed
 
 
 def test_what_is_given_goes_over_what_is_chosen(hydra, given, tmp_path):
@@ -147,6 +159,18 @@ def test_what_is_given_goes_over_what_is_chosen(hydra, given, tmp_path):
         ("", ["rounds=[{name: a, prune: {target.hidden_size: 16}}]"], "budget.parameters= is for one round"),
         ("budget.parameters", ["budget.parameters=100"], "search: "),
         ("budget.parameters", ["budget.parameters=1e9"], "search: "),
+        ("", FIXED, "search: the model has no smaller shape in this space: none has less than its "),
+        (
+            "budget.parameters",
+            ["budget.parameters=1e9", *FIXED],
+            "search: the model has no smaller shape in this space",
+        ),
+        ("", ["processes=3", "distill.trainer.global_batch_size=8"], "give a multiple of 3, such as 9"),
+        (
+            "",
+            ["distill.trainer.global_batch_size=9", "distill.trainer.micro_batch_size=2"],
+            "multiple of 2, such as 10",
+        ),
         ("", ["prune.target.hidden_size=8"], "prune: target.hidden_size= and budget.parameters=: give one of them"),
         ("", ["data.sequence_length=500"], "500"),
         ("", ["export=false", "export_hf.license=mit"], "export_hf.license= is of a stage that does not run"),
@@ -192,13 +216,13 @@ def test_a_model_of_8_billion_on_a_node_of_gpus(hydra, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "8 processes" in printed and "GiB of a h100" in printed and "8,030,261,248" in printed
     assert "data.sequence_length=4096" in printed and "optim.lr=0.0001" in printed
-    assert "$ minitron --nproc-per-node 8 distill" in printed and list(tmp_path.iterdir()) == []
+    assert "--nproc-per-node 8 distill" in printed and list(tmp_path.iterdir()) == []
 
 
 def test_what_a_machine_has_no_room_for_is_said(hydra, given, tmp_path, monkeypatch):
     plan = ["model=llama3_1_70b", "budget.parameters=4e10", "dry_run=true", f"output={tmp_path}", "precision=fp32"]
     with pytest.raises(
-        UserError, match=r"take [\d,.]+ GiB on CPUs \(weights, gradients, optimizer\), this machine has"
+        UserError, match=r"take [\d,.]+ GiB on CPUs in micro-batches of 1 \(.*and [\d,.]+ GiB are free here"
     ):
         compress(compose("compress", plan))
     room = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -300,9 +324,119 @@ def test_a_model_that_was_replaced_is_not_taken_for_the_one_before(hydra, given,
     assert make_plan(command, "cpu").source.inputs == before
     changed = (hf / file).read_bytes()
     (hf / file).write_bytes(changed + b" " if file.endswith(".json") else changed[:-1] + bytes([changed[-1] ^ 1]))
-    (output / STAGES_FILE).write_text("{}")
+    (output / "stages.json").write_text("{}")
     for again in (lambda: import_hf(importing), lambda: make_plan(command, "cpu"), lambda: check_compress(command)):
         with pytest.raises(
             UserError, match=rf"teacher was made from other files: {file} changed since; choose another"
         ):
             again()
+
+
+def test_a_run_is_there_and_alone_while_it_is_planned(hydra, given, tmp_path, monkeypatch):
+    """A second command is refused at once, `status` shows the first, and a mistake that shows now leaves nothing."""
+    root, seen = tmp_path / "deep" / "x", []
+    cfg = compose("compress", words(given, root, "budget.parameters=30000", "processes=1"))
+    checked = check_compress(cfg)
+
+    def plan(*_):
+        found = status.look_at(root)
+        seen.append((found.state, dict(found.lines)["lock"]))
+        with pytest.raises(
+            UserError, match=rf"^another run is at work in {root}: wait for it or choose another output=$"
+        ):
+            compress(cfg, checked)
+        raise UserError("a mistake")
+
+    monkeypatch.setattr(compressing, "make_plan", plan)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"^a mistake$"):
+            compress(cfg, checked)
+    assert [state for state, _ in seen] == ["running"] * 2 and all("which runs" in lock for _, lock in seen)
+    assert list(tmp_path.iterdir()) == []
+    # A folder that was there stays; one with something done keeps what is done.
+    root.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^a mistake$"):
+        compress(cfg, checked)
+    assert list(root.iterdir()) == []
+    (root / "stages.json").write_text('{"import_hf": {"seconds": 1.0, "what": null}}')
+    with pytest.raises(UserError, match=r"^a mistake$"):
+        compress(cfg, checked)
+    assert "import_hf" in (root / "stages.json").read_text()
+
+
+def test_all_is_checked_once(hydra, given, tmp_path, monkeypatch):
+    """The model's files, the stages as given, and the space of the search: whatever is checked is not checked again."""
+    counts = dict.fromkeys(("check", "scan", "find_inputs"), 0)
+
+    def counting(place, name):
+        whole = getattr(place, name)
+
+        def counted(*arguments, **named):
+            counts[name] += 1
+            return whole(*arguments, **named)
+
+        monkeypatch.setattr(place, name, counted)
+
+    counting(compress_source.HfFolder, "check")
+    counting(compress_given, "scan")
+    counting(compress_source, "find_inputs")
+    COMMANDS["compress"](compose("compress", words(given, tmp_path / "x", "budget.parameters=30000", "dry_run=true")))
+    assert counts == {"check": 1, "scan": 1, "find_inputs": 1}
+
+
+@pytest.mark.parametrize("batch", [1, 40, 96])
+def test_a_layout_divides_the_batch_that_was_given(hydra, tmp_path, batch):
+    """On GPUs too, where the fastest one would not."""
+    plan = ["model=llama3_1_8b", "budget.parameters=4.5e9", "cluster=h100", "dry_run=true", f"output={tmp_path / 'x'}"]
+    cfg, device = settle_machine(compose("compress", [*plan, "processes=8"]))
+    teacher = shape_of("llama3_1_8b", num_layers=2)
+    pair = Pair(teacher, teacher.resized(ffn_hidden_size=7168))
+    layout, micro, _ = choose_layout(cfg, pair, 4096, batch, device, {"trainer.global_batch_size": batch})
+    assert batch % (micro * layout.data) == 0
+    six = replace(cfg, processes=6)
+    if batch % 3:
+        with pytest.raises(
+            UserError, match=rf"={batch} does not divide .* multiple of 3, such as {-(-batch // 3) * 3}$"
+        ):
+            choose_layout(six, pair, 4096, batch, device, {"trainer.global_batch_size": batch})
+
+
+def test_a_micro_batch_fits_into_free_memory(monkeypatch):
+    teacher = shape_of("smollm2_135m")
+    pair, cfg = Pair(teacher, teacher.resized(hidden_size=504)), CompressConfig(output="x", processes=1)
+    layout, micro, _ = choose_layout(cfg, pair, 512, 8, "cpu", {})
+    need = choosing._gib_on_cpus(cfg, pair, layout, 512, 8, [4, 2, 1])
+    assert micro == 4 and need == sorted(need, reverse=True)
+    for free, fits in ((need[0], 4), (need[0] - 0.01, 2), (need[1] - 0.01, 1), (need[2], 1)):
+        monkeypatch.setattr(choosing, "free_gib", lambda free=free: free)
+        assert choose_layout(cfg, pair, 512, 8, "cpu", {})[1] == fits
+    monkeypatch.setattr(choosing, "free_gib", lambda: need[2] - 0.01)
+    with pytest.raises(
+        UserError, match=r"take [\d.]+ GiB on CPUs in micro-batches of 1 .* GiB are free here: use a larger"
+    ):
+        choose_layout(cfg, pair, 512, 8, "cpu", {})
+    monkeypatch.setattr(choosing, "free_gib", lambda: need[1])
+    with pytest.raises(UserError, match="in micro-batches of 4"):
+        choose_layout(cfg, pair, 512, 8, "cpu", {"trainer.micro_batch_size": 4})
+
+
+def test_small_models_are_planned_by_their_small_operations():
+    """Least step times of tiny models as they were measured, with what an operation took there."""
+    tiny = shape_of(
+        "smollm2_135m", hidden_size=32, ffn_hidden_size=48, num_attention_heads=8, num_query_groups=4, head_dim=8
+    )
+    pace = Pace(flops=1e11, operation=2.79e-6, start=0.0)
+    found = {
+        (2, 2, 8, 1): 0.0934,
+        (8, 8, 8, 1): 0.3803,
+        (8, 2, 8, 1): 0.1745,
+        (2, 2, 8, 4): 0.0359,
+        (8, 8, 8, 4): 0.1069,
+        (2, 2, 32, 1): 0.4456,
+    }
+    for (teacher, student, batch, micro), seconds in found.items():
+        pair = Pair(
+            replace(tiny, num_layers=teacher, vocab_size=300), replace(tiny, num_layers=student, vocab_size=300)
+        )
+        work = Work(length=32, calibration=1, windows=1, steps=100, batch=batch, micro=micro, data=1, validated=0)
+        assert seconds_of_stages(pair, work, pace, 1)["distill"] / 100 == pytest.approx(seconds, rel=0.3)

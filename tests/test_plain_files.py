@@ -16,7 +16,7 @@ from minitron_megatron.lengths import _mapping
 from minitron_megatron.parallel import precision
 from minitron_megatron.plain_files import Unreadable, parse_json, parse_yaml
 from minitron_megatron.preset_files import words_of_file
-from minitron_megatron.stages import _read_stages
+from minitron_megatron.stages import read_stages
 from minitron_megatron.starts import tail_of
 from minitron_megatron.train.saved import find_best
 
@@ -56,7 +56,7 @@ def test_every_reader_says_that_it_cannot_read(tmp_path, text):
             assert isinstance(load(tmp_path / name), dict)
         except UserError as error:
             assert str(tmp_path / name) in str(error)
-    assert isinstance(_read_stages(tmp_path / "stages.json"), dict)
+    assert isinstance(read_stages(tmp_path / "stages.json"), dict)
     assert isinstance(tail_of(tmp_path / "starts.jsonl"), list)
     assert read_claim(tmp_path / "config.json") is None
     assert find_best(tmp_path) is None

@@ -12,6 +12,7 @@ from hydra import initialize_config_dir
 
 from minitron_megatron import launcher
 from minitron_megatron.checkpoints.folder import SHAPE_FILE, output_folder, read_manifest
+from minitron_megatron.cli import spelling
 from minitron_megatron.config import (
     BudgetConfig,
     DistillConfig,
@@ -45,7 +46,7 @@ def distilled(words: list[str], cfg: DistillConfig) -> None:
     """In a process of the pool, as if typed."""
     from minitron_megatron.train.distill import distill
 
-    launcher.TYPED[:] = words
+    spelling.TYPED[:] = words
     distill(cfg)
 
 
@@ -71,7 +72,7 @@ def chain(gloo, tmp_path_factory):
             assert gloo(1, distilled, typed, config) == [None]
             return
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(launcher, "TYPED", typed)
+            patch.setattr(spelling, "TYPED", typed)
             command(config)
 
     scores = str(root / "scores")
@@ -371,8 +372,8 @@ def test_the_opening_sentence_has_size_quality_speed_and_cost(rounds):
     root, digests = rounds
     said = heading(page_of(root))[1]
     assert "of the 134,515,008 of teacher" in said
-    assert "its quality was not measured (launch/evaluate.py)" in said
-    assert "its speed was not measured (launch/throughput.py)" in said and "of cpu processes" in said
+    assert "its quality was not measured (evaluate does it)" in said
+    assert "its speed was not measured (throughput does it)" in said and "of cpu processes" in said
     # An export stands for the model that it is of.
     export = made(root / "hf", {"config.json": "{}"}, inputs={"model": digests["last"]}, config={"max_shard_gb": 5.0})
     rates = [

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from hydra import initialize_config_dir
 
+from minitron_megatron.cli.arguments import CONF, presets, words_after_dashes
 from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.errors import UserError
-from minitron_megatron.launcher import CONF, compose, presets, words_after_dashes
+from minitron_megatron.launcher import compose
 from minitron_megatron.submit import SCRIPT, read_command, render, submit
 from tests.slurm_cluster import programs_by_name
 from tests.test_commands import environment, error_of, free_port, run
@@ -124,7 +125,7 @@ def test_the_command_may_be_one_line():
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("command=distil",), "there is no launch/distil.py"),
+        (("command=distil",), "there is no command distil: it is one of"),
         (("command=compress",), "slurm/compress.sh runs a chain"),
         (("command=[]",), "no command: write it after --"),
         (("command='torchrun launch/distill.py'",), "leave torchrun out"),

@@ -33,7 +33,7 @@ def check_benchmark(cfg: BenchmarkConfig) -> Layout:
     elif cfg.measure == "prune":
         check_weights(open_model_folder(cfg.model.folder("model")))
     if cfg.measure == "mistakes" and world_size_from_env() > 1:
-        raise UserError("start measure=mistakes with plain python: it starts every command itself")
+        raise UserError("start measure=mistakes in one process: it starts every command itself")
     if cfg.measure == "memory" and layout.pipeline > 1:
         raise UserError(f"parallel.pipeline={layout.pipeline}: measure=memory takes one stage, use parallel.tensor")
     return layout

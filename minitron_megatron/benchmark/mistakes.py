@@ -133,7 +133,7 @@ def _mistake(folder: Path, name: str, words: list[str]) -> tuple[float, float]:
     done, seconds, cpu = _run(folder, name, [*words, *outputs])
     if done.returncode != 2 or not done.stderr.startswith("error: "):
         raise UserError(
-            f"launch/{name}.py {' '.join(words)} was to be refused, and ended with {done.returncode}: {done.stderr[-300:]}"
+            f"{name} {' '.join(words)} was to be refused, and ended with {done.returncode}: {done.stderr[-300:]}"
         )
     return seconds, cpu
 
@@ -143,7 +143,7 @@ def _start(folder: Path, name: str, words: list[str], number: int) -> float:
     output = folder / (name if number == 0 else f"{name}_{number}")
     done, *_ = _run(folder, name, [*words, f"output={output}"])
     if done.returncode:
-        raise UserError(f"launch/{name}.py {' '.join(words)} ended with {done.returncode}: {done.stderr[-300:]}")
+        raise UserError(f"{name} {' '.join(words)} ended with {done.returncode}: {done.stderr[-300:]}")
     at = output if (output / MANIFEST).is_file() else output / "model"
     return float(load_yaml(at / MANIFEST)["seconds_starting"])
 

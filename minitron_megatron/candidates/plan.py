@@ -123,12 +123,12 @@ def make_plan(cfg: DistillCandidatesConfig) -> Plan:
         searched = read_search(cfg.found)
         model = open_model_folder(searched.source.model)
         if model.digest != searched.model_digest:
-            raise UserError(f"its model {searched.source.model} is another one now: run launch/search.py again")
+            raise UserError(f"its model {searched.source.model} is another one now: run search again")
         check_weights(model)
         for name in searched.inputs.keys() - {"model"}:
             path = getattr(searched.source, name)
             if read_manifest(path)["digest"] != searched.inputs[name]:
-                raise UserError(f"its {name} {path} are others now: run launch/search.py again")
+                raise UserError(f"its {name} {path} are others now: run search again")
         check_scores(load_scores(searched.source.scores), model.shape, model.digest, searched.source.scores)
     chosen = _chosen(searched, cfg.ranks)
     own, teacher = _own_options(cfg, searched)
@@ -180,7 +180,7 @@ def _chosen(searched: SearchFolder, ranks: Any) -> list[Ranked]:
 def _own_options(cfg: DistillCandidatesConfig, searched: SearchFolder) -> tuple[dict[str, Any], str | None]:
     """Options of every distillation, and who teaches; None where its answers are given and nobody was named."""
     if not isinstance(cfg.cache, bool | str):
-        raise UserError(f"cache={cfg.cache} must be true, false, or the output of launch/cache_teacher.py")
+        raise UserError(f"cache={cfg.cache} must be true, false, or the output of cache_teacher")
     own = _options(cfg, "distill")
     own.setdefault("trainer.keep_last", 1)
     teacher = own.pop("teacher", None if isinstance(cfg.cache, str) else searched.source.model)

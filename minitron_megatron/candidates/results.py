@@ -1,7 +1,6 @@
 """What became of the candidates: a table, their order before and after, what halving saved, and the winner's plan."""
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ import yaml
 from minitron_megatron.candidates import halving
 from minitron_megatron.candidates.plan import Candidate, Plan
 from minitron_megatron.checkpoints.folder import RESULTS
+from minitron_megatron.cli.spelling import line_of
 from minitron_megatron.console import console, print_table
 from minitron_megatron.prune.plan import FILE as PLAN
 from minitron_megatron.report.page import write_page
@@ -86,7 +86,7 @@ def prune_command(plan: Plan) -> str:
     """The command that prunes to the winner again, from its plan alone."""
     root = str(plan.root).rstrip("/")
     words = [f"model={plan.searched.source.model}", f"plan={root}/{PLAN}", f"output={root}_winner"]
-    return shlex.join(["python", "launch/prune.py", *words])
+    return line_of("prune", words)
 
 
 def write(plan: Plan, found: Mapping[str, Any]) -> None:

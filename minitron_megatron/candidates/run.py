@@ -32,11 +32,11 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.layout import world_size_from_env
 from minitron_megatron.parallel.tools import check_device
 from minitron_megatron.plain_files import parse_json
-from minitron_megatron.stages import Stages, is_whole, stage_words, write_json
+from minitron_megatron.stages import STAGES_FILE, Stages, is_whole, stage_words, write_json
 from minitron_megatron.train.checks import schedule_of
 from minitron_megatron.train.saved import find_checkpoints
 
-SETTINGS, STAGES_FILE = "settings.json", "stages.json"
+SETTINGS = "settings.json"
 # A dry run says how many candidates a rung has; slurm/halving.sh reads it.
 SIZES = "candidates of each rung:"
 # What there is to do about a file of a trial that is no good.
@@ -47,9 +47,7 @@ log = logging.getLogger(__name__)
 def check_candidates(cfg: DistillCandidatesConfig) -> Plan:
     """Every stage of every candidate, and the output. Raises UserError."""
     if world_size_from_env() > 1:
-        raise UserError(
-            "start launch/distill_candidates.py with plain python: processes= and start= say how its stages start"
-        )
+        raise UserError("start distill_candidates in one process: processes= and start= say how its stages start")
     plan = make_plan(cfg)
     check_root(plan.root, SETTINGS, "a distillation of candidates", cfg.resume)
     _check_settings(plan)
@@ -173,7 +171,7 @@ def _prepare(cfg: DistillCandidatesConfig, plan: Plan) -> None:
         write_json(plan.root / SETTINGS, plan.settings)
     if plan.cache:
         stage, stages = plan.cache, Stages(plan.root / STAGES_FILE, inputs=plan.inputs, start=cfg.start)
-        stages.command("the teacher's cache", stage.output, stage.file, *stage.words, processes=stage.processes)
+        stages.command("the teacher's cache", stage.output, stage.command, *stage.words, processes=stage.processes)
 
 
 def run_rung(cfg: DistillCandidatesConfig, plan: Plan, one: Candidate, rung: int) -> None:
@@ -186,7 +184,7 @@ def run_rung(cfg: DistillCandidatesConfig, plan: Plan, one: Candidate, rung: int
     stages = Stages(one.folder / STAGES_FILE, inputs=plan.inputs, start=cfg.start)
     if not is_whole(one.prune.output):
         prune = one.prune
-        stages.command(f"rank {one.rank}, prune", prune.output, prune.file, *prune.words, processes=prune.processes)
+        stages.command(f"rank {one.rank}, prune", prune.output, prune.command, *prune.words, processes=prune.processes)
     last, why, began = rung == len(plan.rungs), one.distill.output / DIVERGED, time.monotonic()
     # Of another try.
     why.unlink(missing_ok=True)
@@ -194,7 +192,7 @@ def run_rung(cfg: DistillCandidatesConfig, plan: Plan, one: Candidate, rung: int
         stages.command(
             name,
             one.distill.output,
-            one.distill.file,
+            one.distill.command,
             *plan.words(one, rung),
             processes=one.distill.processes,
             whole=lambda run: _reached(run, step, published=last),
@@ -293,5 +291,5 @@ def _show_plan(cfg: DistillCandidatesConfig, plan: Plan) -> None:
     stages = [plan.cache] if plan.cache else []
     stages += [stage for one in plan.candidates for stage in (one.prune, one.distill)]
     for stage in stages:
-        words = [*stage_words(cfg.start, stage.processes, stage.file), *stage.words, f"output={stage.output}"]
+        words = [*stage_words(cfg.start, stage.processes, stage.command), *stage.words, f"output={stage.output}"]
         screen.print(f"$ {shlex.join(words)}", highlight=False, soft_wrap=True)

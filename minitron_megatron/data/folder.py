@@ -158,7 +158,7 @@ def _open_folder(path: str, split: str, shape: DataSizes, sequence_length: int) 
     folder = DataFolder(Path(path), read_manifest(path))
     results = folder.manifest.get("results", {})
     if split not in results or not (folder.path / f"{split}.idx").is_file():
-        raise UserError(f"data.path={path} has no split {split!r}: give the output of launch/prepare_data.py")
+        raise UserError(f"data.path={path} has no split {split!r}: give the output of prepare_data")
     _check_results(results, f"data.path={path}")
     found = open_split(folder.path / split, f"data.path={path}")
     if found.tokens != results[split].get("tokens") or found.dtype.name != results.get("token_dtype"):

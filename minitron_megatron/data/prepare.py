@@ -44,6 +44,7 @@ from minitron_megatron.data.tokenizer import (
     vocabulary_size,
 )
 from minitron_megatron.errors import UserError, in_one_line
+from minitron_megatron.machine import usable_cores
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.plain_files import read_json
 
@@ -164,7 +165,7 @@ def prepare_data(cfg: PrepareDataConfig, checked: Preparing | None = None) -> No
     files, digests = checked.files, checked.inputs
     if cfg.workers is None:
         size = sum(file.stat().st_size for file in files)
-        cfg = replace(cfg, workers=tokenising_processes(size, len(os.sched_getaffinity(0))))
+        cfg = replace(cfg, workers=tokenising_processes(size, usable_cores()))
     tokenizer_folder = Path(cfg.model.folder("model"))
     tokenizer = load_tokenizer(tokenizer_folder)
     check_vocabulary(tokenizer_folder, tokenizer)

@@ -91,11 +91,11 @@ def _check_asked(cfg: EvaluateConfig) -> None:
     if cfg.teacher.path is not None:
         raise UserError(
             f"hf={cfg.hf} has no teacher= beside it: evaluate model={cfg.teacher.path} on the same data, which a report shows "
-            "beside this one, or give the folder to launch/import_hf.py and use model= and teacher="
+            "beside this one, or give the folder to import_hf and use model= and teacher="
         )
     if world_size_from_env() > 1:
         raise UserError(
-            "hf= runs in one process, as transformers does: start it with plain python, or import it and use model="
+            "hf= runs in one process, as transformers does: start it without torchrun, or import it and use model="
         )
 
 
@@ -125,7 +125,7 @@ def check_folder(folder: Path, *, tokenizer: bool) -> HfSizes:
     """Raise UserError unless it is a Hugging Face folder with safetensors weights, and a tokenizer where tasks need one."""
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"hf={folder} has no config.json with .safetensors weights: give the output of launch/export_hf.py, or another "
+            f"hf={folder} has no config.json with .safetensors weights: give the output of export_hf, or another "
             "Hugging Face folder"
         )
     config = load_json(folder / "config.json")

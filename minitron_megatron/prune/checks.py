@@ -129,9 +129,7 @@ def _check_measuring(cfg: PruneConfig, goal: Goal) -> None:
     if cfg.dry_run and measures and not cfg.data.path:
         return
     if measures and not cfg.data.path:
-        raise UserError(
-            "scores= is missing: give the output of launch/importance.py, or data.path= to measure them now"
-        )
+        raise UserError("scores= is missing: give the output of importance, or data.path= to measure them now")
     if cfg.loss_samples:
         if not cfg.data.path:
             raise UserError("loss_samples= needs data.path=: the loss is measured on its validation split")

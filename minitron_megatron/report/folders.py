@@ -184,7 +184,7 @@ def find(given: Sequence[str]) -> tuple[list[RunFolder], list[UnfinishedRun]]:
             raise UserError(f"folders={where} does not exist or is not a folder: give outputs, or a folder of them")
         inside, runs = _manifests(root), _unfinished(root)
         if not inside and not runs:
-            raise UserError(f"folders={where}: no folder in it has a {MANIFEST}, so none is an output of launch/")
+            raise UserError(f"folders={where}: no folder in it has a {MANIFEST}, so none is an output of a command")
         found |= {path.resolve(): path for path in inside}
         begun |= runs
     manifests = {path: _checked(read_manifest(path), path) for path in found.values()}

@@ -51,7 +51,7 @@ def _quality(lineage: Lineage, model: RunFolder, teacher: RunFolder) -> str:
         if beside is not None and teacher is not model:
             return f"{on}, where {teacher.name} has {beside:,.4g}"
         best = best or on
-    return best or "its quality was not measured (launch/evaluate.py)"
+    return best or "its quality was not measured (evaluate does it)"
 
 
 def _of(lineage: Lineage, model: RunFolder) -> Sequence[RunFolder]:
@@ -85,7 +85,7 @@ def _speed(lineage: Lineage, model: RunFolder, teacher: RunFolder) -> str:
         for engine, (ours, theirs) in by_engine.items():
             if ours and theirs and (best is None or max(ours) > best[0]):
                 best = max(ours), f"{max(ours) / max(theirs):.2f} times as many tokens a second ({engine})"
-    return best[1] if best else "its speed was not measured (launch/throughput.py)"
+    return best[1] if best else "its speed was not measured (throughput does it)"
 
 
 def _cost(lineage: Lineage, model: RunFolder) -> str:

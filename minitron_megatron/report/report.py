@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_megatron.checkpoints.folder import MANIFEST, RESULTS, check_output, output_folder, read_manifest
+from minitron_megatron.cli.spelling import command_line
 from minitron_megatron.config import ReportConfig
 from minitron_megatron.console import print_table, speaks
 from minitron_megatron.errors import UserError
-from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.launcher import resolved_config
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.report.cutting import cut_sections, importance_sections, layer_sections, search_sections
 from minitron_megatron.report.folders import REPORT_FILES, RunFolder, UnfinishedRun, find

@@ -194,7 +194,7 @@ def cost_section(lineage: Lineage) -> Section:
     text = (
         "Hours of every process together, so GPU hours where each has a GPU, from the beginning of the output to its end; – "
         "where a manifest does not say. Starts of a training run before its last count with their steps that stayed. "
-        "The start of the program is not in it: what launch/compress.py and launch/status.py show of whole stages has that, too. "
+        "The start of the program is not in it: what compress and status show of whole stages has that, too. "
         "Tokens of all: those that were trained on."
     )
     return Section("Cost", text, [Table(columns, rows)], card=True)

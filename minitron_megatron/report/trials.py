@@ -59,9 +59,7 @@ def _read(file: Path) -> dict[str, Any]:
             raise ValueError("the winner, or the KL of a candidate, is missing")
     except (OSError, ValueError, KeyError, TypeError) as error:
         pass_on_unless_damage(error)
-        raise UserError(
-            f"{file} is damaged ({error!r}): remove it and run launch/distill_candidates.py again"
-        ) from None
+        raise UserError(f"{file} is damaged ({error!r}): remove it and run distill_candidates again") from None
     return values
 
 
@@ -71,9 +69,7 @@ def trial_section(trial: Trial) -> Section:
         return _section(trial)
     except (KeyError, TypeError, ValueError) as error:
         file = trial.path / RESULTS
-        raise UserError(
-            f"{file} is damaged ({error!r}): remove it and run launch/distill_candidates.py again"
-        ) from None
+        raise UserError(f"{file} is damaged ({error!r}): remove it and run distill_candidates again") from None
 
 
 def trial_table(found: Mapping[str, Any]) -> Table:

@@ -59,7 +59,7 @@ class Generating:
 def check_throughput(cfg: ThroughputConfig) -> Generating:
     """Options, layout, models, engines and output, before torch is there. Raises UserError."""
     if world_size_from_env() > 1:
-        raise UserError("start launch/throughput.py with plain python: it starts the processes of parallel. itself")
+        raise UserError("start throughput in one process: it starts the processes of parallel. itself")
     _check_options(cfg)
     layout = _layout(cfg)
     sources = open_sources(cfg.models)

@@ -7,6 +7,7 @@ layout ─▶ stage 0, 1, P-1 (ranks of a stage are alike; stages between hold n
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -82,6 +83,8 @@ def _like(number: int, counted: Collection[int], layout: Layout) -> int:
     return number if number in counted else min(1, layout.pipeline - 1)
 
 
+# A plan asks for the same rank with every micro-batch and way of recomputing.
+@lru_cache(maxsize=64)
 def _chunks(shape: ModelShape, layout: Layout, stage: int, dtype: torch.dtype) -> tuple[Chunk, ...]:
     """What a rank of a stage has."""
     # Context-parallel ranks hold the same weights, and the local layers that can be built anywhere know none of them.

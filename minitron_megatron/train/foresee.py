@@ -4,7 +4,7 @@ It runs anywhere, for any number of GPUs: models are built for real, on the meta
 arithmetic (memory.py, speed.py) whose assumptions are printed beside the figures.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -95,11 +95,42 @@ def forecast(
     `before` are the options of the run that is to be continued, by their dotted names. trainer.cuda_graphs=auto becomes what it
     would become on these GPUs, their memory considered (`Forecast.graphs`).
     """
+    plan = _plan_of(cfg, layout, models)
+    dtype, theirs = plan.how.dtype, plan.teacher_how.dtype
+    stages = take_census(models.student, models.teacher, layout, dtype, theirs, plan.teacher_layout)
+    gpu = hardware(cfg.cluster)
+    built = [Built("student" if models.teacher else "model", plan.how.engine, dtype is torch.bfloat16)]
+    built += [Built("teacher", plan.teacher_how.engine, theirs is torch.bfloat16)] if models.teacher else []
+    graphs = _graphs_of(cfg, layout, built, before, gib_of_fullest(stages, plan), gpu)
+    plan = replace(plan, cuda_graphs=graphs.value)
+    return Forecast(plan, stages, time_of_step(stages, plan, gpu), gpu, graphs)
+
+
+def gib_on_cpus(cfg: TrainingConfig, layout: Layout, models: Models, micro_batches: Sequence[int]) -> list[float]:
+    """GiB of the fullest process of a job on CPUs, for each size of a micro-batch; the program itself is not in it."""
+    plan = _plan_of(cfg, layout, models)
+    on_cpus = {"engine": "local", "fused_norms": False}
+    plan = replace(
+        plan, how=replace(plan.how, **on_cpus), teacher_how=replace(plan.teacher_how, **on_cpus), cuda_graphs=False
+    )
+    stages = take_census(
+        models.student, models.teacher, layout, plan.how.dtype, plan.teacher_how.dtype, plan.teacher_layout
+    )
+    found = []
+    for samples in micro_batches:
+        count = max(1, cfg.trainer.global_batch_size // (samples * layout.data))
+        batch = MicroBatch.of(samples, cfg.data.sequence_length, layout)
+        found.append(gib_of_fullest(stages, replace(plan, batch=batch, micro_batches=count)))
+    return found
+
+
+def _plan_of(cfg: TrainingConfig, layout: Layout, models: Models) -> Plan:
+    """What is trained and how, on GPUs that have what they need; with CUDA graphs, which are decided by what this plan takes."""
     trainer, (student, teacher) = cfg.trainer, (models.student, models.teacher)
     dtype = model_dtype(student, cfg.precision)
     theirs = model_dtype(teacher, cfg.precision) if teacher else dtype
     own = models.teacher_layout(layout) if teacher else layout
-    plan = Plan(
+    return Plan(
         student=student,
         teacher=teacher,
         layout=layout,
@@ -120,13 +151,6 @@ def forecast(
         teacher_layout=None if own == layout else own,
         ahead=cfg.distill.teacher_ahead if isinstance(cfg, DistillConfig) else None,
     )
-    stages = take_census(student, teacher, layout, dtype, theirs, plan.teacher_layout)
-    gpu = hardware(cfg.cluster)
-    built = [Built("student" if teacher else "model", plan.how.engine, dtype is torch.bfloat16)]
-    built += [Built("teacher", plan.teacher_how.engine, theirs is torch.bfloat16)] if teacher else []
-    graphs = _graphs_of(cfg, layout, built, before, gib_of_fullest(stages, plan), gpu)
-    plan = replace(plan, cuda_graphs=graphs.value)
-    return Forecast(plan, stages, time_of_step(stages, plan, gpu), gpu, graphs)
 
 
 def _graphs_of(

@@ -44,6 +44,7 @@ from minitron_megatron.checkpoints.folder import (
 from minitron_megatron.checkpoints.hf_folder import copy_companions, write_shape
 from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.checkpoints.weights import Chunk, load_weights, verify_digest, write_weights
+from minitron_megatron.cli.spelling import command_line
 from minitron_megatron.config import (
     TrainingConfig,
     tokens_of_run,
@@ -59,7 +60,7 @@ from minitron_megatron.ending import (
 )
 from minitron_megatron.errors import Diverged
 from minitron_megatron.first_moments import REQUEUE
-from minitron_megatron.launcher import command_line, resolved_config
+from minitron_megatron.launcher import resolved_config
 from minitron_megatron.models.axes import count_parameters, flops_per_token
 from minitron_megatron.models.build import (
     build_model_chunks,
