@@ -30,6 +30,9 @@ from minitron_megatron.config import options as options_of
 from minitron_megatron.effects import ARITHMETIC, FREE, LENGTH, PUBLISHED, SAMPLES, value_of
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.fp8 import ScalesBefore
+from minitron_megatron.report.folders import find
+from minitron_megatron.report.lineage import trace
+from minitron_megatron.report.training import _summary
 from minitron_megatron.train import checks, saved
 from minitron_megatron.train.begin import check_beginning
 from minitron_megatron.train.checks import check_run_folder
@@ -378,6 +381,9 @@ def test_everything_goes_on_from_a_checkpoint_of_another_run(gloo, trained, tmp_
     assert again.before["checkpoint"].endswith("step_00000004") and again.step == 6
     step = lineage(open_model_folder(tmp_path / "lower"))[0]
     assert "everything of" in step.beginning and "optim.lr=0.01, not 0.001" in step.beginning
+    shown = trace(find([str(tmp_path / "lower"), trained.output])[0])
+    (one,) = [folder for folder in shown.folders if folder.manifest.get("started_from")]
+    assert step.beginning in _summary(shown, one)
 
 
 def shape_of(cfg):

@@ -137,7 +137,10 @@ def _look_at(cfg: TrainingConfig, path: Path) -> Beginning:
         if not name.startswith("trainer.start_") and (name in before or name.startswith("distill."))
     }
     options = {name: [a, b] for name, (a, b) in other.items() if as_stored(a) != as_stored(b)}
-    stamp = stamp_of_folder("start_from", path, [file for file in path.iterdir() if file.is_file()])
+    # Where it has the digests of all files, it tells; their bytes are compared with them before they are read.
+    told = saved.whole(path).written.files is not None
+    files = [path / saved.FORMAT] if told else [file for file in path.iterdir() if file.is_file()]
+    stamp = stamp_of_folder("start_from", path, files)
     began = _read(source / FILE)
     return Beginning(str(path), step, takes, *stamp.values(), options, asdict(began) if began else None)
 
