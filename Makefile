@@ -35,7 +35,7 @@ test-slow: $(READY) ## the slow tests: whole commands under torchrun, larger mod
 test-bf16: $(READY) ## tests that compute in bfloat16, slow ones too; ONEDNN_MAX_CPU_ISA=AVX2 makes them those of older processors
 	.venv/bin/python -m pytest $(AT_ONCE) -m "bf16 and not gpu"
 
-mutants: $(READY) ## which small bugs the tests would notice: an hour; MUTANTS="room=prune slow=true" (docs/development.md)
+mutants: $(READY) ## which small bugs the tests would notice: hours; MUTANTS="room=prune slow=true" (docs/development.md)
 	.venv/bin/python -m tests.mutants $(MUTANTS)
 
 lint: $(READY) ## ruff: rules and format
