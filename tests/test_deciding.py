@@ -253,13 +253,14 @@ ONE_PROCESS = "a command of one process, which starts others"
 BEFORE = "before the ranks meet: it refuses, and what it has read is compared when they do (output_folder)"
 RANK_ZERO = "called by rank 0 alone"
 MODULES = {
-    ONE_PROCESS: """candidates.run choosing composing compress_plan demo demo_plan demo_speed stages status submit report.folders
+    ONE_PROCESS: """candidates.run composing compress_rounds compress_source pace demo demo_plan demo_speed stages status
+    submit report.folders
     report.report report.trials throughput.run throughput.sources throughput.tensorrt_llm throughput.work benchmark.mistakes
     benchmark.loss machine""",
     "data are prepared by one process": "data.adopt data.estimate data.prepare data.text data.tokenizer data.vocabulary",
-    BEFORE: """cli.main launcher preset_files evaluate.checks distill.cache_checks train.checks train.begin
+    BEFORE: """cli.main cli.arguments cli.logs cli.spelling launcher evaluate.checks distill.cache_checks train.checks train.begin
     checkpoints.export_checks checkpoints.hf_folder checkpoints.nemo_folder checkpoints.stamps data.folder data.indexed
-    data.same_tokenizer prune.plan importance.layers""",
+    data.same_tokenizer prune.plan""",
     RANK_ZERO: "checkpoints.card checkpoints.lineage cli.next_command train.metrics starts evaluate.harness",
     "ends a process, and lets one of them speak": "claims first_moments parallel.torchrun console",
     "the helpers themselves": "parallel.deciding",
@@ -276,7 +277,7 @@ FUNCTIONS = {
     checkpoints.megatron_lm.all_arguments checkpoints.megatron_lm._write_companions checkpoints.nemo._write_context
     train.checkpoint._drop_old train.saved.find_checkpoints train.saved.find_best parallel.precision._machine
     parallel.precision._cache_folder parallel.precision._least_seconds checkpoints.archive.Archive.extract
-    importance.scores.load_scores evaluate.hf.digest_of train.checkpoint.Saver._describe train.saved.best_whole
+    evaluate.hf.digest_of train.checkpoint.Saver._describe train.saved.best_whole
     train.saved.set_aside""",
     "of files that this rank has written, and rank 0 is told of": """checkpoints.digests.digest_files
     train.checkpoint._write_and_digest train.checkpoint.Saver._complete""",
