@@ -120,9 +120,14 @@ def spans_nodes() -> bool:
     return os.environ.get("MASTER_ADDR", "localhost") not in ("localhost", "127.0.0.1", "::1")
 
 
-def ends_alone() -> bool:
-    """Whether a rank may fail whose end no torchrun tells this process of."""
-    return spans_nodes() or "TORCHELASTIC_ERROR_FILE" not in os.environ
+def looks_for_others() -> bool:
+    """Whether this process is to look for a rank that failed and of whose end no torchrun tells it.
+
+    torchrun ends the processes of its node: one of them looks at the other nodes. Without it each looks.
+    """
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        return spans_nodes() and number_of("LOCAL_RANK", 0) == 0
+    return True
 
 
 def as_one_of_several(reason: Reason) -> int:

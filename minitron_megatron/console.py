@@ -3,7 +3,6 @@
 import codecs
 import io
 import logging
-import os
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from minitron_megatron.claims import number_of
 from minitron_megatron.plain_text import escaped, one_line
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ _SPELLINGS = {
 
 def speaks() -> bool:
     """Whether this process is the one that prints (rank 0 of a torchrun job, or the only process)."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return number_of("RANK", 0) == 0
 
 
 def write_anywhere() -> None:

@@ -19,20 +19,19 @@ from typing import Any, ClassVar, NoReturn
 from minitron_megatron.claims import (
     Reason,
     as_one_of_several,
-    ends_alone,
     leave_address,
     look_for_a_claim,
-    number_of,
+    looks_for_others,
     say,
     say_from_rank_zero,
     several,
     told_by_launcher,
 )
 from minitron_megatron.errors import UserError, in_one_line
-from minitron_megatron.first_moments import NAMES, NOTHING_KEPT, STATUS_OF_SIGNAL
+from minitron_megatron.first_moments import NAMES, NOTHING_KEPT, STATUS_OF_SIGNAL, USER_MISTAKE
 from minitron_megatron.plain_text import one_line
+from minitron_megatron.unheard import Listener
 
-USER_MISTAKE = 2
 # Troubles with files that a user can put right.
 _OF_THE_USER = frozenset(
     (
@@ -98,6 +97,10 @@ def reason_of(error: BaseException) -> Reason:
             return Reason(str(cause), STATUS_OF_SIGNAL[cause.number], "stopped", follows=follows)
     if isinstance(error, UserError):
         return Reason(one_line(str(error)), USER_MISTAKE)
+    if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Reason(
+            f"{error.strerror}, where this was writing: free some and run the same command again", USER_MISTAKE
+        )
     if isinstance(error, OSError) and error.filename is not None and error.errno in _OF_THE_USER:
         advice = "mend it or choose another place, and run the same command again"
         return Reason(one_line(f"{error.filename}: {error.strerror}: {advice}"), USER_MISTAKE)
@@ -156,7 +159,7 @@ def ending_with_others(seconds: float) -> Iterator[None]:
     how long the ranks' store may take to appear.
     """
     stop = threading.Event()
-    if _State.handles and several() and ends_alone() and number_of("LOCAL_RANK", 0) == 0:
+    if _State.handles and several() and looks_for_others():
         own = (stop, seconds, lambda: _State.status is not None or _State.finishing)
         threading.Thread(target=look_for_a_claim, args=own, daemon=True).start()
     try:
@@ -220,12 +223,18 @@ def handle_signals() -> None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
+        listener.heard()
         stopped = Stopped(number)
         if several():
             # What is unwound may wait for ranks that are gone.
             report(stopped)
         raise stopped
 
+    def end_at_once(number: int) -> None:
+        report(Stopped(number))
+        os._exit(STATUS_OF_SIGNAL[number])
+
+    listener = Listener(stop, end_at_once)
     for number in STATUS_OF_SIGNAL:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, stop)

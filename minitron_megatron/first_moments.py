@@ -7,6 +7,8 @@ import os
 import signal
 from types import FrameType
 
+# What the user can mend.
+USER_MISTAKE = 2
 # EX_TEMPFAIL of sysexits.h: not finished; the same command continues.
 REQUEUE = 75
 STATUS_OF_SIGNAL = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: REQUEUE}

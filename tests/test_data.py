@@ -265,6 +265,39 @@ def test_patterns_that_match_nothing_or_twice_are_refused(tmp_path, monkeypatch,
         find_files(given)
 
 
+def test_text_behind_links_counts_and_what_cannot_be_read_is_refused(tmp_path):
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere <b>"
+    for at in (folder / "a", elsewhere / "deeper"):
+        at.mkdir(parents=True)
+        (at / "one.jsonl").write_text("{}")
+    (folder / "more").symlink_to(elsewhere)
+    (elsewhere / "deeper" / "up").symlink_to(elsewhere)  # round and round
+    found = [path.relative_to(folder).as_posix() for path in find_files(str(folder))]
+    assert found == ["a/one.jsonl", "more/deeper/one.jsonl"]
+    (folder / "again.jsonl").symlink_to(elsewhere / "deeper" / "one.jsonl")
+    with pytest.raises(UserError, match=r"again.jsonl.*twice|twice.*again.jsonl"):
+        find_files(str(folder))
+    (folder / "again.jsonl").unlink()
+    (folder / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"gone.jsonl does not exist"):
+        find_files(str(folder))
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "one.txt").write_text("text")
+    scandir = os.scandir
+
+    def denied(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", denied)  # root may list everything
+    with pytest.raises(UserError, match=r"locked cannot be read \(Permission denied\)"):
+        find_files(str(tmp_path))
+
+
 def test_results_count_what_is_there(model, tmp_path):
     (tmp_path / "in.jsonl").write_text(jsonl(DOCUMENTS))
     results = read_manifest(prepare(model, tmp_path / "in.jsonl", tmp_path / "out"))["results"]

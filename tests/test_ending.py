@@ -234,6 +234,11 @@ def test_a_stage_that_a_signal_ended_says_that_those_before_are_kept(tmp_path, m
         ("--nnodes 2:x prune", "--nnodes 2:x: it takes"),
         ("--max-restarts -1 prune", "--max-restarts -1: it takes"),
         ("-m", "-m needs a module"),
+        ("-m os", "-m os is no module of minitron_megatron"),
+        ("--nnodes 4:2 prune", "--nnodes 4:2: the most are fewer"),
+        ("--nnodes 2 --node-rank 2 prune", "--node-rank 2 of --nnodes 2: nodes count from 0"),
+        ("--nnodes 2:4 --node-rank 4 prune", "--node-rank 4 of --nnodes 4"),
+        ("--nnodes 2 --master-port 65536 prune", "--master-port 65536: ports are below 65536"),
     ],
 )
 def test_how_to_start_is_checked_before_torchrun(words, says, monkeypatch):
@@ -242,6 +247,28 @@ def test_how_to_start_is_checked_before_torchrun(words, says, monkeypatch):
     monkeypatch.setattr(main, "ends_in_one_line", contextlib.nullcontext)
     with pytest.raises(UserError, match=f"^{re.escape(says)}"):
         main.main()
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x in the environment is no number"),
+        ({"RANK": "", "WORLD_SIZE": "2"}, "RANK= in the environment is no number"),
+        ({"RANK": "0", "WORLD_SIZE": "zwei"}, "WORLD_SIZE=zwei"),
+        ({"RANK": "1"}, "RANK=1 and WORLD_SIZE=nothing"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "0"}, "RANK=0 and WORLD_SIZE=0"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1"),
+    ],
+)
+def test_an_environment_of_no_rank_is_said(variables, says, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    main.check_environment()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=re.escape(says)):
+        main.check_environment()
 
 
 @pytest.mark.parametrize(

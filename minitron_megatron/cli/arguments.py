@@ -89,7 +89,7 @@ def check_words(words: list[str], name: str, config_class: type[CommandConfig]) 
             near = difflib.get_close_matches(key, [*known, *groups, *models], n=1)
             near = near or difflib.get_close_matches(key.partition(".")[0], free, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"unknown option {key!r} of {called(name)}: {hint}(--help lists all)")
+            raise UserError(f"unknown option {key!r} of {called(name)}: {hint}--help lists all")
 
 
 def _depth(word: str) -> int:

@@ -71,6 +71,8 @@ def main() -> None:
             if len(words) == 1:
                 _refuse("-m needs a module: minitron --help lists the commands, which need none")
             # A module of this software's own, as torchrun takes it.
+            if words[1].partition(".")[0] != "minitron_megatron":
+                _refuse(f"-m {words[1]} is no module of minitron_megatron: start others with torchrun")
             _start([*start, *words])
         if not words or words[0] in ("--help", "-h"):
             show_commands()
@@ -110,10 +112,29 @@ def ends_in_one_line() -> Iterator[None]:
 
 def run(name: str, *, only_check: bool = False) -> None:
     """Run a command of this process's words, or look only at what they ask for. Raises UserError."""
+    check_environment()
     from minitron_megatron.cli.commands import COMMANDS
     from minitron_megatron.launcher import command
 
     command(COMMANDS[name], only_check=only_check)
+
+
+def check_environment() -> None:
+    """Raise UserError where this process cannot be a rank of what its environment says, or has no working directory."""
+    values = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
+    for name, value in values.items():
+        if not re.fullmatch("[0-9]+", value):
+            _refuse(f"{name}={value} in the environment is no number: unset it, or start with torchrun")
+    rank, size = int(values.get("RANK", "0")), int(values.get("WORLD_SIZE", "1"))
+    if rank >= size:
+        _refuse(
+            f"RANK={rank} and WORLD_SIZE={values.get('WORLD_SIZE', 'nothing')} in the environment: ranks count from 0 and "
+            "are below WORLD_SIZE; unset both, or start with torchrun"
+        )
+    try:
+        os.getcwd()
+    except OSError:
+        _refuse("the working directory was removed: cd to another one")
 
 
 def split(words: list[str]) -> tuple[list[str], list[str]]:
@@ -142,6 +163,14 @@ def check_start(start: list[str]) -> None:
         wanted, what = _NUMBERS.get(option, (".*", ""))
         if not re.fullmatch(wanted, value):
             _refuse(f"{option} {value}: it takes {what}")
+    given = _values(start)
+    least, _, most = given.get("--nnodes", "1").partition(":")
+    if most and int(most) < int(least):
+        _refuse(f"--nnodes {least}:{most}: the most are fewer than the least")
+    if "--node-rank" in given and int(given["--node-rank"]) >= int(most or least):
+        _refuse(f"--node-rank {given['--node-rank']} of --nnodes {most or least}: nodes count from 0")
+    if int(given.get("--master-port", "0")) > 65535:
+        _refuse(f"--master-port {given['--master-port']}: ports are below 65536")
 
 
 def _values(start: list[str]) -> dict[str, str]:
@@ -169,7 +198,7 @@ def find(word: str) -> str:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"there is no command {word!r}: {hint}(minitron --help lists all)")
+        raise UserError(f"there is no command {word!r}: {hint}minitron --help lists all")
     return name
 
 

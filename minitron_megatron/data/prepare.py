@@ -14,6 +14,8 @@ import logging
 import multiprocessing
 import os
 import re
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -343,7 +345,23 @@ _encoder: Encoder | None = None
 def _start_worker(cfg: PrepareDataConfig) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if multiprocessing.parent_process() is not None:
+        _leave_signals_to_parent()
     _encoder = Encoder.of(load_tokenizer(cfg.model.folder("model")), cfg)
+
+
+def _leave_signals_to_parent() -> None:
+    """A worker ends when the command does, however that ends, and says nothing of its own."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=look, daemon=True).start()
 
 
 def _encode(chunk: Sequence[tuple[str, Piece]], dtype: np.dtype) -> list[Encoded]:
@@ -372,6 +390,11 @@ def _tokenise(pieces: Iterable[tuple[str, Piece]], cfg: PrepareDataConfig, dtype
             yield from waiting.popleft().result()
     except BrokenProcessPool:
         raise UserError(f"a process of workers={cfg.workers} was killed, perhaps for memory: use fewer") from None
+    except BaseException:
+        # What they are at is not wanted any more.
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

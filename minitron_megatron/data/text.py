@@ -33,7 +33,7 @@ def find_files(inputs: str | Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for path in (path for name in names for path in _matched(name)):
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(KNOWN))
+            found = sorted(_below(path))
             if not found:
                 raise UserError(f"input={path} has no file that ends in {', '.join(KNOWN)}")
             files += found
@@ -43,10 +43,39 @@ def find_files(inputs: str | Sequence[str]) -> list[Path]:
             raise UserError(f"input={path} does not end in one of {', '.join(KNOWN)}")
         else:
             files.append(path)
-    twice = next((file for file in files if files.count(file) > 1), None) if len(set(files)) < len(files) else None
-    if twice:
-        raise UserError(f"input={inputs} names {twice} twice: its text would count twice")
+    by_place: dict[str, Path] = {}
+    for file in files:
+        place = os.path.realpath(file)
+        if place in by_place:
+            other = "" if by_place[place] == file else f" (as {by_place[place]} too)"
+            raise UserError(f"input={inputs} names {file} twice{other}: its text would count twice")
+        by_place[place] = file
     return files
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Text files below a folder, through links too. Raises UserError for what cannot be read: nothing is left out silently."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"input={folder}: {error.filename} cannot be read ({error.strerror})")
+
+    above = {os.path.realpath(folder): {os.path.realpath(folder)}}
+    for where, inside, names in os.walk(folder, followlinks=True, onerror=refuse):
+        here = above.get(os.path.realpath(where), set()) | {os.path.realpath(where)}
+        for name in list(inside):
+            place = os.path.realpath(os.path.join(where, name))
+            if place in here:
+                inside.remove(name)  # a link to a folder above it
+            else:
+                above[place] = here
+        for name in names:
+            if name.endswith(KNOWN):
+                file = Path(where) / name
+                if not file.is_file():
+                    raise UserError(
+                        f"input={folder}: {file} does not exist, or is no file: remove it, or mend the link"
+                    )
+                yield file
 
 
 def _matched(name: str) -> list[Path]:

@@ -5,10 +5,10 @@ world = data × pipeline × context × tensor          ranks of one tensor-paral
 """
 
 import math
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from minitron_megatron.claims import number_of
 from minitron_megatron.errors import UserError
 
 # Far above any job there is.
@@ -116,4 +116,4 @@ class Layout:
 
 def world_size_from_env() -> int:
     """Processes that torchrun (or srun with its variables) started; 1 for plain python."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return number_of("WORLD_SIZE", 1)

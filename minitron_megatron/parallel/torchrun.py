@@ -14,10 +14,12 @@ import argparse
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -25,7 +27,8 @@ from typing import NoReturn
 
 from minitron_megatron.claims import CLAIM, LAUNCHER, TOLD, Claim, read_claim, say, speak_for
 from minitron_megatron.errors import in_one_line
-from minitron_megatron.first_moments import NAMES, REQUEUE, STATUS_OF_SIGNAL
+from minitron_megatron.first_moments import NAMES, REQUEUE, STATUS_OF_SIGNAL, USER_MISTAKE
+from minitron_megatron.unheard import Listener
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # Processes that do not answer a second Ctrl-C wait in a library for one another.
@@ -89,10 +92,13 @@ class Launcher:
     def __init__(self, folder: Path) -> None:
         self.folder, self.logs, self.began = folder, folder, time.time()
         self.told, self.killed_before = [], killed_for_memory()
-        self.several_nodes, self.restarts = False, 0
+        self.several_nodes, self.restarts, self.killed_all = False, 0, False
+        self.listener: Listener | None = None
 
     def pass_on(self, number: int, _: FrameType | None) -> None:
         """Send a signal to every process of this node; before there are any, nothing is lost by ending at once."""
+        if self.listener:
+            self.listener.heard()
         self.told.append(number)
         (self.folder / TOLD).touch()
         # A terminal that is closed: save what can be saved.
@@ -105,8 +111,23 @@ class Launcher:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         if self.told.count(signal.SIGINT) == 2:
-            signal.signal(signal.SIGALRM, lambda *_: _kill_all())
-            signal.alarm(SECONDS_AFTER_SECOND_CTRL_C)
+            timer = threading.Timer(SECONDS_AFTER_SECOND_CTRL_C, self._kill_all)
+            timer.daemon = True
+            timer.start()
+
+    def _kill_all(self) -> None:
+        self.killed_all = True
+        for pid in children(os.getpid()):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+
+    def pass_on_while_waiting(self, number: int) -> None:
+        """The same from a thread: torchrun waits for other nodes, in C++ code that no handler interrupts."""
+        try:
+            self.pass_on(number, None)
+        except SystemExit as ended:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os._exit(int(ended.code or 0))
 
     def run(self, words: list[str]) -> int:
         """Run torchrun; gives the exit status of what it started."""
@@ -132,7 +153,7 @@ class Launcher:
                 return claims[-1].status
             advice = ": choose another --master-port or --rdzv-endpoint" if "EADDRINUSE" in str(error) else ""
             say(f"error: torchrun on {socket.gethostname()}: {in_one_line(error, 300)}{advice}")
-            return 1
+            return USER_MISTAKE if isinstance(error, ValueError | OSError) or advice else 1
         return 0
 
     def _claims(self, start: int | str = "*") -> list[Claim]:
@@ -147,6 +168,10 @@ class Launcher:
         # What it had started, such as a checkpoint's writer, works for nobody now.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(failure.pid, signal.SIGKILL)
+        if self.killed_all and signal.SIGINT in self.told:
+            if not self._claims(self.restarts):
+                say(f"stopped by {NAMES[signal.SIGINT]}: {where} did not end by itself; {SAVED_BEFORE}")
+            return STATUS_OF_SIGNAL[signal.SIGINT]
         if code < 0 and -code in self.told:
             say(f"stopped by {NAMES.get(-code, signal.Signals(-code).name)}: {where} had not begun; {SAVED_BEFORE}")
             return STATUS_OF_SIGNAL.get(-code, exit_status(code))
@@ -160,12 +185,6 @@ class Launcher:
         if self.several_nodes:
             speak_for(rank, exit_status(code), text, self.folder)
         return exit_status(code)
-
-
-def _kill_all() -> None:
-    for pid in children(os.getpid()):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
 
 
 def how_it_was_killed(number: int, killed_before: int) -> str:
@@ -195,6 +214,7 @@ def launch(words: list[str]) -> int:
         os.environ[LAUNCHER] = folder
         # Of the store, when nodes end one after another: a page of addresses.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        launcher.listener = Listener(launcher.pass_on, launcher.pass_on_while_waiting)
         for number in _PASSED_ON:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, launcher.pass_on)
