@@ -262,7 +262,7 @@ MODULES = {
     checkpoints.export_checks checkpoints.hf_folder checkpoints.nemo_folder checkpoints.stamps data.folder data.indexed
     data.same_tokenizer prune.plan""",
     RANK_ZERO: "checkpoints.card checkpoints.lineage cli.next_command train.metrics starts evaluate.harness",
-    "ends a process, and lets one of them speak": "claims first_moments parallel.torchrun console",
+    "ends a process, and lets one of them speak": "claims first_moments unheard parallel.torchrun console",
     "the helpers themselves": "parallel.deciding",
 }
 # Functions elsewhere.

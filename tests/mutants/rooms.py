@@ -47,6 +47,7 @@ ROOMS = {
         "ending.py": "ending",
         "claims.py": "ending plain_files",
         "first_moments.py": "ending",
+        "unheard.py": "unheard ending",
         "parallel/torchrun.py": "ending submit",
     },
     "parallel": {
