@@ -269,7 +269,7 @@ MODULES = {
 FUNCTIONS = {
     BEFORE: """checkpoints.folder.read_manifest checkpoints.folder.open_model_folder checkpoints.folder.check_space
     checkpoints.folder.check_place train.overlap.check_overlap_device parallel.job.pick_device parallel.job.process_group
-    parallel.job._of_this_start parallel.job.check_device_type parallel.layout.world_size_from_env parallel.tools.tool_job
+    parallel.job._of_this_start parallel.job.check_device_type parallel.tools.tool_job
     parallel.precision.recalled train.saved.check_room train.saved.newest_whole train.saved._sized
     checkpoints.index.check_files""",
     RANK_ZERO: """checkpoints.folder._already_there checkpoints.folder._start_partial checkpoints.folder._finish
