@@ -86,9 +86,9 @@ def test_from_a_hugging_face_folder_to_a_student(given, tmp_path, processes):
     # The source and the student beside one another, where everything is, and what is next.
     printed = done.stdout
     assert (
-        "│ source" in printed and f"{model:,}" in printed and "Kept: " in printed and "beside the source's" in printed
+        " source " in printed and f"{model:,}" in printed and "Kept: " in printed and "beside the source's" in printed
     )
-    assert "Judged on: 4 windows, 256 tokens of the validation split" in printed
+    assert "Judged on: 4 windows, " in printed and " tokens of the validation split" in printed
     for line in (
         f"Student: {root}/distilled/model",
         f"Hugging Face folder: {root}/hf",
