@@ -13,7 +13,7 @@ USER_MISTAKE = 2
 REQUEUE = 75
 STATUS_OF_SIGNAL = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: REQUEUE}
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1"}
-NOTHING_KEPT = "nothing of it is kept; the same command starts again"
+NOTHING_KEPT = "nothing of this start is kept; the same command goes on from what was there before"
 
 
 def _stop(number: int, _: FrameType | None) -> None:

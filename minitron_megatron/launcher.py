@@ -228,6 +228,10 @@ def _check_required(composed: Any, name: str, config_class: type[CommandConfig])
         raise UserError(f"{called(name)} needs {what}")
 
 
+# OmegaConf's names of what an option takes.
+_KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "bool": "true or false"}
+
+
 def explain(error: Exception) -> str:
     """One line for a complaint of Hydra or OmegaConf."""
     from hydra.errors import OverrideParseException
@@ -244,6 +248,10 @@ def _first_line(error: Exception) -> str:
     key = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key:")), "")
     if needed := re.fullmatch(r"field '(.+)' is not Optional", lines[0]):
         return f"{key or needed[1]}=null: it needs a value; leave it out for its default"
+    if odd := re.fullmatch(r"Value '(.*)' (?:of type '.*' could not be converted to|is not a valid) (\w+).*", lines[0]):
+        return f"{key}={odd[1]} must be {_KINDS.get(odd[2], odd[2])}"
+    if lines[0].endswith("is not a ListConfig, list or tuple."):
+        return f"{key} must be a list, as {key}=[…,…]"
     return f"{key}: {lines[0]}" if key and key not in lines[0] else lines[0]
 
 

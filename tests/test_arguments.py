@@ -5,12 +5,13 @@ import sys
 
 import pytest
 
-from minitron_megatron.cli.arguments import DEEPEST, check_words
+from minitron_megatron.cli.arguments import DEEPEST, as_override, check_words
 from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.config import free_options, model_options, options
 from minitron_megatron.errors import UserError
 from minitron_megatron.plain_text import one_line
 from tests.test_commands import ROOT, error_of, run
+from tests.tiny import hf_model, imported
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -58,6 +59,74 @@ def test_what_is_nested_as_deep_as_may_be_is_read(tmp_path):
     ):
         error_of(run("compress", word, "output=x", "dry_run=true", cwd=tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_with_what_a_shell_completes_is_the_same_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    config_class = COMMANDS["importance"].config
+    for typed in ("a/", "./a", "a//", "b/../a", "a"):
+        assert as_override(f"data.path={typed}", config_class) == "data.path=a"
+    # What is not there is as it was typed: the message has it so.
+    assert as_override("data.path=nowhere/", config_class) == "data.path=nowhere/"
+    # The parent of a link's target is not the folder that the link lies in.
+    (tmp_path / "b" / "c").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "b" / "c")
+    (tmp_path / "b" / "x").mkdir()
+    (tmp_path / "x").mkdir()
+    assert as_override("data.path=link/../x", config_class) == "data.path=link/../x"
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "is_read_as"),
+    [
+        ("export_hf", "results=outputs/judged", "results=[outputs/judged]"),
+        ("export_hf", "results=a b/$(x)", "results=['a b/$(x)']"),
+        ("export_hf", "results=[a,b]", "results=[a,b]"),
+        ("export_hf", "results='a'", "results=['a']"),
+        ("prune", "drop_layers=3", "drop_layers=[3]"),
+        ("prune", "drop_layers=null", "drop_layers=null"),
+    ],
+)
+def test_one_value_stands_for_a_list_of_it(name, word, is_read_as):
+    assert as_override(word, COMMANDS[name].config) == is_read_as
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("samples=1e2", "samples=100.0 must be a whole number"),
+        ("seed=x", "seed=x must be a whole number"),
+        ("dry_run=7x", "dry_run=7x must be true or false"),
+        ("data.sequence_length=[1]", "data.sequence_length"),
+    ],
+)
+def test_a_value_of_another_kind_is_said_by_name(word, says, tmp_path):
+    said = error_of(run("importance", "model=x", "data.path=y", "output=z", word, cwd=tmp_path))
+    assert says in said and "converted" not in said
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "says"),
+    [
+        ("importance", "model=hf data.path=y", "hf has no manifest.yaml; it is a Hugging Face folder: import_hf hf="),
+        ("importance", "model=ours data.path=text.txt", "text.txt is a file: give the output folder of the command"),
+        ("importance", "model=ours data.path=text.txt", "prepare_data input="),
+        ("import_hf", "hf=ours", "ours is a model folder of this software, imported already: give it as model="),
+        (
+            "prune",
+            "model=ours target=found",
+            "it is a folder: give a preset's file, such as found/targets/rank_01.yaml",
+        ),
+    ],
+)
+def test_a_folder_of_another_kind_is_named(command, words, says, tmp_path):
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "found" / "targets").mkdir(parents=True)
+    (tmp_path / "found" / "targets" / "rank_01.yaml").write_text("{}")
+    imported(hf_model(1), tmp_path).rename(tmp_path / "ours")
+    assert says in error_of(run(command, *words.split(), "output=out", cwd=tmp_path))
 
 
 def test_hydras_multirun_leaves_no_file_behind(tmp_path):

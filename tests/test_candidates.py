@@ -333,7 +333,7 @@ def test_damage_and_another_folder_are_told(folders, tmp_path):
     values = yaml.safe_load((folders[0] / "manifest.yaml").read_text())
     values["inputs"]["scores"] = "sha256:another"
     (found / "manifest.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(UserError, match=r"its scores \S+ are others now: run launch/search.py again"):
+    with pytest.raises(UserError, match=r"its scores \S+ are others now: run search again"):
         start(words((found, folders[1]), tmp_path / "out"))
     del values["config"]["scores"]
     (found / "manifest.yaml").write_text(yaml.safe_dump(values))

@@ -217,6 +217,27 @@ def test_a_single_document_is_cut_between_paragraphs(model, tmp_path):
     assert 0.2 < len(pieces[1]) / len(text) < 0.3
 
 
+def test_a_last_document_that_is_large_is_cut_where_no_other_is_for_validation():
+    book = "\n\n".join(f"Paragraph {i} of some words, éà." for i in range(400))
+    for others in (1, 3):
+        pieces = [Piece(f"{i} {book}", 0, i) for i in range(1, others + 2)]
+        seed = next(s for s in range(999) if all(split_of(p.text, 0.05, s) == "train" for p in pieces[:-1]))
+        pairs = list(_with_validation(pieces, 0.05, seed))
+        assert [split for split, _ in pairs] == ["train"] * (others + 1) + ["validation"]
+        assert "".join(piece.text for _, piece in pairs) == "".join(piece.text for piece in pieces)
+        sizes = [len(piece.text.encode()) for _, piece in pairs]
+        assert sizes[-1] / sum(sizes) == pytest.approx(0.05, abs=0.005)
+        # The same after a stop behind the first document.
+        again = list(_with_validation(pieces[1:], 0.05, seed, {"train"}, len(pieces[0].text.encode())))
+        assert again == pairs[1:]
+
+
+def test_a_share_that_few_documents_miss_is_said(model, tmp_path, caplog):
+    (tmp_path / "two.jsonl").write_text(jsonl(["one paragraph of words " * 50, "and another one here " * 50]))
+    prepare(model, tmp_path / "two.jsonl", tmp_path / "out")
+    assert "validation_fraction=" in caplog.text and "% of the tokens" in caplog.text
+
+
 def test_inputs_by_comma_and_by_list_are_the_same(model, tmp_path):
     names = [str(tmp_path / f"{i}.jsonl") for i in range(2)]
     for i, name in enumerate(names):

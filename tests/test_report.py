@@ -1,6 +1,7 @@
 """Reports: a page that validates and asks for nothing, lineage by digests, cost by processes, and what is refused."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.report import folders
 from minitron_megatron.report.folders import find
 from minitron_megatron.report.lineage import trace
 from minitron_megatron.report.models import _caption, results_section, student, throughput_section
@@ -279,6 +281,20 @@ def test_candidates_that_were_tried_and_throughput_are_shown_as_their_commands_w
     (tried / "results.json").write_text('{"candidates": []}')
     with pytest.raises(UserError, match=r"results.json is damaged"):
         find_trials(given)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch, caplog):
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def denied(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", denied)  # root may list everything
+    assert [where for where, _, _ in folders.walk(tmp_path)] == [tmp_path]
+    assert "locked is left out: it cannot be listed (Permission denied)" in caplog.text
 
 
 def test_a_file_is_written_again_but_nobody_elses(chain, tmp_path):

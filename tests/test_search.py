@@ -366,7 +366,7 @@ def test_a_target_file_can_be_written_by_hand(source, tmp_path):
     assert (target.ffn_hidden_size, target.num_attention_heads, target.hidden_size) == ([48, 40, 48, 44], 4, 16)
     for text, says in (
         ("hiden_size: 4\n", "hiden_size"),
-        ("hidden_size: much\n", "could not be converted to Integer"),
+        ("hidden_size: much\n", "hidden_size=much must be a whole number"),
         ("4", "mapping"),
     ):
         file.write_text(text)

@@ -122,9 +122,12 @@ def read_manifest(path: Path | str) -> dict[str, Any]:
     """The manifest of a whole folder. Raises UserError when the folder is missing, half-written or damaged."""
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path} does not exist or is not a folder: give the output of the command that makes it")
+        what = "is a file" if path.is_file() else "does not exist"
+        raise UserError(f"{path} {what}: give the output folder of the command that makes it{_of_another_kind(path)}")
     file = path / MANIFEST
     if not file.is_file():
+        if other := _of_another_kind(path):
+            raise UserError(f"{path} has no {MANIFEST}{other}")
         raise UserError(f"{path} has no {MANIFEST}: it is half-written or not one of our folders; make it again")
     manifest = load_yaml(file)
     odd = [key for key, kind in _KINDS.items() if not isinstance(manifest.get(key, kind()), kind)]
@@ -138,6 +141,15 @@ def read_manifest(path: Path | str) -> dict[str, Any]:
             found = f"has {there.stat().st_size} bytes instead of {size}" if there.is_file() else "is missing"
             raise UserError(f"{there} {found}: the folder is damaged; make it again")
     return manifest
+
+
+def _of_another_kind(path: Path) -> str:
+    """What to do with something that people give in place of one of these folders; empty where it is nothing known."""
+    if (path / "config.json").is_file():
+        return "; it is a Hugging Face folder: import_hf hf=… makes a model folder of it"
+    if path.is_file() and path.name.endswith((".txt", ".md", ".jsonl", ".gz", ".xz", ".zst", ".parquet")):
+        return "; prepare_data input=… makes a data folder of text"
+    return ""
 
 
 def _is_name(name: object) -> bool:

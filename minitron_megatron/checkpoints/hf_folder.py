@@ -16,7 +16,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from minitron_megatron.checkpoints.damage import pass_on_unless_damage
-from minitron_megatron.checkpoints.folder import SHAPE_FILE, TOKENIZER, ModelFolder, load_json
+from minitron_megatron.checkpoints.folder import MANIFEST, SHAPE_FILE, TOKENIZER, ModelFolder, load_json
 from minitron_megatron.checkpoints.stamps import file_stamps
 from minitron_megatron.console import print_table
 from minitron_megatron.errors import UserError
@@ -75,6 +75,8 @@ class HfFolder:
             raise UserError(f"hf={self.path} does not exist or is not a folder: give a Hugging Face model folder")
         if (self.path / ADAPTER).is_file():
             raise UserError(f"{self.path} is an adapter ({ADAPTER}): merge it into its model first")
+        if (self.path / MANIFEST).is_file() and not (self.path / "config.json").exists():
+            raise UserError(f"{self.path} is a model folder of this software, imported already: give it as model=")
         self.config = load_json(self.path / "config.json")
         shape = shape_from_hf(self.config, str(self.path / "config.json"), ignored)
         self.files = self._index()

@@ -106,6 +106,10 @@ def _check_preset(group: str, value: str, names: list[str]) -> None:
     if wrong:
         near = difflib.get_close_matches(wrong[0], names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(names)}"
+        if os.path.isdir(wrong[0]):
+            ranked = os.path.join(wrong[0], "targets", "rank_01.yaml")
+            inside = f", such as {ranked}" if os.path.isfile(ranked) else ""
+            hint = f"it is a folder: give a preset's file{inside}, or one of {', '.join(names)}"
         raise UserError(f"{group}={wrong[0]} is not a preset of conf/{group}: {hint}")
 
 
@@ -137,6 +141,9 @@ def with_preset_files(
     return [*taken, *own], keys
 
 
+QUOTES = "'\""
+
+
 def as_override(word: str, config_class: type[CommandConfig]) -> str:
     """`model=outputs/x` sets model.path, `model=PRESET` takes conf/model/PRESET.yaml; odd characters are quoted."""
     if not is_override(word):
@@ -146,20 +153,35 @@ def as_override(word: str, config_class: type[CommandConfig]) -> str:
         return f"{key}=''"
     if value == "~" or value.startswith("~/"):
         value = os.path.expanduser(value)
+    value = _as_one_writes(value)
     if key in model_options(config_class):
         if os.path.isfile(CONF / "model" / f"{value}.yaml"):
             return f"{group_of(key)}={value}"
         key = f"{key}.path"
     if key.partition(".")[0] in free_options(config_class):
         return f"++{key}={value}"
-    if _takes_text(key, config_class) and not PLAIN_VALUE.fullmatch(value) and value[0] not in "'\"[{$":
+    if _takes_list(key, config_class) and value[0] not in "[{$" and "," not in value and value != "null":
+        return f"{key}=[{value if PLAIN_VALUE.fullmatch(value) or value[0] in QUOTES else quoted(value)}]"
+    if _takes_text(key, config_class) and not PLAIN_VALUE.fullmatch(value) and value[0] not in f"{QUOTES}[{{$":
         value = quoted(value)
     return f"{key}={value}"
+
+
+def _as_one_writes(path: str) -> str:
+    """A path that is there without what a shell's completion or a detour adds: `a/`, `./a` and `b/../a` are the option `a`."""
+    plain = os.path.normpath(path)
+    return plain if plain != path and os.path.exists(path) and os.path.samefile(path, plain) else path
 
 
 def group_of(model_option: str) -> str:
     """The config group that an option such as `teacher` takes presets from, as each command's conf file lists it."""
     return "model" if model_option == "model" else f"model@{model_option}"
+
+
+def _takes_list(key: str, config_class: type[CommandConfig]) -> bool:
+    """Whether one value may stand for a list of it."""
+    found = next((o for o in options(config_class) if o.name == key.lstrip("+~")), None)
+    return found is not None and found.type in ("list[str]", "list[int]")
 
 
 def _takes_text(key: str, config_class: type[CommandConfig]) -> bool:

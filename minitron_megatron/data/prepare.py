@@ -185,9 +185,23 @@ def prepare_data(cfg: PrepareDataConfig, checked: Preparing | None = None) -> No
     if named := out.results["documents_with_special_tokens"]:
         became = "stays text" if encoder.spell else "became the token"
         log.info("%d documents have a special token's string in their text, which %s (special_tokens=)", named, became)
+    _say_share({split: out.results[split]["tokens"] for split in SPLITS}, cfg.validation_fraction)
     rows = [[split, *out.results[split].values()] for split in SPLITS]
     title = f"{cfg.output}: {out.results['tokens_per_second']:,} tokens/s"
     print_table(title, ["split", "documents", "tokens", "bytes"], rows)
+
+
+def _say_share(tokens: dict[str, int], wanted: float) -> None:
+    """Warn where whole documents make validation another share of the tokens than was asked for."""
+    share = tokens[SPLITS[1]] / max(1, sum(tokens.values()))
+    if share > max(2 * wanted, wanted + 0.05) or share < wanted / 4:
+        log.warning(
+            "validation has %.1f %% of the tokens, and validation_fraction=%g asks for %.1f %%: documents go into a split as a "
+            "whole, and there are few, or some are large; give them in smaller ones, or another seed=",
+            100 * share,
+            wanted,
+            100 * wanted,
+        )
 
 
 def find_inputs(value: Any) -> list[Path]:
@@ -264,7 +278,8 @@ def _tokenise_all(
     began = committed = time.monotonic()
     before, shown = done.seconds, position()
     found = {split for split, count in done.counts.items() if count["documents"]}
-    pieces = _with_validation(_read(files, cfg.text_key, done), cfg.validation_fraction, cfg.seed, found)
+    already = sum(count["bytes"] for count in done.counts.values())
+    pieces = _with_validation(_read(files, cfg.text_key, done), cfg.validation_fraction, cfg.seed, found, already)
     with progress("tokenise", sum(sizes), unit="B", made="tokens", done=shown) as advance:
         for one in _tokenise(pieces, cfg, dtype):
             writers[one.split].add(one.ids)
@@ -293,44 +308,47 @@ def _read(files: list[Path], key: str, done: Done) -> Iterator[Piece]:
 
 
 def _with_validation(
-    pieces: Iterable[Piece], fraction: float, seed: int, found: Iterable[str] = ()
+    pieces: Iterable[Piece], fraction: float, seed: int, found: Iterable[str] = (), before: int = 0
 ) -> Iterator[tuple[str, Piece]]:
-    """Pairs of split and document, in order. A split that the hash leaves empty gets the last document.
+    """Pairs of split and document, in order. A split that the hash leaves empty gets the last document, or the end of it.
 
-    A single document is cut at the paragraph that leaves about `fraction` of it to validation. `found` are the splits that an
-    earlier run has put documents into. Raises UserError when there is nothing to split.
+    A single document, or a last one that is far more than `fraction` of all, is cut at the paragraph that leaves about so much
+    to validation: a few books are a few documents. `found` are the splits that an earlier run has put documents into, `before` is
+    how many bytes of text. Raises UserError when there is nothing to split.
     """
     held, found = None, set(found)
     for piece in pieces:
         if held is not None:
             split = split_of(held.text, fraction, seed)
             found.add(split)
+            before += len(held.text.encode())
             yield split, held
         held = piece
     if held is None:
         if found:
             return  # the earlier run had got to the end
         raise UserError("input= has text with no usable document: every one is empty")
-    if not found:
-        first, second = _cut(held.text, fraction)
-        yield SPLITS[0], held._replace(text=first, number=0)
-        yield SPLITS[1], held._replace(text=second)
+    size = len(held.text.encode())
+    share = fraction * (before + size) / size
+    places = _between_paragraphs(held.text)
+    if not found and not places:
+        raise UserError(
+            "input= has a single document of one paragraph: a validation split needs at least two documents or paragraphs"
+        )
+    if not found or (found == {SPLITS[0]} and places and share < 0.5):
+        at = min(places, key=lambda place: abs(place - (1 - share) * len(held.text)))
+        yield SPLITS[0], held._replace(text=held.text[:at], number=0)
+        yield SPLITS[1], held._replace(text=held.text[at:])
     elif len(found) == 1:
         yield next(split for split in SPLITS if split not in found), held
     else:
         yield split_of(held.text, fraction, seed), held
 
 
-def _cut(text: str, fraction: float) -> tuple[str, str]:
-    """A document in two at a blank line, with text on both sides."""
+def _between_paragraphs(text: str) -> list[int]:
+    """Where a document can be cut: behind blank lines that have text on both sides."""
     start, end = len(text) - len(text.lstrip()), len(text.rstrip())
-    places = [m.end() for m in re.finditer(r"\n[^\S\n]*\n", text) if start < m.end() < end]
-    if not places:
-        raise UserError(
-            "input= has a single document of one paragraph: a validation split needs at least two documents or paragraphs"
-        )
-    at = min(places, key=lambda place: abs(place - (1 - fraction) * len(text)))
-    return text[:at], text[at:]
+    return [m.end() for m in re.finditer(r"\n[^\S\n]*\n", text) if start < m.end() < end]
 
 
 def split_of(text: str, fraction: float, seed: int) -> str:

@@ -59,6 +59,11 @@ class Head:
         return cls(whole(hidden_states, group=group), output_layer.weight if output_weight is None else output_weight)
 
     @property
+    def columns(self) -> int:
+        """This rank's part of the vocabulary, V / tp."""
+        return len(self.weight.values if isinstance(self.weight, Fp8Matrix) else self.weight)
+
+    @property
     def rows(self) -> torch.Tensor:
         """[s · b, hidden]."""
         return self.states.reshape(-1, self.states.shape[-1])
@@ -96,7 +101,7 @@ def fused_loss(head: Head, loss: LossOfRows, mask: torch.Tensor, *, logits_bytes
 def terms_of(head: Head, loss: LossOfRows, *, logits_bytes: int = LOGITS_BYTES) -> Terms:
     """The terms [s, b] alone."""
     parts = []
-    for piece in _slices(len(head.rows), head.weight, logits_bytes):
+    for piece in _slices(head, logits_bytes):
         parts.append(loss(head.logits(piece), piece, None))
     return _joined(parts, head.states.shape[:-1])
 
@@ -127,7 +132,7 @@ class _FusedLoss(torch.autograd.Function):
         head, counts = Head(states, weight), mask.reshape(-1).to(torch.promote_types(states.dtype, torch.float32))
         of_states, of_weight = torch.empty_like(head.rows), _WeightGradient(weight)
         parts = []
-        for piece in _slices(len(head.rows), weight, logits_bytes):
+        for piece in _slices(head, logits_bytes):
             logits = head.logits(piece)
             parts.append(loss(logits, piece, counts[piece]))
             torch.mm(logits, weight, out=of_states[piece])
@@ -174,9 +179,10 @@ class _WeightGradient:
             self.into.add_(torch.mm(gradient.t(), rows))
 
 
-def _slices(rows: int, weight: torch.Tensor, most_bytes: int) -> Iterator[slice]:
+def _slices(head: Head, most_bytes: int) -> Iterator[slice]:
     """Rows in equal parts, as few as logits of so many bytes allow."""
-    count = math.ceil(rows * weight.shape[0] * weight.element_size() / most_bytes)
+    rows = len(head.rows)
+    count = math.ceil(rows * head.columns * head.states.element_size() / most_bytes)
     step = math.ceil(rows / min(count, rows))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

@@ -1,9 +1,10 @@
 """The folders that a report is about: found by their manifests, read as what their files say they are."""
 
+import logging
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from minitron_megatron.starts import read_starts
 
 REPORT_FILES = ("report.html", "report.md")
 # Folders inside outputs that hold no outputs themselves.
+log = logging.getLogger(__name__)
 _NOT_LOOKED_INTO = frozenset(("weights", "checkpoints", "wandb", "tokenizer", "huggingface"))
 # What every step of training leaves.
 _OF_A_STEP = ("step", "loss", "lr", "grad_norm", "tokens", "step_seconds")
@@ -203,27 +205,29 @@ def find(given: Sequence[str]) -> tuple[list[RunFolder], list[UnfinishedRun]]:
     return whole, sorted(unfinished, key=lambda one: one.name)
 
 
-def look_into(names: Sequence[str]) -> list[str]:
-    """Those of a folder's folders that may have outputs in them."""
-    return sorted(name for name in names if name not in _NOT_LOOKED_INTO and not name.startswith("."))
+def walk(root: Path | str) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """A folder and what may have outputs below it, in order: (folder, names of its folders, names of its files).
+
+    A folder that cannot be listed is named in a warning: a report without it looks whole.
+    """
+
+    def name(error: OSError) -> None:
+        log.warning("%s is left out: it cannot be listed (%s)", error.filename, error.strerror)
+
+    for where, inside, files in os.walk(root, onerror=name):
+        yield Path(where), list(inside), files
+        inside[:] = sorted(name for name in inside if name not in _NOT_LOOKED_INTO and not name.startswith("."))
 
 
 def _manifests(root: Path) -> list[Path]:
-    found = []
-    for where, inside, files in os.walk(root):
-        inside[:] = look_into(inside)
-        if MANIFEST in files:
-            found.append(Path(where))
-    return found
+    return [where for where, _, files in walk(root) if MANIFEST in files]
 
 
 def _unfinished(root: Path) -> dict[Path, dict[str, Any]]:
     """Configs of runs that have begun and have no model, by their folders."""
     found = {}
-    for where, inside, files in os.walk(root):
-        run = Path(where)
+    for run, inside, files in walk(root):
         begun = "config.yaml" in files and "checkpoints" in inside and not (run / "model" / MANIFEST).is_file()
-        inside[:] = look_into(inside)
         if begun and isinstance((config := load_yaml(run / "config.yaml")).get("trainer"), dict):
             found[run.resolve()] = config
     return found

@@ -1,7 +1,6 @@
 """Candidates that were distilled for a while (launch/distill_candidates.py): whose folder has no manifest of its own."""
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from minitron_megatron.checkpoints.folder import MANIFEST, RESULTS
 from minitron_megatron.errors import UserError
 from minitron_megatron.plain_files import read_json
 from minitron_megatron.report import plots
-from minitron_megatron.report.folders import RunFolder, look_into
+from minitron_megatron.report.folders import RunFolder, walk
 from minitron_megatron.report.page import Figure, Section, Table
 
 SETTINGS = "settings.json"
@@ -44,10 +43,9 @@ def find_trials(given: Sequence[str]) -> list[Trial]:
     """Every finished trial in or below the given folders. Raises UserError when one is damaged."""
     found: dict[Path, Trial] = {}
     for root in given:
-        for where, inside, files in os.walk(root):
-            inside[:] = look_into(inside)
+        for where, _, files in walk(root):
             if SETTINGS in files and RESULTS in files and MANIFEST not in files:
-                found[Path(where).resolve()] = Trial(Path(where), _read(Path(where) / RESULTS))
+                found[where.resolve()] = Trial(where, _read(where / RESULTS))
     return list(found.values())
 
 

@@ -120,6 +120,7 @@ def check_run(cfg: TrainingConfig, recipe: Recipe) -> Checked:
     steps = number_of_steps(cfg)
     shapes = {name: _shape(model, name, cfg.dry_run) for name, model in recipe.models.items()}
     models, check = _models(recipe, shapes), partial(recipe.check, shapes)
+    _say_larger(models)
     try:
         check(layout)
     except UserError:
@@ -171,6 +172,16 @@ def _models(recipe: Recipe, shapes: Shapes) -> Models:
         recipe.models[teacher].engine if teacher else "auto",
         partial(recipe.layout_of, teacher),
     )
+
+
+def _say_larger(models: Models) -> None:
+    """Warn where the student is the larger one: most often the two options are swapped."""
+    if models.teacher is not None:
+        teacher, student = count_parameters(models.teacher), count_parameters(models.student)
+        if student > teacher:
+            log.warning(
+                "the student has %s parameters, and its teacher %s: are they swapped?", f"{student:,}", f"{teacher:,}"
+            )
 
 
 def schedule_of(cfg: TrainingConfig) -> Schedule:
