@@ -83,7 +83,10 @@ def test_a_stage_runs_once_and_what_its_command_refuses_is_passed_on(folders, tm
     digest = open_model_folder(tmp_path / "out").digest
     again = cut([1])
     assert "cut: done before in" in again and not shown(again)
-    with pytest.raises(UserError, match=r"^cut: output=\S+ was made with other options or inputs: remove it or choose"):
+    with pytest.raises(
+        UserError,
+        match=r"^cut: output=\S+ was made with other options or inputs \(drop_layers=\[1\], not \[2\]\): remove",
+    ):
         cut([2])
     assert open_model_folder(tmp_path / "out").digest == digest
 

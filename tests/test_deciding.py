@@ -267,7 +267,8 @@ MODULES = {
 }
 # Functions elsewhere.
 FUNCTIONS = {
-    BEFORE: """checkpoints.folder.read_manifest checkpoints.folder.open_model_folder checkpoints.folder.check_space
+    BEFORE: """checkpoints.folder.read_manifest checkpoints.folder._of_another_kind checkpoints.folder.open_model_folder
+    checkpoints.folder.check_space
     checkpoints.folder.check_place train.overlap.check_overlap_device parallel.job.pick_device parallel.job.process_group
     parallel.job._of_this_start parallel.job.check_device_type parallel.tools.tool_job
     parallel.precision.recalled train.saved.check_room train.saved.newest_whole train.saved._sized

@@ -294,7 +294,17 @@ def test_the_command_under_torchrun(made, tasks, tmp_path):
     assert "exact_match" in done.stdout and "agreement" in done.stdout
     found = results(tmp_path / "out")
     assert found["tasks"]["words"]["fewshot"] == 2 and found["tasks"]["words"]["questions"] == 4 and found["kl"] > 0
-    assert read_manifest(tmp_path / "out")["inputs"].keys() == {"model", "teacher", "data"}
+    inputs = read_manifest(tmp_path / "out")["inputs"].keys()
+    assert {name for name in inputs if not name.startswith("file ")} == {"model", "teacher", "data"}
+    files = {name.rpartition("/")[2] for name in inputs if name.startswith("file ")}
+    assert files == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "words.yaml",
+        "words.jsonl",
+        "write.yaml",
+        "write.jsonl",
+    }
     assert "complete already" in run(*words).stdout
     unknown = run("evaluate", f"model={path}", "tasks=[winograde]", f"output={tmp_path / 'no'}")
     assert "did you mean winogrande?" in error_of(unknown) and not (tmp_path / "no").exists()

@@ -150,7 +150,7 @@ def class_of_export(shape: ModelShape) -> Family:
 
 
 # Of the source's keys: what no copy of a config should say.
-_NOT_KEPT = frozenset(("_name_or_path", "name_or_path", "_commit_hash"))
+_NOT_KEPT = frozenset(("_name_or_path", "_model_name_or_path", "name_or_path", "_commit_hash"))
 
 
 def hf_config(shape: ModelShape, source: Mapping[str, Any]) -> dict[str, Any]:

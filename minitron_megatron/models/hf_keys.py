@@ -22,6 +22,7 @@ _READ = frozenset(
 # measuring nor distilling here has; how fresh weights are drawn; the epsilon under the other kind of norm's name.
 _HARMLESS = frozenset(
     """_name_or_path name_or_path transformers_version _commit_hash _attn_implementation _attn_implementation_autoset
+    _model_name_or_path
     attn_implementation _attn_implementation_internal _experts_implementation_internal _flash_attn_2_enabled
     use_flash_attention_2 torchscript use_bfloat16 tf_legacy_loss return_dict return_dict_in_generate output_hidden_states
     output_attentions output_scores use_cache chunk_size_feed_forward is_decoder cross_attention_hidden_size
