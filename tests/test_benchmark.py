@@ -209,7 +209,7 @@ def test_rows_that_do_not_fit(model):
         ([{"overlap": 2}], r"scaling.layouts\[0\].overlap=2 must be true or false"),
         ([2], r"scaling.layouts\[0\]=2 is not a mapping"),
         ([{"teacher": {"data": 2}}], r"scaling.layouts\[0\].teacher has no 'data': use tensor, "),
-        ([{"tensor": "two"}], r"scaling.layouts\[0\]: tensor: Value 'two'"),
+        ([{"tensor": "two"}], r"scaling.layouts\[0\]: tensor=two must be a whole number"),
         ([{"pipeline": 0}], r"scaling.layouts\[0\].pipeline=0 must be above 0"),
     ],
 )
