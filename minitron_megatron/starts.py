@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from minitron_megatron.parallel.layout import world_size_from_env
 from minitron_megatron.plain_files import parse_json
 
 STARTS = "starts.jsonl"
@@ -29,7 +30,7 @@ def record_start(folder: Path, step: int | None = None) -> None:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "born": born(os.getpid()),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": world_size_from_env(),
         "directory": str(Path.cwd()),
         "command": this_line(),
     }

@@ -35,9 +35,10 @@ class Listener:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while arrived := os.read(self._reading, 1):
             # The handler may have run before this thread has: what it answered a moment ago was this signal.
-            number, came = arrived[0], time.monotonic() - 1
-            while time.monotonic() < came + 1 + self._seconds and self._heard < came:
+            number, read = arrived[0], time.monotonic()
+            since = read - 1
+            while time.monotonic() < read + self._seconds and self._heard < since:
                 time.sleep(0.05)
             # A training loop has a handler of its own meanwhile, which waits for the end of its step.
-            if self._heard < came and signal.getsignal(number) == self._handler:
+            if self._heard < since and signal.getsignal(number) == self._handler:
                 self._answer(number)

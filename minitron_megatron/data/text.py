@@ -59,15 +59,17 @@ def _below(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"input={folder}: {error.filename} cannot be read ({error.strerror})")
 
-    above = {os.path.realpath(folder): {os.path.realpath(folder)}}
+    # Where each folder really is, and those above it, by the way to it.
+    way = {str(folder): frozenset((os.path.realpath(folder),))}
     for where, inside, names in os.walk(folder, followlinks=True, onerror=refuse):
-        here = above.get(os.path.realpath(where), set()) | {os.path.realpath(where)}
+        here = way.pop(where)
         for name in list(inside):
-            place = os.path.realpath(os.path.join(where, name))
+            below = os.path.join(where, name)
+            place = os.path.realpath(below)
             if place in here:
                 inside.remove(name)  # a link to a folder above it
             else:
-                above[place] = here
+                way[below] = here | {place}
         for name in names:
             if name.endswith(KNOWN):
                 file = Path(where) / name
