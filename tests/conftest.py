@@ -17,6 +17,15 @@ from hypothesis import settings
 from tests import computing
 from tests.pool import Pool
 
+# Files whose slow tests take longest begin first: at the end one would run alone.
+LONGEST = ("ending", "slurm", "compress", "readme", "commands", "one_command", "distill", "next", "train", "memory")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(LONGEST)))
+
+
 # A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
