@@ -1,6 +1,7 @@
-"""Which tests compute with bfloat16 models: noticed where models are built, so that one without its mark fails.
+"""Which tests compute with bfloat16 models on a processor: noticed where models are built, so that one without its mark fails.
 
-`pytest -m bf16` runs them alone, as .ci/run does where oneDNN is held to AVX2, to be a processor without bfloat16.
+`pytest -m bf16` runs them alone, as .ci/run does where oneDNN is held to AVX2, to be a processor without bfloat16. Models on a
+GPU need no mark.
 """
 
 import os
@@ -12,7 +13,7 @@ VARIABLE = "MODELS_IN_BF16"
 
 
 def watch() -> None:
-    """From here on a bfloat16 model that this process builds leaves the file."""
+    """From here on a bfloat16 model that this process builds on a CPU leaves the file."""
     import torch
 
     from minitron_megatron.models import build
@@ -22,8 +23,8 @@ def watch() -> None:
     def noticed(shape: Any, layout: Any, dtype: torch.dtype, *rest: Any, **more: Any) -> Any:
         model = plain(shape, layout, dtype, *rest, **more)
         # A dry run's models are on the meta device and compute nothing.
-        computes = all(parameter.device.type != "meta" for parameter in model.parameters())
-        if computes and dtype is torch.bfloat16 and VARIABLE in os.environ:
+        on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+        if on_cpu and dtype is torch.bfloat16 and VARIABLE in os.environ:
             Path(os.environ[VARIABLE]).touch()
         return model
 

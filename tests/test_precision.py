@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,12 +25,14 @@ from minitron_megatron.config import (
 from minitron_megatron.distill import cache_teacher
 from minitron_megatron.evaluate.evaluate import evaluate
 from minitron_megatron.importance.measure import measure_importance
+from minitron_megatron.models import build
 from minitron_megatron.models.build import model_dtype
 from minitron_megatron.parallel import precision
 from minitron_megatron.parallel.job import parallel_job
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.precision import DTYPES, PRODUCTS, Products
 from minitron_megatron.train.distill import distill
+from tests import computing
 from tests.test_train import exit_code, options, untimed
 from tests.tiny import data_folder, data_option, hf_model, imported, model_option
 
@@ -355,3 +358,17 @@ def test_a_run_that_goes_on_says_once_what_it_computes_in(tmp_path, caplog):
             precision.keep(file, begun=lambda: True)
             assert [precision.auto_dtype("bfloat16") for _ in range(2)] == ["float32"] * 2
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "noticed"),
+    [("cpu", "bfloat16", True), ("cpu", "float32", False), ("meta", "bfloat16", False), ("cuda", "bfloat16", False)],
+)
+def test_the_mark_bf16_is_for_models_that_a_cpu_computes(tmp_path, monkeypatch, device, dtype, noticed):
+    """Tests in tests/gpu have bfloat16 models on a GPU, and no mark."""
+    made = SimpleNamespace(parameters=lambda: [SimpleNamespace(device=torch.device(device))])
+    monkeypatch.setattr(build, "build_gpt", lambda *_: made)
+    monkeypatch.setenv(computing.VARIABLE, str(tmp_path / "bf16"))
+    computing.watch()
+    assert build.build_gpt(None, None, build.DTYPES[dtype]) is made
+    assert computing.seen() is noticed
