@@ -19,6 +19,8 @@ import pytest
 import torch
 from blake3 import blake3
 
+from minitron_megatron.benchmark.checks import check_benchmark
+from minitron_megatron.candidates.run import check_candidates
 from minitron_megatron.changing import as_stored, differences, free_options
 from minitron_megatron.checkpoints import weights
 from minitron_megatron.checkpoints.folder import check_output, open_model_folder
@@ -30,14 +32,22 @@ from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.checkpoints.stamps import other_inputs, say_others
 from minitron_megatron.checkpoints.weights import _content_digest, chunks
 from minitron_megatron.cli.commands import COMMANDS
+from minitron_megatron.compress_plan import check_compress
 from minitron_megatron.config import (
+    BenchmarkConfig,
     BudgetConfig,
+    CompressConfig,
+    DistillCandidatesConfig,
+    EvaluateConfig,
+    EvaluateDataConfig,
     ExportHfConfig,
     ImportHfConfig,
     ModelConfig,
     PruneOptions,
     RandomModelConfig,
     SpaceConfig,
+    SubmitConfig,
+    ThroughputConfig,
 )
 from minitron_megatron.data import same_tokenizer
 from minitron_megatron.data.datasets import Epochs, RequestSamples, training_samples
@@ -48,6 +58,7 @@ from minitron_megatron.data.text import find_files
 from minitron_megatron.data.vocabulary import choose_tokens
 from minitron_megatron.distill.routing import Side
 from minitron_megatron.errors import UserError
+from minitron_megatron.evaluate.checks import check_evaluate
 from minitron_megatron.evaluate.scoring import _inputs
 from minitron_megatron.models import guessing
 from minitron_megatron.models.axes import Selection, count_parameters, slots
@@ -62,6 +73,8 @@ from minitron_megatron.report.folders import read_metrics
 from minitron_megatron.search.budget import Budget
 from minitron_megatron.search.scan import scan
 from minitron_megatron.search.space import make_space
+from minitron_megatron.submit import check_submit
+from minitron_megatron.throughput.run import check_throughput
 from minitron_megatron.train import loop
 from minitron_megatron.train.loop import Trainer
 from tests.test_checkpoints import random_sizes, source, write  # noqa: F401 (a fixture)
@@ -540,3 +553,24 @@ def test_every_folder_of_a_blend_is_compared_with_every_model_that_reads_it(tmp_
     blend = SimpleNamespace(folders=[SimpleNamespace(path=tmp_path / name) for name in "ab"])
     same_tokenizer.check_same_tokenizer(blend, {"teacher": tmp_path, "student": tmp_path, "model": None})
     assert compared == [("a", "teacher"), ("b", "teacher"), ("a", "student"), ("b", "student")]
+
+
+# Who starts processes or runs in one
+
+
+@pytest.mark.parametrize(
+    ("check", "given"),
+    [
+        (check_compress, CompressConfig(output="x")),
+        (check_submit, SubmitConfig(output="x", command="prune")),
+        (check_candidates, DistillCandidatesConfig(output="x", found="x")),
+        (check_throughput, ThroughputConfig(output="x")),
+        (check_benchmark, BenchmarkConfig(measure="mistakes")),
+        (check_evaluate, EvaluateConfig(output="x", hf="x", data=EvaluateDataConfig(path="x"))),
+    ],
+)
+def test_what_runs_in_one_process_is_never_started_in_two(monkeypatch, tmp_path, check, given):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="in one process"):
+        check(given)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from minitron_megatron.checkpoints.folder import output_folder, read_manifest
 from minitron_megatron.config import (
@@ -345,10 +346,16 @@ def test_a_cache_of_something_else_is_refused(sources, made, tmp_path):
     distill(replace(cfg, teacher=model_option(sources / "teacher" / "model"), dry_run=True))
 
 
-def test_impossible_caches_are_refused(sources, tmp_path, capsys):
+def test_impossible_caches_are_refused(sources, tmp_path, tmp_path_factory, capsys):
     cfg = options(sources, tmp_path / "cache")
+    without_validation = tmp_path_factory.mktemp("other") / "data"
+    shutil.copytree(sources / "data", without_validation)
+    manifest = yaml.safe_load((without_validation / "manifest.yaml").read_text())
+    del manifest["results"]["validation"]
+    (without_validation / "manifest.yaml").write_text(yaml.safe_dump(manifest))
     endless = replace(cfg.data, max_epochs=1e12)
     for changed, says in (
+        (replace(cfg, data=replace(cfg.data, path=str(without_validation))), "has no split 'validation'"),
         (replace(cfg, distill=CacheOptions(top_k=301)), "distill.top_k=301 is above the vocabulary of 300"),
         (replace(cfg, trainer=CacheRunConfig()), "give either trainer.steps= or trainer.tokens="),
         (replace(cfg, teacher=model_option(tmp_path / "none")), "none does not exist"),

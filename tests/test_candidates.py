@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 from minitron_megatron import stages
 from minitron_megatron.candidates import halving
 from minitron_megatron.candidates import run as running
+from minitron_megatron.candidates.plan import make_plan
 from minitron_megatron.candidates.run import distill_candidates
 from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.distill.cache_teacher import cache_teacher
@@ -316,6 +317,19 @@ def test_a_dry_run_shows_every_command_and_writes_nothing(folders, tmp_path, cap
     assert "20 steps of 24: 17% less" in printed and "candidates of each rung: 3 2" in printed
     assert printed.count(" --nproc-per-node 2 ") == 7 and "trainer.stop_after" not in printed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_each_rung_trains_and_what_another_start_has_to_ask_for(folders, tmp_path):
+    """The last rung ends as a distillation does, with its model; rungs, their candidates and who teaches are the run's."""
+    planned = make_plan(compose("distill_candidates", words(folders, tmp_path / "out")))
+    assert (planned.rungs, planned.sizes, planned.steps_run, planned.steps_of_all) == ([4, 8], [3, 2], 20, 24)
+    for one in planned.candidates:
+        own = len(one.distill.words)
+        assert [planned.words(one, rung)[own:] for rung in (1, 2)] == [["trainer.stop_after=4"], []]
+        assert one.after(1).parent == one.folder == tmp_path / "out" / "candidates" / f"rank_{one.rank:02d}"
+    asked = {"ranks": [1, 10, 20], "rungs": [4, 8], "factor": 2, "cached": True, "distill.distill.top_k": 50}
+    assert planned.settings.items() >= asked.items()
+    assert planned.inputs.keys() == {"found", "model", "data", "teacher"} <= planned.settings.keys()
 
 
 def test_damage_and_another_folder_are_told(folders, tmp_path):

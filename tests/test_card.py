@@ -1,6 +1,8 @@
 """The card and the generation config of an export say what the manifests say, and nothing else."""
 
+import ast
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -147,3 +149,27 @@ def test_the_commands_of_a_card_are_in_their_order(pruned):
 def test_a_card_says_which_parts_are_missing(pruned, license):
     text = (exported(pruned, license=license) / "README.md").read_text()
     assert ("such as the license, intended use" in text) == (license is None) and "intended use" in text
+
+
+def test_what_a_card_shows_to_type_can_be_typed(pruned):
+    """Each command in a line of its own; Python that loads the tokenizer where there is one, and only there."""
+    for folder, command in ((pruned.parent / "source", "first x=1"), (pruned, "second")):
+        manifest = yaml.safe_load((folder / "manifest.yaml").read_text())
+        (folder / "manifest.yaml").write_text(yaml.safe_dump({**manifest, "command": command}))
+    for has_tokenizer in (True, False):
+        out = exported(pruned)
+        card = (out / "README.md").read_text()
+        if has_tokenizer:
+            commands = re.search(r"~~~~\n(.*?)\n~~~~", card, re.DOTALL)[1].splitlines()
+            assert commands == ["first x=1", "second"]
+            shutil.rmtree(pruned / "tokenizer")
+            manifest = yaml.safe_load((pruned / "manifest.yaml").read_text())
+            manifest["files"] = {k: v for k, v in manifest["files"].items() if not k.startswith("tokenizer/")}
+            (pruned / "manifest.yaml").write_text(yaml.safe_dump(manifest))
+        code = ast.parse(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1])
+        names = [node.id for node in ast.walk(code) if isinstance(node, ast.Name)]
+        imported_names = [
+            alias.name for node in ast.walk(code) if isinstance(node, ast.ImportFrom) for alias in node.names
+        ]
+        assert ("AutoTokenizer" in imported_names) == ("AutoTokenizer" in names) == has_tokenizer
+        shutil.rmtree(out)

@@ -15,6 +15,7 @@ import pytest
 from minitron_megatron.checkpoints.folder import output_folder
 from minitron_megatron.cli.arguments import CONF, group_of, presets
 from minitron_megatron.cli.commands import COMMANDS
+from minitron_megatron.cli.help import show_help
 from minitron_megatron.config import ModelConfig, model_options, options
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.shape import ModelShape
@@ -82,6 +83,17 @@ def test_help_has_every_option(name):
     for option in options(COMMANDS[name].config):
         shown = option.name.split(".")[0] if option.name.startswith(("model.", "teacher.", "student.")) else option.name
         assert shown in done.stdout
+
+
+def test_help_says_what_is_required_and_what_is_taken_without_an_option(capsys, monkeypatch):
+    """Nothing stands for no default; of choices each is named."""
+    monkeypatch.setenv("COLUMNS", "400")
+    show_help("evaluate", COMMANDS["evaluate"].config)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    of = {row[0]: row[1:] for row in rows if row}
+    assert of["output"][:2] == ["str", "required"] and of["samples"][:1] == ["int"] and of["samples"][1] != "None"
+    assert of["split"][:2] == ["str", "validation"] and of["split"][-2:] == ["[train,", "validation]"]
+    assert not any("None" in row for row in rows)
 
 
 def test_every_command_has_its_file_and_its_config():
@@ -180,12 +192,104 @@ def test_presets_are_whole_shapes_of_the_published_sizes():
         assert count_parameters(shape) == pytest.approx(parameters, rel=5e-3)
 
 
-def test_targets_lead_from_one_published_shape_to_the_next():
+def preset(group: str, name: str) -> dict:
     import yaml
 
-    for source, target in (("nemotron4_15b", "minitron_8b"), ("minitron_8b", "minitron_4b")):
-        before, after = (yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text()) for name in (source, target))
-        assert before | yaml.safe_load((CONF / "target" / f"{target}.yaml").read_text()) == after
+    return yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("names", "theta", "positions", "eps", "factor"),
+    [
+        ("llama3_1_8b llama3_1_70b llama3_1_minitron_4b_width llama3_1_minitron_4b_depth", 5e5, 131072, 1e-5, 8.0),
+        ("llama3_2_1b llama3_2_3b", 5e5, 131072, 1e-5, 32.0),
+        ("mistral_nemo_12b mn_minitron_8b", 1e6, 131072, 1e-5, None),
+        ("nemotron4_15b minitron_8b minitron_4b", 1e4, 4096, 1e-5, None),
+        ("qwen2_5_7b", 1e6, 131072, 1e-6, None),
+        ("qwen3_8b", 1e6, 40960, 1e-6, None),
+        ("smollm2_135m", 1e5, 8192, 1e-5, None),
+    ],
+)
+def test_presets_have_the_numbers_of_their_published_configs(names, theta, positions, eps, factor):
+    """Those that no count of parameters shows; with them the heads, which divide what it counts."""
+    for values in (preset("model", name) for name in names.split()):
+        found = values["rope_theta"], values["max_position_embeddings"], values["norm_eps"]
+        assert found == (theta, positions, eps) and values["dtype"] == "bfloat16"
+        scaling = factor and {
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        assert values["rope_scaling"] == scaling
+        assert values["head_dim"] == (64 if "smollm2_135m" in names or values["hidden_size"] == 2048 else 128)
+        assert values.get("rotary_percent", 1.0) == (0.5 if values["family"] == "nemotron" else 1.0)
+
+
+def test_experiments_have_the_numbers_of_their_papers():
+    """arXiv 2408.11796, table 4 and section 4; where a preset has another number, its file says what it was chosen by."""
+    for name, lr, least, warmup in (
+        ("llama3_1_minitron_4b", 1e-4, 1e-5, 40),
+        ("mn_minitron_8b", 1e-4, 4.5e-7, 60),
+        ("correct_llama3_1_8b", 6e-5, 3e-6, 120),
+        ("correct_mistral_nemo_12b", 6e-5, 4.5e-7, 120),
+    ):
+        given = {"lr": lr, "min_lr": least, "warmup_steps": warmup, "schedule": "cosine"}
+        assert preset("optim", name) == given
+    for name, models, optim, tokens, batch, tensor in (
+        (
+            "llama3_1_minitron_4b_width",
+            ("llama3_1_8b", "llama3_1_minitron_4b_width"),
+            "llama3_1_minitron_4b",
+            94e9,
+            1152,
+            2,
+        ),
+        ("mn_minitron_8b", ("mistral_nemo_12b", "mn_minitron_8b"), "mn_minitron_8b", 380e9, 768, 4),
+        ("correct_llama3_1_8b", ("llama3_1_8b",), "correct_llama3_1_8b", 100e9, 1152, 2),
+        ("correct_mistral_nemo_12b", ("mistral_nemo_12b",), "correct_mistral_nemo_12b", 127e9, 768, 4),
+    ):
+        values = preset("experiment", name)
+        assert [next(iter(one.values())) for one in values["defaults"]] == [*models, optim]
+        # YAML takes 94.0e9 for text; OmegaConf does not.
+        assert (float(values["trainer"]["tokens"]), values["trainer"]["global_batch_size"]) == (tokens, batch)
+        assert values["data"]["sequence_length"] == 8192 and values["parallel"] == {"tensor": tensor}
+    chain = preset("chain", "minitron_15b_8b_4b")
+    assert [one["prune"]["target"] for one in chain["rounds"]] == [
+        preset("target", name) for name in ("minitron_8b", "minitron_4b")
+    ]
+    assert chain["importance"] == {"samples": 1024} and chain["data"] == {"sequence_length": 4096}
+    assert {k: float(v) for k, v in chain["distill"]["trainer"].items()} == {"tokens": 100e9, "global_batch_size": 1152}
+    assert chain["distill"]["optim"] == {"lr": 2e-4, "min_lr": 4.5e-7, "schedule": "cosine"}
+    tasks = {"winogrande": 5, "arc_challenge": 25, "mmlu": 5, "hellaswag": 10, "gsm8k": 5, "truthfulqa_mc2": 0}
+    assert preset("suite", "article")["tasks"] == {**tasks, "xlsum_en": 3, "mbpp": 0}
+
+
+def test_clusters_have_what_one_gpu_does_in_one_direction():
+    """Of the makers' sheets: dense products, half of NVLink's figure, which is of both directions."""
+    sheets = {
+        "a100": (80, 312, None, 2039, 600),
+        "h100": (80, 989.4, 1978.9, 3350, 900),
+        "h200": (141, 989.4, 1978.9, 4800, 900),
+        "gb200": (186, 2500, 5000, 8000, 1800),
+    }
+    assert set(sheets) == set(presets("submit")["cluster"])
+    for name, sheet in sheets.items():
+        values = preset("cluster", name)
+        found = (values[key] for key in ("memory_gib", "bf16_tflops", "fp8_tflops", "memory_gb_s", "nvlink_gb_s"))
+        assert tuple(found) == (*sheet[:-1], sheet[-1] / 2) and values["gpu"] == name
+        assert values["gpus_per_node"] == (4 if name == "gb200" else 8)
+
+
+def test_targets_lead_from_one_published_shape_to_the_next():
+    for source, target, of in (
+        ("nemotron4_15b", "minitron_8b", "minitron_8b"),
+        ("minitron_8b", "minitron_4b", "minitron_4b"),
+        ("llama3_1_8b", "llama3_1_minitron_4b_width", "llama3_1_minitron_4b_width"),
+        ("llama3_1_8b", "llama3_1_minitron_4b_depth", "llama3_1_minitron_4b_depth"),
+        ("mistral_nemo_12b", "mn_minitron_8b", "mn_minitron_8b"),
+    ):
+        assert preset("model", source) | preset("target", target) == preset("model", of)
 
 
 @pytest.mark.slow

@@ -19,11 +19,12 @@ from minitron_megatron.data.folder import open_data
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.evaluate import evaluate
 from minitron_megatron.evaluate.harness import Loaded, _set_examples, load, wanted_tasks
+from minitron_megatron.evaluate.hf import digest_of, hf_perplexity, load_hf, load_model
 from minitron_megatron.evaluate.perplexity import loss_figures
 from tests.test_commands import error_of, run
 from tests.test_layers import TASK, WORDS, question
 from tests.test_models import names
-from tests.tiny import data_folder, hf_model, imported, model_option
+from tests.tiny import data_folder, hf_model, imported, model_option, save_hf
 
 WRITE = """task: write
 dataset_path: json
@@ -170,6 +171,67 @@ def test_an_exported_folder_has_the_loss_of_the_folder_it_is_of(gloo, made, tmp_
     assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-6) and theirs["tokens"] == ours["tokens"]
     assert theirs["perplexity"] == pytest.approx(ours["perplexity"], rel=1e-5)
     assert read_manifest(tmp_path / "theirs")["inputs"].keys() == {"hf", "data"}
+
+
+CODE = "import pathlib\npathlib.Path({marker!r}).touch()\nfrom transformers import LlamaForCausalLM as Own\n"
+
+
+def test_nothing_of_a_folder_of_transformers_runs_code(made, tmp_path, monkeypatch):
+    """Neither by the model's own file, which its config names, nor by a pickle of weights."""
+    (student, _), _, _ = made
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, marker = save_hf(student, tmp_path / "hf"), tmp_path / "it ran"
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "own.py").write_text(CODE.format(marker=str(marker)))
+    (folder / "config.json").write_text(json.dumps({**values, "auto_map": {"AutoModelForCausalLM": "own.Own"}}))
+    cfg = config(folder, tmp_path / "out", hf=str(folder), device="cpu", precision="fp32")
+    for opening in (load_model, load_hf):
+        opening(folder, cfg)
+        assert not marker.exists()
+    torch.save(student.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    for opening in (load_model, load_hf):
+        with pytest.raises(UserError, match="cannot be loaded by transformers") as refused:
+            opening(folder, cfg)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_folder_is_another_with_another_name_or_byte_of_any_file(tmp_path):
+    given = {"a": b"1", "b": b"2"}
+    others = ({"a": b"2", "b": b"1"}, {"a": b"1", "c": b"2"}, {"a": b"1"}, {**given, "c": b""})
+    found = []
+    for number, files in enumerate((given, given, *others)):
+        (tmp_path / str(number)).mkdir()
+        for name, content in files.items():
+            (tmp_path / str(number) / name).write_bytes(content)
+        found.append(digest_of(tmp_path / str(number)))
+    assert found[0] == found[1] and len(set(found)) == 1 + len(others)
+
+
+def test_logits_in_bfloat16_are_judged_in_float32(made, tmp_path):
+    """And of the tokens that count alone, each once."""
+    (student, _), (path, _), data = made
+    opened = open_data(str(data), "validation", open_model_folder(path).shape, 32)
+    cfg = config(path, tmp_path / "out", data)
+
+    class Rounded(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = student
+
+        def forward(self, **given):
+            return SimpleNamespace(logits=8 * self.inner(**given).logits.bfloat16())
+
+    windows = Windows(opened, "validation", 32)
+    assert windows[len(windows) - 1]["loss_mask"].min() == 0
+    nll = tokens = 0.0
+    with torch.no_grad():
+        for sample in (windows[i] for i in range(len(windows))):
+            of = Rounded()(input_ids=sample["tokens"][None]).logits[0].double().log_softmax(-1)
+            nll -= float((of.gather(-1, sample["labels"][:, None])[:, 0] * sample["loss_mask"]).sum())
+            tokens += float(sample["loss_mask"].sum())
+    found = hf_perplexity(Rounded(), opened, cfg, len(windows))
+    assert found["loss"] == pytest.approx(nll / tokens, rel=1e-5) and found["tokens"] == tokens
 
 
 def test_a_table_has_the_teacher_beside_the_model(made, tmp_path, gloo, capfd):

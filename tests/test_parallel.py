@@ -372,3 +372,45 @@ def test_closing_a_pool_leaves_no_process_behind():
         (child,) = pool(1, _has_a_child)
         assert os.path.exists(f"/proc/{child}")
     assert not os.path.exists(f"/proc/{child}")
+
+
+def told(rank: int) -> dict:
+    """What every collective of control data gives a rank, of its number or its place."""
+    from megatron.core import parallel_state as ps
+
+    stage, data = ps.get_pipeline_model_parallel_rank(), ps.get_data_parallel_rank()
+    mine = torch.full((2,), float(stage)) if stage == 0 else None
+    moved = collectives.move_between_stages(mine, (2,), torch.float32, source=0, target=1)
+    return {
+        "rank": collectives.rank(),
+        "last": collectives.on_last_stage(),
+        "over data": collectives.gather_over_data_parallel(("data", data)),
+        "over stages": collectives.gather_over_pipeline(("stage", stage)),
+        "sum of stages": collectives.sum_over_pipeline(torch.tensor([stage + 1.0])).tolist(),
+        "moved": None if moved is None else moved.tolist(),
+        "of the last": collectives.broadcast_from_last_stage(float(10 + stage)),
+        "of all": collectives.all_gather_objects(rank_of := collectives.rank()),
+        "on the first": collectives.gather_objects(rank_of),
+        "of the first": collectives.broadcast_object(("from", rank_of)),
+        "summed": collectives.sum_from_last_stage([1.0 + data], [1.0]),
+        "whole": collectives.sum_over_all(torch.tensor([1.0, rank_of])).tolist(),
+    }
+
+
+def test_what_each_collective_tells_each_rank(gloo):
+    """Of two stages by two data-parallel ranks: ranks 0 and 1 are the first stage."""
+    for rank, found in enumerate(gloo(4, told, 0, layout={"pipeline": 2})):
+        assert found == {
+            "rank": rank,
+            "last": rank >= 2,
+            "over data": [("data", 0), ("data", 1)],
+            "over stages": [("stage", 0), ("stage", 1)],
+            "sum of stages": [3.0],
+            "moved": [0.0, 0.0] if rank >= 2 else None,
+            "of the last": 11.0,
+            "of all": [0, 1, 2, 3],
+            "on the first": [0, 1, 2, 3] if rank == 0 else None,
+            "of the first": ("from", 0),
+            "summed": [3.0, 4.0],
+            "whole": [4.0, 6.0],
+        }

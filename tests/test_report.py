@@ -37,7 +37,7 @@ from minitron_megatron.report import folders
 from minitron_megatron.report.folders import find
 from minitron_megatron.report.lineage import trace
 from minitron_megatron.report.models import _caption, results_section, student, throughput_section
-from minitron_megatron.report.page import Table
+from minitron_megatron.report.page import Figure, Section, Table, write_page
 from minitron_megatron.report.report import report
 from minitron_megatron.report.training import process_seconds, recipe_section, unfinished_section
 from minitron_megatron.report.trials import find_trials, trial_section
@@ -537,3 +537,23 @@ def test_the_page_allows_nothing_from_elsewhere(written):
     page = (written / "report.html").read_text()
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
     assert policy.split("; ")[0] == "default-src 'none'" and "http" not in policy and "*" not in policy
+
+
+def test_a_page_has_all_of_its_sections_and_no_empty_parts(tmp_path):
+    """Text, tables, plots and commands, each where it is given; links to sections where there are more than two."""
+    table = Table(["row", "n"], [["a", "1"], ["b", "2"]], "counts")
+    full = Section("Full", "a text", [table], [Figure("a plot", "<svg><g/></svg>")], ["one", "two --x"])
+    seen = []
+    for sections in ([full, Section("Empty")], [full, Section("Empty"), Section("Text", "alone")]):
+        write_page(tmp_path / "page.html", "T", "S", sections)
+        seen.append((tmp_path / "page.html").read_text())
+    for page, links in zip(seen, (0, 3), strict=True):
+        assert page.count("<li><a href=") == links and page.count("<nav") == (links > 0)
+        assert page.count("<p>a text</p>") == 1 and page.count("<p>alone</p>") == (links > 0)
+        assert "<p></p>" not in page and page.count('<div class="plots">') == 1 == page.count("<figure")
+        assert "<pre>one\ntwo --x\n</pre>" in page and page.count("<pre>") == 1
+        assert page.count("<caption>counts</caption>") == 1 and page.count('<th scope="col"') == 2
+        rows = re.findall(r"<tr>(<t[hd].*?)</tr>", page)[1:]
+        assert [re.findall(r">([^<]+)</(t[hd])>", row) for row in rows] == [
+            [("a", "th"), ("1", "td")], [("b", "th"), ("2", "td")],
+        ]  # fmt: skip

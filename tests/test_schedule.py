@@ -24,8 +24,10 @@ def rates(steps, **optim):
 def test_schedules_follow_their_closed_forms():
     cosine = rates(21)
     assert cosine[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and cosine[-1] == pytest.approx(0.1)
-    assert cosine[12] == pytest.approx(0.1 + 0.9 * (1 + np.cos(np.pi * 8 / 16)) / 2)
-    assert rates(21, schedule="linear")[12] == pytest.approx(0.55)
+    # All of the way: half-way, all shapes are alike.
+    way = np.arange(17) / 16
+    assert cosine[4:] == pytest.approx(0.1 + 0.9 * (1 + np.cos(np.pi * way)) / 2)
+    assert rates(21, schedule="linear")[4:] == pytest.approx(1 - 0.9 * way)
     assert rates(21, schedule="constant", warmup_steps=0) == [1.0] * 21
     wsd = rates(20, schedule="wsd", decay_steps=5)
     assert wsd[3:15] == [1.0] * 12

@@ -1,6 +1,8 @@
 """launch/submit.py and the words that job scripts start; on a real Slurm they run in tests/test_slurm.py."""
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -197,12 +199,12 @@ def test_torchrun_passes_signals_on_and_ends_as_its_processes_do(tmp_path, numbe
     assert job.wait(60) == 75
 
 
-def jobs_of(tmp_path, script, **variables):
-    """What a script that is run where sbatch is gives to it: (words of each job, what it says)."""
+def jobs_of(tmp_path, script, before="", **variables):
+    """What a script that is run where sbatch is gives to it: (words of each job, what it says); `before` adds words."""
     said = tmp_path / "sbatch"
     programs = programs_by_name(
         tmp_path / "programs",
-        sbatch=f"printf '%s\\n' \"$*\" >> '{said}'; wc -l < '{said}'",
+        sbatch=f"SAID='{said}'; {before}printf '%s\\n' \"$*\" >> '{said}'; wc -l < '{said}'",
         python="echo 'candidates of each rung: 4 2 1'",
     )
     (tmp_path / "activate").write_text("")
@@ -256,30 +258,101 @@ def test_the_output_of_run_is_the_word_that_says_so(started, tmp_path):
     assert (tmp_path / "yes").is_dir() and not (tmp_path / "no").exists()
 
 
-def test_a_chain_has_the_processes_of_all_nodes(tmp_path):
-    """compress.sh runs its program on the first node; what starts a stage is on all of them."""
+def words_of(tmp_path, script, *options, **variables):
+    """(words, environment) of what a job script starts: srun on all nodes, or python on the first one."""
     said = tmp_path / "said"
-    programs = programs_by_name(
-        tmp_path / "programs", scontrol="echo node1; echo node2", squeue="echo RUNNING",
-        python=f"printf '%s\\0' \"$@\" > '{said}'; exit 2",
-    )  # fmt: skip
-    (tmp_path / "activate").write_text("")
-    job = {
-        "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_JOB_ID": "7",
-        "ROOT": str(ROOT),
-        "GPUS": "4",
-    }
-    given = {"MODEL": "m", "DATA": "d", "CHAIN": "c", "ACTIVATE": str(tmp_path / "activate")}
+    note = f"printf '%s\\0' \"$@\" > '{said}'; env -0 > '{said}.env'; exit 2"
+    programs = tmp_path / "programs"
+    if not programs.exists():
+        programs_by_name(
+            programs, srun=note, python=note, squeue="echo RUNNING",
+            scontrol="case $* in *node1) echo Node=node1 NodeAddr=10.0.0.1 Port=1 ;; *) echo node1; echo node2 ;; esac",
+        )  # fmt: skip
+        (tmp_path / "activate").write_text("")
+    job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "ROOT": str(ROOT)}
     done = subprocess.run(
-        ["bash", str(ROOT / "slurm" / "compress.sh"), "mine=1"], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, **job, **given, "PATH": f"{programs}:{os.environ['PATH']}"},
+        ["bash", str(ROOT / "slurm" / f"{script}.sh"), *options], cwd=tmp_path, capture_output=True, text=True,
+        env={"PATH": f"{programs}:{os.environ['PATH']}", **job, "ACTIVATE": str(tmp_path / "activate"), **variables},
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    words = said.read_text().split("\0")[:-1]
+    words, values = (Path(f"{said}{of}").read_text().split("\0")[:-1] for of in ("", ".env"))
+    return words, dict(value.split("=", 1) for value in values)
+
+
+FOLDERS_OF = {"TEACHER": "t", "STUDENT": "s", "DATA": "d", "MODEL": "m", "SCORES": "c", "FOUND": "f"}
+JOBS = [path.stem for path in sorted((ROOT / "slurm").glob("*.sh")) if "\n#SBATCH" in path.read_text()]
+
+
+def test_a_chain_has_the_processes_of_all_nodes(tmp_path):
+    """compress.sh runs its program on the first node; what starts a stage is on all of them."""
+    words, _ = words_of(tmp_path, "compress", "mine=1", MODEL="m", DATA="d", CHAIN="c", GPUS="4")
     assert "processes=8" in words and words[-1] == "mine=1" and "parallel.tensor=8" in words
     assert any(word.startswith("start=srun --nodes=2") and "--nproc-per-node 4" in word for word in words)
+
+
+@pytest.mark.parametrize("script", JOBS)
+def test_whatever_a_script_takes_from_its_environment_reaches_what_it_starts(tmp_path, script):
+    """Each of its variables, given as a number of its own, stands in the words of the command or its container."""
+    text = (ROOT / "slurm" / f"{script}.sh").read_text()
+    names = set(re.findall(r"(?:^| )([A-Z_]+)=\$\{\1\b", text, re.MULTILINE)) - {"ROOT"}
+    given = {name: str(9000 + number) for number, name in enumerate(sorted(names))}
+    own = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "9900"} if "SLURM_ARRAY" in text else {}
+    container = {"CONTAINER": "9901", "MOUNTS": "/9902:/x", "GPUS": "h100:9903", "LOGS": "9904"}
+    options = ("evaluate", "output=o") if script == "run" else ()
+    words, _ = words_of(tmp_path, script, *options, **{**FOLDERS_OF, **container, **own, **given})
+    if script == "run":
+        given.pop("OUTPUT", None)
+    wanted = {**given, **own, **container, "MOUNTS": "9902", "GPUS": "9903"}
+    wanted.pop("SLURM_ARRAY_JOB_ID", None)
+    assert [name for name, value in wanted.items() if not any(value in word for word in words)] == []
+    assert "h100" not in " ".join(words)
+
+
+@pytest.mark.parametrize("script", JOBS)
+def test_how_a_script_is_queued(script):
+    """Long ones are told before their limit, all go back into the queue, and logs are gone on with."""
+    text = (ROOT / "slurm" / f"{script}.sh").read_text()
+    assert "#SBATCH --requeue\n" in text and "#SBATCH --open-mode=append\n" in text
+    assert "#SBATCH --ntasks-per-node=1\n" in text and "\nset -euo pipefail\n" in text
+    assert ("#SBATCH --signal=B:USR1@300\n" in text) == ("--time=24" in text)
+
+
+def test_what_the_processes_of_a_job_find_in_their_environment(tmp_path):
+    """What is documented, or what the user has set; one that fails leaves the others a minute, and logs are gone on with."""
+    plain = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_NVLS_ENABLE": "0", "NCCL_DEBUG": "WARN", "OMP_NUM_THREADS": "8"}
+    words, found = words_of(tmp_path, "run", "evaluate", "output=o")
+    assert found.items() >= {**plain, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}.items()
+    assert {"--kill-on-bad-exit=0", "--wait=60", "--open-mode=append", "--cpu-bind=none"} <= set(words)
+    assert words[words.index("--rdzv-endpoint") + 1] == "10.0.0.1:20007"
+    mine = dict.fromkeys(plain, "77") | {"PYTHONPATH": "/mine"}
+    _, found = words_of(tmp_path, "run", "evaluate", "output=o", **mine)
+    assert found.items() >= {**mine, "PYTHONPATH": f"{ROOT}:/mine"}.items()
+    for job in (19_999, 20_000, 40_001):
+        words, _ = words_of(tmp_path, "run", "evaluate", "output=o", SLURM_JOB_ID=str(job))
+        assert words[words.index("--rdzv-endpoint") + 1].endswith(f":{20_000 + job % 20_000}")
+
+
+def test_what_the_jobs_of_the_road_are_given(tmp_path):
+    """Each has what the ones before it make: the corrected teacher teaches, the model itself is corrected and cut."""
+    note = '"$TEACHER" "$MODEL" "$DATA" "$SCORES" "$STUDENT" "$OUTPUT"'
+    jobs, said = jobs_of(
+        tmp_path, "road", f"printf '%s|%s|%s|%s|%s|%s ' {note} >> \"$SAID\"; ", HF="/hf", CORPUS="/c", NODES="2", GPUS="5",
+        WORK="w", DISTILL="distill_mn_8b", SEQUENCE="77",
+    )  # fmt: skip
+    seen = {Path(next(w for w in words if w.endswith(".sh"))).stem: words[0].split("|") for words in jobs}
+    assert seen["importance"][1:3] == ["w/model", "w/data"] and seen["importance"][-1] == "w/scores"
+    assert seen["prune_4b"][1:4:2] == ["w/model", "w/scores"] and seen["prune_4b"][-1] == "w/student"
+    assert seen["correct_teacher"][0] == "w/model" and seen["correct_teacher"][-1] == "w/teacher"
+    assert seen["distill_mn_8b"][0] == "w/teacher" and seen["distill_mn_8b"][4:] == ["w/student", "w/distilled"]
+    assert ["--nodes=2" in words for words in jobs] == [False] * 4 + [True] * 2 + [False] * 2
+    assert all("--gpus-per-node=5" in words for words in jobs)
+    of_run = {
+        words[words.index(str(ROOT / "slurm" / "run.sh")) + 1]: words for words in jobs if "/run.sh" in " ".join(words)
+    }
+    assert {"hf=/hf", "output=w/model"} <= set(of_run["import_hf"])
+    assert {"input=/c", "model=w/model", "output=w/data"} <= set(of_run["prepare_data"])
+    assert {"model=w/distilled", "data.path=w/data", "data.sequence_length=77"} <= set(of_run["evaluate"])
+    assert {"model=w/distilled", "output=w/hf"} <= set(of_run["export_hf"]) and "w/hf" in said
 
 
 def test_only_what_saves_is_signalled_before_the_limit(hydra):
@@ -290,3 +363,17 @@ def test_only_what_saves_is_signalled_before_the_limit(hydra):
         cfg = compose("submit", ["output=j", "command=x", "cluster.save_seconds=77"])
         text = render(cfg, words[0], words[1:], compose(words[0], words[1:]))
         assert ("--signal=B:USR1@77" in text) is signalled and "--requeue" in text
+
+
+def test_the_folders_of_a_rendered_job_are_those_that_its_command_reads(hydra, tmp_path):
+    """A container has no others: model and data by their absolute places, as the last words of the line that is sourced."""
+    folders = [tmp_path / "t", tmp_path / "a b" / "s", tmp_path / "d"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    words = [f"{name}={folder}" for name, folder in zip(("teacher", "student", "data.path"), folders, strict=True)]
+    words += [f"output={tmp_path}/later"]
+    cfg = compose("submit", ["output=j", "command=x"])
+    text = render(cfg, "distill", words, compose("distill", words))
+    (line,) = (line for line in text.splitlines() if line.startswith(". ") and "common.sh" in line)
+    _, sourced, root, *seen = shlex.split(line)
+    assert sourced.endswith("/slurm/common.sh") and root == "$ROOT" and seen == sorted(map(str, folders))

@@ -22,9 +22,9 @@ _CALLED = {"min": "max", "max": "min", "any": "all", "all": "any", "ceil": "floo
 
 
 def generated(files: Sequence[str], seed: int, count: int) -> list[Mutant]:
-    """`count` mutants over some Python files, as evenly as their number allows."""
+    """`count` mutants over some Python files: one of each, or of some by chance where that is too many, then another of each."""
     drawn = []
-    for file in files:
+    for file in random.Random(seed).sample(sorted(files), len(files)):
         found = list(_of(file))
         random.Random(f"{seed} {file}").shuffle(found)
         drawn.append(found)

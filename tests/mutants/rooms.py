@@ -40,7 +40,8 @@ ROOMS = {
         "machine.py": "machine demo",
         "/requirements/": "environments",
         "/launch/": "commands readme",
-        "/conf/": "preset_files submit search compress readme",
+        "/conf/": "preset_files commands submit search compress readme",
+        "/conf/lm_eval/": "evaluate",
         "/docker/": "environments",
     },
     "ending": {
