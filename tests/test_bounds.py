@@ -27,6 +27,7 @@ from minitron_megatron.lengths import check_positions
 from minitron_megatron.models.axes import slots
 from minitron_megatron.models.limits import check_fp8, check_layout, check_sequence, sequence_parts
 from minitron_megatron.models.shape import SIZES, padded_size
+from minitron_megatron.models.vocab_parallel import block_rows
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.precision import CLEARLY_FASTER, PRODUCTS, Products
 from minitron_megatron.prune.select import target_shape
@@ -328,3 +329,11 @@ def test_a_plan_is_made_again_where_stages_were_slower_at_all(slower):
     assert again.seconds == pytest.approx({"importance": 10.0, "distill": 100 * slower, "evaluate pruned": 20 * slower})
     late = plan.fewer(slower, 10.0, 3.0)
     assert (late.steps < plan.steps) == (slower == 3.0)
+
+
+def test_blocks_are_as_large_as_a_core_keeps_on_cpus_and_larger_elsewhere():
+    """At least a row; docs/benchmarks.md has what the other size costs."""
+    for device, elements in (("cpu", 2**19), ("meta", 2**24)):
+        for width in (1024, 2**25):
+            rows = block_rows(torch.empty(1, width, device=device))
+            assert rows == max(1, elements // width)

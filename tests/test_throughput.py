@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import stat
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -278,3 +280,26 @@ def test_the_whole_command(folders, tmp_path, monkeypatch):
         "manifest.yaml",
     }
     assert (out / "logs" / "tensorrt_llm_ours_batch3_report.json").is_file()
+
+
+PROGRAM = """import sys
+print('{"batch": 3, "tokens_per_second": 1.5}'); print('not a row')
+print('its own words', file=sys.stderr, flush=True)
+sys.exit(int(sys.argv[1]))
+"""
+
+
+def test_what_a_program_says_is_rows_and_a_log_that_begins_with_its_command(tmp_path):
+    """Each start's; the reason of a failure is the last of them that names an error."""
+    measuring, rows = object.__new__(command._Measuring), []
+    measuring.folder = tmp_path
+    (tmp_path / command.LOGS).mkdir()
+    source = SimpleNamespace(name="small")
+    measuring._program(source, WORK, [sys.executable, "-c", PROGRAM, "0"], os.environ, rows.append)
+    with pytest.raises(UserError, match=r"engine=transformers, small: (its own words|not a row) "):
+        measuring._program(source, WORK, [sys.executable, "-c", PROGRAM, "3"], os.environ, rows.append)
+    assert rows == [{"batch": 3, "tokens_per_second": 1.5}] * 2
+    (file,) = (tmp_path / command.LOGS).iterdir()
+    lines = [line for line in file.read_text().splitlines() if line[:1] in "$in"]
+    starts = [number for number, line in enumerate(lines) if line.startswith("$ ")]
+    assert starts[0] == 0 and len(starts) == 2 and set(lines[1 : starts[1]]) >= {"its own words", "not a row"}
