@@ -704,8 +704,8 @@ class PrepareDataConfig(CommandConfig):
 
     input: Any = option(
         REQUIRED,
-        "text file, .jsonl (also .gz, .xz, .zst), .parquet, a folder of them, a pattern in quotes ('texts/*.jsonl'), or a list "
-        "of those",
+        "text file, .jsonl or .ndjson (also .gz, .bz2, .xz, .zst), .parquet, a folder of them, a pattern in quotes "
+        "('texts/*.jsonl'), or a list of those",
     )
     model: ModelConfig = group(ModelConfig)
     validation_fraction: float = option(0.05, "share of the documents that goes to the validation split")

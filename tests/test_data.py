@@ -1,5 +1,6 @@
 """Text to tokens and back, splits, and an order of samples that depends on the seed alone."""
 
+import bz2
 import gzip
 import json
 import lzma
@@ -26,7 +27,7 @@ from minitron_megatron.data.datasets import MicroBatches, Windows, training_samp
 from minitron_megatron.data.folder import DocumentMasks, open_data, verify_data
 from minitron_megatron.data.indexed import SplitWriter
 from minitron_megatron.data.prepare import Piece, _with_validation, prepare_data, split_of
-from minitron_megatron.data.text import find_files
+from minitron_megatron.data.text import documents, find_files
 from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.layout import Layout
@@ -123,9 +124,9 @@ def test_a_killed_run_continues_to_the_same_bytes(model, tmp_path, monkeypatch, 
         (tmp_path / "in" / name).write_text(jsonl(part))
     whole = prepare(model, tmp_path / "in", tmp_path / "whole")
     monkeypatch.setattr(preparing, "SECONDS_BETWEEN_COMMITS", 0.0)
-    for documents in kills:
+    for done in kills:
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            kill_after(documents, patch)
+            kill_after(done, patch)
             prepare(model, tmp_path / "in", tmp_path / "out")
         assert not (tmp_path / "out").exists()
     tokenised = []
@@ -286,6 +287,34 @@ def test_patterns_that_match_nothing_or_twice_are_refused(tmp_path, monkeypatch,
         find_files(given)
 
 
+def test_a_folders_text_is_taken_by_rule_and_the_rest_is_counted(tmp_path, caplog):
+    """Suffixes in capitals, other names of JSON lines, every compression; hidden copies of an editor are no text."""
+    folder, line = tmp_path / "texts", b'{"text": "some words"}\n'
+    pack = {
+        "": bytes,
+        ".gz": gzip.compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+        ".ZST": lambda b: zstd(b.decode()),
+    }
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    taken = [name + packed for name in ("a.jsonl", "b.JSONL", "c.ndjson", "d.txt", "e.MD") for packed in pack]
+    for name in (*taken, "c.json", "d.json.gz", "h.csv", "p.parquet.gz", ".hidden.txt", ".ipynb_checkpoints/a.txt"):
+        packed = next(ending for ending in reversed(pack) if name.endswith(ending))
+        (folder / name).write_bytes(pack[packed](line))
+    found = find_files(str(folder))
+    assert sorted(file.name for file in found) == sorted(taken)
+    assert {text.strip() for file in found for text in documents(file, "text")} == {"some words", line.decode().strip()}
+    said = "25 files taken, left out: 4 of other kinds (.json 1, .json.gz 1, .csv 1, .parquet.gz 1), 2 hidden"
+    assert [one.message.endswith(said) for one in caplog.records] == [True]
+
+
+def test_the_column_of_a_parquet_file_is_the_one_of_that_name(tmp_path):
+    """Arrow selects a field `text` of a column `a` along with a column `a.text`."""
+    (tmp_path / "p.parquet").write_bytes(as_parquet({"a": [{"text": "wrong"}], "a.text": ["right"]}))
+    assert list(documents(tmp_path / "p.parquet", "a.text")) == ["right"]
+
+
 def test_text_behind_links_counts_and_what_cannot_be_read_is_refused(tmp_path):
     folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere <b>"
     for at in (folder / "a", elsewhere / "deeper"):
@@ -362,7 +391,9 @@ def test_a_fraction_out_of_range_is_refused(model, tmp_path, fraction):
         ("a.txt", b"only one", "at least two"),
         ("a.jsonl", b'{"text": "x"}\n{"text"', r"a.jsonl:2 is not JSON"),
         ("a.jsonl", b'{"body": "x"}\n', r"a.jsonl:1 has no text under 'text'"),
-        ("a.txt", b"caf\xe9", r"is not UTF-8 \(byte 3\)"),
+        ("a.txt", b"x\ncaf\xe9", r"a.txt:2 is not UTF-8 \(byte 0xe9\)"),
+        ("a.jsonl", b'{"text": "x"}\n' * 9 + b'{"text": "caf\xe9"}\n', r"a.jsonl:10 is not UTF-8 \(byte 0xe9\)"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n\xff'), r"a.jsonl.gz:2 is not UTF-8"),
         ("a.csv", b"x", "does not end in one of"),
         ("a.jsonl.gz", b"not gzip", "cannot be read"),
         ("a.jsonl.zst", b"not zstd", "cannot be read"),

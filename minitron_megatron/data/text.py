@@ -1,13 +1,17 @@
-"""Documents out of text files: .txt, .md and .rst are one document each, .jsonl (also .gz, .xz, .zst) and .parquet one a row.
+"""Documents out of text files: .txt, .md and .rst are one document each; .jsonl, .ndjson and .parquet have one a row.
 
-Files are streamed in sorted order; every complaint names the file and the line or row.
+All but .parquet may be compressed as well (.gz, .bz2, .xz, .zst), and a suffix may be in capitals. Files are streamed in sorted
+order; every complaint names the file and the line or row.
 """
 
+import bz2
 import glob
 import gzip
 import io
+import logging
 import lzma
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -15,8 +19,16 @@ from typing import IO, Any
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.plain_files import parse_json
 
-PLAIN, LINES, ROWS = (".txt", ".md", ".rst"), (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst"), (".parquet",)
+log = logging.getLogger(__name__)
+
+PLAIN, LINES, ROWS, PACKED = (
+    (".txt", ".md", ".rst"),
+    (".jsonl", ".ndjson"),
+    (".parquet",),
+    (".gz", ".bz2", ".xz", ".zst"),
+)
 KNOWN = PLAIN + LINES + ROWS
+_READ = f"{', '.join(KNOWN)}, all but the last also with {', '.join(PACKED)}"
 # Rows of a Parquet file that are in memory at once.
 _ROWS_AT_ONCE = 256
 
@@ -33,14 +45,11 @@ def find_files(inputs: str | Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for path in (path for name in names for path in _matched(name)):
         if path.is_dir():
-            found = sorted(_below(path))
-            if not found:
-                raise UserError(f"input={path} has no file that ends in {', '.join(KNOWN)}")
-            files += found
+            files += _text_files(path)
         elif not path.is_file():
             raise UserError(f"input={path} does not exist: give a text file or a folder of them")
-        elif not path.name.endswith(KNOWN):
-            raise UserError(f"input={path} does not end in one of {', '.join(KNOWN)}")
+        elif _kind(path.name) is None:
+            raise UserError(f"input={path} does not end in one of {_READ}")
         else:
             files.append(path)
     by_place: dict[str, Path] = {}
@@ -53,8 +62,38 @@ def find_files(inputs: str | Sequence[str]) -> list[Path]:
     return files
 
 
+def _kind(name: str) -> str | None:
+    """Which of KNOWN a file is by its name, without its compression; None where it is no text file."""
+    name = name.lower()
+    packed = next((ending for ending in PACKED if name.endswith(ending)), "")
+    name = name.removesuffix(packed)
+    return next((kind for kind in KNOWN if name.endswith(kind) and not (packed and kind in ROWS)), None)
+
+
+def _text_files(folder: Path) -> list[Path]:
+    """Text files below a folder, sorted; what else is there is counted in one line. Raises UserError where there are none."""
+    found, others, hidden = [], Counter[str](), 0
+    for file in sorted(_below(folder)):
+        if file.name.startswith("."):
+            hidden += 1
+        elif _kind(file.name) is None:
+            others["".join(file.suffixes[-2:]) or file.name] += 1
+        elif not file.is_file():
+            raise UserError(f"input={folder}: {file} does not exist, or is no file: remove it, or mend the link")
+        else:
+            found.append(file)
+    kinds = ", ".join(f"{kind} {count}" for kind, count in others.most_common(5)) + ", …" * (len(others) > 5)
+    left = [f"{others.total()} of other kinds ({kinds})"] * bool(others) + [f"{hidden} hidden"] * bool(hidden)
+    if not found:
+        there = f" but {' and '.join(left)}" if left else ""
+        raise UserError(f"input={folder} has no file that ends in {_READ}{there}")
+    if left:
+        log.warning("input=%s: %d files taken, left out: %s", folder, len(found), ", ".join(left))
+    return found
+
+
 def _below(folder: Path) -> Iterator[Path]:
-    """Text files below a folder, through links too. Raises UserError for what cannot be read: nothing is left out silently."""
+    """Every file below a folder, through links too, and every hidden folder itself. Raises UserError for what cannot be read."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"input={folder}: {error.filename} cannot be read ({error.strerror})")
@@ -66,18 +105,14 @@ def _below(folder: Path) -> Iterator[Path]:
         for name in list(inside):
             below = os.path.join(where, name)
             place = os.path.realpath(below)
-            if place in here:
+            if name.startswith("."):
+                inside.remove(name)
+                yield Path(below)
+            elif place in here:
                 inside.remove(name)  # a link to a folder above it
             else:
                 way[below] = here | {place}
-        for name in names:
-            if name.endswith(KNOWN):
-                file = Path(where) / name
-                if not file.is_file():
-                    raise UserError(
-                        f"input={folder}: {file} does not exist, or is no file: remove it, or mend the link"
-                    )
-                yield file
+        yield from (Path(where) / name for name in names)
 
 
 def _matched(name: str) -> list[Path]:
@@ -94,31 +129,52 @@ def _matched(name: str) -> list[Path]:
 
 def documents(file: Path, key: str) -> Iterator[str]:
     """Every document of a file with something in it, in order. Raises UserError naming file and line or row."""
+    kind = _kind(file.name)
     try:
-        if file.name.endswith(PLAIN):
-            texts: Iterator[str] = iter([file.read_text(encoding="utf-8-sig")])
-        elif file.name.endswith(ROWS):
+        if kind in PLAIN:
+            with _open(file) as whole:
+                texts: Iterator[str] = iter([whole.read()])
+        elif kind in ROWS:
             texts = _parquet_rows(file, key)
         else:
             texts = _json_lines(file, key)
         yield from (text for text in texts if text.strip())
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 (byte {error.start}): convert it first") from None
+        byte = error.object[error.start]
+        raise UserError(f"{file}:{_bad_line(file)} is not UTF-8 (byte 0x{byte:02x}): convert it first") from None
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise UserError(f"{file} cannot be read ({in_one_line(error, 200)})") from None
 
 
-def _open(file: Path) -> IO[str]:
-    if file.name.endswith(".gz"):
-        return gzip.open(file, "rt", encoding="utf-8-sig")
-    if file.name.endswith(".xz"):
-        return lzma.open(file, "rt", encoding="utf-8-sig")
-    if file.name.endswith(".zst"):
-        import pyarrow
+def _open(file: Path, errors: str = "strict") -> IO[str]:
+    how = {"encoding": "utf-8-sig", "errors": errors}
+    match file.suffix.lower():
+        case ".gz":
+            return gzip.open(file, "rt", **how)
+        case ".bz2":
+            return bz2.open(file, "rt", **how)
+        case ".xz":
+            return lzma.open(file, "rt", **how)
+        case ".zst":
+            import pyarrow
 
-        # Unlike others, Arrow's reader goes on over several frames and notices a truncated one.
-        return io.TextIOWrapper(pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), "zstd"), encoding="utf-8-sig")
-    return open(file, encoding="utf-8-sig")
+            # Unlike others, Arrow's reader goes on over several frames and notices a truncated one.
+            return io.TextIOWrapper(pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), "zstd"), **how)
+    return open(file, **how)
+
+
+def _bad_line(file: Path) -> int:
+    """The first line with bytes that are not UTF-8: a decoder's own offset is one in its buffer."""
+    with _open(file, "surrogateescape") as lines:
+        return next((number for number, line in enumerate(lines, 1) if not _is_utf8(line)), 1)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _json_lines(file: Path, key: str) -> Iterator[str]:
@@ -147,7 +203,8 @@ def _parquet_rows(file: Path, key: str) -> Iterator[str]:
             _check_column(file, table.schema_arrow, key)
             number = 0
             for batch in table.iter_batches(_ROWS_AT_ONCE, columns=[key]):
-                for text in batch.column(0).to_pylist():
+                # By its name: a field `text` of a column `a` is read beside a column `a.text`.
+                for text in batch.column(key).to_pylist():
                     number += 1
                     if text is None:
                         raise UserError(f"{file}: row {number} has no text in column {key!r}")
