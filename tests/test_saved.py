@@ -12,10 +12,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from minitron_megatron.checkpoints import digests, locks
@@ -358,6 +360,27 @@ def test_a_best_checkpoint_that_was_damaged_is_not_published(gloo, sources, tmp_
     ):
         gloo(1, exit_code, cfg)
     assert best.is_dir()
+
+
+def without_other_processes(cfg) -> int | None:
+    """The command on this rank, where no manager of Megatron's is there and none can be started."""
+
+    def refuse(*_):
+        raise AssertionError("a process is started")
+
+    plain, queue = BaseContext.Manager, filesystem_async._results_queue
+    BaseContext.Manager, filesystem_async._results_queue = refuse, None
+    try:
+        return exit_code(cfg)
+    finally:
+        BaseContext.Manager, filesystem_async._results_queue = plain, queue
+
+
+def test_a_save_that_is_waited_for_starts_no_process(gloo, sources, tmp_path):
+    """It would import torch first."""
+    cfg = options(sources, tmp_path / "run", steps=2, save_interval=1, validation_samples=0)
+    assert gloo(1, without_other_processes, cfg) == [None]
+    assert checkpoints(tmp_path / "run") == ["step_00000001", "step_00000002"]
 
 
 @pytest.mark.slow

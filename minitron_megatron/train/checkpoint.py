@@ -15,13 +15,14 @@ draws in a step (no dropout), and the data order follows from the seed and the s
 import json
 import logging
 import os
+import queue
 import re
 import secrets
 import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial as bound
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -100,8 +101,8 @@ def _mark_best(folder: Path, step: int, validation_loss: float) -> None:
 def _undisturbed() -> Iterator[None]:
     """Processes that a save starts never get the signals that ask for a stop: they inherit that these are blocked.
 
-    Slurm sends a signal to every process of a job, as a terminal does at Ctrl-C. Megatron's writers start a helper in the first
-    save that all later ones need; without this it dies of the very signal that asks for a save.
+    Slurm sends a signal to every process of a job, as a terminal does at Ctrl-C. Writers beside later steps have a helper that
+    the first save starts and all later ones need; without this it dies of the very signal that asks for a save.
     """
     signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
@@ -112,6 +113,21 @@ def _undisturbed() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _own_queue() -> Iterator[None]:
+    """Have Megatron's writers, which are threads of this process, tell it here what they have written.
+
+    Megatron's queue is in a process that imports torch before it takes the first result: 4 s of a run's first save.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    before, filesystem_async._results_queue = filesystem_async._results_queue, queue.Queue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = before
 
 
 class Saver:
@@ -160,7 +176,7 @@ class Saver:
         name = f"step_{step:08d}"
         partial = self._begin(name)
         plain = {"step": step, "guard": guard, "objective": objective}
-        with _undisturbed(), _telling(self.folder):
+        with _undisturbed(), _telling(self.folder), nullcontext() if self.options.async_save else _own_queue():
             state = _state(
                 chunks, optimizer, self.options.checkpoint_format, plain, loading=False, scales=has_scales(self.options)
             )
