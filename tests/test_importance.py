@@ -14,6 +14,7 @@ from minitron_megatron.config import ImportanceConfig, ImportanceOptions, MergeS
 from minitron_megatron.data.datasets import training_samples
 from minitron_megatron.data.folder import open_data
 from minitron_megatron.errors import UserError
+from minitron_megatron.importance import hooks
 from minitron_megatron.importance.measure import measure_importance
 from minitron_megatron.importance.merge import check_merge, merge_scores
 from minitron_megatron.importance.scores import load_scores
@@ -174,3 +175,17 @@ def test_scores_of_another_model_are_not_merged(parts, tmp_path):
     (other / "manifest.yaml").write_text(yaml.safe_dump(manifest))
     with pytest.raises(UserError, match="measured on another model"):
         check_merge(MergeScoresConfig(scores=[str(a), str(other)], output=str(tmp_path / "merged")))
+
+
+def test_recorders_of_a_process_share_the_stream_of_their_sums(monkeypatch):
+    """Each stream has memory of its own, which the driver is asked for when it is first used."""
+    monkeypatch.setattr(hooks.ps, "get_context_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 7)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: [device])
+    how = {"head_dim": 8, "sequence": "mean", "heads": "per_token", "sequence_parallel": False}
+    try:
+        first, second = (hooks.Recorder([], **how) for _ in range(2))
+    finally:
+        hooks._side_stream.cache_clear()
+    assert first.side is second.side and first.side == [7]

@@ -18,6 +18,7 @@ arithmetic.
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -42,6 +43,15 @@ _ORDER = sorted(PROBES, key=lambda probe: probe.sequence_sharded)
 LAYERS = "layers"
 
 
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """The stream that sums run on, one for all recorders of a process.
+
+    Memory is kept by stream: the first micro-batch on another one asks the driver for all of it anew.
+    """
+    return torch.cuda.Stream(device)
+
+
 class Recorder:
     """Collects the statistics of every probe of every local layer while micro-batches run through the model."""
 
@@ -60,7 +70,7 @@ class Recorder:
         self.valid = torch.ones(1)
         self.tokens = 1
         self.micro_batches = 0
-        self.side = torch.cuda.Stream() if torch.cuda.is_available() else None
+        self.side = _side_stream(torch.cuda.current_device()) if torch.cuda.is_available() else None
         self.chunks = [_Chunk(self, chunk) for chunk in chunks]
 
     def begin(self, batch: dict[str, torch.Tensor]) -> None:
