@@ -7,6 +7,7 @@ is found once (torch parses its header, on the meta device), and only the rows t
                                               └─ offset    └─ rows start … stop ─┘
 """
 
+import io
 import os
 import pickle
 from collections.abc import Iterator, Sequence
@@ -18,11 +19,23 @@ from typing import IO, Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from minitron_megatron.checkpoints.damage import pass_on_unless_damage
-from minitron_megatron.checkpoints.index import MEGATRON, PLANNER, STAND_INS, Ignored, read_with, short
+from minitron_megatron.checkpoints.index import read_index, short
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import Slot
 from minitron_megatron.models.shape import ModelShape
@@ -184,47 +197,61 @@ class WeightReader:
             left, offset = left[done:], offset + done
 
 
-# Fields that this reader has no need of, and Megatron's own kind of index.
-_OTHERWISE = {key: Ignored for key in STAND_INS if key[0] in (MEGATRON, PLANNER)} | {
-    (MEGATRON, "MCoreMetadata"): Metadata
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """torch writes `.metadata` as a pickle and reads it with bare pickle.load: allow its own data classes alone."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _OTHERWISE:
-            return _OTHERWISE[module, name]
-        if (module, name) in STAND_INS or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint's metadata")
-
-
-def _unpickle_metadata(file: IO[bytes]) -> Metadata:
-    metadata = _MetadataUnpickler(file).load()
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
-        raise pickle.UnpicklingError("not a checkpoint's metadata")
-    if not isinstance(metadata.storage_data, dict):
-        raise pickle.UnpicklingError("no places of tensors in it")
-    return metadata
-
-
 def read_metadata(folder: Path) -> Metadata:
-    """The index of a distributed checkpoint, by an unpickler that builds nothing but its data classes. Raises UserError."""
-    return read_with(folder, _unpickle_metadata)
+    """The index of a distributed checkpoint as torch's own data classes, built of plain data. Raises UserError."""
+    index = read_index(folder)
+    tensors = {
+        key: TensorStorageMetadata(
+            TensorProperties(dtype=getattr(torch, of.dtype)),
+            torch.Size(of.shape),
+            [ChunkStorageMetadata(torch.Size(at), torch.Size(sizes)) for at, sizes in of.chunks],
+        )
+        for key, of in index.tensors.items()
+    }
+    places = {
+        MetadataIndex(key, at): _StorageInfo(of.file, of.offset, of.length, ("unknown",) if of.transformed else None)
+        for (key, at), of in index.pieces.items()
+    }
+    objects = {key: BytesStorageMetadata() for key in index.objects}
+    return Metadata({**tensors, **objects}, storage_data=places, storage_meta=StorageMeta())
+
+
+def _plain_object(data: io.BytesIO) -> Any:
+    """What is no tensor, by torch's unpickler of plain data. Raises pickle.UnpicklingError."""
+    with torch.serialization.safe_globals([io.BytesIO]):
+        return torch.load(data, weights_only=True)
 
 
 @contextmanager
 def safe_reading() -> Iterator[None]:
-    """Within it, megatron.core.dist_checkpointing reads checkpoint indices with the allow-list unpickler."""
+    """Within it, megatron.core.dist_checkpointing takes plain data alone out of a checkpoint's index and objects.
+
+    torch reads the index with bare pickle.load, and objects with a torch.load that takes any pickle.
+    """
+    seen: dict[Path, Metadata] = {}  # Megatron asks several times
 
     def read(self: dcp.FileSystemReader, *args: Any, **kwargs: Any) -> Metadata:
-        return read_metadata(Path(self.path))
+        folder = Path(self.path)
+        if folder not in seen:
+            seen[folder] = read_metadata(folder)
+        return seen[folder]
 
-    original = dcp.FileSystemReader.read_metadata
-    dcp.FileSystemReader.read_metadata = read
+    def load(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
+        key = read_item.dest_index.fqn
+        try:
+            found = _plain_object(value)
+        except pickle.UnpicklingError:
+            raise UserError(
+                f"{next(reversed(seen))}: {key} is damaged, or more than data, which could run a program: make the folder again"
+            ) from None
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[key], found)
+        else:
+            self.state_dict[key] = found
+
+    index, objects = dcp.FileSystemReader.read_metadata, DefaultLoadPlanner.load_bytes
+    dcp.FileSystemReader.read_metadata, DefaultLoadPlanner.load_bytes = read, load
     try:
         yield
     finally:
-        dcp.FileSystemReader.read_metadata = original
+        dcp.FileSystemReader.read_metadata, DefaultLoadPlanner.load_bytes = index, objects
