@@ -13,13 +13,13 @@ first one starts (compress_plan.py); where there are no rounds, what was not giv
 """
 
 import math
-import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from minitron_megatron.checkpoints.folder import RESULTS, load_json, read_manifest
+from minitron_megatron.cli import spelling
 from minitron_megatron.composing import Stage
 from minitron_megatron.compress_given import name_of
 from minitron_megatron.compress_plan import Checked, Plan, check_compress, make_plan, remember_choices
@@ -171,7 +171,7 @@ def _show_plan(cfg: CompressConfig, plan: Plan) -> None:
         _show_choices(plan)
     for _, stage in plan.stages:
         words = [*stage_words(cfg.start, stage.processes, stage.command), *stage.words, f"output={stage.output}"]
-        console().print(f"$ {shlex.join(words)}", highlight=False, soft_wrap=True)
+        console().print(f"$ {spelling.joined(words)}", highlight=False, soft_wrap=True)
 
 
 def _show_choices(plan: Plan, title: str = "what is chosen, unless it is given") -> None:

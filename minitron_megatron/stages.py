@@ -245,7 +245,7 @@ class Stages:
         """
         options = [*words, *self.words, f"output={output}"]
         words = [*stage_words(self.start, processes, command), *options]
-        line = shlex.join(words)
+        line = spelling.joined(words)
 
         def work() -> None:
             console().print(f"\n$ {line}", style="bold", highlight=False, soft_wrap=True)

@@ -9,7 +9,6 @@ checkpoints/, starts.jsonl (who works on it) and the kernel's list of locks. Not
 
 import math
 import re
-import shlex
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 
 from minitron_megatron.checkpoints.damage import is_damage
 from minitron_megatron.checkpoints.folder import DIVERGED, MANIFEST, METRICS, load_yaml, partial_folder
+from minitron_megatron.cli import spelling
 from minitron_megatron.config import StatusConfig
 from minitron_megatron.console import console, format_time, format_value, print_table
 from minitron_megatron.errors import UserError
@@ -342,7 +342,7 @@ def _how_to_go_on(starts: list[dict[str, Any]], running: bool) -> list[tuple[str
     if running or not starts:
         return []
     directory = str(starts[-1].get("directory", ""))
-    there = f"cd {shlex.quote(directory)} && " if directory and directory != str(Path.cwd()) else ""
+    there = f"cd {spelling.quoted(directory)} && " if directory and directory != str(Path.cwd()) else ""
     return [("continue", there + starts[-1]["command"])]
 
 

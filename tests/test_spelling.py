@@ -2,16 +2,22 @@
 
 import ast
 import os
+import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minitron_megatron import stages
 from minitron_megatron.cli import spelling
 from minitron_megatron.demo_plan import make_plan
 from minitron_megatron.errors import UserError
+from minitron_megatron.plain_text import commented
 from tests.test_commands import ROOT
 from tests.test_demo import VERY_SLOW
 
@@ -81,6 +87,45 @@ def test_a_command_is_spelt_as_this_one(monkeypatch, typed, called, words):
     assert stages.runnable(words)[0] == sys.executable or stages.runnable(words)[0].startswith(
         str(Path(sys.executable).parent)
     )
+
+
+ODD_NAMES = [
+    "o/n\nl/m",
+    "x: 1\ny: 2",
+    "it's\n\\",
+    "\x85a",
+    "a\u2028b",
+    "\x1b[31m",
+    "\udcc3\udcbc",
+    "a\tb",
+    "plain",
+    "a b'c",
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_line_to_paste_is_one_line_and_names_the_same_folder(name):
+    line = spelling.line_of("prune", [f"model={name}"])
+    assert len(line.splitlines()) == 1 and commented(line) == f"# {line}\n"
+    said = subprocess.run(["bash", "-c", f"printf %s {spelling.quoted(name)}"], capture_output=True, check=True).stdout
+    assert said == os.fsencode(name)
+
+
+@given(st.text())
+def test_a_head_is_no_part_of_the_yaml_that_follows(name):
+    head = commented(f"of {name}", spelling.line_of("prune", [f"model={name}"]))
+    assert yaml.safe_load(head + "num_layers: 3\n") == {"num_layers": 3}
+    assert head.encode() and all(line.startswith("# ") for line in head.splitlines())
+
+
+def test_lines_and_heads_are_written_in_one_place():
+    """Words of a user go into lines for the shell by spelling.py, into heads of files by commented()."""
+    package = ROOT / "minitron_megatron"
+    for file in package.rglob("*.py"):
+        text, name = file.read_text(encoding="utf-8"), str(file.relative_to(package))
+        assert "shlex.join" not in text or name == "cli/spelling.py", name
+        heads = re.findall(r'f"#+ [^"]*{', text)
+        assert not heads or name in {"plain_text.py", "report/page.py", "checkpoints/megatron_lm.py"}, (name, heads)
 
 
 @pytest.mark.parametrize(

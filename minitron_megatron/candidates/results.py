@@ -12,6 +12,7 @@ from minitron_megatron.candidates.plan import Candidate, Plan
 from minitron_megatron.checkpoints.folder import RESULTS
 from minitron_megatron.cli.spelling import line_of
 from minitron_megatron.console import console, print_table
+from minitron_megatron.plain_text import commented
 from minitron_megatron.prune.plan import FILE as PLAN
 from minitron_megatron.report.page import write_page
 from minitron_megatron.report.trials import Trial, trial_plots, trial_section, trial_sentences, trial_table
@@ -94,7 +95,8 @@ def write(plan: Plan, found: Mapping[str, Any]) -> None:
     best = found["candidates"][0]
     (winner,) = (one for one in plan.candidates if one.rank == best["rank"])
     kl = best["validation_kl"][str(plan.rungs[-1])]
-    head = f"# Best of {len(plan.candidates)} after {plan.rungs[-1]} steps: validation KL {kl:.4f}.\n# {prune_command(plan)}\n"
+    what = f"Best of {len(plan.candidates)} after {plan.rungs[-1]} steps: validation KL {kl:.4f}."
+    head = commented(what, prune_command(plan))
     write_whole(plan.root / TARGET, head + yaml.safe_dump(winner.ranked.target, sort_keys=False))
     write_whole(plan.root / PLAN, (winner.prune.output / PLAN).read_text(encoding="utf-8"))
     for name, drawn in trial_plots(found).items():

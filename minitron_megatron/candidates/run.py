@@ -14,7 +14,6 @@ candidate=) each decides anew from the files of the rungs before.
 import json
 import logging
 import math
-import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from minitron_megatron.candidates import halving
 from minitron_megatron.candidates.plan import Candidate, Plan, make_plan
 from minitron_megatron.candidates.results import show, summary, write
 from minitron_megatron.checkpoints.folder import DIVERGED, METRICS, load_json
+from minitron_megatron.cli import spelling
 from minitron_megatron.composing import check_root
 from minitron_megatron.config import DistillCandidatesConfig
 from minitron_megatron.console import console, print_table
@@ -292,4 +292,4 @@ def _show_plan(cfg: DistillCandidatesConfig, plan: Plan) -> None:
     stages += [stage for one in plan.candidates for stage in (one.prune, one.distill)]
     for stage in stages:
         words = [*stage_words(cfg.start, stage.processes, stage.command), *stage.words, f"output={stage.output}"]
-        screen.print(f"$ {shlex.join(words)}", highlight=False, soft_wrap=True)
+        screen.print(f"$ {spelling.joined(words)}", highlight=False, soft_wrap=True)

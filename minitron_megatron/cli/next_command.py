@@ -9,7 +9,6 @@ as where the text is, stands there in capitals. Nothing heavy is imported.
 
 import os
 import re
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -72,7 +71,7 @@ def line_of(found: Next, config: CommandConfig) -> str:
 
 def _quoted(word: str) -> str:
     """For the shell: in double quotes where single ones would have to be taken apart, and double ones change nothing."""
-    return f'"{word}"' if "'" in word and not re.search(r'[\\$`"!]', word) else shlex.quote(word)
+    return f'"{word}"' if "'" in word and not re.search(r'[\\$`"!]', word) else spelling.quoted(word)
 
 
 def free_name(path: Path) -> Path:

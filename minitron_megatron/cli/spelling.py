@@ -4,11 +4,15 @@ Lines to paste, stages, help, mistakes and manifests take it from here. A line w
 Python, minitron and launch/ are named as they are found there. Nothing heavy is imported.
 """
 
+import os
+import re
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from minitron_megatron.plain_text import ODD
 
 # The command as it was typed; sys.argv is Hydra's later on.
 TYPED = list(sys.argv)
@@ -52,7 +56,30 @@ def words_after_start(name: str) -> list[str]:
 
 def line_of(name: str, words: Sequence[str] = (), processes: int = 1) -> str:
     """The line that starts a command with its options."""
-    return shlex.join([*program_words(name, processes), *words])
+    return joined([*program_words(name, processes), *words])
+
+
+def joined(words: Iterable[str]) -> str:
+    """Words as one line for the shell, whatever is in them: it can be pasted, and stand in a comment."""
+    return " ".join(map(quoted, words))
+
+
+def quoted(word: str) -> str:
+    """A word for the shell. What is no plain text, such as a line break, is spelt as bash and zsh read it in $'…'."""
+    if not ODD.search(word):
+        return shlex.quote(word)
+    return "$'" + ODD.sub(_in_bytes, re.sub(r"[\\']", r"\\\g<0>", word)) + "'"
+
+
+def _in_bytes(odd: re.Match) -> str:
+    """\\n, or a byte of a name on disk each."""
+    if odd[0] == "\n":
+        return r"\n"
+    try:
+        name = os.fsencode(odd[0])
+    except UnicodeEncodeError:
+        name = odd[0].encode(errors="surrogatepass")
+    return "".join(rf"\x{byte:02x}" for byte in name)
 
 
 def minitron_words() -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from minitron_megatron.cli.spelling import joined
 from minitron_megatron.report import plots
 from minitron_megatron.report.folders import RunFolder
 from minitron_megatron.report.page import Figure, Section, Table
@@ -203,4 +204,4 @@ def _command(folder: RunFolder) -> str:
     start = ["minitron", folder.command] if words[0] == "minitron" else ["python", f"launch/{folder.command}.py"]
     if many > 1:
         start = ["minitron", "--nproc-per-node", str(many), folder.command]
-    return shlex.join([*start, *options])
+    return joined([*start, *options])

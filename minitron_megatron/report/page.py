@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jinja2
 
-from minitron_megatron.plain_text import escaped
+from minitron_megatron.plain_text import escaped, one_line
 from minitron_megatron.report.plots import CSS_COLOURS
 
 # Cells of so many characters stay in one line.
@@ -103,9 +103,9 @@ def inline(figure: Figure, prefix: str) -> str:
 
 def write_card(file: Path, title: str, subtitle: str, sections: Sequence[Section]) -> None:
     """Write the sections of a model card as Markdown."""
-    lines = [f"<!-- {MARK} -->", f"# {title}", "", subtitle]
+    lines = [f"<!-- {MARK} -->", f"# {one_line(title)}", "", subtitle]
     for section in (one for one in sections if one.card):
-        lines += ["", f"## {section.title}"]
+        lines += ["", f"## {one_line(section.title)}"]
         if section.text:
             lines += ["", section.text]
         for table in section.tables:

@@ -28,6 +28,7 @@ from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.tools import tool_job
+from minitron_megatron.plain_text import commented
 from minitron_megatron.report import plots
 from minitron_megatron.search.budget import QUANTITIES, Budget
 from minitron_megatron.search.found import FILE, TARGETS, Source, target_file
@@ -234,7 +235,8 @@ def _write_candidates(
 def _write_targets(folder: Path, ranked: list[Candidate], commands: list[str]) -> None:
     (folder / TARGETS).mkdir()
     for one, command in zip(ranked, commands, strict=True):
-        head = f"# Rank {one.rank}: {one.costs['parameters']:,} parameters, predicted damage {one.loss:.4f}.\n# {command}\n"
+        what = f"Rank {one.rank}: {one.costs['parameters']:,} parameters, predicted damage {one.loss:.4f}."
+        head = commented(what, command)
         (folder / one.file).write_text(head + yaml.safe_dump(one.target, sort_keys=False), encoding="utf-8")
 
 

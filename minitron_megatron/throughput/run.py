@@ -11,7 +11,6 @@ import difflib
 import json
 import logging
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron_megatron.checkpoints.folder import COMPUTED_IN, Output
+from minitron_megatron.cli.spelling import joined
 from minitron_megatron.config import ThroughputConfig
 from minitron_megatron.console import console, format_value, print_table, progress
 from minitron_megatron.ending import Stopped
@@ -256,7 +256,7 @@ class _Measuring:
         """Run a program; lines of JSON on its standard output are rows, all else goes to a log. Raises UserError."""
         file = self.folder / LOGS / f"{work.engine}_{source.name}.log"
         with open(file, "a", encoding="utf-8") as errors:
-            print(f"$ {shlex.join(words)}", file=errors, flush=True)
+            print(f"$ {joined(words)}", file=errors, flush=True)
             child = subprocess.Popen(
                 words, env=dict(environment), stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
             )
@@ -299,7 +299,7 @@ def _say_what_would_be(cfg: ThroughputConfig, sources: Sequence[Source], device:
             work = _work(cfg, source, "tensorrt_llm", device, made)
             for batch in work.batches:
                 words = tensorrt_llm.command(work, source.name, batch, made / REQUESTS, cfg.tensorrt_llm.image)
-                console().print(shlex.join(words), highlight=False, soft_wrap=True)
+                console().print(joined(words), highlight=False, soft_wrap=True)
 
 
 def _show(cfg: ThroughputConfig, rows: Sequence[Row]) -> None:
