@@ -26,6 +26,7 @@ from minitron_megatron.checkpoints.reading import WeightReader, read_metadata, s
 from minitron_megatron.errors import UserError
 
 PICKLE = pickle.PROTO + b"\x02"
+DOUBLED = b")q\x00" + b"h\x00h\x00\x86q\x00" * 30
 
 
 @pytest.fixture
@@ -110,11 +111,11 @@ def test_no_class_is_given_a_state(tmp_path, name):
 @pytest.mark.parametrize(
     "steps",
     {
-        # Each in the next one twice: to print or hash it takes 2 to the power of 60 steps.
-        "a key": b"}" + b")" + b"2\x86" * 60 + b"K\x01s.",
-        "a size": b")" + b"2\x86" * 60 + b".",
-        "itself": b")" + b"h\x00h\x00\x86q\x00" * 60 + b".",
-        "a set": b"\x8f(" + b")q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"\x90.",
+        # Each in the next one twice: to hash or to print it takes 2 to the power of 30 steps.
+        "a key": b"}q\x01" + DOUBLED + b"h\x01h\x00K\x01s.",
+        "keys": b"}q\x01" + DOUBLED + b"h\x01(h\x00K\x01u.",
+        "a size": DOUBLED + b"h\x00.",
+        "a set": b"\x8f" + DOUBLED + b"(h\x00\x90.",
         "more than there is": b"\x8d" + b"\xff" * 7 + b"\x00" + b"x.",
         "a long frame": b"\x95" + b"\xff" * 7 + b"\x00.",
         "a place far away": b"r\xff\xff\xff\xff.",
