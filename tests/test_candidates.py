@@ -130,7 +130,10 @@ class Here:
         self.gloo, self.at, self.ran = gloo, at, []
 
     def __call__(self, program: list[str], processes: int) -> tuple[int, str]:
-        name, config = Path(program[1]).stem, compose(Path(program[1]).stem, program[2:])
+        # Python, then launch/NAME.py or -m minitron_megatron NAME.
+        name, *given = program[3:] if program[1] == "-m" else program[1:]
+        name = Path(name).stem
+        config = compose(name, given)
         self.at(len(self.ran), config)
         stop = f" {config.trainer.stop_after}" if name == "distill" else ""
         self.ran.append(f"{name} {Path(config.output).parent.name}{stop}")

@@ -189,6 +189,28 @@ def test_importing_the_commands_leaves_signals_alone():
     assert "default_int_handler" in done.stdout and "SIG_DFL" in done.stdout
 
 
+IGNORES = """
+import os, signal
+for number in (signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_IGN)
+from minitron_megatron import ending, first_moments
+first = first_moments.handle_first_signals()
+os.kill(os.getpid(), signal.SIGINT)
+first_moments.give_back(first)
+ending.handle_signals()
+for number in (signal.SIGINT, signal.SIGUSR1):
+    os.kill(os.getpid(), number)
+print("goes on", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_signal_that_who_started_a_command_has_it_ignore_is_ignored():
+    """As a shell has what it starts in the background ignore Ctrl-C, before a command has imported anything and later."""
+    done = subprocess.run([sys.executable, "-c", IGNORES], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "goes on\n" and "by SIGTERM" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_the_demo_measures_the_machine_is_one_line_and_ends_the_measuring(number, status):
     measure = "from minitron_megatron.cli.main import ends_in_one_line as e\nwith e():\n    from minitron_megatron"

@@ -3,11 +3,12 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hydra import initialize_config_dir
 
-from minitron_megatron import choosing, compress_given, compress_source, status
+from minitron_megatron import choosing, compress_given, compress_source, pace, status
 from minitron_megatron import compress as compressing
 from minitron_megatron.checkpoints import stamps
 from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
@@ -440,3 +441,15 @@ def test_small_models_are_planned_by_their_small_operations():
         )
         work = Work(length=32, calibration=1, windows=1, steps=100, batch=batch, micro=micro, data=1, validated=0)
         assert seconds_of_stages(pair, work, pace, 1)["distill"] / 100 == pytest.approx(seconds, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("threads", "processes", "cores"), [("", 1, 8), ("", 2, 8), ("", 3, 6), ("1", 2, 2), ("9", 2, 8), ("x", 8, 8)]
+)
+def test_a_machines_pace_is_that_of_the_cores_that_stages_have(monkeypatch, threads, processes, cores):
+    """Three products of 2 · 512 · hidden · ffn operations in a second here; OMP_NUM_THREADS is that of each process."""
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setattr(pace, "usable_cores", lambda: 8)
+    monkeypatch.setattr(pace, "_least", lambda work: work() or 0.5)
+    sizes = SimpleNamespace(hidden_size=8, ffn_of_layers=(12, 16))
+    assert pace._flops(sizes, "float32", processes) == 3 * 2 * 512 * 8 * 16 / 0.5 * cores

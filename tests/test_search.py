@@ -516,14 +516,14 @@ def test_a_space_of_any_model_keeps_to_its_multiples(hidden, ffn, groups, heads)
         assert settled.multiple in (1, 128) or len(sizes) > 8
     # An axis of one size is one that is explained.
     varied = dict(zip(SIZES, (space.layers, space.hidden, space.ffn, *map(np.unique, space.heads.T)), strict=True))
-    why = frozen_axes(source, settled, space)
-    assert set(why) == {name for name, sizes in varied.items() if len(sizes) == 1}
-    # It is the multiple where no smaller size is one of it, and only there.
-    for name, whole, of in (("hidden_size", hidden, settled.multiple), ("ffn_hidden_size", ffn, settled.multiple)):
-        step = math.lcm(of, settled.tensor) if name == "ffn_hidden_size" else of
-        half = -(-whole // 2)
-        if name in why and half < whole:
-            assert ("no size is a multiple of" in why[name]) == (-(-half // step) * step >= whole), why
+    assert set(frozen_axes(source, settled, space)) == {name for name, sizes in varied.items() if len(sizes) == 1}
+    # It is the multiple where no smaller size is one of it, and only there; else the heads, where exports want them.
+    for one in (space, make_space(source, SpaceConfig(), PruneOptions())):
+        why = frozen_axes(source, settled, one)
+        for name, whole, of in (("hidden_size", hidden, 1), ("ffn_hidden_size", ffn, settled.tensor)):
+            step, half = math.lcm(settled.multiple, of), -(-whole // 2)
+            if name in why and half < whole:
+                assert ("no size is a multiple of" in why[name]) == (-(-half // step) * step >= whole), why
 
 
 def test_a_search_says_what_does_not_vary_and_why(source, scores_folder, tmp_path, caplog):
