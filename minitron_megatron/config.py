@@ -1042,7 +1042,9 @@ class EvaluateConfig(CommandConfig):
         16, "tasks that generate: prompts that a data-parallel rank answers at once", decides=FREE, when=beside("tasks")
     )
     confirm_run_unsafe_code: bool = option(
-        False, "run what the model writes, for tasks that judge it so, such as mbpp", when=beside("tasks")
+        False,
+        "run what the model writes, for tasks that judge it so, such as mbpp, and functions that your own task files name",
+        when=beside("tasks"),
     )
     trainer: BatchConfig = group(BatchConfig)
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from minitron_megatron.data.datasets import Windows
 from minitron_megatron.data.folder import open_data
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.evaluate import evaluate
-from minitron_megatron.evaluate.harness import Loaded, _set_examples, load, wanted_tasks
+from minitron_megatron.evaluate.harness import Loaded, _set_examples, load, load_tasks, wanted_tasks
 from minitron_megatron.evaluate.hf import digest_of, hf_perplexity, load_hf, load_model
 from minitron_megatron.evaluate.perplexity import loss_figures
 from tests.test_commands import error_of, run
@@ -325,6 +326,33 @@ def test_a_task_that_runs_what_a_model_writes_must_be_confirmed(made, tasks, tmp
     )
     loaded = load({str(file): 2}, fewshot=None, seed=1, unsafe=True)
     assert loaded.tasks["write"].get_config("num_fewshot") == 2
+
+
+def test_functions_beside_a_task_file_run_where_that_is_confirmed(tasks, tmp_path):
+    file = tmp_path / "code.yaml"
+    file.write_text(Path(tasks["write"]).read_text() + "process_results: !function judging.judge\n")
+    (tmp_path / "judging.py").write_text(
+        f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\ndef judge(doc, said): pass\n"
+    )
+    with pytest.raises(
+        UserError, match=r"names the function judging\.judge, which is code of its own: set confirm_run"
+    ):
+        load({str(file): 0}, fewshot=None, seed=1)
+    assert not (tmp_path / "ran").exists()
+    load({str(file): 0}, fewshot=None, seed=1, unsafe=True)
+    assert (tmp_path / "ran").exists()
+
+
+def test_templates_of_a_task_file_reach_no_program(tasks, tmp_path):
+    payload = "{{ cycler.__init__.__globals__.os.mkdir('%s') }}" % (tmp_path / "ran")
+    text = Path(tasks["words"]).read_text()
+    file = tmp_path / "words.yaml"
+    changed = re.sub(r"(?m)^doc_to_text:.*$", lambda _: f'doc_to_text: "{payload}"', text)
+    assert changed != text
+    file.write_text(changed)
+    with pytest.raises(UserError, match=r"access to attribute .__init__. .* is unsafe"):
+        load_tasks([str(file)], fewshot=0, limit=1, seed=1)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_tasks_own_number_of_examples_goes_before_fewshot(tasks):

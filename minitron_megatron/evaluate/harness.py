@@ -18,6 +18,7 @@ import numpy as np
 
 from minitron_megatron.data.questions import lengths, margin
 from minitron_megatron.errors import UserError, in_one_line
+from minitron_megatron.evaluate.task_files import functions_of, sandbox_templates
 from minitron_megatron.launcher import CONF
 
 log = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ def load(wanted: Mapping[str, int | None], *, fewshot: int | None, seed: int, un
         wanted: names of lm-evaluation-harness, or paths of .yaml task files, with the examples before each question.
         fewshot: examples where `wanted` has None; None for the task's own number.
         seed: draws the examples, and whatever else a task draws.
-        unsafe: tasks that run what the model writes are meant.
+        unsafe: tasks that run what the model writes, or functions of their own, are meant.
     """
     found = Loaded({}, {})
     for _, loaded in _each(list(wanted.items()), fewshot, seed, unsafe):
@@ -137,6 +138,7 @@ def _each(
     """Each name with what the harness has of it, ready to be asked; see `load`."""
     from lm_eval.tasks import TaskManager
 
+    sandbox_templates()
     random.seed(seed)
     np.random.seed(seed)
     # Reading the index of its 14,000 tasks takes seconds.
@@ -172,7 +174,7 @@ def _load(manager: Any, name: str, unsafe: bool) -> dict[str, Any]:
         if (said or {}).get("unsafe_code"):
             # Loading such a task runs code already, to see whether it may.
             _check_unsafe(name, unsafe)
-        with offline():
+        with offline(), functions_of(OWN, unsafe):
             return manager.load([name])
     except UserError:
         raise
