@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from minitron_megatron.asked import Asked
 from minitron_megatron.changing import free_options
 from minitron_megatron.checkpoints.folder import check_space
 from minitron_megatron.chosen import Choices, Pair
@@ -59,7 +60,7 @@ class Plan:
     rounds: list[Round]
     last: list[Stage]
     chosen: Choices | None
-    asked: Any = None
+    asked: Asked | None = None
 
     @property
     def stages(self) -> list[tuple[str, Stage]]:
@@ -157,16 +158,17 @@ def _typed(cfg: CompressConfig, stage: str) -> dict[str, Any]:
         return {key: typed.get(key, value) for key, value in own_options(cfg, stage).items()}
 
 
-def _choose(cfg: CompressConfig, source: Source, checked: Checked, device: str) -> tuple[CompressConfig, Choices, Any]:
+def _choose(
+    cfg: CompressConfig, source: Source, checked: Checked, device: str
+) -> tuple[CompressConfig, Choices, Asked]:
     """The config with its length settled, everything else that is chosen, as before where it was chosen before, and for what."""
     # Torch's: the machine is measured.
     from minitron_megatron.choosing import choose, choose_length
 
     length, why = choose_length(cfg, source.shape, source.text, device)
     cfg = replace(cfg, data=replace(cfg.data, sequence_length=length))
-    asked = json.loads(
-        json.dumps([_lasting(cfg), source.inputs, vars(source.text) if source.text else None], default=str)
-    )
+    text = {f"text.{name}": value for name, value in vars(source.text).items()} if source.text else {}
+    asked = Asked.now({**_lasting(cfg), **text}, source.inputs, frozenset())
     chosen = _chosen_before(Path(cfg.output) / CHOSEN, asked)
     if chosen is None:
         chosen = choose(cfg, Pair(source.shape, checked.student), source.text, device, checked.given)
@@ -176,7 +178,8 @@ def _choose(cfg: CompressConfig, source: Source, checked: Checked, device: str) 
 
 def remember_choices(root: Path, plan: Plan) -> None:
     """Keep what was chosen: a run that continues, perhaps on another machine, goes on with it."""
-    write_json(root / CHOSEN, {"asked": plan.asked, **asdict(plan.chosen)})
+    asked = json.loads(json.dumps(plan.asked.record(), default=str))
+    write_json(root / CHOSEN, {"asked": asked, **asdict(plan.chosen)})
 
 
 def _lasting(cfg: CompressConfig) -> dict[str, Any]:
@@ -189,14 +192,15 @@ def _lasting(cfg: CompressConfig) -> dict[str, Any]:
     return found
 
 
-def _chosen_before(file: Path, asked: Any) -> Choices | None:
+def _chosen_before(file: Path, asked: Asked) -> Choices | None:
     """What an earlier run with the same options chose, on whatever machine."""
     try:
         values = read_json(file)
-        if values["asked"] != asked:
+        before = Asked.read(values["asked"], frozenset())
+        if before.as_spelt_in(asked).fingerprint() != asked.fingerprint():
             return None
         return Choices(dict(values["options"]), [tuple(line) for line in values["lines"]], dict(values["seconds"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

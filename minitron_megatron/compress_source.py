@@ -120,5 +120,5 @@ def _import_stage(cfg: CompressConfig, hf: HfFolder) -> Stage:
 
 def _stamp(files: list[Path]) -> str:
     """What tells that files have changed, without reading them."""
-    stats = [(str(file), file.stat()) for file in files]
+    stats = [(file.name, file.stat()) for file in files]
     return "; ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)

@@ -42,6 +42,7 @@ def option(
     *,
     decides: str = ARITHMETIC,
     when: Effect | tuple[Effect, ...] = (),
+    path: bool = False,
 ) -> Any:
     """A config field with its line of documentation.
 
@@ -50,9 +51,10 @@ def option(
         choices: its allowed values, where there are some.
         decides: what of the result it decides: whether it may change when a run continues (effects.py, changing.py).
         when: when it has an effect; where it has none, that is said (effects.py, idle.py).
+        path: whether it names a file or folder, or several: two spellings of one path are then the same value (changing.py).
     """
     effects = when if isinstance(when, tuple) else (when,)
-    metadata = {"doc": doc, "choices": choices, "decides": decides, "when": effects}
+    metadata = {"doc": doc, "choices": choices, "decides": decides, "when": effects, "path": path}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -116,7 +118,7 @@ class ParallelConfig:
 class ModelConfig:
     """A model: its folder, or the sizes of a preset in conf/model."""
 
-    path: str | None = option(None, "model folder (model=FOLDER sets it)")
+    path: str | None = option(None, "model folder (model=FOLDER sets it)", path=True)
     engine: str = option(
         "auto",
         "layers: te (Transformer Engine), local (Megatron's own), auto: te for bf16 on CUDA if installed, else local",
@@ -160,6 +162,7 @@ class DataConfig:
         REQUIRED,
         "data folder (the output of prepare_data), or a blend: [weight,folder,weight,folder,…]",
         decides=SAMPLES,
+        path=True,
     )
     sequence_length: int | None = option(
         None,
@@ -252,6 +255,7 @@ class TrainerConfig:
         None,
         "run folder, or one of its checkpoints/step_…, of another output to begin with, with other options "
         "(docs/continuing.md)",
+        path=True,
     )
     start_with: str = option(
         "everything",
@@ -497,7 +501,9 @@ class CalibrationConfig:
     """Tokenised text where a command can do without."""
 
     path: Any = option(
-        None, "data folder or blend: to measure scores where none are given, and for the loss right after the cut"
+        None,
+        "data folder or blend: to measure scores where none are given, and for the loss right after the cut",
+        path=True,
     )
     sequence_length: int | None = option(
         None,
@@ -575,7 +581,9 @@ class DistillOptions:
         True, "intermediate: compare the embeddings too", when=beside("distill.intermediate")
     )
     cache: str | None = option(
-        None, "answers of the teacher on disk (the output of cache_teacher), which then need not run; needs topk_kl"
+        None,
+        "answers of the teacher on disk (the output of cache_teacher), which then need not run; needs topk_kl",
+        path=True,
     )
     teacher_ahead: int | None = option(
         None,
@@ -621,7 +629,7 @@ class CommandConfig:
     measures_time = False
     unread = ()
 
-    output: str = option(REQUIRED, "folder to write; appears whole or not at all", decides=FREE)
+    output: str = option(REQUIRED, "folder to write; appears whole or not at all", decides=FREE, path=True)
     parallel: ParallelConfig = group(ParallelConfig, decides=FREE)
     seed: int = option(1234, "seed of everything that is drawn", decides=SAMPLES)
     device: str = option(
@@ -647,7 +655,7 @@ class DemoConfig(CommandConfig):
 
     unread = (*_RUNS_NO_MODEL, "verify")
 
-    output: str = option("outputs/demo", "folder of all stages", decides=FREE)
+    output: str = option("outputs/demo", "folder of all stages", decides=FREE, path=True)
     minutes: float = option(15, "most minutes to plan for: a slower machine does less", when=without("short"))
     short: bool = option(False, "a short form that shows that every stage works")
 
@@ -665,7 +673,7 @@ class ImportHfConfig(CommandConfig):
 
     unread = (*_RUNS_NO_MODEL, "seed", "verify")
 
-    hf: str = option(REQUIRED, "Hugging Face model folder with safetensors weights")
+    hf: str = option(REQUIRED, "Hugging Face model folder with safetensors weights", path=True)
     ignore_keys: list[str] = option(
         [], "keys of config.json that are not known, and change nothing of what the model computes"
     )
@@ -677,8 +685,12 @@ class ImportNemoConfig(CommandConfig):
 
     unread = (*_RUNS_NO_MODEL, "seed", "verify")
 
-    nemo: str = option(REQUIRED, "NeMo 2 checkpoint folder, .nemo archive, or folder that one was unpacked in")
-    tokenizer: str | None = option(None, "folder with a Hugging Face tokenizer, instead of the checkpoint's own")
+    nemo: str = option(
+        REQUIRED, "NeMo 2 checkpoint folder, .nemo archive, or folder that one was unpacked in", path=True
+    )
+    tokenizer: str | None = option(
+        None, "folder with a Hugging Face tokenizer, instead of the checkpoint's own", path=True
+    )
     vocab_size: int | None = option(
         None, "tokens, where further rows of the embedding are padding; all rows if not given"
     )
@@ -706,6 +718,7 @@ class PrepareDataConfig(CommandConfig):
         REQUIRED,
         "text file, .jsonl or .ndjson (also .gz, .bz2, .xz, .zst), .parquet, a folder of them, a pattern in quotes "
         "('texts/*.jsonl'), or a list of those",
+        path=True,
     )
     model: ModelConfig = group(ModelConfig)
     validation_fraction: float = option(0.05, "share of the documents that goes to the validation split")
@@ -738,9 +751,9 @@ class AdoptDataConfig(CommandConfig):
     unread = (*_RUNS_NO_MODEL, "seed", "verify")
 
     train: str = option(
-        REQUIRED, "prefix of the train split: PREFIX.bin and PREFIX.idx, whole documents with --append-eod"
+        REQUIRED, "prefix of the train split: PREFIX.bin and PREFIX.idx, whole documents with --append-eod", path=True
     )
-    validation: str = option(REQUIRED, "prefix of the validation split")
+    validation: str = option(REQUIRED, "prefix of the validation split", path=True)
     model: ModelConfig = group(ModelConfig)
 
 
@@ -765,8 +778,12 @@ class LayersConfig(CommandConfig):
     block: Any = option(1, "consecutive layers to remove: a number, or a list such as [1,2,16] measured in one pass")
     samples: int = option(64, "at most so many samples of data.sequence_length tokens")
     split: str = option("validation", "which split of the data", ("train", "validation"))
-    questions: str | None = option(None, 'JSONL of {"context": …, "choices": […], "answer": n}; see data/questions.py')
-    tasks: list[str] = option([], "multiple-choice tasks of lm-evaluation-harness by name, or paths of task files")
+    questions: str | None = option(
+        None, 'JSONL of {"context": …, "choices": […], "answer": n}; see data/questions.py', path=True
+    )
+    tasks: list[str] = option(
+        [], "multiple-choice tasks of lm-evaluation-harness by name, or paths of task files", path=True
+    )
     fewshot: int | None = option(
         None, "examples before each question of tasks=; the task's own number if not given", when=beside("tasks")
     )
@@ -795,7 +812,9 @@ class MergeScoresConfig(CommandConfig):
 
     unread = (*_RUNS_NO_MODEL, "seed", "verify")
 
-    scores: list[str] = option([], "scores folders of the same model, aggregation and sequence length, two or more")
+    scores: list[str] = option(
+        [], "scores folders of the same model, aggregation and sequence length, two or more", path=True
+    )
 
 
 @dataclass
@@ -813,6 +832,7 @@ class BudgetConfig:
     table: str | None = option(
         None,
         "CSV of measured shapes of this architecture: the sizes that vary, and latency_ms or tokens_per_second (docs/search.md)",
+        path=True,
     )
     at_least: float = option(0.9, "share of a limit that a shape must use, so that small ones are not listed")
     batch: int = option(1, "memory_gib: sequences in the key-value cache")
@@ -874,9 +894,9 @@ class SearchConfig(CommandConfig):
     unread = (*_RUNS_NO_MODEL, "seed", "verify")
 
     model: ModelConfig = group(ModelConfig)
-    scores: str | None = option(None, "scores folder (the output of importance); a dry run can do without")
+    scores: str | None = option(None, "scores folder (the output of importance); a dry run can do without", path=True)
     layers: str | None = option(
-        None, "layer analysis (the output of layers): prices blocks by it, rather than by scores"
+        None, "layer analysis (the output of layers): prices blocks by it, rather than by scores", path=True
     )
     budget: BudgetConfig = group(BudgetConfig)
     space: SpaceConfig = group(SpaceConfig)
@@ -890,13 +910,18 @@ class PruneConfig(CommandConfig):
     """Scores and a target, or a plan, into a smaller model."""
 
     model: ModelConfig = group(ModelConfig)
-    scores: str | None = option(None, "scores folder (the output of importance); measured first if not given")
+    scores: str | None = option(
+        None, "scores folder (the output of importance); measured first if not given", path=True
+    )
     layers: str | None = option(
         None,
         "layer analysis (the output of layers): target.num_layers drops its best block",
         when=without("drop_layers", refused=True),
+        path=True,
     )
-    plan: str | None = option(None, "plan.yaml of an earlier pruning, perhaps edited; stands for scores and target")
+    plan: str | None = option(
+        None, "plan.yaml of an earlier pruning, perhaps edited; stands for scores and target", path=True
+    )
     target: TargetConfig = group(TargetConfig)
     prune: PruneOptions = group(PruneOptions, when=without("plan"))
     drop_layers: list[int] = option([], "layers to drop by number, from 0, rather than by importance")
@@ -1007,7 +1032,7 @@ def tokens_of_run(cfg: TrainingConfig | CacheTeacherConfig) -> int:
 class EvaluateDataConfig(DataConfig):
     """Tokenised text for the perplexity."""
 
-    path: Any = option(None, "data folder or blend, for loss, perplexity and teacher=")
+    path: Any = option(None, "data folder or blend, for loss, perplexity and teacher=", path=True)
 
 
 @dataclass
@@ -1019,6 +1044,7 @@ class EvaluateConfig(CommandConfig):
     hf: str | None = option(
         None,
         "in place of model=: a Hugging Face folder, judged on data.path= and tasks= by transformers, in one process",
+        path=True,
     )
     teacher: ModelConfig = group(
         ModelConfig, "model folder that model= is compared with on the data: loss of both, KL divergence, agreement"
@@ -1031,6 +1057,7 @@ class EvaluateConfig(CommandConfig):
     tasks: Any = option(
         None,
         "tasks or groups of lm-evaluation-harness, or paths of task files: [name,…], or with examples {name: 5, …}",
+        path=True,
     )
     fewshot: int | None = option(
         None,
@@ -1057,7 +1084,7 @@ class ExportHfConfig(CommandConfig):
 
     model: ModelConfig = group(ModelConfig)
     max_shard_gb: float = option(5.0, "largest file of weights, in GB (10^9 bytes)")
-    results: list[str] = option([], "evaluations of this model (outputs of evaluate) for its card")
+    results: list[str] = option([], "evaluations of this model (outputs of evaluate) for its card", path=True)
     base_model: str | None = option(None, "for the card: the source's name on Hugging Face; its cache's if not given")
     license: str | None = option(None, "for the card: Hugging Face's identifier of the license, as llama3.1")
 
@@ -1102,7 +1129,9 @@ class ThroughputConfig(CommandConfig):
     unread = ("verify",)
 
     models: Any = option(
-        {}, "what to measure, {name: folder, …}: model folders or Hugging Face ones; the first is the reference"
+        {},
+        "what to measure, {name: folder, …}: model folders or Hugging Face ones; the first is the reference",
+        path=True,
     )
     engine: list[str] = option(
         ["megatron", "transformers"],
@@ -1142,6 +1171,7 @@ class ChainDataConfig:
         REQUIRED,
         "data folder (the output of prepare_data), or a blend: [weight,folder,weight,folder,…]",
         decides=SAMPLES,
+        path=True,
     )
     sequence_length: int | None = option(
         None,
@@ -1157,6 +1187,7 @@ class CompressDataConfig(ChainDataConfig):
     path: Any = option(
         None,
         "data folder (the output of prepare_data), or a blend: [weight,folder,weight,folder,…]; input= in its place",
+        path=True,
     )
     max_epochs: float | None = option(
         None, "how often a distillation may read the data; 1 if not given, or 4 where steps are chosen by the text"
@@ -1167,8 +1198,8 @@ class CompressDataConfig(ChainDataConfig):
 class CompressConfig(CommandConfig):
     """A model and text into a smaller model, exported, with a report: in one round to a budget or target, or in given rounds."""
 
-    hf: str | None = option(None, "Hugging Face folder, in place of model=: imported first")
-    input: Any = option(None, "text, in place of data.path=: tokenised first, as input= of prepare_data")
+    hf: str | None = option(None, "Hugging Face folder, in place of model=: imported first", path=True)
+    input: Any = option(None, "text, in place of data.path=: tokenised first, as input= of prepare_data", path=True)
     model: ModelConfig = group(ModelConfig, "model folder, or a preset in a dry run")
     data: CompressDataConfig = group(CompressDataConfig)
     budget: BudgetConfig = group(BudgetConfig)
@@ -1210,13 +1241,14 @@ class HalvingConfig:
 class DistillCandidatesConfig(CommandConfig):
     """A short distillation of each shape that search found, the hopeless ones stopped early; the best by validation KL."""
 
-    found: str = option(REQUIRED, "shapes to try (the output of search)")
+    found: str = option(REQUIRED, "shapes to try (the output of search)", path=True)
     ranks: Any = option(None, "which of them, by their rank, as [1,3,7]; all that are ranked if not given")
     data: ChainDataConfig = group(ChainDataConfig)
     cache: Any = option(
         True,
         "true: the teacher answers once, on disk, for all candidates; false: it runs beside each; FOLDER: its answers are there "
         "(the output of cache_teacher)",
+        path=True,
     )
     cache_teacher: Any = option({}, "options of cache_teacher, and processes", when=only_with("cache", True))
     prune: Any = option({}, "options of prune, and processes")
@@ -1362,10 +1394,12 @@ class ReportConfig(CommandConfig):
     unread = (*_RUNS_NO_MODEL, "seed", "verify")
 
     output: str = option(
-        REQUIRED, "folder for report.html and report.md; or one file, NAME.html or NAME.md", decides=FREE
+        REQUIRED, "folder for report.html and report.md; or one file, NAME.html or NAME.md", decides=FREE, path=True
     )
     folders: Any = option(
-        REQUIRED, "an output folder or one that has some in it at any depth, or several: [outputs/a,outputs/b]"
+        REQUIRED,
+        "an output folder or one that has some in it at any depth, or several: [outputs/a,outputs/b]",
+        path=True,
     )
     student: str | None = option(
         None,
@@ -1405,6 +1439,7 @@ class Option:
     choices: tuple[Any, ...]
     decides: str = ARITHMETIC
     when: tuple[Effect, ...] = ()
+    path: bool = False
 
 
 def options(
@@ -1419,7 +1454,7 @@ def options(
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         kind = f.type.__name__ if isinstance(f.type, type) else str(f.type)
         of, told = f.metadata, (decides or f.metadata["decides"], (*when, *f.metadata["when"]))
-        yield Option(prefix + f.name, kind, default, of["doc"], of["choices"], *told)
+        yield Option(prefix + f.name, kind, default, of["doc"], of["choices"], *told, of["path"])
     for f in fields(config):
         if _nested(f):
             inner = decides or f.metadata["decides"], (*when, *f.metadata["when"])

@@ -33,7 +33,7 @@ from minitron_megatron.models.fp8 import ScalesBefore
 from minitron_megatron.report.folders import find
 from minitron_megatron.report.lineage import trace
 from minitron_megatron.report.training import _summary
-from minitron_megatron.train import checks, saved
+from minitron_megatron.train import saved
 from minitron_megatron.train.begin import check_beginning
 from minitron_megatron.train.checks import check_run_folder
 from minitron_megatron.train.distill_checks import check_distill
@@ -93,7 +93,7 @@ def test_the_page_has_what_stands_beside_the_options():
 
 def test_every_option_that_changes_is_refused_or_not_by_what_it_decides(tmp_path, monkeypatch):
     """Each option of a training in turn, on an unfinished run and on a finished one; those of the cases by name."""
-    for module in (checks, folder):
+    for module in (saved, folder):
         monkeypatch.setattr(module, "load_yaml", cache(load_yaml))
     cfg = DistillConfig(output=str(tmp_path / "run"))
     cfg.trainer.steps, cfg.data.path = 6, "data"

@@ -132,6 +132,9 @@ def test_what_every_command_reads_is_known():
     named = {option.name for command in COMMANDS.values() for option in with_text(command.config)}
     unknown = {n for n in named - set(READ) if not set(n.split(".")) & set(NOT_READ)}
     assert not unknown and not set(READ) - named
+    # What names files is compared as paths are; a report's model may be a name.
+    kinds = [command.config for command in COMMANDS.values() if command.name != "status"]
+    assert {one.name for kind in kinds for one in all_options(kind) if one.path} == {*READ, "output"}
 
 
 def with_text(config: type) -> list[Option]:

@@ -14,12 +14,14 @@ candidate=) each decides anew from the files of the rungs before.
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minitron_megatron.asked import STARTED_IN, as_spelt_now
 from minitron_megatron.candidates import halving
 from minitron_megatron.candidates.plan import Candidate, Plan, make_plan
 from minitron_megatron.candidates.results import show, summary, write
@@ -88,6 +90,7 @@ def _check_settings(plan: Plan) -> None:
     before = load_json(file, AGAIN)
     # As they are read again.
     now = json.loads(json.dumps(plan.settings))
+    before = as_spelt_now(before, before.pop(STARTED_IN, None), now)
     differ = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if differ:
         key, *others = differ
@@ -168,7 +171,7 @@ def _prepare(cfg: DistillCandidatesConfig, plan: Plan) -> None:
     """What all candidates need: the settings, and the teacher's cache."""
     plan.root.mkdir(parents=True, exist_ok=True)
     if not (plan.root / SETTINGS).is_file():
-        write_json(plan.root / SETTINGS, plan.settings)
+        write_json(plan.root / SETTINGS, {STARTED_IN: os.getcwd(), **plan.settings})
     if plan.cache:
         stage, stages = plan.cache, Stages(plan.root / STAGES_FILE, inputs=plan.inputs, start=cfg.start)
         stages.command("the teacher's cache", stage.output, stage.command, *stage.words, processes=stage.processes)

@@ -7,6 +7,7 @@
 A model folder holds model.yaml (its shape), weights/ (Megatron distributed checkpoint), tokenizer/ and manifest.yaml.
 """
 
+import contextlib
 import datetime
 import errno
 import hashlib
@@ -27,7 +28,8 @@ from typing import Any
 import yaml
 
 from minitron_megatron import __version__
-from minitron_megatron.changing import decisive, differences, in_words
+from minitron_megatron.asked import STARTED_IN, Asked
+from minitron_megatron.changing import differences, in_words
 from minitron_megatron.checkpoints.locks import lock, unlock
 from minitron_megatron.checkpoints.stamps import PREFIX, for_all_nodes, say_others
 from minitron_megatron.cli.starting import seconds_of_process, seconds_starting
@@ -47,7 +49,7 @@ RESULTS, METRICS = "results.json", "metrics.jsonl"
 DIVERGED = "diverged.txt"
 log = logging.getLogger(__name__)
 
-# In a partial folder that can be continued: the fingerprint of what it was to become, and what models compute in.
+# In a partial folder that can be continued: what it was asked for, and what models compute in.
 _MADE_OF = ".made-of"
 COMPUTED_IN = ".computed-in"
 # What a partial folder has of its own, beside what will be in the whole one.
@@ -84,13 +86,12 @@ def check_output(
     anew: bool = False,
 ) -> None:
     """Raise, before the work begins, the UserError that output_folder would; `inputs` are those that are known by then."""
-    what = _plain(config, free)
+    asked = Asked.now(config, inputs, free)
 
-    def same(manifest: Mapping[str, Any]) -> bool:
-        before = manifest.get("inputs", {})
-        return _plain(manifest.get("config", {}), free) == what and all(before.get(n) == d for n, d in inputs.items())
+    def same(before: Asked) -> bool:
+        return before.same_options(asked) and all(before.inputs.get(n) == d for n, d in inputs.items())
 
-    _already_there(Path(path), None if anew else same, resume, decisive(config, free), inputs)
+    _already_there(Path(path), None if anew else same, resume, asked, free)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class ModelFolder:
 
 # What kind of value a manifest has under each key, where it has it.
 _KINDS = dict.fromkeys(("files", "inputs", "results", "config", "versions"), dict) | dict.fromkeys(
-    ("digest", "command", "made", "fingerprint"), str
+    ("digest", "command", "made", "fingerprint", STARTED_IN), str
 )
 
 
@@ -236,14 +237,14 @@ def output_folder(
             options or inputs.
     """
     path = Path(path)
-    fingerprint = _fingerprint(config, inputs, free)
-    check_same({**decisive(config, free), **for_all_nodes(inputs)}, "options or inputs")
+    asked = Asked.now(config, inputs, free)
+    check_same({**asked.options, **for_all_nodes(inputs)}, "options or inputs")
 
-    def same(manifest: Mapping[str, Any]) -> bool:
-        return _fingerprint(manifest.get("config", {}), manifest.get("inputs", {}), free) == fingerprint
+    def same(before: Asked) -> bool:
+        return before.fingerprint() == asked.fingerprint()
 
     def results_there() -> dict[str, Any] | None:
-        there = _already_there(path, None if anew else same, resume, decisive(config, free), inputs) and not anew
+        there = _already_there(path, None if anew else same, resume, asked, free) and not anew
         return read_manifest(path).get("results", {}) if there else None
 
     found = ask_rank_zero(results_there)
@@ -252,7 +253,7 @@ def output_folder(
         yield Output(path, done=True, results=found)
         return
     partial = partial_folder(path)
-    held = from_rank_zero(lambda: _start_partial(partial, fingerprint if continues else None, resume))
+    held = from_rank_zero(lambda: _start_partial(partial, asked if continues else None, resume))
     if held is not None:
         record_start(partial)
     output = Output(partial)
@@ -263,7 +264,7 @@ def output_folder(
         output.keep = False
         collectives.barrier()
         if held is not None:
-            _finish(output, path, command, config, inputs, fingerprint, anew, reasons)
+            _finish(output, path, command, config, asked, anew, reasons)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"no space left while writing {path}: free some and run the same command again") from error
@@ -329,15 +330,14 @@ def check_place(path: Path, *, try_it: bool = False) -> Path:
 
 def _already_there(
     path: Path,
-    same: Callable[[Mapping[str, Any]], bool] | None,
+    same: Callable[[Asked], bool] | None,
     resume: bool,
-    config: Mapping[str, Any],
-    inputs: Mapping[str, str],
+    asked: Asked,
+    free: frozenset[str],
 ) -> bool:
-    """Whether a whole folder is there; `same`, if given, says of its manifest whether it is what is asked for.
+    """Whether a whole folder is there; `same`, if given, says of what it was asked for whether it is what is `asked` now.
 
-    Raises UserError for what is in the way; it names the files that are others now than `inputs` says, and the first of the
-    decisive options (`config`, by dotted names) that is another.
+    Raises UserError for what is in the way; it names the files that are others now, and the first of the options that is another.
     """
     existing = check_place(path)
     if existing != path or not any(path.iterdir()):
@@ -346,11 +346,13 @@ def _already_there(
         raise UserError(f"output={path} exists and is not one of our folders: choose another output=")
     if not resume:
         raise UserError(f"output={path} exists and resume=false: remove it or choose another output=")
-    if same is not None and not same(found := read_manifest(path)):
-        before = found.get("inputs") or {}
-        others = say_others({n: d for n, d in before.items() if n in inputs or n.startswith(PREFIX)}, inputs)
-        had = flat(found.get("config") or {})
-        first = next((f" ({in_words(n, had[n], config[n])})" for n in differences(had, config)), "")
+    if same is None:
+        return True
+    before = Asked.read(read_manifest(path), free).as_spelt_in(asked)
+    if not same(before):
+        inputs, had, now = asked.inputs, before.options, asked.options
+        others = say_others({n: d for n, d in before.inputs.items() if n in inputs or n.startswith(PREFIX)}, inputs)
+        first = next((f" ({in_words(n, had[n], now[n])})" for n in differences(had, now)), "")
         if others and not first:
             raise UserError(f"output={path} was made {others}; choose another output=, or remove it")
         raise UserError(
@@ -359,20 +361,27 @@ def _already_there(
     return True
 
 
-def _start_partial(partial: Path, fingerprint: str | None, resume: bool) -> int:
-    """Lock the temporary folder and empty it, unless a killed run of the same fingerprint left it to be continued."""
+def _start_partial(partial: Path, asked: Asked | None, resume: bool) -> int:
+    """Lock the temporary folder and empty it, unless a killed run that was asked for the same left it to be continued."""
     partial.mkdir(parents=True, exist_ok=True)
     held = lock(partial)
     if held is None:
         raise UserError(f"another run is writing {partial}: wait for it or choose another output=")
     mark = partial / _MADE_OF
-    if resume and fingerprint is not None and mark.is_file() and mark.read_text() == fingerprint:
+    if resume and asked is not None and _was_asked(mark).as_spelt_in(asked).fingerprint() == asked.fingerprint():
         return held
     for entry in partial.iterdir():
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    if fingerprint is not None:
-        mark.write_text(fingerprint)
+    if asked is not None:
+        mark.write_text(json.dumps(asked.record(), default=str), encoding="utf-8")
     return held
+
+
+def _was_asked(mark: Path) -> Asked:
+    """What a partial folder was to become; nothing where it does not say."""
+    with contextlib.suppress(UserError):
+        return Asked.read(load_json(mark), frozenset())
+    return Asked({}, {}, None)
 
 
 def _finish(
@@ -380,8 +389,7 @@ def _finish(
     path: Path,
     command: str,
     config: Mapping[str, Any],
-    inputs: Mapping[str, str],
-    fingerprint: str,
+    asked: Asked,
     anew: bool,
     reasons: Mapping[str, str],
 ) -> None:
@@ -392,14 +400,15 @@ def _finish(
         "command": command,
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "digest": output.digest or _digest_of_files(output.path, files),
-        "fingerprint": fingerprint,
+        "fingerprint": asked.fingerprint(),
         **_cost(output),
         **({"precision": dict(output.precision)} if output.precision else {}),
-        "inputs": dict(inputs),
+        "inputs": dict(asked.inputs),
         **({"started_from": dict(output.started_from)} if output.started_from else {}),
         "results": output.results,
         "versions": _versions(),
         **({"automatic": dict(reasons)} if reasons else {}),
+        STARTED_IN: asked.started_in,
         "config": dict(config),
         "files": files,
     }
@@ -428,15 +437,6 @@ def _cost(output: Output) -> dict[str, Any]:
         "processes": collectives.world_size(),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     }
-
-
-def _fingerprint(config: Mapping[str, Any], inputs: Mapping[str, str], free: frozenset[str]) -> str:
-    return hashlib.sha256(f"{_plain(config, free)}{_plain(inputs, frozenset())}".encode()).hexdigest()
-
-
-def _plain(config: Mapping[str, Any], free: frozenset[str]) -> str:
-    """What of a config decides the result, the same before and after it was written to a manifest."""
-    return json.dumps(decisive(config, free), sort_keys=True, default=str)
 
 
 def _digest_of_files(folder: Path, files: Mapping[str, int]) -> str:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.changing import as_stored, decided_by, decisive, free_options, in_words
-from minitron_megatron.checkpoints.folder import load_json, load_yaml
+from minitron_megatron.checkpoints.folder import load_json
 from minitron_megatron.checkpoints.index import Stored, stored_shapes, stored_tensors
 from minitron_megatron.checkpoints.stamps import stamp_of_folder
-from minitron_megatron.config import TrainingConfig, flat, number_of_steps
+from minitron_megatron.config import TrainingConfig, number_of_steps
 from minitron_megatron.effects import SAMPLES
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import resolved_config
@@ -127,10 +127,8 @@ def _look_at(cfg: TrainingConfig, path: Path) -> Beginning:
     source, step = folder.parent.parent, int(folder.name.removeprefix("step_"))
     # What weights are taken from may have been copied alone.
     known = takes == EVERYTHING or (source / "config.yaml").is_file()
-    before, now = (
-        flat(load_yaml(source / "config.yaml")) if known else {},
-        decisive(resolved_config(cfg), free_options(type(cfg))),
-    )
+    now = decisive(resolved_config(cfg), free_options(type(cfg)))
+    before = saved.read_options(source, now) if known else {}
     other = {
         name: [before.get(name), value]
         for name, value in now.items()

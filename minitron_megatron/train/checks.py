@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from minitron_megatron.automatic import check_switches, is_on
 from minitron_megatron.changing import decided_by, decisive, differences, free_options, in_words
-from minitron_megatron.checkpoints.folder import MANIFEST, ModelFolder, load_yaml, open_model_folder, read_manifest
+from minitron_megatron.checkpoints.folder import MANIFEST, ModelFolder, open_model_folder, read_manifest
 from minitron_megatron.checkpoints.hf_folder import companion_stamps
 from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.config import (
     ModelConfig,
     TrainerConfig,
     TrainingConfig,
-    flat,
     number_of_steps,
     tokens_of_run,
     tokens_per_step,
@@ -274,7 +273,8 @@ def check_run_folder(run: Path, cfg: TrainingConfig) -> dict[str, Any]:
         raise UserError(f"output={run} exists and is not a run folder: choose another output=")
     if not cfg.resume:
         raise UserError(f"output={run} has a run in it and resume=false: remove it or choose another output=")
-    before, now, decides = flat(load_yaml(run / "config.yaml")), what_is_trained(cfg), decided_by(type(cfg))
+    now, decides = what_is_trained(cfg), decided_by(type(cfg))
+    before = saved.read_options(run, now)
     differ = list(differences(before, now))
     changes = [name for name in differ if decides[name] == PUBLISHED]
     changes += [k for k in differ if decides[k] == LENGTH and None not in (before[k], now[k]) and now[k] > before[k]]

@@ -13,6 +13,7 @@ checks.py has all that is checked before torch is there.
 
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 
+from minitron_megatron.asked import STARTED_IN
 from minitron_megatron.automatic import (
     Built,
     Choice,
@@ -230,7 +232,8 @@ def _write_beginning(cfg: TrainingConfig, run: Path, beginning: Beginning | None
     if beginning:
         beginning.write(run)
     partial = run / ".config.yaml.partial"
-    partial.write_text(yaml.safe_dump(resolved_config(cfg), sort_keys=False), encoding="utf-8")
+    values = {STARTED_IN: os.getcwd(), **resolved_config(cfg)}
+    partial.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     partial.replace(run / "config.yaml")
 
 

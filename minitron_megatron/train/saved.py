@@ -19,9 +19,10 @@ from typing import Any
 
 from blake3 import blake3
 
+from minitron_megatron.asked import STARTED_IN, as_spelt_now
 from minitron_megatron.checkpoints.digests import FileDigest
-from minitron_megatron.checkpoints.folder import check_space
-from minitron_megatron.config import TrainerConfig
+from minitron_megatron.checkpoints.folder import check_space, load_yaml
+from minitron_megatron.config import TrainerConfig, flat
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.plain_files import read_json
@@ -251,6 +252,12 @@ def check_inputs(run: Path, before: Mapping[str, str] | None, now: Mapping[str, 
 
 def _short(digest: str | None) -> str:
     return "none" if digest is None else digest if len(digest) < 24 else f"{digest[:20]}…"
+
+
+def read_options(run: Path, now: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a run folder notes, by their dotted names, its paths spelt as in `now`. Raises UserError."""
+    found = flat(load_yaml(run / "config.yaml"))
+    return as_spelt_now(found, found.pop(STARTED_IN, None), now)
 
 
 def check_room(folder: Path, parameters: int, bytes_per_weight: int, options: TrainerConfig) -> None:

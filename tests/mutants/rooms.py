@@ -20,6 +20,7 @@ ROOMS = {
         "cli/next_command.py": "next",
         "cli/spelling.py": "spelling next status",
         "config.py": "automatic lengths mistakes preset_files train distill",
+        "asked.py": "paths continuing",
         "changing.py": "continuing checkpoints",
         "effects.py": "idle continuing",
         "idle.py": "idle",
