@@ -5,7 +5,6 @@ the fields of `Speed`.
 """
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -40,10 +39,11 @@ def measure() -> Speed:
     """Measure this process's speed, just after its start."""
     import torch
 
+    from minitron_megatron.claims import number_of
     from minitron_megatron.parallel.precision import of_this_machine, processor
 
     start = time.process_time()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_num_threads(max(1, number_of("OMP_NUM_THREADS", 1)))
     dtype = of_this_machine().value
     draw = torch.Generator().manual_seed(0)
 

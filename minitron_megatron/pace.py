@@ -7,7 +7,6 @@
 A small model waits for Python and for torch's calls, a large one for its products: both are counted.
 """
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from minitron_megatron.chosen import Pair
+from minitron_megatron.claims import number_of
 from minitron_megatron.machine import usable_cores
 from minitron_megatron.models.axes import flops_per_token
 from minitron_megatron.models.shape import ModelShape
@@ -90,8 +90,8 @@ def _flops(shape: ModelShape, dtype: str, processes: int) -> float:
         _ = x @ w.T, y @ w, y.T @ x
 
     cores = usable_cores()
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    of_a_process = int(given) if given.isdigit() and int(given) else max(1, cores // processes)
+    given = number_of("OMP_NUM_THREADS", 0)
+    of_a_process = given if given > 0 else max(1, cores // processes)
     return 3 * 2 * 512 * shape.hidden_size * ffn / _least(products) * min(cores, processes * of_a_process)
 
 

@@ -244,7 +244,7 @@ def test_ctrl_c_on_one_rank_is_the_exit_status_of_all(gloo, sources, tmp_path):
 # Looks at files, at the machine's memory, at the environment; comparisons with a clock are looked for too.
 LOOKS = set(
     """exists is_file is_dir iterdir glob rglob listdir scandir walk disk_usage stat lstat access getsize find_checkpoints
-    find_best has_work environ getenv mem_get_info""".split()
+    find_best has_work environ getenv number_of mem_get_info""".split()
 )
 CLOCKS = {"monotonic", "time", "perf_counter"}
 ASKS = {"ask_rank_zero", "from_rank_zero", "keep"}
@@ -288,6 +288,7 @@ FUNCTIONS = {
     models.build.attention_in_fixed_order models.vocab_parallel.have_kernels models.build.pick_engine""",
     "each chunk is looked at by one rank, and all are told": "distill.cache.check_chunk",
     "sets what rank 0 was asked for": "train.overlap.user_buffers",
+    "how many there are is the same for all": "parallel.layout.world_size_from_env",
     "for a message": "train.checkpoint._telling train.run._what_is_saved checkpoints.damage._is_there",
     "reads, and decides nothing": """checkpoints.archive.Archive._members checkpoints.zarr_arrays.ZarrArrays.__init__
     checkpoints.zarr_arrays.ZarrArrays._chunk""",
@@ -358,10 +359,32 @@ def test_no_module_that_runs_in_a_group_decides_by_itself():
     assert sorted(allowed - looking) == [] and sorted(alone - modules) == [], "nothing to be said of these any more"
 
 
+def test_numbers_in_the_environment_are_read_in_one_place():
+    """Whoever reads one by itself ends with a trace where somebody else's variable holds no number."""
+    found = set()
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and called(node) in ("int", "float") and "os.environ" in ast.unparse(node):
+                found.add(f"{file.relative_to(PACKAGE)}: {ast.unparse(node)}")
+    # The address of a store that the job's launcher made; and number_of itself.
+    assert found == {"claims.py: int(os.environ['MASTER_PORT'])", "claims.py: int(os.environ[variable])"}
+
+
+@pytest.mark.parametrize("value", ["", "x", "0", "-1"])
+def test_what_is_no_number_there_is_as_not_given(monkeypatch, value):
+    from minitron_megatron.cli.next_command import _processes
+    from minitron_megatron.train.checkpoint import _threads
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert _threads() >= 1 and _processes() == 1
+
+
 @pytest.mark.parametrize(
     "code",
     [
         "def f(p):\n    return [*p.iterdir()]",
+        "def f(p):\n    return number_of('RANK', 0) + p",
         "def f(p):\n    if not collectives.is_rank_zero():\n        p.exists()",
         "def f(t):\n    while time.monotonic() < t:\n        pass",
         "def f(p):\n    return ask_rank_zero(lambda: 1) and os.path.getsize(p)",

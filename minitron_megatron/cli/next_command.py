@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import MANIFEST, SHAPE_FILE, load_yaml
+from minitron_megatron.checkpoints.folder import MANIFEST, SHAPE_FILE, TOKENIZER, load_yaml
+from minitron_megatron.checkpoints.hf_folder import has_tokenizer
+from minitron_megatron.claims import number_of
 from minitron_megatron.cli import spelling
 from minitron_megatron.config import CommandConfig, ParallelConfig
 from minitron_megatron.console import console, speaks
@@ -106,7 +108,7 @@ def this_line() -> str:
 
 def _processes() -> int:
     """Processes of this job on this node."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    return max(1, number_of("LOCAL_WORLD_SIZE", number_of("WORLD_SIZE", 1)))
 
 
 # What the folders say.

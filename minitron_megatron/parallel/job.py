@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from minitron_megatron.claims import number_of
 from minitron_megatron.ending import ending_with_others, said_at_once
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.cpu import adapter
@@ -50,7 +51,7 @@ def pick_device(device: str) -> torch.device:
         raise UserError("device=cuda, but torch finds no CUDA device here: use device=cpu or auto")
     if device == "cpu" or not cuda:
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", number_of("LOCAL_RANK", 0))
 
 
 @contextlib.contextmanager
@@ -154,7 +155,7 @@ def _of_this_start(store: dist.Store) -> dist.Store:
     torchrun's agents keep one store over restarts. Agents of several nodes may count restarts differently: there
     parallel/torchrun.py has each start make a store of its own.
     """
-    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+    if number_of("GROUP_WORLD_SIZE", 1) != 1:
         return store
     return dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 

@@ -14,7 +14,6 @@ draws in a step (no dropout), and the data order follows from the seed and the s
 
 import json
 import logging
-import os
 import queue
 import re
 import secrets
@@ -32,6 +31,7 @@ from minitron_megatron.checkpoints.damage import cause_of, is_damage
 from minitron_megatron.checkpoints.digests import FileDigest, digest_files, other_segments, segments_of
 from minitron_megatron.checkpoints.reading import safe_reading
 from minitron_megatron.checkpoints.weights import sharded_weights, without_crc32
+from minitron_megatron.claims import number_of
 from minitron_megatron.config import TrainerConfig
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.machine import usable_cores
@@ -288,7 +288,7 @@ def _write_and_digest(
 
 def _threads() -> int:
     """That digest files in this process: its share of the machine's cores."""
-    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, usable_cores() // max(1, number_of("LOCAL_WORLD_SIZE", 1)))
 
 
 @contextmanager
