@@ -68,8 +68,8 @@ def check_asked(cfg: CompressConfig) -> bool:
         )
     if not (budget or target or cfg.rounds or flat_options(cfg.prune, "prune")):
         raise UserError(
-            "no rounds: give budget.parameters=4.5e9 (search finds the shape), target=PRESET, chain=PRESET (--help lists them), "
-            "or rounds='[{name: …, prune: {…}}, …]'"
+            "how small is not said: give budget.parameters=4.5e9 (search finds the shape), target=PRESET, chain=PRESET (--help "
+            "lists them), or rounds='[{name: …, prune: {…}}, …]'"
         )
     idle = {
         "prepare_data": None if cfg.input else "input=",

@@ -8,7 +8,7 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from minitron_megatron.effects import (
     ARITHMETIC,
@@ -17,6 +17,7 @@ from minitron_megatron.effects import (
     PUBLISHED,
     SAMPLES,
     Effect,
+    Need,
     beside,
     including,
     only_with,
@@ -616,6 +617,9 @@ class HardwareConfig:
     efficiency: float | None = option(None, "share of the peak that a step reaches on one GPU, as measured")
 
 
+# What several commands need.
+_MODEL = Need(("model",), "model=… (model folder)")
+_STEPS = Need(("trainer.steps", "trainer.tokens"), "trainer.steps=… or trainer.tokens=… (how long)")
 # Of commands that run no model.
 _RUNS_NO_MODEL = ("parallel", "device", "precision")
 
@@ -624,10 +628,11 @@ _RUNS_NO_MODEL = ("parallel", "device", "precision")
 class CommandConfig:
     """What every command has."""
 
-    # Without types, so that they are no options. Whether the result is times, which depend on how the command runs, and which
-    # of the options below the command does not use.
+    # Without types, so that they are no options. Whether the result is times, which depend on how the command runs; which of
+    # the options below the command does not use; and what it needs beside those that are required.
     measures_time = False
     unread = ()
+    needs: ClassVar[tuple[Need, ...]] = ()
 
     output: str = option(REQUIRED, "folder to write; appears whole or not at all", decides=FREE, path=True)
     parallel: ParallelConfig = group(ParallelConfig, decides=FREE)
@@ -704,6 +709,7 @@ class RandomModelConfig(CommandConfig):
     """A model folder with random weights of a preset's shape: for rehearsals and benchmarks."""
 
     unread = (*_RUNS_NO_MODEL, "verify")
+    needs = (Need(("model",), "model=… (a preset of conf/model)"),)
 
     model: ModelConfig = group(ModelConfig)
 
@@ -713,6 +719,7 @@ class PrepareDataConfig(CommandConfig):
     """Text into Megatron's indexed datasets, with a train and a validation split."""
 
     unread = (*_RUNS_NO_MODEL, "verify")
+    needs = (_MODEL,)
 
     input: Any = option(
         REQUIRED,
@@ -749,6 +756,7 @@ class AdoptDataConfig(CommandConfig):
     """Datasets that Megatron-LM's tools have written (.bin, .idx), as a data folder; nothing is copied on one file system."""
 
     unread = (*_RUNS_NO_MODEL, "seed", "verify")
+    needs = (_MODEL,)
 
     train: str = option(
         REQUIRED, "prefix of the train split: PREFIX.bin and PREFIX.idx, whole documents with --append-eod", path=True
@@ -761,6 +769,8 @@ class AdoptDataConfig(CommandConfig):
 class ImportanceConfig(CommandConfig):
     """Activation importance of ffn neurons, heads, hidden channels and layers."""
 
+    needs = (_MODEL,)
+
     model: ModelConfig = group(ModelConfig)
     data: DataConfig = group(DataConfig)
     samples: int = option(1024, "calibration samples of data.sequence_length tokens")
@@ -772,6 +782,8 @@ class ImportanceConfig(CommandConfig):
 @dataclass
 class LayersConfig(CommandConfig):
     """Which layers can go: Block Influence, loss and accuracy without each block of consecutive layers."""
+
+    needs = (_MODEL,)
 
     model: ModelConfig = group(ModelConfig)
     data: DataConfig = group(DataConfig)
@@ -811,6 +823,7 @@ class MergeScoresConfig(CommandConfig):
     """Scores of several runs on parts of the data into the scores of the whole."""
 
     unread = (*_RUNS_NO_MODEL, "seed", "verify")
+    needs = (Need(("scores",), "scores=[…,…] (scores folders, two or more)"),)
 
     scores: list[str] = option(
         [], "scores folders of the same model, aggregation and sequence length, two or more", path=True
@@ -892,6 +905,11 @@ class SearchConfig(CommandConfig):
     """Shapes within a budget, ordered by the importance of what each would cut; targets for prune."""
 
     unread = (*_RUNS_NO_MODEL, "seed", "verify")
+    needs = (
+        _MODEL,
+        Need(("scores", "dry_run"), "scores=… (scores folder, the output of importance)"),
+        Need(("budget",), "budget.parameters=… (or another limit)"),
+    )
 
     model: ModelConfig = group(ModelConfig)
     scores: str | None = option(None, "scores folder (the output of importance); a dry run can do without", path=True)
@@ -908,6 +926,20 @@ class SearchConfig(CommandConfig):
 @dataclass
 class PruneConfig(CommandConfig):
     """Scores and a target, or a plan, into a smaller model."""
+
+    needs = (
+        _MODEL,
+        Need(
+            ("scores", "data.path", "plan", "drop_layers", "layers"),
+            "scores=… (the output of importance) or data.path=… (to measure them first)",
+            always=False,
+        ),
+        Need(
+            ("target", "plan", "drop_layers"),
+            "target=… (a preset, a file, or target.hidden_size=… and its like)",
+            always=False,
+        ),
+    )
 
     model: ModelConfig = group(ModelConfig)
     scores: str | None = option(
@@ -953,12 +985,20 @@ class TrainingConfig(CommandConfig):
 class CorrectTeacherConfig(TrainingConfig):
     """The teacher is fine-tuned on the data of the distillation first (arXiv 2408.11796, section 2)."""
 
+    needs = (_MODEL, _STEPS)
+
     model: ModelConfig = group(ModelConfig)
 
 
 @dataclass
 class DistillConfig(TrainingConfig):
     """A student learns from its teacher."""
+
+    needs = (
+        Need(("teacher", "distill.cache"), "teacher=… (model folder)"),
+        Need(("student",), "student=… (model folder)"),
+        _STEPS,
+    )
 
     teacher: ModelConfig = group(ModelConfig)
     student: ModelConfig = group(ModelConfig)
@@ -995,6 +1035,8 @@ class CacheOptions:
 @dataclass
 class CacheTeacherConfig(CommandConfig):
     """The teacher's most probable tokens for every sample of a distillation, written once."""
+
+    needs = (Need(("teacher",), "teacher=… (model folder)"), _STEPS)
 
     teacher: ModelConfig = group(ModelConfig)
     data: CacheDataConfig = group(CacheDataConfig)
@@ -1039,6 +1081,11 @@ class EvaluateDataConfig(DataConfig):
 class EvaluateConfig(CommandConfig):
     """Perplexity of a model on a data folder, its KL divergence to a teacher there, and tasks of lm-evaluation-harness."""
 
+    needs = (
+        Need(("model", "hf"), "model=… (model folder) or hf=… (Hugging Face folder)"),
+        Need(("data.path", "tasks"), "data.path=… (for perplexity) or tasks=…, or both"),
+    )
+
     parallel: ParallelConfig = group(ParallelConfig, decides=FREE, when=without("hf"))
     model: ModelConfig = group(ModelConfig)
     hf: str | None = option(
@@ -1081,6 +1128,7 @@ class ExportHfConfig(CommandConfig):
     """A model folder into a Hugging Face folder."""
 
     unread = (*_RUNS_NO_MODEL, "seed")
+    needs = (_MODEL,)
 
     model: ModelConfig = group(ModelConfig)
     max_shard_gb: float = option(5.0, "largest file of weights, in GB (10^9 bytes)")
@@ -1094,6 +1142,7 @@ class ExportMegatronConfig(CommandConfig):
     """A model folder into a Megatron-LM checkpoint, with the arguments that its pretrain_gpt.py takes."""
 
     unread = (*_RUNS_NO_MODEL, "seed")
+    needs = (_MODEL,)
 
     model: ModelConfig = group(ModelConfig)
 
@@ -1103,6 +1152,7 @@ class ExportNemoConfig(CommandConfig):
     """A model folder into a NeMo 2 checkpoint folder."""
 
     unread = (*_RUNS_NO_MODEL, "seed")
+    needs = (_MODEL,)
 
     model: ModelConfig = group(ModelConfig)
 
@@ -1127,6 +1177,7 @@ class ThroughputConfig(CommandConfig):
 
     measures_time = True
     unread = ("verify",)
+    needs = (Need(("models",), "models={name: …} (folders by name)"),)
 
     models: Any = option(
         {},
@@ -1197,6 +1248,15 @@ class CompressDataConfig(ChainDataConfig):
 @dataclass
 class CompressConfig(CommandConfig):
     """A model and text into a smaller model, exported, with a report: in one round to a budget or target, or in given rounds."""
+
+    needs = (
+        Need(("hf", "model"), "hf=… (Hugging Face folder) or model=… (model folder)"),
+        Need(("input", "data.path", "dry_run"), "input=… (text) or data.path=… (data folder)"),
+        Need(
+            ("budget", "target", "rounds", "prune"),
+            "budget.parameters=… (search finds the shape) or target=… or chain=… (presets, which --help lists)",
+        ),
+    )
 
     hf: str | None = option(None, "Hugging Face folder, in place of model=: imported first", path=True)
     input: Any = option(None, "text, in place of data.path=: tokenised first, as input= of prepare_data", path=True)

@@ -1,4 +1,5 @@
 """What an option stands beside in config.py: whether it may change when a run continues, and when it has an effect at all.
+And what a command needs beside its required options (Need).
 
     top_k: int = option(1000, "topk_kl: how many …", decides=ARITHMETIC, when=only_with("distill.loss", "topk_kl"))
                                                      │                   └─ idle.py says or refuses what has no effect
@@ -25,6 +26,18 @@ class Effect:
 
     lacks: Callable[[Any], str | None]
     refused: bool = False
+
+
+@dataclass(frozen=True)
+class Need:
+    """Options of which a command needs one, by their dotted names or that of their group, and how that is told.
+
+    What is needed `always` stops a command without it; other needs are told along with those.
+    """
+
+    names: tuple[str, ...]
+    told: str
+    always: bool = True
 
 
 def value_of(config: Any, name: str) -> Any:

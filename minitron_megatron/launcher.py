@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -27,9 +28,10 @@ from minitron_megatron.cli.arguments import (
 from minitron_megatron.cli.commands import COMMANDS, Command
 from minitron_megatron.cli.logs import be_quiet, start_logging
 from minitron_megatron.cli.spelling import called
-from minitron_megatron.config import CommandConfig, check, options
+from minitron_megatron.config import CommandConfig, check, flat, options
 from minitron_megatron.console import speaks, write_anywhere
-from minitron_megatron.errors import UserError
+from minitron_megatron.effects import Need
+from minitron_megatron.errors import UserError, of_folders
 from minitron_megatron.idle import adapted_defaults, given_options, idle_options
 from minitron_megatron.lengths import settle_lengths
 from minitron_megatron.preset_files import naming_files
@@ -93,16 +95,21 @@ def _hydra(entry: Command, words: list[str], only_check: bool, given: frozenset[
 
 def _run(entry: Command, composed: Any, given: frozenset[str], only_check: bool = False) -> None:
     """Check a composed config, run the command with it, and say what comes next."""
-    config = _checked(composed, entry.name, entry.config)
+    lacking = _lacking(composed, entry.config)
+    config = _checked(composed, entry.name, entry.config, [need.told for need in lacking])
+    if any(need.always for need in lacking):
+        raise UserError(f"{called(entry.name)} needs {'; '.join(need.told for need in lacking)}")
     if isinstance(config, CommandConfig):
         check_processes(config)
-    _check_place(entry.name, config)
-    given = given_options(config, given)
-    settled = settle_lengths(config)
+    with of_folders():
+        _check_place(entry.name, config)
+        given = given_options(config, given)
+        settled = settle_lengths(config)
     idle = idle_options(config, given, called(entry.name))
     start_logging()
     if only_check:
-        entry.only_check(config)
+        with of_folders():
+            entry.only_check(config)
         return
     for line in [*idle, *([settled] if settled else []), *adapted_defaults(config)]:
         log.info("%s", line)
@@ -194,11 +201,12 @@ def _say_once(line: str) -> None:
     log.info("%s", line)
 
 
-def _checked(composed: Any, name: str, config_class: type[CommandConfig]) -> Any:
-    """The config as a dataclass, every value checked on its own."""
+def _checked(composed: Any, name: str, config_class: type[CommandConfig], lacking: Sequence[str] = ()) -> Any:
+    """The config as a dataclass, every value checked on its own; `lacking` is told where a required option lacks too."""
     from omegaconf import OmegaConf
 
-    _check_required(composed, name, config_class)
+    if missing := _missing(composed, config_class):
+        raise UserError(f"{called(name)} needs {'; '.join([*lacking, *missing])}")
     config = OmegaConf.to_object(composed)
     check(config)
     return config
@@ -215,17 +223,29 @@ def check_processes(config: CommandConfig) -> None:
     )
 
 
-def _check_required(composed: Any, name: str, config_class: type[CommandConfig]) -> None:
+def _lacking(composed: Any, config_class: type[CommandConfig]) -> list[Need]:
+    """What a command needs and was not given, its required options aside."""
+    from omegaconf import OmegaConf
+
+    defaults = {o.name: o.default for o in options(config_class)}
+
+    def is_given(option: str) -> bool:
+        value = OmegaConf.select(composed, option)
+        values = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        return any(one not in (None, defaults.get(name)) for name, one in flat({option: values}).items())
+
+    return [need for need in getattr(config_class, "needs", ()) if not any(map(is_given, need.names))]
+
+
+def _missing(composed: Any, config_class: type[CommandConfig]) -> list[str]:
+    """Required options that are not given, as they are told."""
     from omegaconf import OmegaConf
 
     def is_missing(option: str) -> bool:
         node, _, key = option.rpartition(".")
         return OmegaConf.is_missing(OmegaConf.select(composed, node) if node else composed, key)
 
-    missing = [o for o in options(config_class) if is_missing(o.name)]
-    if missing:
-        what = ", ".join(f"{o.name}=… ({o.doc})" for o in missing)
-        raise UserError(f"{called(name)} needs {what}")
+    return [f"{o.name}=… ({o.doc})" for o in options(config_class) if is_missing(o.name)]
 
 
 # OmegaConf's names of what an option takes.

@@ -1,10 +1,12 @@
 """Words of a command line before anything reads them as values: interpolations, nesting, length; and Hydra's own flags."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
+from minitron_megatron.cli import main
 from minitron_megatron.cli.arguments import DEEPEST, as_override, check_words
 from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.config import free_options, model_options, options
@@ -12,6 +14,65 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.plain_text import one_line
 from tests.test_commands import ROOT, error_of, run
 from tests.tiny import hf_model, imported
+
+# What is named where nothing is given. The last words of what is told of each are its documentation.
+NEEDED = {
+    "smollm2": "output",
+    "import_hf": "hf output",
+    "import_nemo": "nemo output",
+    "random_model": "model output",
+    "prepare_data": "input model output",
+    "adopt_data": "train validation model output",
+    "importance": "model data.path output",
+    "layers": "model data.path output",
+    "merge_scores": "scores output",
+    "search": "model scores budget.parameters output",
+    "prune": "model scores data.path target output",
+    "cache_teacher": "teacher data.path trainer.steps trainer.tokens output",
+    "correct_teacher": "model data.path trainer.steps trainer.tokens output",
+    "distill": "teacher student data.path trainer.steps trainer.tokens output",
+    "evaluate": "model hf data.path tasks output",
+    "export_hf": "model output",
+    "export_megatron": "model output",
+    "export_nemo": "model output",
+    "throughput": "models output",
+    "compress": "hf model input data.path budget.parameters target chain output",
+    "distill_candidates": "found data.path output",
+    "report": "folders output",
+    "status": "folder",
+    "submit": "command output",
+    "benchmark": "output",
+}
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_command_without_options_names_all_that_it_needs(name, monkeypatch):
+    assert set(NEEDED) == set(COMMANDS) - {"demo"}, "what a new command needs"
+    monkeypatch.setattr(sys, "argv", [f"minitron {name}"])
+    with pytest.raises(UserError, match=r"^\S.* needs ") as raised:
+        main.run(name)
+    assert set(re.findall(r"([\w.]+)=(?:\S*…|{)", str(raised.value))) - {"target.hidden_size"} == set(
+        NEEDED[name].split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("prune output=x", "needs model=… (model folder); scores=… "),
+        ("evaluate output=x model=m", "needs data.path=… (for perplexity) or tasks=…, or both"),
+        ("search output=x model=m scores=s", "needs budget.parameters=… (or another limit)"),
+        ("compress output=x hf=m input=t", "needs budget.parameters=… (search finds the shape) or target=… or chain=…"),
+        ("distill output=x data.path=d student=s distill.cache=c", "needs trainer.steps=… or trainer.tokens=…"),
+        ("distill output=x data.path=d student=s trainer.steps=0", "trainer.steps=0 must be above 0"),
+    ],
+)
+def test_what_is_given_is_not_named(words, says, monkeypatch):
+    name, *rest = words.split()
+    monkeypatch.setattr(sys, "argv", [f"minitron {name}", *rest])
+    with pytest.raises(UserError) as raised:
+        main.run(name)
+    assert says in str(raised.value) and "output=" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

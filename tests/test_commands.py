@@ -141,10 +141,10 @@ def test_every_command_names_functions_that_exist():
             "no space left",
             marks=pytest.mark.slow,
         ),
-        (("prune",), "needs output=… (folder to write"),
+        (("prune",), "needs model=… (model folder); scores=… (the output of importance) or data.path=…"),
         (("distill", "output=x", "data.path=y", "trainer.steps=abc"), "trainer.steps"),
         (("distill", "output=x", "data.path=y", "trainer.steps=-1"), "trainer.steps=-1 must be above 0"),
-        (("distill", "output=x", "data.path=y"), "trainer.steps= or trainer.tokens="),
+        (("distill", "output=x", "data.path=y"), "trainer.steps=… or trainer.tokens=…"),
         (("prune", "output=x", "model=nowhere"), "nowhere does not exist"),
         (("prune", "output=x", "model=llama3_1_8b"), "must be a model folder here"),
         (

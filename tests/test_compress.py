@@ -306,7 +306,7 @@ def one_round(**options) -> str:
     [
         (
             ["rounds=[]"],
-            "no rounds: give budget.parameters=4.5e9 (search finds the shape), target=PRESET, chain=PRESET",
+            "how small is not said: give budget.parameters=4.5e9 (search finds the shape), target=PRESET, chain=PRESET",
         ),
         (["rounds=5"], "no rounds: give chain=PRESET"),
         ([one_round(), "search.keep=3"], "search.keep= is of a stage that does not run without a budget: leave it out"),

@@ -43,7 +43,7 @@ MISTAKES: dict[str, str] = {
     "importance": "model=nowhere data.path=nowhere",
     "merge_scores": "scores=[nowhere,other]",
     "layers": "model=nowhere data.path=nowhere",
-    "search": "model=nowhere scores=nowhere",
+    "search": "model=nowhere scores=nowhere budget.parameters=1000",
     "prune": "model=nowhere scores=nowhere",
     "cache_teacher": "teacher=nowhere data.path=nowhere trainer.steps=1",
     "correct_teacher": "model=nowhere data.path=nowhere trainer.steps=1",
