@@ -40,6 +40,8 @@ TOLD = "told"
 # In the same folder, for the launcher: where the job's ranks meet.
 MEETING = "meeting.json"
 _OF_MEETING = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+# In the environment of this node's processes: the reason that its launcher has said before they started.
+SAID_EARLY = "MINITRON_SAID"
 # Which rank speaks, beside the logs of torchrun's processes.
 CLAIM = "first_failure.json"
 _BEGAN = time.time()
@@ -302,7 +304,15 @@ def told_by_launcher() -> bool:
     return LAUNCHER in os.environ and (Path(os.environ[LAUNCHER]) / TOLD).exists()
 
 
+def say_early(text: str) -> None:
+    """Say on one of several nodes why the job is going to end, before the nodes have met: its ranks then find the same."""
+    say(f"error: {text} (on {socket.gethostname()}: the job ends with it once all of its nodes are there)")
+    os.environ[SAID_EARLY] = text
+
+
 def _speak(reason: Reason, mine: Claim) -> None:
+    if reason.text == os.environ.get(SAID_EARLY):
+        return
     where = f"rank {mine.rank} on {mine.host}"
     head = f"error: {where}: {reason.text}" if reason.word == "error" else f"{reason.word} {reason.text} ({where})"
     say(f"{head}\n{reason.trace}".rstrip())

@@ -23,6 +23,7 @@ from minitron_megatron.claims import (
     look_for_a_claim,
     looks_for_others,
     say,
+    say_early,
     say_from_rank_zero,
     several,
     told_by_launcher,
@@ -133,6 +134,11 @@ def _last_own_line(error: BaseException) -> str:
         frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(package)
     ]
     return f" in {Path(frames[-1].filename).relative_to(package)}, line {frames[-1].lineno}" if frames else ""
+
+
+def report_early(error: BaseException) -> None:
+    """Say on one of several nodes what its ranks are going to end with."""
+    say_early(reason_of(error).text)
 
 
 def report(error: BaseException) -> int:

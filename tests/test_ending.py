@@ -272,6 +272,71 @@ def test_how_to_start_is_checked_before_torchrun(words, says, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("words", "start", "rest"),
+    [
+        ("-- prune a=1", [], ["prune", "a=1"]),
+        ("-- -- prune", [], ["prune"]),
+        ("--nproc-per-node 2 -- prune", ["--nproc-per-node", "2"], ["prune"]),
+        ("--standalone -- submit -- --nnodes 2", ["--standalone"], ["submit", "--", "--nnodes", "2"]),
+        ("submit -- -- prune", [], ["submit", "--", "--", "prune"]),
+    ],
+)
+def test_dashes_before_the_commands_name_stand_for_nothing(words, start, rest):
+    assert main.split(words.split()) == (start, rest)
+
+
+@pytest.fixture
+def two_nodes(monkeypatch, tmp_path):
+    """Run minitron on one of two nodes; gives the words with which torchrun was started there, None where it was not."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(claims.SAID_EARLY, raising=False)
+    monkeypatch.setattr(main, "ends_in_one_line", contextlib.nullcontext)
+
+    def minitron(*words: str) -> list[str] | None:
+        started = []
+        monkeypatch.setattr(main, "_start", started.append)
+        monkeypatch.setattr(sys, "argv", ["minitron", "--nnodes", "2", "--nproc-per-node", "3", *words])
+        try:
+            main.main()
+        finally:
+            said_early = os.environ.pop(claims.SAID_EARLY, None)
+        monkeypatch.setenv(claims.SAID_EARLY, said_early or "")
+        return started[0] if started else None
+
+    return minitron
+
+
+PRUNE = ("prune", "model=nowhere", "scores=x", "target.num_layers=1", "output=x")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("prune", "no_option=1"), "unknown option 'no_option'"),
+        (("prune",), "prune needs model="),
+        ((*PRUNE, "seed=x"), "seed=x must be a whole number"),
+        ((*PRUNE, "parallel.world_size=3"), "parallel.world_size=3, but 6 were started"),
+    ],
+)
+def test_a_mistake_in_the_words_ends_each_of_several_nodes_before_they_meet(two_nodes, words, says):
+    with pytest.raises(UserError, match=says):
+        two_nodes(*words)
+
+
+def test_a_mistake_in_a_folder_is_said_before_the_nodes_meet_and_once(two_nodes, capsys):
+    """Another node may have the folder, and is told by the ranks of this one: they are started, and say nothing again."""
+    assert two_nodes(*PRUNE)[-len(PRUNE) :] == list(PRUNE)
+    reason = "nowhere does not exist: give the output folder of the command that makes it"
+    said = capsys.readouterr().err
+    assert said == f"error: {reason} (on {HOST}: the job ends with it once all of its nodes are there)\n"
+    mine = claims.Claim(1, HOST, 2, 1)
+    claims._speak(claims.Reason(reason, 2), mine)
+    assert capsys.readouterr().err == ""
+    claims._speak(claims.Reason("another reason", 2), mine)
+    assert capsys.readouterr().err == f"error: rank 1 on {HOST}: another reason\n"
+
+
+@pytest.mark.parametrize(
     ("variables", "says"),
     [
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x in the environment is no number"),

@@ -54,8 +54,6 @@ _NUMBERS = {
     "--master-port": ("[0-9]+", "a port's number"),
     "--max-restarts": ("[0-9]+", "how often to start again, 0 or more"),
 }
-# Several nodes: each one's part of the job cannot be checked as the whole.
-_OF_NODES = ("--nnodes", "--node-rank", "--rdzv", "--master")
 _USAGE = """minitron COMMAND option=value …                         in one process
 minitron --nproc-per-node 8 COMMAND option=value …      in eight on this machine
 minitron COMMAND --help                                 its options"""
@@ -145,6 +143,9 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
     while left:
         word = left.pop(0)
         if word == "--":
+            # Before the command's name it stands for nothing; after it what follows may be another command.
+            if not rest:
+                continue
             return start, [*rest, word, *left]
         option, has_value, _ = word.partition("=")
         takes = _OF_TORCHRUN.get(option.replace("_", "-"))
@@ -222,16 +223,24 @@ def _as_if_typed(name: str, words: list[str]) -> None:
 
 
 def _check_here(name: str, start: list[str], words: list[str]) -> None:
-    """Say a mistake before any process starts, where the number of processes is known. Raises UserError."""
+    """Say a mistake before any process starts, where the number of processes is known. Raises UserError.
+
+    On one of several nodes a mistake in the words is every node's, and ends each. One in a folder may be this node's alone: it is
+    said at once, and the others learn it when they have met.
+    """
     given = _values(start)
-    processes = given.get("--nproc-per-node", "")
-    if not processes.isdecimal() or any(option.startswith(_OF_NODES) for option in given):
+    processes, nodes = given.get("--nproc-per-node", "1"), given.get("--nnodes", "1")
+    if not processes.isdecimal() or not nodes.isdecimal():
         return
     if any(word.startswith("-") and word != "--" for word in words):
         return  # Hydra's own flags
-    os.environ["WORLD_SIZE"] = processes
+    os.environ["WORLD_SIZE"] = str(int(processes) * int(nodes))
     try:
         run(name, only_check=True)
+    except Exception as error:
+        if int(nodes) == 1 or not getattr(error, "of_folders", isinstance(error, OSError)):
+            raise
+        ending.report_early(error)
     finally:
         del os.environ["WORLD_SIZE"]
         _as_if_typed(name, words)
