@@ -65,7 +65,13 @@ def status(cfg: StatusConfig, folders: list[Path] | None = None) -> None:
 def look_at(path: Path) -> Status:
     """How an output stands, or the outputs in a folder. Raises UserError where there is nothing at all."""
     path = Path(str(path).rstrip("/") or "/")
-    if not path.is_dir() and not partial_folder(path).is_dir():
+    try:
+        there = path.is_dir() or partial_folder(path).is_dir()
+    except OSError as error:
+        raise UserError(
+            f"folder={path} cannot be looked at ({error.strerror}): ask its owner, or give another"
+        ) from None
+    if not there:
         what = "is a file" if path.exists() else "does not exist"
         early = (
             "" if path.exists() else "; a command that is still checking what it was given has not made its folder yet"
@@ -88,8 +94,12 @@ def _outputs(path: Path, depth: int) -> Iterator[Status]:
         return
     for entry in entries:
         written = _PARTIAL.fullmatch(entry.name)
-        if entry.is_dir() and (written or (not entry.name.startswith(".") and entry.name not in _NOT_LOOKED_INTO)):
-            names.add(written[1] if written else entry.name)
+        hidden = entry.name.startswith(".") or entry.name in _NOT_LOOKED_INTO
+        try:
+            if (written or not hidden) and entry.is_dir():
+                names.add(written[1] if written else entry.name)
+        except OSError as error:  # a folder that is listed, and lets nobody in
+            yield Status(entry, "folder", "unreadable", str(error.strerror))
     for name in sorted(names):
         found = _status_of(path / name)
         if found is not None:

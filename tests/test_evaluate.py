@@ -13,15 +13,25 @@ import torch
 
 from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
 from minitron_megatron.checkpoints.hf import export_hf
-from minitron_megatron.config import BatchConfig, EvaluateConfig, EvaluateDataConfig, ExportHfConfig, ModelConfig
+from minitron_megatron.config import (
+    BatchConfig,
+    EvaluateConfig,
+    EvaluateDataConfig,
+    ExportHfConfig,
+    LayersConfig,
+    ModelConfig,
+)
 from minitron_megatron.console import format_value
 from minitron_megatron.data.datasets import Windows
 from minitron_megatron.data.folder import open_data
+from minitron_megatron.data.questions import QuestionFile
 from minitron_megatron.errors import UserError
+from minitron_megatron.evaluate.checks import check_evaluate
 from minitron_megatron.evaluate.evaluate import evaluate
 from minitron_megatron.evaluate.harness import Loaded, _set_examples, load, load_tasks, wanted_tasks
 from minitron_megatron.evaluate.hf import digest_of, hf_perplexity, load_hf, load_model
 from minitron_megatron.evaluate.perplexity import loss_figures
+from minitron_megatron.importance.layer_checks import check_layers
 from tests.test_commands import error_of, run
 from tests.test_layers import TASK, WORDS, question
 from tests.test_models import names
@@ -311,6 +321,29 @@ def test_options_that_do_not_go_together(tmp_path, options, says):
     with pytest.raises(UserError, match=says) as error:
         evaluate(cfg)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_fewer_than_were_asked_for_is_said(made, tmp_path, caplog):
+    """Windows of a split and questions of a file; not where there are as many, nor where all are wanted."""
+    caplog.set_level("INFO", "minitron_megatron")
+    _, (path, _), folder = made
+    data, out = EvaluateDataConfig(path=str(folder), sequence_length=32), str(tmp_path / "out")
+    there = check_evaluate(EvaluateConfig(model=model_option(path), data=data, output=out)).count
+    for asked, count in ((None, there), (there, there), (there - 1, there - 1)):
+        assert (
+            check_evaluate(EvaluateConfig(model=model_option(path), data=data, output=out, samples=asked)).count
+            == count
+        )
+    assert not caplog.records
+    assert check_evaluate(EvaluateConfig(model=model_option(path), data=data, output=out, samples=999)).count == there
+    assert check_layers(LayersConfig(model=model_option(path), data=data, output=out, samples=998)).count <= there
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(question(i)) + "\n" for i in range(3)))
+    assert [len(QuestionFile(str(file), limit).questions) for limit in (None, 2, 3, 997)] == [3, 2, 3, 3]
+    first, second, third = (one.message for one in caplog.records)
+    assert first == f"samples=999, and the validation split has {there} windows: all of them are taken"
+    assert second.startswith("samples=998, and the validation split has ")
+    assert third == f"limit=997, and questions={file} has 3 questions: all of them are taken"
 
 
 def test_a_task_that_runs_what_a_model_writes_must_be_confirmed(made, tasks, tmp_path, monkeypatch):

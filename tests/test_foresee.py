@@ -14,7 +14,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF, check_processes, compose
 from minitron_megatron.models.axes import count_parameters, flops_per_token
 from minitron_megatron.models.shape import ModelShape
-from minitron_megatron.parallel.hardware import gpu_of, hardware
+from minitron_megatron.parallel.hardware import gpu_of, hardware, say_assumed
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.census import take_census
 from minitron_megatron.train.checks import Models
@@ -232,6 +232,27 @@ def test_the_census_of_all_ranks_is_the_model(sizes, student):
         plan = plan_of(shape, layout, torch.bfloat16)
         flops = sum(forward_flops(shape, stage.student, plan, plan.how) for stage in stages) * layout.tensor
         assert flops == pytest.approx(plan.batch.tokens * flops_per_token(shape, LENGTH))
+
+
+@pytest.mark.parametrize(
+    ("given", "here", "says"),
+    [
+        (
+            HardwareConfig(),
+            None,
+            "no GPU here: the plan is for cluster=h100; cluster=gb200, cluster=h200, cluster=a100 or",
+        ),
+        (HardwareConfig(memory_gib=3), "Tesla T4", "an unknown GPU here: the plan is for cluster=h100; "),
+        (HardwareConfig(), "NVIDIA H200", None),
+        (HardwareConfig(gpu="a100"), None, None),
+    ],
+)
+def test_the_gpu_that_a_plan_assumes_is_said(monkeypatch, caplog, given, here, says):
+    caplog.set_level("INFO", "minitron_megatron")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: here)
+    say_assumed(given)
+    assert [one.message.startswith(says) for one in caplog.records] == ([True] if says else [])
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_layouts_that_do(hydra, capsys):

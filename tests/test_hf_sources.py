@@ -2,7 +2,9 @@
 
 import json
 import logging
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.checkpoints.hf import export_hf, import_hf
 from minitron_megatron.checkpoints.hf_folder import HfFolder, copy_companions
 from minitron_megatron.checkpoints.random_model import make_random_model
+from minitron_megatron.cli import next_command
 from minitron_megatron.config import (
     DistillConfig,
     ExportHfConfig,
@@ -233,6 +236,21 @@ def test_an_export_without_a_tokenizer_says_so(hf, tmp_path, caplog):
 
 
 # A model without a tokenizer
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_an_import_without_a_tokenizer_says_what_will_need_it(hf, tmp_path, capsys, dry_run):
+    cfg = ImportHfConfig(hf=str(hf), output=str(tmp_path / "model"), dry_run=dry_run)
+    for there in (True, False):
+        import_hf(replace(cfg, output=f"{cfg.output}_{there}"))
+        shown = " ".join(re.sub("[│┃]", " ", capsys.readouterr().out).split())
+        assert ("none found, which prepare_data, adopt_data and" in shown) is not there
+        if not dry_run:
+            # Nor is a command the next that would stop for want of one.
+            found = next_command.NEXT["import_hf"](replace(cfg, output=f"{cfg.output}_{there}"))
+            assert (found is not None and found.command == "prepare_data") is there
+        for file in hf.glob("tokenizer*"):
+            file.unlink()
 
 
 def random_model(path: Path, **sizes) -> Path:

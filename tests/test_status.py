@@ -227,3 +227,24 @@ def test_time_left_is_that_of_the_log_and_what_is_done_has_no_lock(tmp_path):
     whole(run_folder / "model")
     write(run_folder / STARTS, start_of(2**22 + 1, born=1))
     assert "lock" not in long_form(run_folder) and "its beginning to its end" in long_form(run_folder)["took"]
+
+
+@pytest.mark.parametrize("reads", ["is_dir", "iterdir"])
+def test_a_folder_that_cannot_be_read_is_named_and_the_others_are_shown(tmp_path, monkeypatch, reads):
+    """Whoever may list outputs need not be allowed into each; root, which tests may be, is let in everywhere."""
+    whole(tmp_path / "outputs" / "a" / "one")
+    whole(tmp_path / "outputs" / "b" / "two")
+    kept = getattr(Path, reads)
+
+    def denied(path: Path):
+        if path.name == "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return kept(path)
+
+    monkeypatch.setattr(Path, reads, denied)
+    found = {one.path.name: one for one in look_at(tmp_path / "outputs").inside}
+    assert (found["a"].state, found["a"].about) == ("unreadable", "Permission denied")
+    assert found["two"].state == "done"
+    if reads == "is_dir":
+        with pytest.raises(UserError, match=r"cannot be looked at .Permission denied.: "):
+            look_at(tmp_path / "outputs" / "a")

@@ -23,7 +23,7 @@ from minitron_megatron.config import BenchmarkConfig
 from minitron_megatron.console import print_table, progress
 from minitron_megatron.outputs import command_output
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.hardware import hardware
+from minitron_megatron.parallel.hardware import hardware, say_assumed
 from minitron_megatron.parallel.job import parallel_job, pick_device
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.precision import processor, record
@@ -95,6 +95,8 @@ def _foresee(cfg: BenchmarkConfig, layout: Layout, device: torch.device) -> None
     """What would be measured; a step in several layouts with what is said of each on the GPUs of `cluster=`."""
     # It plans a job for GPUs wherever it runs, unless a CPU is asked for.
     there = device if cfg.device == "cpu" else torch.device("cuda")
+    if there.type == "cuda" and cfg.measure in (*FORESEEN, "scaling"):
+        say_assumed(cfg.cluster)
     if cfg.measure != "scaling":
         rows = [["measure", cfg.measure], ["layout", str(layout)]]
         if cfg.measure in FORESEEN and there.type == "cuda":

@@ -35,6 +35,7 @@ from minitron_megatron.checkpoints.hf_folder import (
     part_positions,
     plan_shards,
     print_shape,
+    said_of_tokenizer,
     write_shape,
 )
 from minitron_megatron.checkpoints.reading import WeightReader
@@ -68,7 +69,7 @@ def import_hf(cfg: ImportHfConfig, source: HfFolder | None = None) -> None:
         source = source or check_import_hf(cfg)
         shape = source.shape
         if cfg.dry_run:
-            print_shape(f"{cfg.hf} would be imported", shape)
+            print_shape(f"{cfg.hf} would be imported", shape, said_of_tokenizer(source.path))
             return
         with command_output(cfg, source.stamps) as out:
             if out.done:
@@ -80,7 +81,8 @@ def import_hf(cfg: ImportHfConfig, source: HfFolder | None = None) -> None:
                 copy_files(source.path, out.path / HF_FILES, CONFIG_FILES)
                 copy_files(source.path, out.path / TOKENIZER, TOKENIZER_FILES)
             out.results = {"parameters": count_parameters(shape), "seconds": round(time.monotonic() - began, 2)}
-        print_shape(f"{cfg.output}: imported from {cfg.hf}", shape, out.results)
+        results = {**out.results, **said_of_tokenizer(source.path)}
+        print_shape(f"{cfg.output}: imported from {cfg.hf}", shape, results)
 
 
 class _Exporter:

@@ -262,6 +262,21 @@ def print_shape(title: str, shape: ModelShape, results: dict[str, Any] | None = 
     print_table(title, ["", "value"], rows)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has what transformers makes a tokenizer of."""
+    return any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+
+
+def said_of_tokenizer(folder: Path) -> dict[str, str]:
+    """A row for the summary of an import from a folder without a tokenizer; none where it has one."""
+    if has_tokenizer(folder):
+        return {}
+    return {
+        "tokenizer": "none found, which prepare_data, adopt_data and evaluate with tasks= need: put its files into the "
+        "folder, and import into another output="
+    }
+
+
 def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
     """Copy those of the named files that are there; the target is made if there is one."""
     present = [name for name in names if (source / name).is_file()]

@@ -158,8 +158,10 @@ def _data_beside(output: str, vocabulary: int) -> Path | None:
 # What follows on what.
 
 
-def _after_import(cfg: Any) -> Next:
+def _after_import(cfg: Any) -> Next | None:
     data = _data_beside(cfg.output, _shape(cfg.output).vocab_size)
+    if data is None and not has_tokenizer(Path(cfg.output) / TOKENIZER):
+        return None  # the import has said that there is none
     if data is None:
         return Next("prepare_data", {"input": "TEXT.jsonl", "model": cfg.output}, "data")
     return Next("importance", {"model": cfg.output, "data.path": data, **_calibration(str(data), cfg.output)}, "scores")

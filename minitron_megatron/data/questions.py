@@ -14,6 +14,7 @@ the end-of-sequence token where there is none.
 """
 
 import hashlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ import numpy as np
 
 from minitron_megatron.errors import UserError
 from minitron_megatron.plain_files import parse_json
+
+log = logging.getLogger(__name__)
 
 # Requests are padded to multiples of this many tokens; those of one padded length run together.
 LENGTH_MULTIPLE = 32
@@ -112,6 +115,8 @@ def _read(path: Path, limit: int | None) -> dict[int, Question]:
             found[number] = _question(line, f"{path}:{number}")
     if not found:
         raise UserError(f"questions={path} has no question: one JSON object with context, choices and answer a line")
+    if limit is not None and limit > len(found):
+        log.info("limit=%d, and questions=%s has %d questions: all of them are taken", limit, path, len(found))
     return dict(list(found.items())[:limit])
 
 

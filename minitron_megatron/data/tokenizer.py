@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.checkpoints.folder import SHAPE_FILE, TOKENIZER, ModelFolder, load_yaml
-from minitron_megatron.checkpoints.hf_folder import TOKENIZER_FILES
+from minitron_megatron.checkpoints.hf_folder import TOKENIZER_FILES, has_tokenizer
 from minitron_megatron.checkpoints.stamps import file_stamps
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.models.shape import ModelShape
@@ -16,7 +16,7 @@ from minitron_megatron.plain_files import read_json
 def check_tokenizer(folder: Path | str) -> Path:
     """Where the tokenizer of a model folder or of a Hugging Face folder is. Raises UserError where there is none."""
     path = tokenizer_path(Path(folder))
-    if not (path / "tokenizer_config.json").is_file() and not (path / "tokenizer.json").is_file():
+    if not has_tokenizer(path):
         raise UserError(f"model={folder} has no tokenizer: import the model from a Hugging Face folder that has one")
     return path
 

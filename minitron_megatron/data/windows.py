@@ -1,5 +1,6 @@
 """The windows that a split is measured in, counted without torch; datasets.py makes samples of them."""
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -7,6 +8,17 @@ import numpy as np
 
 from minitron_megatron.data.folder import Data
 from minitron_megatron.data.indexed import open_split
+
+log = logging.getLogger(__name__)
+# The option of trainings that says how many windows are validated on.
+VALIDATED = "trainer.validation_samples"
+
+
+def taken(option: str, asked: int | None, there: int, split: str) -> int:
+    """How many of the windows of a split are taken: as many as are asked for, or all; that there are fewer is said."""
+    if asked is not None and asked > there:
+        log.info("%s=%d, and the %s split has %d windows: all of them are taken", option, asked, split, there)
+    return there if asked is None else min(asked, there)
 
 
 class WindowPlan:

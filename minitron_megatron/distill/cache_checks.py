@@ -8,7 +8,7 @@ from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.config import CacheTeacherConfig, number_of_steps, tokens_of_run
 from minitron_megatron.data.folder import Data, DocumentMasks, check_enough, open_data
 from minitron_megatron.data.same_tokenizer import check_same_tokenizer
-from minitron_megatron.data.windows import WindowPlan
+from minitron_megatron.data.windows import VALIDATED, WindowPlan, taken
 from minitron_megatron.distill.choices import check_top_k
 from minitron_megatron.distill.contents import Contents
 from minitron_megatron.errors import UserError
@@ -72,7 +72,7 @@ def contents_of(cfg: CacheTeacherConfig, folder: ModelFolder, data: Data, window
         temperature=cfg.distill.temperature,
         top_k=cfg.distill.top_k,
         train=number_of_steps(cfg) * trainer.global_batch_size,
-        validation=min(len(windows), trainer.validation_samples) if windows is not None else 0,
+        validation=0 if windows is None else taken(VALIDATED, trainer.validation_samples, len(windows), "validation"),
         chunk_samples=cfg.chunk_samples,
     )
 

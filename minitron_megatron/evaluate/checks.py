@@ -10,7 +10,7 @@ from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.data.folder import Data, DataSizes, open_data
 from minitron_megatron.data.same_tokenizer import check_same_tokenizer
 from minitron_megatron.data.tokenizer import check_tokenizer, tokenizer_stamps
-from minitron_megatron.data.windows import WindowPlan
+from minitron_megatron.data.windows import WindowPlan, taken
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.harness import wanted_tasks
 from minitron_megatron.models.limits import check_layout, check_sequence
@@ -110,7 +110,7 @@ def _open_data(cfg: EvaluateConfig, folder: ModelFolder, layout: Layout) -> tupl
 def _windows(cfg: EvaluateConfig, sizes: DataSizes) -> tuple[Data, int]:
     data = open_data(cfg.data.path, cfg.split, sizes, cfg.data.sequence_length)
     windows = len(WindowPlan(data, cfg.split, cfg.data.sequence_length))
-    return data, min(windows, cfg.samples or windows)
+    return data, taken("samples", cfg.samples, windows, cfg.split)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from minitron_megatron.data.folder import open_data
 from minitron_megatron.data.questions import QuestionFile
 from minitron_megatron.data.same_tokenizer import check_same_tokenizer
 from minitron_megatron.data.tokenizer import check_tokenizer, tokenizer_stamps
-from minitron_megatron.data.windows import WindowPlan
+from minitron_megatron.data.windows import WindowPlan, taken
 from minitron_megatron.importance.blocks import Block, contiguous_blocks
 from minitron_megatron.importance.layers import check_blocks
 from minitron_megatron.models.limits import check_layout, check_sequence
@@ -47,7 +47,8 @@ def check_layers(cfg: LayersConfig) -> Analysing:
     data = open_data(cfg.data.path, cfg.split, folder.shape, cfg.data.sequence_length)
     check_same_tokenizer(data, {"model": folder.path})
     # Full windows only: padding would have a share in Block Influence.
-    count = min(cfg.samples, WindowPlan(data, cfg.split, cfg.data.sequence_length).whole)
+    whole = WindowPlan(data, cfg.split, cfg.data.sequence_length).whole
+    count = taken("samples", cfg.samples, whole, cfg.split)
     file = QuestionFile(cfg.questions, cfg.limit) if cfg.questions else None
     if file or cfg.tasks:
         check_tokenizer(folder.path)

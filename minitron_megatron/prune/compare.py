@@ -13,6 +13,7 @@ from minitron_megatron.config import PruneConfig
 from minitron_megatron.console import progress
 from minitron_megatron.data.datasets import MicroBatches, Windows
 from minitron_megatron.data.folder import Data
+from minitron_megatron.data.windows import taken
 from minitron_megatron.models.build import build_model_chunks, model_dtype
 from minitron_megatron.models.guessing import warn_of_guessing
 from minitron_megatron.models.loss import summed_loss
@@ -60,7 +61,7 @@ def cut_variants(kept: Kept, merged: Kept | None) -> dict[str, Kept]:
 
 def _batches(cfg: PruneConfig, layout: Layout, data: Data) -> MicroBatches:
     windows = Windows(data, "validation", cfg.data.sequence_length)
-    numbers = range(min(cfg.loss_samples, len(windows)))
+    numbers = range(taken("loss_samples", cfg.loss_samples, len(windows), "validation"))
     return MicroBatches.of_this_rank(windows, numbers, cfg.trainer.micro_batch_size, layout)
 
 

@@ -29,7 +29,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters, flops_per_token
 from minitron_megatron.models.build import attention_in_fixed_order, model_dtype
 from minitron_megatron.models.limits import sequence_parts
-from minitron_megatron.parallel.hardware import hardware, peak_flops
+from minitron_megatron.parallel.hardware import hardware, peak_flops, say_assumed
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.census import Stage, take_census
 from minitron_megatron.train.checks import TENSOR_SIZES, Check, Models
@@ -200,6 +200,7 @@ def foresee(
 ) -> None:
     """Print what the job would be; nothing is written. `before` as of `forecast`."""
     layout = _without_idle_options(layout)
+    say_assumed(cfg.cluster)
     found = forecast(cfg, layout, models, before)
     _show_job(found, steps, cfg)
     _show_memory(found)

@@ -54,6 +54,7 @@ from minitron_megatron.config import (
 from minitron_megatron.console import print_table
 from minitron_megatron.data.datasets import Windows, training_samples
 from minitron_megatron.data.folder import Data, verify_data
+from minitron_megatron.data.windows import VALIDATED, taken
 from minitron_megatron.ending import (
     STATUS_OF_SIGNAL,
     finish_whatever_comes,
@@ -259,6 +260,8 @@ class _Run:
         self.shapes = {name: folder.shape for name, folder in folders.items()}
         self.saver = checkpoint.Saver(self.folder, job.layout, cfg.trainer, checked.inputs)
         self.loop, self.start = self._prepare(folders)
+        # Windows of a validation: known once there are data.
+        self.validated = 0
         dtype = model_dtype(self.shapes[recipe.trained], cfg.precision)
         length = cfg.data.sequence_length
         # Forward and twice that backward for the model that is trained, forward alone for the others.
@@ -305,6 +308,8 @@ class _Run:
         count = steps * cfg.trainer.global_batch_size
         samples = training_samples(data, "train", sequence_length=length, seed=cfg.seed, count=count)
         windows = Windows(data, "validation", length) if cfg.trainer.validation_samples else None
+        if windows is not None:
+            self.validated = taken(VALIDATED, cfg.trainer.validation_samples, len(windows), "validation")
         validation: dict[str, float] = {}
         last, step = None, self.start - 1
         metrics = Metrics(Path(cfg.output), cfg.logger, resolved_config(cfg), steps, self.start, self.recipe.verb)
@@ -359,7 +364,7 @@ class _Run:
         return self._validate(windows) if due else {}
 
     def _validate(self, windows: Windows) -> dict[str, float]:
-        found = self.loop.validate(windows, min(len(windows), self.cfg.trainer.validation_samples))
+        found = self.loop.validate(windows, self.validated)
         if not math.isfinite(found["validation_loss"]):
             log.warning("the validation loss is %s: this is no model to go on with", found["validation_loss"])
         return found
