@@ -15,15 +15,16 @@ from minitron_megatron.chosen import Choices, Pair, Text
 from minitron_megatron.cli.spelling import script
 from minitron_megatron.compress_given import given_limits
 from minitron_megatron.config import CompressConfig, DistillConfig, ParallelConfig, TrainerConfig, TrainingDataConfig
+from minitron_megatron.console import format_gib
 from minitron_megatron.errors import UserError
 from minitron_megatron.machine import free_gib, seconds_to_import_torch
 from minitron_megatron.models.axes import count_parameters, flops_per_token
 from minitron_megatron.models.build import model_dtype
 from minitron_megatron.models.shape import ModelShape
-from minitron_megatron.pace import Work, measure, seconds_of_stages
+from minitron_megatron.pace import Work, measure, seconds_of_stages, seconds_to_start
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.precision import asks_machine, of_this_machine
-from minitron_megatron.stages import START, START_OF_LIGHT, START_OF_SEVERAL
+from minitron_megatron.stages import START, START_OF_LIGHT
 from minitron_megatron.train.checks import TENSOR_SIZES, Models
 from minitron_megatron.train.distill_checks import check_pair
 from minitron_megatron.train.foresee import Forecast, forecast, gib_on_cpus
@@ -197,7 +198,7 @@ def choose_layout(
         )
     least = min(found, key=lambda one: one.gib)
     raise UserError(
-        f"teacher and student do not fit on processes={processes} of {least.gpu.gpu}: {least.gib:.0f} GiB a GPU in the best "
+        f"teacher and student do not fit on processes={processes} of {least.gpu.gpu}: {format_gib(least.gib)} a GPU in the best "
         f"layout, of {least.gpu.memory_gib:g}: use more processes, on more nodes by {script('compress.sh')}"
     )
 
@@ -221,9 +222,9 @@ def _that_fits(
         return fitting[0]
     micro, gib = min(need.items(), key=lambda one: one[1])
     raise UserError(
-        f"teacher and student take {gib:,.1f} GiB on CPUs in micro-batches of {micro} (weights, gradients, optimizer, "
-        f"activations), and {free:,.1f} GiB are free here: use a larger machine or one with GPUs, fewer processes=, or a shorter "
-        "data.sequence_length="
+        f"teacher and student take {format_gib(gib)} on CPUs in micro-batches of {micro} (weights, gradients, optimizer, "
+        f"activations), and {format_gib(free)} are free here: use a larger machine or one with GPUs, fewer processes=, or a "
+        "shorter data.sequence_length="
     )
 
 
@@ -272,7 +273,9 @@ def _models(pair: Pair) -> Models:
 
 
 def _line_of_layout(cfg: CompressConfig, layout: Layout, micro: int, foreseen: Forecast | None) -> tuple[str, str, str]:
-    memory = f", {foreseen.gib:.0f} of {foreseen.gpu.memory_gib:g} GiB of a {foreseen.gpu.gpu}" if foreseen else ""
+    memory = ""
+    if foreseen:
+        memory = f", {format_gib(foreseen.gib)} of {foreseen.gpu.memory_gib:g} GiB of a {foreseen.gpu.gpu}"
     processes = f"{layout.world_size} processes" if layout.world_size > 1 else "one process"
     return "layout", str(layout), f"{processes}, micro-batches of {micro}{memory}"
 
@@ -282,8 +285,10 @@ def _line_of_memory(
 ) -> tuple[str, str, str]:
     """What the distillation takes of a machine's memory, on CPUs."""
     (gib,) = _gib_on_cpus(cfg, pair, layout, length, batch, [micro])
-    why = f"at the peak: programs, weights, gradients, optimizer and activations; {free_gib():,.1f} GiB are free here"
-    return "memory", f"{gib:,.1f} GiB", why
+    why = (
+        f"at the peak: programs, weights, gradients, optimizer and activations; {format_gib(free_gib())} are free here"
+    )
+    return "memory", format_gib(gib), why
 
 
 def _line_of_time(
@@ -298,7 +303,8 @@ def _line_of_time(
     else:
         pace = measure(pair.student, precision_of(cfg, pair.student, device)[0], cfg.processes, start)
         seconds = seconds_of_stages(pair, work, pace, cfg.processes)
-        how = f"{tokens / seconds['distill']:,.0f} tokens/s, from products and small operations timed here"
+        trained = seconds["distill"] - seconds_to_start(start, cfg.processes)
+        how = f"{tokens / trained:,.0f} tokens/s once it has started, from products and small operations timed here"
     one = start * START
     others = {
         "import_hf": one if cfg.hf else 0.0,
@@ -319,7 +325,7 @@ def _seconds_on_gpus(cfg: CompressConfig, pair: Pair, work: Work, start: float, 
     """Seconds of the stages that compute: the distillation's rate is foreseen, forward passes go at its share of the peak."""
     of_pass = {one: flops_per_token(shape, work.length) for one, shape in vars(pair).items()}
     rate = foreseen.tokens_per_second * (3 * of_pass["student"] + of_pass["teacher"])
-    start *= START_OF_SEVERAL if cfg.processes > 1 else START
+    start = seconds_to_start(start, cfg.processes)
     judged = work.windows * work.length * (of_pass["student"] + of_pass["teacher"])
     return {
         "importance": start + work.calibration * work.length * of_pass["teacher"] / rate,

@@ -37,6 +37,8 @@ SECONDS_BETWEEN_LINES = 15.0
 SECONDS_OF_SILENCE = 1.5
 # Columns of a terminal that progress needs to show all it has; what a table's column has for words at the least.
 _ROOM_FOR_BARS, _WORD = 90, 8
+# Without a terminal: columns of what is printed, and as few as COLUMNS may say.
+_WIDTH, _LEAST_WIDTH = 100, 20
 # How signs that this program writes look without UTF-8.
 _SIGNS = "▶ ◀ → … × · ≤ ≥ ± − – — ² ³ ᵀ ₁ ₂ ⁻ ‖ Σ σ α β √ ∞ µ “ ” ‘ ’".split()
 _WORDS = "> < -> ... x . <= >= +- - - - ^2 ^3 ^T 1 2 ^- || sum sigma alpha beta sqrt inf u \" \" ' '".split()
@@ -71,9 +73,9 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
 
 
 def console() -> Console:
-    """A console on standard output, 120 columns wide where there is no terminal."""
+    """A console on standard output; where there is no terminal, as wide as COLUMNS says, else 100 columns."""
     plain = _Console()
-    return plain if plain.is_terminal else _Console(width=120)
+    return plain if plain.is_terminal else _Console(width=max(_LEAST_WIDTH, number_of("COLUMNS", _WIDTH)))
 
 
 class _Console(Console):
@@ -188,6 +190,11 @@ def format_time(seconds: object) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"
     return f"{seconds:,.0f} s"
+
+
+def format_gib(gib: float) -> str:
+    """Memory or disk space, in GiB; below one in MiB."""
+    return f"{gib:,.1f} GiB" if gib >= 1 else f"{1024 * gib:,.0f} MiB"
 
 
 @contextmanager

@@ -118,6 +118,11 @@ def _least(work: Callable[[], None]) -> float:
     return least
 
 
+def seconds_to_start(start: float, processes: int) -> float:
+    """Seconds until so many processes of a command compute, by those until torch is imported."""
+    return start * (START_OF_SEVERAL if processes > 1 else START)
+
+
 def seconds_of_stages(pair: Pair, work: Work, pace: Pace, processes: int) -> dict[str, float]:
     """Seconds of importance, distillation and evaluation, their programs' starts included.
 
@@ -128,7 +133,7 @@ def seconds_of_stages(pair: Pair, work: Work, pace: Pace, processes: int) -> dic
         processes: of each stage.
     """
     teacher, student = pair.teacher, pair.student
-    start = pace.start * (START_OF_SEVERAL if processes > 1 else START)
+    start = seconds_to_start(pace.start, processes)
 
     def passes(shape: ModelShape, samples: int, *, trained: bool = False) -> float:
         """Seconds of samples through a model."""

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitron_megatron import console
+from minitron_megatron.cli.help import show_help
+from minitron_megatron.config import PruneConfig
 
 PARTS = st.text("abcdefgh_0123", min_size=1, max_size=30)
 PATHS = st.lists(PARTS, min_size=2, max_size=8).map("/".join)
@@ -46,3 +48,23 @@ def test_room_is_shared_by_what_wants_it():
     assert console._shares([3, 3, 8], [3, 40, 8], 30) == [3, 19, 8]
     assert console._shares([1, 1], [9, 9], 9) == [5, 4]
     assert console._shares([2, 2], [2, 3], 9) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("columns", "width"), [("60", 60), ("200", 200), ("", 100), ("x", 100), ("0", 20), (None, 100)]
+)
+def test_what_is_piped_is_as_wide_as_columns_says_or_100(monkeypatch, capsys, columns, width):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert console.console().width == width
+    show_help("prune", PruneConfig)
+    shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith((" ", "target=", "model="))]
+    assert max(map(len, shown)) <= width
+
+
+@pytest.mark.parametrize(
+    ("gib", "words"), [(0.0, "0 MiB"), (0.03, "31 MiB"), (0.999, "1,023 MiB"), (1, "1.0 GiB"), (2048, "2,048.0 GiB")]
+)
+def test_little_memory_is_told_in_mib(gib, words):
+    assert console.format_gib(gib) == words

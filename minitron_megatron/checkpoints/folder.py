@@ -33,7 +33,7 @@ from minitron_megatron.changing import differences, in_words
 from minitron_megatron.checkpoints.locks import lock, unlock
 from minitron_megatron.checkpoints.stamps import PREFIX, for_all_nodes, say_others
 from minitron_megatron.cli.starting import seconds_of_process, seconds_starting
-from minitron_megatron.config import flat
+from minitron_megatron.console import format_gib
 from minitron_megatron.ending import NOTHING_KEPT, SOME_KEPT, keeping
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.models.shape import ModelShape
@@ -287,8 +287,8 @@ def check_space(folder: Path, need: float, what: str, *, why: str = "", advice: 
     free = shutil.disk_usage(there).free
     if free < need:
         raise UserError(
-            f"no space left for {what}: {need / 2**30:,.1f} GiB are needed{f' ({why})' if why else ''}, "
-            f"{free / 2**30:,.1f} GiB are free{f'; {advice}' if advice else ''}"
+            f"no space left for {what}: {format_gib(need / 2**30)} are needed{f' ({why})' if why else ''}, "
+            f"{format_gib(free / 2**30)} are free{f'; {advice}' if advice else ''}"
         )
 
 

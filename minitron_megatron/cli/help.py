@@ -17,7 +17,9 @@ def show_help(name: str, config_class: type[CommandConfig]) -> None:
         screen.print(f"  {line}", highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for column in ("option", "type", "default", ""):
-        table.add_column(column, overflow="fold", style="bold" if column == "option" else "")
+        # Names stay whole, whatever is left for the rest.
+        whole = column == "option"
+        table.add_column(column, overflow="fold", style="bold" if whole else "", no_wrap=whole)
     for o in _shown(config_class):
         default = "required" if o.default == REQUIRED else "" if o.default is None else str(o.default)
         words = f" [{', '.join(map(typed, o.choices))}]" if o.choices else ""
