@@ -286,7 +286,9 @@ JOBS = [path.stem for path in sorted((ROOT / "slurm").glob("*.sh")) if "\n#SBATC
 def test_a_chain_has_the_processes_of_all_nodes(tmp_path):
     """compress.sh runs its program on the first node; what starts a stage is on all of them."""
     words, _ = words_of(tmp_path, "compress", "mine=1", MODEL="m", DATA="d", CHAIN="c", GPUS="4")
-    assert "processes=8" in words and words[-1] == "mine=1" and "parallel.tensor=8" in words
+    assert {"processes=8", "parallel.tensor=8", "parallel.sequence=true", "chain=c"} <= set(words) and words[
+        -1
+    ] == "mine=1"
     assert any(word.startswith("start=srun --nodes=2") and "--nproc-per-node 4" in word for word in words)
 
 
@@ -306,6 +308,16 @@ def test_whatever_a_script_takes_from_its_environment_reaches_what_it_starts(tmp
     wanted.pop("SLURM_ARRAY_JOB_ID", None)
     assert [name for name, value in wanted.items() if not any(value in word for word in words)] == []
     assert "h100" not in " ".join(words)
+
+
+@pytest.mark.parametrize(("rung", "task"), [("", ""), ("0", ""), ("2", "3")])
+def test_which_rung_and_candidate_a_job_trains(tmp_path, rung, task):
+    """All of them, the teacher's cache, which is rung 0, or a candidate of a rung, which is a task of an array."""
+    of_array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": task} if task else {}
+    words, _ = words_of(tmp_path, "distill_candidates", FOUND="f", DATA="d", RUNG=rung, **of_array)
+    asked = [word for word in words if word.startswith(("rung=", "candidate="))]
+    assert asked == [*([f"rung={rung}"] if rung else []), *([f"candidate={task}"] if task else [])]
+    assert "processes=16" in words and "found=f" in words
 
 
 @pytest.mark.parametrize("script", JOBS)

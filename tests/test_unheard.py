@@ -57,9 +57,10 @@ if child == 0:
     os.kill(os.getpid(), signal.SIGUSR1)
     os._exit(0)
 os.waitpid(child, 0)
+time.sleep(1.1)  # what was heard a moment ago may have been this signal
 signal.signal(signal.SIGUSR1, lambda *_: None)  # another handler, which takes its time
 os.kill(os.getpid(), signal.SIGUSR1)
-time.sleep(1)
+time.sleep(0.6)
 print(seen)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
