@@ -272,7 +272,7 @@ FUNCTIONS = {
     checkpoints.folder.check_place train.overlap.check_overlap_device parallel.job.pick_device parallel.job.process_group
     parallel.job._of_this_start parallel.job.check_device_type parallel.tools.tool_job
     parallel.precision.recalled train.saved.check_room train.saved.newest_whole train.saved._sized
-    checkpoints.index.check_files""",
+    checkpoints.index.check_files checkpoints.index.read_index""",
     RANK_ZERO: """checkpoints.folder._already_there checkpoints.folder._start_partial checkpoints.folder._finish
     checkpoints.folder.has_work checkpoints.hf._write_companions checkpoints.hf._generation_config prune.prune._write_companions
     checkpoints.megatron_lm.all_arguments checkpoints.megatron_lm._write_companions checkpoints.nemo._write_context
