@@ -260,8 +260,8 @@ MODULES = {
     "data are prepared by one process": "data.adopt data.estimate data.prepare data.text data.tokenizer data.vocabulary",
     BEFORE: """cli.main cli.arguments cli.logs cli.spelling launcher evaluate.checks distill.cache_checks train.checks train.begin
     checkpoints.export_checks checkpoints.hf_folder checkpoints.nemo_folder checkpoints.stamps data.folder data.indexed
-    data.same_tokenizer prune.plan""",
-    RANK_ZERO: "checkpoints.card checkpoints.lineage cli.next_command train.metrics starts evaluate.harness",
+    data.same_tokenizer prune.plan checkpoints.unfinished""",
+    RANK_ZERO: "checkpoints.card checkpoints.lineage cli.next_command train.metrics starts evaluate.harness evaluate.answers",
     "ends a process, and lets one of them speak": "claims first_moments unheard parallel.torchrun console",
     "the helpers themselves": "parallel.deciding",
 }
@@ -273,8 +273,8 @@ FUNCTIONS = {
     parallel.job._of_this_start parallel.job.check_device_type parallel.tools.tool_job
     parallel.precision.recalled train.saved.check_room train.saved.newest_whole train.saved._sized
     checkpoints.index.check_files checkpoints.index.read_index""",
-    RANK_ZERO: """checkpoints.folder._already_there checkpoints.folder._start_partial checkpoints.folder._finish
-    checkpoints.folder.has_work checkpoints.hf._write_companions checkpoints.hf._generation_config prune.prune._write_companions
+    RANK_ZERO: """checkpoints.folder._already_there checkpoints.folder._finish
+    checkpoints.hf._write_companions checkpoints.hf._generation_config prune.prune._write_companions
     checkpoints.megatron_lm.all_arguments checkpoints.megatron_lm._write_companions checkpoints.nemo._write_context
     train.checkpoint._drop_old train.saved.find_checkpoints train.saved.find_best parallel.precision._machine
     parallel.precision._cache_folder parallel.precision._least_seconds checkpoints.archive.Archive.extract

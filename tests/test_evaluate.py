@@ -10,14 +10,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
-from minitron_megatron.checkpoints.hf import export_hf
+from minitron_megatron.checkpoints.hf import export_hf, import_hf
 from minitron_megatron.config import (
     BatchConfig,
     EvaluateConfig,
     EvaluateDataConfig,
     ExportHfConfig,
+    ImportHfConfig,
     LayersConfig,
     ModelConfig,
 )
@@ -25,13 +27,17 @@ from minitron_megatron.console import format_value
 from minitron_megatron.data.datasets import Windows
 from minitron_megatron.data.folder import open_data
 from minitron_megatron.data.questions import QuestionFile
+from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError
+from minitron_megatron.evaluate.answers import Rule
 from minitron_megatron.evaluate.checks import check_evaluate
 from minitron_megatron.evaluate.evaluate import evaluate
 from minitron_megatron.evaluate.harness import Loaded, _set_examples, load, load_tasks, wanted_tasks
-from minitron_megatron.evaluate.hf import digest_of, hf_perplexity, load_hf, load_model
+from minitron_megatron.evaluate.hf import digest_of, hf_perplexity, load_model
+from minitron_megatron.evaluate.hf_tasks import TransformersLM
 from minitron_megatron.evaluate.perplexity import loss_figures
 from minitron_megatron.importance.layer_checks import check_layers
+from tests.pool import WorkerError
 from tests.test_commands import error_of, run
 from tests.test_layers import TASK, WORDS, question
 from tests.test_models import names
@@ -82,8 +88,6 @@ def tasks(made, tmp_path_factory):
     """Task files: choices of words, of single tokens, what follows, generated text (some right), perplexity of whole texts."""
     (student, _), (path, _), _ = made
     folder = tmp_path_factory.mktemp("tasks")
-    from minitron_megatron.data.tokenizer import load_tokenizer
-
     tokenizer = load_tokenizer(path)
     questions = [question(i) for i in range(1, 9)]
     texts = [" ".join(WORDS[: 4 + 3 * i]) for i in range(5)]
@@ -194,17 +198,117 @@ def test_nothing_of_a_folder_of_transformers_runs_code(made, tmp_path, monkeypat
     folder, marker = save_hf(student, tmp_path / "hf"), tmp_path / "it ran"
     values = json.loads((folder / "config.json").read_text())
     (folder / "own.py").write_text(CODE.format(marker=str(marker)))
-    (folder / "config.json").write_text(json.dumps({**values, "auto_map": {"AutoModelForCausalLM": "own.Own"}}))
+    (folder / "config.json").write_text(
+        json.dumps({**values, "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}})
+    )
     cfg = config(folder, tmp_path / "out", hf=str(folder), device="cpu", precision="fp32")
-    for opening in (load_model, load_hf):
+    for opening in (load_model, TransformersLM):
         opening(folder, cfg)
         assert not marker.exists()
     torch.save(student.state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    for opening in (load_model, load_hf):
+    for opening in (load_model, TransformersLM):
         with pytest.raises(UserError, match="cannot be loaded by transformers") as refused:
             opening(folder, cfg)
         assert "\n" not in str(refused.value)
+
+
+def changed(student, folder: Path, change) -> Path:
+    """A Hugging Face folder whose tensors were changed after it was written."""
+    save_hf(student, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("way", [
+    (lambda t: t.pop("lm_head.weight"), "lm_head.weight is missing"),
+    (lambda t: t.update(odd=torch.ones(1)), "odd is not of this model"),
+    (lambda t: [t.pop("lm_head.weight"), t.pop("model.norm.weight")], "lm_head.weight and 1 more are missing"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(31)}), "cannot be loaded by transformers"),
+], ids=["missing", "unexpected", "two", "shape"])  # fmt: skip
+def test_weights_that_a_folder_lacks_are_not_made_up(made, tmp_path, way):
+    """transformers draws them at random, with a warning. For perplexity and for tasks alike."""
+    change, says = way
+    folder = changed(made[0][0], tmp_path / "hf", change)
+    cfg = config(folder, tmp_path / "out", hf=str(folder), device="cpu", precision="fp32")
+    for opening in (load_model, TransformersLM):
+        with pytest.raises(UserError, match=says) as refused:
+            opening(folder, cfg)
+        assert "\n" not in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def overflowing(made, tmp_path_factory):
+    """(A Hugging Face folder, the same as ours): finite weights whose product is not."""
+    folder = tmp_path_factory.mktemp("overflowing")
+
+    def larger(tensors):
+        for name in ("up_proj", "gate_proj"):
+            tensors[f"model.layers.1.mlp.{name}.weight"] *= 1e30
+
+    hf = changed(made[0][0], folder / "hf", larger)
+    import_hf(ImportHfConfig(hf=str(hf), output=str(folder / "model")))
+    return hf, folder / "model"
+
+
+@pytest.mark.parametrize("task", ["words", "next", "read", "write"])
+@pytest.mark.parametrize("ours", [True, False], ids=["model", "hf"])
+def test_logits_that_are_not_finite_are_no_answers(gloo, tasks, overflowing, tmp_path, task, ours):
+    """Of NaNs the first choice is the highest: what was asked is named."""
+    hf, path = overflowing
+    cfg = config(path, tmp_path / "out", tasks=[tasks[task]], fewshot=0, limit=2, device="cpu")
+    if not ours:
+        cfg.model, cfg.hf = ModelConfig(), str(hf)
+    document = "" if task == "write" and not ours else ", document 0"
+    with pytest.raises((UserError, WorkerError)) as error:
+        gloo(1, evaluate, cfg) if ours else evaluate(cfg)
+    assert f"tasks=[{task}]{document}: the model's logits are not finite" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_both_generate_by_one_rule(gloo, made, tasks, tmp_path, caplog):
+    """Every end of text that the configs name ends an answer; penalties and sampling are left out, which is said."""
+    (student, _), _, _ = made
+    folder, lines = save_hf(student, tmp_path / "hf"), Path(tasks["write"]).with_suffix(".jsonl")
+    tokenizer = load_tokenizer(folder)
+    rows, ends = [json.loads(line) for line in lines.read_text().splitlines()], {1}
+    for row in rows:
+        ids = torch.tensor([tokenizer.encode(row["text"])])
+        out = student.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=1)[0, ids.shape[1] :].tolist()
+        # An ordinary token in the middle of the first answer.
+        ends |= {out[5]} if len(ends) == 1 else set()
+        stop = next((i for i, token in enumerate(out) if token in ends), len(out)) + 1
+        row["target"] = tokenizer.decode(out[:stop], skip_special_tokens=True)
+    (tmp_path / "rule.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = tmp_path / "rule.yaml"
+    task.write_text(WRITE.format(file=tmp_path / "rule.jsonl", stop='"§§"').replace("task: write", "task: rule"))
+    own = {"eos_token_id": sorted(ends), "repetition_penalty": 1.9, "do_sample": True, "temperature": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, **own}))
+    import_hf(ImportHfConfig(hf=str(folder), output=str(tmp_path / "model")))
+    for which in ("model", "hf"):
+        cfg = config(tmp_path / "model", tmp_path / f"by_{which}", tasks=[str(task)], fewshot=0, device="cpu")
+        if which == "hf":
+            cfg.model, cfg.hf = ModelConfig(), str(folder)
+            with caplog.at_level("INFO", logger="minitron_megatron.evaluate.answers"):
+                evaluate(cfg)
+        else:
+            gloo(1, evaluate, cfg)
+        assert results(tmp_path / f"by_{which}")["tasks"]["rule"]["exact_match"] == 1.0, which
+    (said,) = (one.getMessage() for one in caplog.records if one.name.endswith("answers"))
+    assert "repetition_penalty=1.9, do_sample=True, temperature=0.6 are left out" in said
+
+
+def test_ends_of_text_are_those_of_the_configs_and_the_tokenizer(tmp_path):
+    assert Rule(tmp_path, 3).stops == [3]
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
+    assert Rule(tmp_path, 3).stops == [3, 7]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    assert Rule(tmp_path, 3).stops == [3, 5]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
+    with pytest.raises(UserError, match="must be token ids"):
+        Rule(tmp_path, 3)
 
 
 def test_a_folder_is_another_with_another_name_or_byte_of_any_file(tmp_path):
@@ -423,6 +527,8 @@ def test_the_command_under_torchrun(made, tasks, tmp_path):
     assert files == {
         "tokenizer.json",
         "tokenizer_config.json",
+        "config.json",
+        "generation_config.json",
         "words.yaml",
         "words.jsonl",
         "write.yaml",

@@ -10,6 +10,7 @@ PACKAGE = ROOT / "minitron_megatron"
 # Called by the libraries whose classes they are written for.
 OF_OTHERS = {
     "MegatronLM": {"loglikelihood_rolling"},
+    "TransformersLM": {"loglikelihood_rolling", "_create_model"},
     "_StreamPlanner": {"set_up_planner", "create_local_plan", "create_global_plan", "finish_plan", "resolve_data"},
     "_Stream": {"record_event"},
     "Epochs": {"index_split"},

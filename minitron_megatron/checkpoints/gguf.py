@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 from minitron_megatron.checkpoints.folder import check_output, output_folder
-from minitron_megatron.checkpoints.hf_folder import hf_tensors
+from minitron_megatron.checkpoints.hf_folder import check_loaded, hf_tensors
 from minitron_megatron.cli.spelling import command_line
 from minitron_megatron.config import Smollm2Config
 from minitron_megatron.errors import UserError
@@ -56,9 +56,14 @@ def unpack_smollm2(cfg: Smollm2Config, gguf: Path | None = None) -> None:
         from minitron_megatron.checkpoints.safetensors_stream import write_safetensors
 
         whole = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=whole
+        model, found = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.bfloat16,
+            quantization_config=whole,
+            output_loading_info=True,
         )
+        check_loaded(found, str(gguf))
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out.path)
         config = model.config.to_dict() | {
             "quantization_config": None,

@@ -6,7 +6,7 @@ hf.py reads and writes the weights.
 import logging
 import math
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -275,6 +275,18 @@ def said_of_tokenizer(folder: Path) -> dict[str, str]:
         "tokenizer": "none found, which prepare_data, adopt_data and evaluate with tasks= need: put its files into the "
         "folder, and import into another output="
     }
+
+
+def check_loaded(found: Mapping[str, Any], where: str) -> None:
+    """Raise UserError unless transformers has loaded every weight of a model, and no other, as its `output_loading_info` says.
+
+    It draws those that a folder lacks at random, and passes over those that the model has no place for.
+    """
+    kinds = {"missing": "missing", "unexpected": "not of this model", "mismatched": "of another shape"}
+    for kind, what in kinds.items():
+        if keys := sorted(str(key[0] if isinstance(key, tuple) else key) for key in found[f"{kind}_keys"]):
+            more = f" and {len(keys) - 1} more are" if len(keys) > 1 else " is"
+            raise UserError(f"{where}: {keys[0]}{more} {what}: give a whole folder")
 
 
 def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:

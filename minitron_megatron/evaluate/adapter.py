@@ -24,8 +24,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from minitron_megatron.console import progress
 from minitron_megatron.data.questions import Request
 from minitron_megatron.errors import UserError
+from minitron_megatron.evaluate.answers import Rule, finite, not_finite
 from minitron_megatron.evaluate.scoring import score
-from minitron_megatron.models.generation import Sampling, generate, stop_strings
+from minitron_megatron.models.generation import NOT_FINITE, Sampling, generate, stop_strings
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
@@ -93,12 +94,17 @@ class Ranks:
         return score(self.chunks, self.layout, vocabulary, requests, tokens_at_once=self.tokens_at_once)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], stops: Sequence[str], max_new_tokens: int, how: dict[str, Any]
+        self,
+        prompts: Sequence[Sequence[int]],
+        ends: Sequence[int],
+        stops: Sequence[str],
+        max_new_tokens: int,
+        how: dict[str, Any],
     ) -> list[list[int]]:
-        """See models/generation.py; `stops` end an answer, and so does the end-of-sequence token."""
+        """See models/generation.py; `stops` end an answer, and so does each of the tokens `ends`."""
         sampling = Sampling(
             max_new_tokens,
-            stop_tokens=[self.tokenizer.eos_token_id],
+            stop_tokens=ends,
             finished=stop_strings(self.tokenizer.decode, stops),
             seed=self.seed,
             **how,
@@ -118,9 +124,9 @@ class Ranks:
 class MegatronLM(TemplateLM):
     """A language model for the harness; lives on rank 0."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, rule: Rule) -> None:
         super().__init__()
-        self.ranks, self.tokenizer = ranks, ranks.tokenizer
+        self.ranks, self.tokenizer, self.rule = ranks, ranks.tokenizer, rule
 
     @property
     def eot_token_id(self) -> int:
@@ -150,8 +156,8 @@ class MegatronLM(TemplateLM):
         return self.tokenizer.encode(string, **special)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """(log-likelihood, is greedy) of each (context, continuation)."""
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        """(log-likelihood, is greedy) of each (context, continuation). Raises UserError where one is not finite."""
+        return finite(requests, super().loglikelihood(requests, disable_tqdm=disable_tqdm))
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
@@ -172,7 +178,7 @@ class MegatronLM(TemplateLM):
         return list(zip(values.tolist(), greedy.tolist(), strict=True))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """Log-likelihood of whole texts, each in windows of the model's positions."""
+        """Log-likelihood of whole texts, each in windows of the model's positions. Raises UserError where one is not finite."""
         windows, owners = [], []
         for number, request in enumerate(requests):
             (text,) = request.args
@@ -186,22 +192,23 @@ class MegatronLM(TemplateLM):
                 owners.append(number)
         sums = np.zeros(len(requests))
         np.add.at(sums, owners, [value for value, _ in self._loglikelihood_tokens(windows)])
-        return sums.tolist()
+        return finite(requests, sums.tolist())
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """What the model goes on with after each context, up to a stop string."""
+        """What the model goes on with after each context, up to a stop string. Raises UserError where logits are not finite."""
+        self.rule.say()
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
         answers = [""] * len(requests)
         for numbers in groups.values():
-            texts = self._answers([requests[n].args[0] for n in numbers], requests[numbers[0]].args[1])
+            texts = self._answers([requests[n] for n in numbers], requests[numbers[0]].args[1])
             for number, text in zip(numbers, texts, strict=True):
                 answers[number] = text
         return answers
 
-    def _answers(self, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
-        """Answers to contexts that are asked in the same way."""
+    def _answers(self, requests: Sequence[Any], options: dict[str, Any]) -> list[str]:
+        """Answers to requests whose contexts are asked in the same way."""
         options = normalize_gen_kwargs(options, self.max_gen_toks)
         stops = handle_stop_sequences(options.pop("until", None), eos=self.tokenizer.decode(self.eot_token_id))
         most = options.pop("max_gen_toks")
@@ -213,7 +220,12 @@ class MegatronLM(TemplateLM):
                 "change its file"
             )
         how = {name: options[name] for name in ("temperature", "top_k", "top_p") if options.get(name) is not None}
-        prompts = [self.tok_encode(text)[-(self.max_length - most) :] or [self.prefix_token_id] for text in contexts]
-        answers = self.ranks.run("generate", prompts, stops, most, how if options["do_sample"] else {})
+        contexts = [self.tok_encode(request.args[0]) for request in requests]
+        prompts = [context[-(self.max_length - most) :] or [self.prefix_token_id] for context in contexts]
+        how = how if options["do_sample"] else {}
+        answers = self.ranks.run("generate", prompts, self.rule.stops, stops, most, how)
+        for request, answer in zip(requests, answers, strict=True):
+            if answer[-1] == NOT_FINITE:
+                raise not_finite([request])
         texts = [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
         return [postprocess_generated_text(text, stops, None) for text in texts]

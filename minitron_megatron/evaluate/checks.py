@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_megatron.checkpoints.folder import ModelFolder, load_json, open_model_folder
+from minitron_megatron.checkpoints.hf_folder import CONFIG_FILES, HF_FILES
 from minitron_megatron.checkpoints.index import check_weights
-from minitron_megatron.checkpoints.stamps import task_stamps
+from minitron_megatron.checkpoints.stamps import file_stamps, task_stamps
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.data.folder import Data, DataSizes, open_data
 from minitron_megatron.data.same_tokenizer import check_same_tokenizer
@@ -61,7 +62,8 @@ def check_evaluate(cfg: EvaluateConfig) -> Judging:
     inputs = {name: there.digest for name, there in digests.items() if there is not None}
     if cfg.tasks:
         check_tokenizer(folder.path)
-        inputs |= {**tokenizer_stamps(folder), **task_stamps(wanted_tasks(cfg.tasks))}
+        configs = file_stamps(folder.path, [folder.path / HF_FILES / name for name in CONFIG_FILES])
+        inputs |= {**tokenizer_stamps(folder), **configs, **task_stamps(wanted_tasks(cfg.tasks))}
     check_command_output(cfg, inputs)
     return Judging(layout, folder, teacher, data, count, inputs)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.checkpoints.folder import RESULTS, ModelFolder
+from minitron_megatron.checkpoints.hf_folder import HF_FILES
 from minitron_megatron.checkpoints.weights import load_model, verify_digest
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.console import print_table, speaks
@@ -112,6 +113,7 @@ def _measured(
 def _tasks(cfg: EvaluateConfig, layout: Layout, folder: ModelFolder, chunks: Any, loaded: Any) -> dict[str, Any]:
     """What tasks say of a live model, on every rank."""
     from minitron_megatron.evaluate.adapter import MegatronLM, Ranks
+    from minitron_megatron.evaluate.answers import Rule
     from minitron_megatron.evaluate.run_tasks import run_tasks
 
     ranks = Ranks(
@@ -123,13 +125,18 @@ def _tasks(cfg: EvaluateConfig, layout: Layout, folder: ModelFolder, chunks: Any
         prompts_at_once=cfg.prompts,
         seed=cfg.seed,
     )
-    found = ranks.on_rank_zero(lambda: run_tasks(MegatronLM(ranks), loaded, cfg))
+
+    def asked() -> dict[str, Any]:
+        rule = Rule(folder.path / HF_FILES, ranks.tokenizer.eos_token_id)
+        return run_tasks(MegatronLM(ranks, rule), loaded, cfg)
+
+    found = ranks.on_rank_zero(asked)
     return collectives.broadcast_object(found)
 
 
 def _evaluate_hf(cfg: EvaluateConfig, folder: Path, data: Data | None, count: int) -> None:
     """Loss and tasks of a Hugging Face folder, by transformers."""
-    from minitron_megatron.evaluate.hf import digest_of, hf_perplexity, load_hf, load_model
+    from minitron_megatron.evaluate.hf import digest_of, hf_perplexity, load_model
     from minitron_megatron.evaluate.run_tasks import run_tasks
 
     if cfg.tasks:
@@ -146,7 +153,9 @@ def _evaluate_hf(cfg: EvaluateConfig, folder: Path, data: Data | None, count: in
             verify_data(data)
         began, found, model = time.monotonic(), {}, None
         if cfg.tasks:
-            loaded, harness = _load(cfg), load_hf(folder, cfg)
+            from minitron_megatron.evaluate.hf_tasks import TransformersLM
+
+            loaded, harness = _load(cfg), TransformersLM(folder, cfg)
             found, model = run_tasks(harness, loaded, cfg), harness.model
         if data:
             found = {**hf_perplexity(model or load_model(folder, cfg), data, cfg, count), "windows": count, **found}

@@ -1,4 +1,4 @@
-"""A Hugging Face folder as transformers computes it: loss on our windows, tasks by the harness's own backend.
+"""A Hugging Face folder as transformers computes it: loss on our windows; hf_tasks.py has the tasks.
 
 Nothing in the folder may run code. The windows, their order and their masks are those of model folders (data/datasets.py), so
 an export has the loss of the folder that it was made of, to the rounding of the two implementations.
@@ -6,17 +6,16 @@ an export has the loss of the folder that it was made of, to the rounding of the
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn import functional
 
 from minitron_megatron.checkpoints.folder import joint_digest, load_json
+from minitron_megatron.checkpoints.hf_folder import check_loaded
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.console import progress
 from minitron_megatron.data.datasets import MicroBatches, Windows
 from minitron_megatron.data.folder import Data
-from minitron_megatron.data.tokenizer import load_tokenizer
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.evaluate.perplexity import loss_figures
 from minitron_megatron.parallel.job import pick_device
@@ -44,15 +43,21 @@ def _dtype(folder: Path, precision: str) -> str:
 
 
 def load_model(folder: Path, cfg: EvaluateConfig) -> torch.nn.Module:
-    """The model of transformers' own class, on its device. Raises UserError where it cannot be loaded."""
+    """The model of transformers' own class, on its device, with every weight out of the folder. Raises UserError."""
     from transformers import AutoModelForCausalLM
 
-    how = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+    how = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(folder, cfg.precision), **how)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"hf={folder} cannot be loaded by transformers ({in_one_line(error, 200)})") from None
+        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(folder, cfg.precision), **how)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise cannot_be_loaded(folder, error) from None
+    check_loaded(found, f"hf={folder}")
     return model.to(pick_device(cfg.device)).eval()
+
+
+def cannot_be_loaded(folder: Path, error: Exception) -> UserError:
+    """What is said of a folder that transformers refuses."""
+    return UserError(f"hf={folder} cannot be loaded by transformers ({in_one_line(error, 200)})")
 
 
 def hf_perplexity(model: torch.nn.Module, data: Data, cfg: EvaluateConfig, count: int) -> dict[str, float]:
@@ -75,22 +80,3 @@ def hf_perplexity(model: torch.nn.Module, data: Data, cfg: EvaluateConfig, count
             advance(1)
     nll, tokens = sums.tolist()
     return {**loss_figures(nll, tokens, f"hf={cfg.hf}"), "tokens": int(tokens)}
-
-
-def load_hf(folder: Path, cfg: EvaluateConfig) -> Any:
-    """The harness's HFLM of it, which has the model as `model`. Raises UserError where transformers cannot load it."""
-    from lm_eval.models.huggingface import HFLM
-
-    try:
-        return HFLM(
-            pretrained=str(folder),
-            tokenizer=load_tokenizer(folder),
-            backend="causal",
-            dtype=_dtype(folder, cfg.precision),
-            batch_size=cfg.trainer.micro_batch_size,
-            device=pick_device(cfg.device).type,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"hf={folder} cannot be loaded by transformers ({in_one_line(error, 200)})") from None

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from minitron_megatron.models.head import Head
 from minitron_megatron.models.shape import ModelShape
-from minitron_megatron.models.vocab_parallel import vocab_parallel_argmax
+from minitron_megatron.models.vocab_parallel import reduce_over, valid_columns, vocab_parallel_argmax
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
 
@@ -34,6 +34,8 @@ _NOT_WITH_A_CACHE = (
     "reduce_scatter_embeddings",
     "fused_single_qkv_rope",
 )
+# In a token's place, as the last of an answer: logits of which none is the highest.
+NOT_FINITE = -1
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def generate(
     batch_size: int = 8,
     advance: Callable[[int], None] = lambda answers: None,
 ) -> list[list[int]]:
-    """The tokens that follow each prompt, without it, on every rank.
+    """The tokens that follow each prompt, without it, on every rank; NOT_FINITE is the last where logits were not finite.
 
     Args:
         chunks: this rank's chunks of the built and loaded model; they are left in the mode they were in.
@@ -134,9 +136,11 @@ def _answer(
             if end < lengths[row]:
                 continue
             token, answer = picked[row], answers[row]
-            tokens[row, end] = token
+            tokens[row, end] = max(token, 0)
             answer.append(token)
-            stopped = token in sampling.stop_tokens or (sampling.finished is not None and sampling.finished(answer))
+            stopped = token in (*sampling.stop_tokens, NOT_FINITE) or (
+                sampling.finished is not None and sampling.finished(answer)
+            )
             if stopped or len(answer) == sampling.max_new_tokens:
                 open_rows.discard(row)
         end += 1
@@ -197,14 +201,25 @@ class _Model:
 def _pick(
     logits: torch.Tensor, vocab_size: int, sampling: Sampling, keys: Sequence[tuple[int, int, int]], group: Any
 ) -> torch.Tensor:
-    """A token id of each row of logits [b, V / tp], int64 [b], the same on every rank of the group."""
+    """A token id of each row of logits [b, V / tp], int64 [b], the same on every rank of the group; NOT_FINITE where none is."""
+    fine = _finite(logits, vocab_size, group)
     if not sampling.temperature:
-        return vocab_parallel_argmax(logits, vocab_size=vocab_size, group=group)
+        return torch.where(fine, vocab_parallel_argmax(logits, vocab_size=vocab_size, group=group), NOT_FINITE)
     parts = [torch.empty_like(logits) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, logits.contiguous(), group=group)
     # Drawn apart for each prompt and token: the same whatever runs beside it, and wherever.
     chances = torch.tensor([np.random.default_rng(key).random() for key in keys], dtype=torch.float64)
-    return draw(torch.cat(parts, -1)[:, :vocab_size], chances.to(logits.device), sampling)
+    whole = torch.cat(parts, -1)[:, :vocab_size].masked_fill(~fine[:, None], 0)
+    return torch.where(fine, draw(whole, chances.to(logits.device), sampling), NOT_FINITE)
+
+
+def _finite(logits: torch.Tensor, vocab_size: int, group: Any) -> torch.Tensor:
+    """Whether no logit of a row [V / tp] is NaN or +∞ on any rank, and some is above −∞: bool [b]."""
+    columns = valid_columns(logits, vocab_size, group)
+    highest = logits[:, :columns].float().amax(-1) if columns else logits.new_full(logits.shape[:1], -torch.inf).float()
+    # Of NaN a maximum over ranks may be anything.
+    highest = highest.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return reduce_over(highest, dist.ReduceOp.MAX, group).isfinite()
 
 
 def draw(logits: torch.Tensor, chances: torch.Tensor, sampling: Sampling) -> torch.Tensor:
