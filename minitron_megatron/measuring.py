@@ -6,7 +6,8 @@ processes in their layout ─▶ verify=true: weights and data against their dig
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from minitron_megatron.checkpoints.folder import COMPUTED_IN, ModelFolder, Output, has_work
+from minitron_megatron.checkpoints.folder import ModelFolder, Output
+from minitron_megatron.checkpoints.unfinished import COMPUTED_IN, has_work
 from minitron_megatron.checkpoints.weights import verify_digest
 from minitron_megatron.config import CommandConfig
 from minitron_megatron.data.folder import Data, verify_data

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.checkpoints.damage import is_damage
-from minitron_megatron.checkpoints.folder import DIVERGED, MANIFEST, METRICS, load_yaml, partial_folder
+from minitron_megatron.checkpoints.folder import DIVERGED, MANIFEST, METRICS, load_yaml
+from minitron_megatron.checkpoints.unfinished import partial_folder
 from minitron_megatron.cli import spelling
 from minitron_megatron.config import StatusConfig
 from minitron_megatron.console import console, format_time, format_value, print_table

@@ -1,5 +1,6 @@
 """Folders and weights: round trips bit for bit, whole or not there, and nothing on disk executes code."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from minitron_megatron.checkpoints import folder as folders
 from minitron_megatron.checkpoints import reading
-from minitron_megatron.checkpoints.folder import open_model_folder, output_folder, read_manifest
+from minitron_megatron.checkpoints.folder import check_output, open_model_folder, output_folder, read_manifest
 from minitron_megatron.checkpoints.hf import export_hf, import_hf
 from minitron_megatron.checkpoints.hf_folder import HfFolder
 from minitron_megatron.checkpoints.index import check_weights
@@ -269,6 +270,56 @@ def test_what_a_killed_run_left_is_swept(tmp_path):
     (tmp_path / ".o.partial" / "junk").write_text("x")
     write(tmp_path / "o", {})
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["file", "manifest.yaml"]
+
+
+def work(path, *, continues=True, killed=False, **what):
+    """A command that writes an output, or begins to and is killed."""
+    config, inputs = what.pop("config", {"a": 1}), what.pop("inputs", {"data": "d1"})
+    how = {"config": config, "inputs": inputs, "resume": True, **what}
+    check_output(path, **how)
+    with (
+        contextlib.suppress(SystemExit),
+        output_folder(path, command="", **how, continues=continues) as out,
+    ):
+        kept = (out.path / "hours").is_file()
+        (out.path / "hours").touch()
+        out.keep = True
+        if killed:
+            raise SystemExit
+        return kept
+
+
+@pytest.mark.parametrize(("other", "says"), [
+    ({"config": {"a": 2}}, "was begun with a=1, not 2"),
+    ({"config": {"b": 1}}, "was begun with other options"),
+    ({"inputs": {"data": "d2"}}, "was begun from other inputs: data changed since"),
+    ({"resume": False}, "is unfinished and resume=false"),
+    ({"continues": False}, "resume=false"),
+    ({"continues": False, "config": {"c": 1}}, "was begun with other options"),
+])  # fmt: skip
+def test_what_a_killed_run_left_is_not_emptied_by_one_that_is_asked_otherwise(tmp_path, other, says):
+    """Before the work begins, too; the lock is free after that."""
+    work(tmp_path / "o", killed=True)
+    with pytest.raises(UserError, match=says) as refused:
+        work(tmp_path / "o", **other)
+    assert str(tmp_path / ".o.partial") in str(refused.value) and "\n" not in str(refused.value)
+    assert (tmp_path / ".o.partial" / "hours").is_file()
+    assert work(tmp_path / "o") is True and not (tmp_path / ".o.partial").exists()
+
+
+def test_what_a_killed_run_left_without_work_is_swept(tmp_path):
+    work(tmp_path / "o", killed=True)
+    (tmp_path / ".o.partial" / "hours").unlink()
+    assert work(tmp_path / "o", config={"a": 2}) is False
+
+
+def test_who_writes_an_output_is_not_called_unfinished(tmp_path):
+    how = {"config": {"a": 1}, "inputs": {}, "resume": True}
+    with output_folder(tmp_path / "o", command="", **how, continues=True) as out:
+        (out.path / "hours").touch()
+        check_output(tmp_path / "o", **{**how, "config": {"a": 2}})
+        with pytest.raises(UserError, match="another run is writing"):
+            work(tmp_path / "o", config={"a": 2})
 
 
 def test_a_full_disk_is_told_before_and_while_writing(source, tmp_path, monkeypatch):

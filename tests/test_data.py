@@ -149,14 +149,18 @@ def test_a_killed_run_with_one_document_begins_again(model, tmp_path, monkeypatc
     assert read_manifest(whole)["digest"] == read_manifest(out)["digest"]
 
 
-def test_what_was_killed_with_other_options_is_not_continued(model, tmp_path, monkeypatch):
+def test_what_was_killed_with_other_options_is_neither_continued_nor_emptied(model, tmp_path, monkeypatch):
     (tmp_path / "in.jsonl").write_text(jsonl(DOCUMENTS))
-    whole = prepare(model, tmp_path / "in.jsonl", tmp_path / "whole", seed=2)
+    whole = prepare(model, tmp_path / "in.jsonl", tmp_path / "whole", seed=1)
     monkeypatch.setattr(preparing, "SECONDS_BETWEEN_COMMITS", 0.0)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(20, patch)
         prepare(model, tmp_path / "in.jsonl", tmp_path / "out", seed=1)
-    out = prepare(model, tmp_path / "in.jsonl", tmp_path / "out", seed=2)
+    left = {path.name: path.read_bytes() for path in (tmp_path / ".out.partial").glob("*.*")}
+    with pytest.raises(UserError, match=r"out is unfinished, and was begun with seed=1, not 2: give the same to go on"):
+        prepare(model, tmp_path / "in.jsonl", tmp_path / "out", seed=2)
+    assert {path.name: path.read_bytes() for path in (tmp_path / ".out.partial").glob("*.*")} == left
+    out = prepare(model, tmp_path / "in.jsonl", tmp_path / "out", seed=1)
     assert read_manifest(whole)["digest"] == read_manifest(out)["digest"]
 
 

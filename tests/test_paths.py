@@ -11,7 +11,8 @@ import yaml
 
 from minitron_megatron.asked import STARTED_IN, Asked, as_spelt_now
 from minitron_megatron.changing import free_options
-from minitron_megatron.checkpoints.folder import MANIFEST, check_output, output_folder, partial_folder
+from minitron_megatron.checkpoints.folder import MANIFEST, check_output, output_folder
+from minitron_megatron.checkpoints.unfinished import partial_folder
 from minitron_megatron.config import DistillConfig, PrepareDataConfig, SubmitConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import resolved_config
@@ -90,7 +91,7 @@ def test_a_record_that_does_not_say_where_is_read_all_the_same(where):
 
 
 @pytest.mark.parametrize("mark", ["{", "[]", "0" * 64, None])
-def test_what_a_killed_run_left_is_continued_by_every_spelling(here, mark):
+def test_what_a_killed_run_left_is_continued_by_every_spelling_and_by_nothing_else(here, mark):
     place, free = here / "out", free_options(PrepareDataConfig)
 
     def start(word: str) -> bool:
@@ -108,10 +109,12 @@ def test_what_a_killed_run_left_is_continued_by_every_spelling(here, mark):
             raise KeyboardInterrupt
         return there
 
-    assert [start("t.txt"), start(f"{here}/t.txt"), start("./t.txt"), start("u.txt")] == [False, True, True, False]
+    assert [start("t.txt"), start(f"{here}/t.txt"), start("./t.txt")] == [False, True, True]
     if mark is not None:
         (partial_folder(place) / ".made-of").write_text(mark)
-        assert not start("u.txt")
+    with pytest.raises(UserError, match="is unfinished, and was begun with"):
+        start("u.txt" if mark is None else "t.txt")
+    assert (partial_folder(place) / "part").exists()
 
 
 def test_a_run_goes_on_by_every_spelling(here, monkeypatch):

@@ -21,7 +21,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from minitron_megatron.checkpoints import digests, locks
-from minitron_megatron.checkpoints.folder import open_model_folder, output_folder, partial_folder
+from minitron_megatron.checkpoints.folder import open_model_folder, output_folder
+from minitron_megatron.checkpoints.unfinished import partial_folder
 from minitron_megatron.config import DistillConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.layout import Layout

@@ -1,17 +1,15 @@
 """Output folders that are whole or not there, and the manifest that says how each was made.
 
     outputs/.name.partial/   while a command works (its lock keeps a second run out; what a killed run left is swept by the
-                             next, or continued where the command can)
+                             next, or continued where the command can: unfinished.py)
     outputs/name/            renamed when complete; a folder with manifest.yaml is whole
 
 A model folder holds model.yaml (its shape), weights/ (Megatron distributed checkpoint), tokenizer/ and manifest.yaml.
 """
 
-import contextlib
 import datetime
 import errno
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -30,8 +28,9 @@ import yaml
 from minitron_megatron import __version__
 from minitron_megatron.asked import STARTED_IN, Asked
 from minitron_megatron.changing import differences, in_words
-from minitron_megatron.checkpoints.locks import lock, unlock
+from minitron_megatron.checkpoints.locks import unlock
 from minitron_megatron.checkpoints.stamps import PREFIX, for_all_nodes, say_others
+from minitron_megatron.checkpoints.unfinished import MARKS, check_unfinished, partial_folder, start_partial
 from minitron_megatron.cli.starting import seconds_of_process, seconds_starting
 from minitron_megatron.console import format_gib
 from minitron_megatron.ending import NOTHING_KEPT, SOME_KEPT, keeping
@@ -40,7 +39,7 @@ from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.deciding import ask_rank_zero, check_same, from_rank_zero, wait_until_seen
 from minitron_megatron.plain_files import read_json, read_yaml
-from minitron_megatron.starts import STARTS, record_start
+from minitron_megatron.starts import record_start
 
 MANIFEST, SHAPE_FILE, WEIGHTS, TOKENIZER = "manifest.yaml", "model.yaml", "weights", "tokenizer"
 # In outputs: what a command that measures found, and a line for each step of a training run.
@@ -48,12 +47,6 @@ RESULTS, METRICS = "results.json", "metrics.jsonl"
 # Of a run that the spike guard ended: why, in a line.
 DIVERGED = "diverged.txt"
 log = logging.getLogger(__name__)
-
-# In a partial folder that can be continued: what it was asked for, and what models compute in.
-_MADE_OF = ".made-of"
-COMPUTED_IN = ".computed-in"
-# What a partial folder has of its own, beside what will be in the whole one.
-_MARKS = (_MADE_OF, COMPUTED_IN, STARTS)
 
 
 @dataclass
@@ -91,7 +84,8 @@ def check_output(
     def same(before: Asked) -> bool:
         return before.same_options(asked) and all(before.inputs.get(n) == d for n, d in inputs.items())
 
-    _already_there(Path(path), None if anew else same, resume, asked, free)
+    if not _already_there(Path(path), None if anew else same, resume, asked, free):
+        check_unfinished(Path(path), asked, resume)
 
 
 @dataclass(frozen=True)
@@ -233,8 +227,8 @@ def output_folder(
         reasons: for the manifest, why options that were auto became what they are in `config`.
 
     Raises:
-        UserError: `path` exists and was made otherwise, another run is writing it, the disk is full, or ranks have read different
-            options or inputs.
+        UserError: `path` exists and was made otherwise, or is unfinished and was begun otherwise, another run is writing it, the
+            disk is full, or ranks have read different options or inputs.
     """
     path = Path(path)
     asked = Asked.now(config, inputs, free)
@@ -253,7 +247,7 @@ def output_folder(
         yield Output(path, done=True, results=found)
         return
     partial = partial_folder(path)
-    held = from_rank_zero(lambda: _start_partial(partial, asked if continues else None, resume))
+    held = from_rank_zero(lambda: start_partial(path, asked, resume, continues))
     if held is not None:
         record_start(partial)
     output = Output(partial)
@@ -290,16 +284,6 @@ def check_space(folder: Path, need: float, what: str, *, why: str = "", advice: 
             f"no space left for {what}: {format_gib(need / 2**30)} are needed{f' ({why})' if why else ''}, "
             f"{format_gib(free / 2**30)} are free{f'; {advice}' if advice else ''}"
         )
-
-
-def partial_folder(path: Path) -> Path:
-    """Where an output is written until it is whole."""
-    return path.parent / f".{path.name}.partial"
-
-
-def has_work(partial: Path) -> bool:
-    """Whether a partial folder has anything to continue from."""
-    return any(path.name not in _MARKS and not path.name.startswith(".") for path in partial.iterdir())
 
 
 def check_place(path: Path, *, try_it: bool = False) -> Path:
@@ -361,29 +345,6 @@ def _already_there(
     return True
 
 
-def _start_partial(partial: Path, asked: Asked | None, resume: bool) -> int:
-    """Lock the temporary folder and empty it, unless a killed run that was asked for the same left it to be continued."""
-    partial.mkdir(parents=True, exist_ok=True)
-    held = lock(partial)
-    if held is None:
-        raise UserError(f"another run is writing {partial}: wait for it or choose another output=")
-    mark = partial / _MADE_OF
-    if resume and asked is not None and _was_asked(mark).as_spelt_in(asked).fingerprint() == asked.fingerprint():
-        return held
-    for entry in partial.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    if asked is not None:
-        mark.write_text(json.dumps(asked.record(), default=str), encoding="utf-8")
-    return held
-
-
-def _was_asked(mark: Path) -> Asked:
-    """What a partial folder was to become; nothing where it does not say."""
-    with contextlib.suppress(UserError):
-        return Asked.read(load_json(mark), frozenset())
-    return Asked({}, {}, None)
-
-
 def _finish(
     output: Output,
     path: Path,
@@ -393,7 +354,7 @@ def _finish(
     anew: bool,
     reasons: Mapping[str, str],
 ) -> None:
-    for mark in _MARKS:
+    for mark in MARKS:
         (output.path / mark).unlink(missing_ok=True)
     files = {str(f.relative_to(output.path)): f.stat().st_size for f in sorted(output.path.rglob("*")) if f.is_file()}
     manifest = {

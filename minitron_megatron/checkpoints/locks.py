@@ -27,6 +27,18 @@ def lock(folder: Path) -> int | None:
     return descriptor
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a run has the lock of a folder. Those who ask at the same time do not see one another."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def unlock(descriptor: int) -> None:
     """Give a lock back."""
     _HELD.discard(descriptor)

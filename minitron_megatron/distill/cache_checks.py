@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitron_megatron.checkpoints.folder import ModelFolder, check_space, open_model_folder, partial_folder
+from minitron_megatron.checkpoints.folder import ModelFolder, check_space, open_model_folder
 from minitron_megatron.checkpoints.index import check_weights
+from minitron_megatron.checkpoints.unfinished import partial_folder
 from minitron_megatron.config import CacheTeacherConfig, number_of_steps, tokens_of_run
 from minitron_megatron.data.folder import Data, DocumentMasks, check_enough, open_data
 from minitron_megatron.data.same_tokenizer import check_same_tokenizer

@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitron_megatron.checkpoints.folder import COMPUTED_IN, Output
+from minitron_megatron.checkpoints.folder import Output
+from minitron_megatron.checkpoints.unfinished import COMPUTED_IN
 from minitron_megatron.cli.spelling import joined
 from minitron_megatron.config import ThroughputConfig
 from minitron_megatron.console import console, format_value, print_table, progress

@@ -103,6 +103,7 @@ ROOMS = {
         "checkpoints/damage.py": "damage saved",
         "checkpoints/digests.py": "blocks saved",
         "checkpoints/locks.py": "saved",
+        "checkpoints/unfinished.py": "checkpoints status",
         "checkpoints/zarr_arrays.py": "nemo",
         "checkpoints/gguf.py": "families checkpoints",
         "checkpoints/export_checks.py": "export_megatron nemo families",
