@@ -1,10 +1,12 @@
-"""JSON and YAML as plain values, whatever is in the text: what cannot be taken in is one kind of error.
+"""JSON and YAML as plain values, whatever is in the text: what cannot be taken in is one kind of error. Text files, whole.
 
 Files that were cut off, sent by somebody or written by another program may be nested a hundred thousand deep, hold numbers of a
 thousand digits, or stand for themselves by an alias.
 """
 
 import json
+import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,19 @@ def read_json(file: Path) -> Any:
 def read_yaml(file: Path) -> Any:
     """The value in a YAML file. Raises OSError, or ValueError where it cannot be read."""
     return parse_yaml(file.read_text(encoding="utf-8"))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file whole or not at all, onto the disk; of jobs side by side that write the same one the last counts."""
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _whole_number(digits: str) -> int:

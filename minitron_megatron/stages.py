@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import json
 import os
-import secrets
 import shlex
 import shutil
 import signal
@@ -32,7 +31,7 @@ from minitron_megatron.ending import NOTHING_KEPT, STATUS_OF_SIGNAL, keeping, st
 from minitron_megatron.errors import UserError
 from minitron_megatron.machine import usable_cores
 from minitron_megatron.parallel.torchrun import exit_status, how_it_was_killed, killed_for_memory
-from minitron_megatron.plain_files import read_json
+from minitron_megatron.plain_files import read_json, write_whole
 from minitron_megatron.starts import STARTS, record_start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,13 +43,6 @@ STAGE = "MINITRON_STAGE"
 START, START_OF_SEVERAL, START_OF_LIGHT = 2.0, 2.5, 1.0
 # A daemon that a stage left behind may hold its standard error open: do not wait for that one.
 SECONDS_FOR_LAST_WORDS = 10.0
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a text file whole or not at all; of jobs side by side that write the same one the last counts."""
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -12,11 +12,12 @@ from minitron_megatron.candidates.plan import Candidate, Plan
 from minitron_megatron.checkpoints.folder import RESULTS
 from minitron_megatron.cli.spelling import line_of
 from minitron_megatron.console import console, print_table
+from minitron_megatron.plain_files import write_whole
 from minitron_megatron.plain_text import commented
 from minitron_megatron.prune.plan import FILE as PLAN
 from minitron_megatron.report.page import write_page
 from minitron_megatron.report.trials import Trial, trial_plots, trial_section, trial_sentences, trial_table
-from minitron_megatron.stages import write_json, write_whole
+from minitron_megatron.stages import write_json
 
 REPORT = "report.html"
 TARGET = "target.yaml"

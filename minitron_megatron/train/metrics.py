@@ -19,7 +19,7 @@ from minitron_megatron.config import HardwareConfig, LoggerConfig
 from minitron_megatron.console import SECONDS_BETWEEN_LINES, bars_with, console, speaks
 from minitron_megatron.models.graphs import peak_memory
 from minitron_megatron.parallel.hardware import gpu_of, hardware, peak_flops
-from minitron_megatron.plain_files import parse_json
+from minitron_megatron.plain_files import parse_json, write_whole
 from minitron_megatron.plain_text import one_line
 from minitron_megatron.starts import seconds_left
 from minitron_megatron.train.loop import StepResult
@@ -157,7 +157,7 @@ def _cut_back(file: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             break
-    file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    write_whole(file, "".join(line + "\n" for line in kept))
 
 
 def _start_wandb(folder: Path, options: LoggerConfig, config: dict[str, Any]) -> Any:
@@ -172,7 +172,7 @@ def _start_wandb(folder: Path, options: LoggerConfig, config: dict[str, Any]) ->
         mode = "online" if wandb.login(prompt=False) else "offline"
     id_file = folder / "wandb_id.txt"
     if not id_file.is_file():
-        id_file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+        write_whole(id_file, secrets.token_hex(4) + "\n")
     return wandb.init(
         project=options.project,
         name=options.name or folder.name,
