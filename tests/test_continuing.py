@@ -333,6 +333,8 @@ def test_without_a_number_there_is_no_best_to_publish(gloo, sources, tmp_path): 
     with pytest.raises(WorkerError, match=r"no best checkpoint: .*trainer\.publish=last publishes the last"):
         gloo(1, with_validation_losses, cfg, [math.nan, math.nan])
     (tmp_path / "run" / "checkpoints" / "best.json").write_text('{"step": 1, "validation_loss": NaN}')
+    first = tmp_path / "run" / "checkpoints" / "step_00000001"
+    replace(saved.Written.read(first), figures=None).write(first)
     assert saved.find_best(tmp_path / "run" / "checkpoints") is None
     last = with_option(cfg, "trainer.publish", "last")
     assert gloo(1, exit_code, last) == [None] and (tmp_path / "run" / "model").exists()
@@ -462,6 +464,28 @@ def test_a_run_that_began_with_another_checkpoint_does_not_take_a_new_one(gloo, 
     index.write_text(index.read_text() + " ")
     with pytest.raises(UserError, match="is another checkpoint than the one that output="):
         check_distill(cfg)
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(trained, tmp_path):
+    """Of the same models and data, with another seed and rate, in the place of ours."""
+    run = tmp_path / "run"
+    shutil.copytree(trained.output, run)
+    shutil.rmtree(run / "model")
+    cfg = replace(trained, output=str(run))
+    check_distill(cfg)
+    last = run / "checkpoints" / "step_00000006"
+    ours = saved.Written.read(last)
+    assert ours.run == json.loads((run / "run.json").read_text())["id"] and ours.options["seed"] == 1234
+    assert set(ours.figures) == {"loss", "validation_loss", "validation_perplexity"}
+    theirs = {**ours.options, "seed": 7, "optim.lr": 0.1}
+    replace(ours, run="theirs", options=theirs).write(last)
+    with pytest.raises(
+        UserError, match=r"step_00000006 is of another run \(with seed=7, not 1234, optim\.lr=0\.1, not 0\.01\)"
+    ):
+        check_distill(cfg)
+    # To begin with it is what start_from is for; what it is of it says itself.
+    found = check_distill(begun(cfg, tmp_path / "new", seed=7, trainer__steps=8)).beginning
+    assert found.step == 6 and found.options["optim.lr"] == [0.1, 0.01] and "seed" not in found.options
 
 
 def diverging(cfg: DistillConfig) -> str:

@@ -3,7 +3,6 @@
 import ast
 import builtins
 import io
-import json
 import os
 import re
 import signal
@@ -188,23 +187,29 @@ def test_an_index_of_samples_may_appear_late(gloo, sources):
 
 
 def other_listing(cfg) -> int | None:
-    """Run the command, while rank 1 has old listings and no note of the best checkpoint."""
-    with blind(1, r"step_00000003$", listings_alone=True), blind(1, r"best\.json$"):
-        return exit_code(cfg)
+    """Run the command, while rank 1 has old listings and sees no best checkpoint."""
+    find_best = saved.find_best
+    if collectives.rank() == 1:
+        saved.find_best = lambda folder, **_: None
+    try:
+        with blind(1, r"step_00000003$", listings_alone=True):
+            return exit_code(cfg)
+    finally:
+        saved.find_best = find_best
 
 
 @pytest.mark.slow
 def test_ranks_that_list_other_checkpoints_go_on_from_one(gloo, sources, tmp_path):
-    """Of steps 2 and 3 rank 1 lists the first alone, and it sees no note of the best one, than which none is better."""
+    """Of steps 2 and 3 rank 1 lists the first alone, and cannot see that its loss is one than which none is better."""
     options_of = {"keep_best": True, "publish": "best", "validation_interval": 1, "save_interval": 2}
     whole, stopped = (options(sources, tmp_path / name, {"tensor": 2}, **options_of) for name in ("whole", "stopped"))
     assert gloo(2, exit_code, whole) == [None] * 2
     assert gloo(2, signalled, stopped, signal.SIGTERM, 2) == [75] * 2
-    note = tmp_path / "stopped" / "checkpoints" / saved.BEST
-    note.write_text(json.dumps({"step": 2, "validation_loss": 0.0}))
+    second = tmp_path / "stopped" / "checkpoints" / "step_00000002"
+    replace(saved.Written.read(second), figures={"validation_loss": 0.0}).write(second)
     assert gloo(2, other_listing, stopped) == [None] * 2
     assert untimed(tmp_path / "stopped") == untimed(tmp_path / "whole")
-    assert checkpoints(tmp_path / "stopped") == [saved.BEST, *(f"step_0000000{step}" for step in (2, 4, 6))]
+    assert checkpoints(tmp_path / "stopped") == [f"step_0000000{step}" for step in (2, 4, 6)]
     one, other = (open_model_folder(tmp_path / name / "model").digest for name in ("whole", "stopped"))
     assert one != other
 
@@ -276,7 +281,7 @@ FUNCTIONS = {
     RANK_ZERO: """checkpoints.folder._already_there checkpoints.folder._finish
     checkpoints.hf._write_companions checkpoints.hf._generation_config prune.prune._write_companions
     checkpoints.megatron_lm.all_arguments checkpoints.megatron_lm._write_companions checkpoints.nemo._write_context
-    train.checkpoint._drop_old train.saved.find_checkpoints train.saved.find_best parallel.precision._machine
+    train.checkpoint._drop_old train.saved.find_checkpoints train.saved.described parallel.precision._machine
     parallel.precision._cache_folder parallel.precision._least_seconds checkpoints.archive.Archive.extract
     evaluate.hf.digest_of train.checkpoint.Saver._describe train.saved.best_whole
     train.saved.set_aside""",

@@ -26,8 +26,8 @@ from minitron_megatron.distill.contents import Contents
 from minitron_megatron.distill.losses import TopK
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.train import checkpoint
-from minitron_megatron.train.saved import find_best, find_checkpoints, whole
+from minitron_megatron.train import checkpoint, metrics
+from minitron_megatron.train.saved import OfRun, find_best, find_checkpoints, whole
 from tests.test_checkpoints import random_sizes
 
 # What changes a folder, and what makes a change lasting.
@@ -214,12 +214,14 @@ def complete(folder, step, best=None, keep_last=2):
     written.mkdir(parents=True, exist_ok=True)
     (written / "tensors").write_text(str(step))
     saver = object.__new__(checkpoint.Saver)
-    saver.options = SimpleNamespace(checkpoint_format="fully_reshardable", fp8="none", keep_last=keep_last)
-    saver.folder, saver.layout, saver.inputs = folder, Layout(), {}
-    saver._complete(written, name, step, best, False)
+    saver.options = SimpleNamespace(
+        checkpoint_format="fully_reshardable", fp8="none", keep_last=keep_last, keep_best=True
+    )
+    saver.folder, saver.layout, saver.of_run = folder, Layout(), OfRun("this", {"seed": 1}, {})
+    saver._complete(written, name, step, {} if best is None else {"validation_loss": best}, False)
 
 
-def test_a_checkpoint_has_its_name_before_it_is_the_best_and_before_old_ones_go(recorder, tmp_path):
+def test_a_checkpoint_has_its_name_and_with_it_its_loss_before_old_ones_go(recorder, tmp_path):
     for step in (1, 2):
         complete(tmp_path, step)
     recorder.seen = []
@@ -228,7 +230,6 @@ def test_a_checkpoint_has_its_name_before_it_is_the_best_and_before_old_ones_go(
     assert recorder.seen == [
         ("fsync", "format.json", size),
         ("replace", ".step_00000003.abcd.partial", "step_00000003"),
-        ("replace", ".best.json.partial", "best.json"),
         ("replace", "step_00000001", ".step_00000001.removed.partial"),
         ("rmtree", ".step_00000001.removed.partial"),
     ]
@@ -249,8 +250,24 @@ def test_a_save_that_is_killed_anywhere_leaves_a_whole_checkpoint_and_the_best(r
             assert (path / "tensors").read_text() == str(found) and whole(path).written.step == found
         best, loss = find_best(folder)
         assert best.is_dir() and (best.name, loss) in {("step_00000001", 1.0), (f"step_{step:08d}", 0.5)}
+        # A new one is the best from the moment that it has its name.
+        assert again or (loss == 0.5) is (folder / f"step_{step:08d}").is_dir()
         complete(folder, step, best=0.5)
         assert find_best(folder) == (folder / f"step_{step:08d}", 0.5)
+
+
+def test_metrics_are_cut_back_whole_or_not_at_all(recorder, tmp_path):
+    """Killed anywhere, lines of the steps that stay are there; who has the file open still reads all of it."""
+    lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)]
+    for number in range(3):
+        file = tmp_path / str(number) / "metrics.jsonl"
+        file.parent.mkdir()
+        file.write_text("".join(lines) + '{"st')
+        recorder.killed(number, partial(metrics._cut_back, file, 2))
+        assert file.read_text() in ("".join(lines) + '{"st', "".join(lines[:2]))
+        with open(file) as before:
+            metrics._cut_back(file, 1)
+            assert before.read().startswith("".join(lines[:2])) and file.read_text() == lines[0]
 
 
 @pytest.mark.parametrize("free", [99, 100])

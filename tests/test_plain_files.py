@@ -18,7 +18,7 @@ from minitron_megatron.plain_files import Unreadable, parse_json, parse_yaml
 from minitron_megatron.preset_files import words_of_file
 from minitron_megatron.stages import read_stages
 from minitron_megatron.starts import tail_of
-from minitron_megatron.train.saved import find_best
+from minitron_megatron.train.saved import Written, figures_of
 
 DEEP = 100_000
 JSONS = {
@@ -59,7 +59,7 @@ def test_every_reader_says_that_it_cannot_read(tmp_path, text):
     assert isinstance(read_stages(tmp_path / "stages.json"), dict)
     assert isinstance(tail_of(tmp_path / "starts.jsonl"), list)
     assert read_claim(tmp_path / "config.json") is None
-    assert find_best(tmp_path) is None
+    assert not figures_of(tmp_path / "step_00000001", Written("fully_reshardable", False, {}))
     assert precision._read(tmp_path / "config.json", "key") is None
     with pytest.raises(UserError, match="cannot be read"):
         precision._read_kept(tmp_path / "config.json")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -31,6 +32,7 @@ from minitron_megatron.parallel import precision
 from minitron_megatron.parallel.job import parallel_job
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.precision import DTYPES, PRODUCTS, Products
+from minitron_megatron.train import saved
 from minitron_megatron.train.distill import distill
 from tests import computing
 from tests.test_train import exit_code, options, untimed
@@ -121,8 +123,20 @@ def test_a_run_from_before_machines_decided_is_in_its_folders_dtype(gloo, source
     cfg = options(sources, tmp_path / "run", dtype="bfloat16", steps=2, validation_samples=0)
     gloo(1, on_a_machine_for, ["bfloat16"], exit_code, replace(cfg, trainer=replace(cfg.trainer, stop_after=1)))
     (tmp_path / "run" / precision.FILE).unlink()
+    first = tmp_path / "run" / "checkpoints" / "step_00000001"
+    replace(saved.Written.read(first), computed_in=None).write(first)
     gloo(1, on_a_machine_for, ["float32"], exit_code, cfg)
     assert read_manifest(tmp_path / "run" / "model")["precision"]["computed_in"] == "bfloat16"
+
+
+def test_a_run_goes_on_in_what_its_checkpoint_was_computed_in(gloo, sources, tmp_path):
+    """Whatever the file beside it says, or though it is gone."""
+    cfg = options(sources, tmp_path / "run", dtype="bfloat16", steps=2, validation_samples=0)
+    gloo(1, on_a_machine_for, ["float32"], exit_code, replace(cfg, trainer=replace(cfg.trainer, stop_after=1)))
+    assert saved.computed_in(tmp_path / "run" / "checkpoints") == "float32"
+    (tmp_path / "run" / precision.FILE).unlink()
+    gloo(1, on_a_machine_for, ["bfloat16"], exit_code, cfg)
+    assert read_manifest(tmp_path / "run" / "model")["precision"]["computed_in"] == "float32"
 
 
 @pytest.mark.bf16
@@ -130,6 +144,7 @@ def test_a_damaged_record_of_a_run_is_one_line(gloo, sources, tmp_path):
     cfg = options(sources, tmp_path / "run", dtype="bfloat16", steps=2, validation_samples=0)
     gloo(1, on_a_machine_for, ["bfloat16"], exit_code, replace(cfg, trainer=replace(cfg.trainer, stop_after=1)))
     (tmp_path / "run" / precision.FILE).write_text('{"computed_in": "float8"}')
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(Exception, match=r"precision.json cannot be read .*write \{\"computed_in\": \"bfloat16\"\}"):
         gloo(1, exit_code, cfg)
 

@@ -165,9 +165,10 @@ def there(folder, *steps, best=None):
     for step in steps:
         path = folder / f"step_{step:08d}"
         path.mkdir(parents=True)
-        saved.Written("fully_reshardable", False, saved.places(Layout()), step, {}, {}).write(path)
-    if best:
-        checkpoint._mark_best(folder, *best)
+        figures = {"validation_loss": best[1]} if best and best[0] == step else None
+        saved.Written("fully_reshardable", False, saved.places(Layout()), step, {}, {}, figures, bool(figures)).write(
+            path
+        )
     return folder
 
 
@@ -191,7 +192,7 @@ def test_whole_checkpoints_are_those_that_have_their_name(tmp_path):
 def test_what_a_run_publishes(tmp_path, steps, best, publish, wanted):
     cfg = SimpleNamespace(trainer=SimpleNamespace(publish=publish))
     folder = there(tmp_path, *steps, best=best)
-    assert run._Run.to_publish(SimpleNamespace(cfg=cfg, folder=folder)).name == f"step_{wanted:08d}"
+    assert run._Run.to_publish(SimpleNamespace(cfg=cfg, folder=folder)).path.name == f"step_{wanted:08d}"
 
 
 def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path, monkeypatch):
@@ -231,8 +232,42 @@ def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_the_newest_checkpoints_stay_and_the_best(tmp_path, keep, best, left):
     folder = there(tmp_path, 10, 20, 30, 40, 50, best=best and (best, 1.0))
-    checkpoint._drop_old(folder, keep)
+    checkpoint._drop_old(folder, TrainerConfig(keep_last=keep))
     assert [step for step, _ in saved.find_checkpoints(folder)] == left
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_what_may_be_the_best_stays(tmp_path, keep_best):
+    """One whose format cannot be read where the best is kept; nothing is published as the best beside it."""
+    folder = there(tmp_path, 10, 20, 30, 40, best=(20, 1.0))
+    (folder / "step_00000010" / saved.FORMAT).write_text("{")
+    checkpoint._drop_old(folder, TrainerConfig(keep_last=1, keep_best=keep_best))
+    assert [step for step, _ in saved.find_checkpoints(folder)] == ([10, 20, 40] if keep_best else [20, 40])
+    if keep_best:
+        with pytest.raises(UserError, match=r"step_00000010 is damaged \(.*may be the best .*trainer\.publish=last"):
+            saved.best_whole(folder)
+
+
+def test_the_best_follows_from_the_checkpoints_alone(tmp_path):
+    """A note of an earlier version, cut off, gone or of another step, changes nothing; the first of equal ones is the best."""
+    losses = {2: 3.0, 4: 1.0, 6: 1.0, 8: 2.0, 10: None}
+    for step, loss in losses.items():
+        path = tmp_path / f"step_{step:08d}"
+        path.mkdir()
+        figures = {"loss": 9.0} if loss is None else {"loss": 9.0, "validation_loss": loss}
+        saved.Written("fully_reshardable", False, saved.places(Layout()), step, {}, {}, figures, step != 4).write(path)
+    for note in (
+        None,
+        '{"step": 4, "valida',
+        '{"step": 2, "validation_loss": 0.5}',
+        '{"step": 10, "validation_loss": 0.5}',
+    ):
+        if note is not None:
+            (tmp_path / saved.BEST).write_text(note)
+        assert saved.find_best(tmp_path) == (tmp_path / "step_00000004", 1.0)
+        assert saved.best_whole(tmp_path)[0].step == 4
+        # Where the best is not kept any more, what was written to be kept stays.
+        assert saved.find_best(tmp_path, kept=True) == (tmp_path / "step_00000006", 1.0)
 
 
 @pytest.mark.parametrize(("marked", "wanted"), [
@@ -252,7 +287,9 @@ def a_run(folder, **trainer):
     """What `_Run`'s decisions ask of it, and what it did."""
     done = []
     saver = SimpleNamespace(
-        save=lambda chunks, optimizer, step, *, guard, objective, best: done.append((step, best)),
+        save=lambda chunks, optimizer, step, *, guard, objective, figures: done.append(
+            (step, figures["validation_loss"])
+        ),
         finish=lambda: done.append("whole"),
     )
     state = SimpleNamespace(state_dict=dict)
@@ -263,8 +300,8 @@ def a_run(folder, **trainer):
 
 
 @pytest.mark.parametrize(("step", "stop", "wanted"), [
-    (9, False, []), (10, False, [(10, None)]), (11, False, []), (20, False, [(20, None)]),
-    (24, False, []), (25, False, [(25, None), "whole"]), (3, True, [(3, None), "whole"]), (10, True, [(10, None), "whole"]),
+    (9, False, []), (10, False, [(10, 0.1)]), (11, False, []), (20, False, [(20, 0.1)]),
+    (24, False, []), (25, False, [(25, 0.1), "whole"]), (3, True, [(3, 0.1), "whole"]), (10, True, [(10, 0.1), "whole"]),
 ])  # fmt: skip
 def test_when_a_checkpoint_is_saved(tmp_path, step, stop, wanted):
     """On the interval, at the end and before a stop; it is whole before the run ends."""
@@ -321,7 +358,7 @@ def test_where_a_start_of_a_run_ends(tmp_path, monkeypatch):
         trainer = TrainerConfig(stop_after=stop_after)
         data = SimpleNamespace(sequence_length=8)
         cfg = SimpleNamespace(trainer=trainer, output=str(tmp_path), data=data, precision="fp32", cluster=None)
-        assert run._Run(cfg, checked, job, 0.0).end == end
+        assert run._Run(cfg, checked, job, 0.0, None).end == end
 
 
 @pytest.mark.parametrize(("asked", "interrupted", "status"), [(True, False, 75), (True, True, 130), (False, False, 0)])

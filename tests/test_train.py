@@ -36,6 +36,7 @@ from minitron_megatron.config import (
 )
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate.evaluate import evaluate
+from minitron_megatron.launcher import resolved_config
 from minitron_megatron.models.axes import flops_per_token, slots
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.starts import read_starts
@@ -413,16 +414,21 @@ def test_the_best_checkpoint_stays_and_can_be_published(gloo, sources, tmp_path)
         sources, tmp_path / "run", steps=5, validation_interval=1, save_interval=1, keep_best=True, publish="best"
     )
     assert gloo(1, with_validation_losses, cfg, [5.0, 1.0, 3.0, 2.0, 4.0]) == [None]
-    kept = ["best.json", "step_00000002", "step_00000004", "step_00000005"]
+    kept = ["step_00000002", "step_00000004", "step_00000005"]
     assert checkpoints(tmp_path / "run") == kept
     shape = open_model_folder(tmp_path / "run").shape
     folder = tmp_path / "run" / "checkpoints"
     published, second, last = (
-        WeightReader(path) for path in (tmp_path / "run" / "model" / "weights", folder / kept[1], folder / kept[3])
+        WeightReader(path) for path in (tmp_path / "run" / "model" / "weights", folder / kept[0], folder / kept[2])
     )
     slot = next(iter(slots(shape)))
     assert torch.equal(published.read_slot(slot, shape), second.read_slot(slot, shape))
     assert not torch.equal(published.read_slot(slot, shape), last.read_slot(slot, shape))
+    # Its figures are its own, and what the run took is the run's.
+    loss = next(line["loss"] for line in lines(tmp_path / "run") if line["step"] == 2 and "loss" in line)
+    results = read_manifest(tmp_path / "run" / "model")["results"]
+    wanted = {"loss": loss, "validation_loss": 1.0, "validation_perplexity": 1.0, "published_step": 2, "steps": 5}
+    assert {name: results[name] for name in wanted} == wanted
 
 
 def with_validation_losses(cfg: DistillConfig, losses: list[float]) -> int | None:
@@ -566,8 +572,6 @@ def test_a_folder_with_another_run_is_refused(sources, tmp_path):
     (tmp_path / "run" / "notes").touch()
     with pytest.raises(UserError, match="is not a run folder"):
         check_run_folder(tmp_path / "run", cfg)
-    from minitron_megatron.launcher import resolved_config
-
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(resolved_config(cfg)))
     check_run_folder(tmp_path / "run", replace(cfg, parallel=ParallelConfig(tensor=2)))
     with pytest.raises(UserError, match="resume=false"):
@@ -576,6 +580,15 @@ def test_a_folder_with_another_run_is_refused(sources, tmp_path):
     with pytest.raises(UserError, match=r"holds a run with seed=1234, not 5 \(optim\.lr too\)"):
         check_run_folder(tmp_path / "run", other)
     check_run_folder(tmp_path / "run", replace(cfg, trainer=replace(cfg.trainer, steps=STEPS + 1)))
+    # Before a step is taken no length is fixed; then it is that with which steps were taken, whatever was asked for since.
+    check_run_folder(tmp_path / "run", replace(cfg, trainer=replace(cfg.trainer, steps=STEPS - 1)))
+    first = tmp_path / "run" / "checkpoints" / "step_00000001"
+    first.mkdir(parents=True)
+    saved.Written("fully_reshardable", False, {}, 1, {}, {}, options={"trainer.steps": STEPS}).write(first)
+    check_run_folder(tmp_path / "run", cfg)
+    longer = replace(cfg, trainer=replace(cfg.trainer, steps=800))
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(resolved_config(longer)))
+    check_run_folder(tmp_path / "run", cfg)
     with pytest.raises(UserError, match=r"holds a run with trainer\.steps=6, not 5"):
         check_run_folder(tmp_path / "run", replace(cfg, trainer=replace(cfg.trainer, steps=STEPS - 1)))
     with pytest.raises(UserError, match=r"holds a run with trainer\.steps=6, not null"):

@@ -60,7 +60,8 @@ _FOUND = {
     "steps": "steps",
     "tokens": "tokens",
     "skipped": "skipped steps",
-    "loss": "loss of the last step",
+    "published_step": "step that is published",
+    "loss": "loss of its last step",
     "validation_loss": "validation loss",
 }
 

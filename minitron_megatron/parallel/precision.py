@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import platform
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from typing import Any
 from minitron_megatron.automatic import Choice
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.parallel.deciding import ask_rank_zero
-from minitron_megatron.plain_files import read_json
+from minitron_megatron.plain_files import read_json, write_whole
 
 log = logging.getLogger(__name__)
 # In a folder that can be continued: what it is computed in.
@@ -126,27 +125,37 @@ def settled(device_type: str) -> Iterator[None]:
         _Job.choice = before
 
 
-def keep(file: Path, *, begun: Callable[[], bool]) -> None:
+def of_bfloat16() -> str:
+    """The dtype that `auto` computes a bfloat16 folder in, in this job."""
+    return _Job.choice.value if _Job.choice else "bfloat16"
+
+
+def _nobody() -> None:
+    """What there is to continue does not say what it was computed in."""
+
+
+def keep(file: Path, *, begun: Callable[[], bool], told: Callable[[], str | None] = _nobody) -> None:
     """Have `auto` mean what it meant when a run or an output began; every rank calls it, in a job.
 
     Args:
         file: where that is written, and is written now where there is nothing to continue.
         begun: tells rank 0 whether there is something to continue. Without the file it is from before machines decided, and was
             computed in the folder's dtype.
+        told: tells rank 0 what it was computed in, where what is continued says so itself; then the file does not count.
 
     Raises:
         UserError: the file is damaged.
     """
 
     def find() -> Choice | None:
-        if file.exists():
+        if (dtype := told()) is None and file.exists():
             dtype = _read_kept(file)
-        else:
+        if dtype is None:
             own = None if begun() else _Job.choice
             dtype = "bfloat16" if own is None else own.value
             values = {"computed_in": dtype, **({} if own is None else {"why": own.reason})}
-            _write_whole(file, json.dumps(values) + "\n")
-        if dtype == (_Job.choice.value if _Job.choice else "bfloat16"):
+            write_whole(file, json.dumps(values) + "\n")
+        if dtype == of_bfloat16():
             return _Job.choice
         why = f"; {_Job.choice.reason}" if _Job.choice else ""
         slow = ", so another output= with precision=fp32 would be faster" if _Job.choice and dtype == "bfloat16" else ""
@@ -156,11 +165,11 @@ def keep(file: Path, *, begun: Callable[[], bool]) -> None:
 
 
 @contextlib.contextmanager
-def recalled(file: Path) -> Iterator[None]:
-    """Before a job that continues: within it `auto` is what `keep` has written, where it has. Raises UserError."""
+def recalled(file: Path, told: str | None = None) -> Iterator[None]:
+    """Before a job that continues: within it `auto` is what is `told`, or `keep` has written, if any. Raises UserError."""
     before = _Job.choice
-    if file.exists():
-        _Job.choice = _choice(_read_kept(file), f"in which {file.parent} was begun")
+    if told is not None or file.exists():
+        _Job.choice = _choice(told or _read_kept(file), f"in which {file.parent} was begun")
     _Job.ahead = True
     try:
         yield
@@ -204,7 +213,7 @@ def products() -> Products:
         # A read-only home, a full disk: it is measured again next time.
         with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
-            _write_whole(file, json.dumps({"of": key, **asdict(found)}, indent=1) + "\n")
+            write_whole(file, json.dumps({"of": key, **asdict(found)}, indent=1) + "\n")
     return found
 
 
@@ -251,15 +260,6 @@ def _read(file: Path | None, key: str) -> Products | None:
         return Products(rates, str(values["machine"])) if sound else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _write_whole(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def measure(sizes: tuple[int, int, int]) -> dict[str, dict[str, float]]:

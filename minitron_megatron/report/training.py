@@ -15,7 +15,12 @@ from minitron_megatron.report.lineage import Lineage
 from minitron_megatron.report.page import Figure, Section, Table
 
 _ALWAYS = {"skipped": "skipped steps"}
-_FOUND = {"steps": "steps", "tokens": "tokens", "loss": "loss of the last step"}
+_FOUND = {
+    "steps": "steps",
+    "tokens": "tokens",
+    "published_step": "step that is published",
+    "loss": "loss of its last step",
+}
 _FOUND |= {"validation_loss": "validation loss", "validation_perplexity": "validation perplexity"}
 # Terms of a step that have a plot of their own, or none.
 _NOT_TERMS = frozenset(

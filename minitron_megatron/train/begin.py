@@ -26,6 +26,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import resolved_config
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.plain_files import write_whole
 from minitron_megatron.train import saved
 
 log = logging.getLogger(__name__)
@@ -70,9 +71,7 @@ class Beginning:
 
     def write(self, run: Path) -> None:
         """Keep it in the run folder."""
-        partial = run / f".{FILE}.partial"
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        partial.replace(run / FILE)
+        write_whole(run / FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def check_another(cfg: TrainingConfig, run: Path) -> None:
@@ -125,10 +124,13 @@ def _look_at(cfg: TrainingConfig, path: Path) -> Beginning:
     """A checkpoint, and how this run differs from that which wrote it. Raises UserError."""
     folder, takes = path.absolute(), cfg.trainer.start_with
     source, step = folder.parent.parent, int(folder.name.removeprefix("step_"))
-    # What weights are taken from may have been copied alone.
+    written = saved.whole(path).written
+    # One of an earlier version has its options in its run's folder alone. What weights are taken from may have been copied.
     known = takes == EVERYTHING or (source / "config.yaml").is_file()
     now = decisive(resolved_config(cfg), free_options(type(cfg)))
-    before = saved.read_options(source, now) if known else {}
+    before = saved.options_of(written, now)
+    if before is None:
+        before = saved.read_options(source, now) if known else {}
     other = {
         name: [before.get(name), value]
         for name, value in now.items()
@@ -136,8 +138,7 @@ def _look_at(cfg: TrainingConfig, path: Path) -> Beginning:
     }
     options = {name: [a, b] for name, (a, b) in other.items() if as_stored(a) != as_stored(b)}
     # Where it has the digests of all files, it tells; their bytes are compared with them before they are read.
-    told = saved.whole(path).written.files is not None
-    files = [path / saved.FORMAT] if told else [file for file in path.iterdir() if file.is_file()]
+    files = [path / saved.FORMAT] if written.files is not None else [file for file in path.iterdir() if file.is_file()]
     stamp = stamp_of_folder("start_from", path, files)
     began = _read(source / FILE)
     return Beginning(str(path), step, takes, *stamp.values(), options, asdict(began) if began else None)

@@ -1,8 +1,8 @@
 """Training checkpoints in a run folder: model, optimizer, guard, objective and step, by Megatron's distributed checkpointing.
 
     output/checkpoints/step_00000100/     whole, or not there: written as .step_00000100.….partial and renamed
-    output/checkpoints/best.json          which of them had the lowest validation loss; that one is not dropped
 
+Each says its step's validation loss; the one of the lowest is not dropped (trainer.keep_best).
 Each file is digested by the process that has written it, and every byte is compared before a run goes on, a share by each rank.
 Rank 0 decides which checkpoint is taken: the newest whole one.
 
@@ -14,6 +14,7 @@ draws in a step (no dropout), and the data order follows from the seed and the s
 
 import json
 import logging
+import math
 import queue
 import re
 import secrets
@@ -41,7 +42,7 @@ from minitron_megatron.parallel.deciding import ask_rank_zero, from_rank_zero, w
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.plain_files import read_json
 from minitron_megatron.train import saved
-from minitron_megatron.train.saved import BEST, FORMAT, Checkpoint, Written, find_best, find_checkpoints, places
+from minitron_megatron.train.saved import FORMAT, Checkpoint, Damaged, OfRun, Written, described, find_best, places
 
 log = logging.getLogger(__name__)
 # In a checkpoint that is being written: digests of what a rank has written.
@@ -91,12 +92,6 @@ def has_scales(options: TrainerConfig) -> bool:
     return options.fp8 == "delayed"
 
 
-def _mark_best(folder: Path, step: int, validation_loss: float) -> None:
-    partial = folder / f".{BEST}.partial"
-    partial.write_text(json.dumps({"step": step, "validation_loss": validation_loss}) + "\n", encoding="utf-8")
-    partial.replace(folder / BEST)
-
-
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Processes that a save starts never get the signals that ask for a stop: they inherit that these are blocked.
@@ -139,14 +134,14 @@ class Saver:
     A child has this process's memory as it was when it started, so that on CPUs too no later step shows in what it writes.
     """
 
-    def __init__(self, folder: Path, layout: Layout, options: TrainerConfig, inputs: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, layout: Layout, options: TrainerConfig, of_run: OfRun) -> None:
         """Checkpoints of a run go into `folder`; `options` say how many stay, in which format, and how they are written.
 
-        `inputs` are digests of what the run is made from, by name.
+        `of_run` is what each says of the run.
         """
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-        self.folder, self.layout, self.options, self.inputs = folder, layout, options, dict(inputs)
+        self.folder, self.layout, self.options, self.of_run = folder, layout, options, of_run
         self.calls = AsyncCallsQueue()
 
     def save(
@@ -157,7 +152,7 @@ class Saver:
         *,
         guard: dict[str, Any],
         objective: dict[str, Any],
-        best: float | None = None,
+        figures: Mapping[str, float],
     ) -> None:
         """Write a checkpoint, then drop all but the newest ones and the best. Every rank calls it.
 
@@ -165,7 +160,7 @@ class Saver:
             chunks, optimizer: this rank's part.
             step: optimizer steps done.
             guard, objective: their states, plain values.
-            best: the step's validation loss, if it is the lowest so far: the checkpoint is marked as the best one.
+            figures: of the step, by name: the loss, and the validation loss where it was validated.
 
         Raises:
             UserError: it, or the one before it, could not be written. Those that were whole still are.
@@ -191,7 +186,7 @@ class Saver:
             if writes:
                 threads = 1 if self.options.async_save else _threads()
                 request = request._replace(async_fn=bound(_write_and_digest, request.async_fn, threads))
-            request.add_finalize_fn(lambda: self._complete(partial, name, step, best, writes))
+            request.add_finalize_fn(lambda: self._complete(partial, name, step, figures, writes))
             if self.options.async_save:
                 self.calls.schedule_async_request(request)
                 log.info("step %d: saving %s meanwhile", step, self.folder / name)
@@ -221,7 +216,7 @@ class Saver:
         wait_until_seen(partial)
         return partial
 
-    def _complete(self, partial: Path, name: str, step: int, best: float | None, writes: bool) -> None:
+    def _complete(self, partial: Path, name: str, step: int, figures: Mapping[str, float], writes: bool) -> None:
         """All ranks have written: the folder gets its name. Every rank calls it; `writes` says whether this one wrote files."""
         mine, own = {}, partial / _OF_RANK.format(collectives.rank())
         if writes:
@@ -235,19 +230,17 @@ class Saver:
                     f"{self.folder / name} could not be written: rank {parts.index(None)}'s writer ended before its files were "
                     "digested; run the same command again, which continues from the last whole one"
                 )
-            self._describe(partial, step, {file: digest for part in parts for file, digest in part.items()})
+            self._describe(partial, step, {file: digest for part in parts for file, digest in part.items()}, figures)
             if (self.folder / name).is_dir():
                 _remove(self.folder / name)
             partial.rename(self.folder / name)
-            if best is not None:
-                _mark_best(self.folder, step, best)
-            _drop_old(self.folder, self.options.keep_last)
+            _drop_old(self.folder, self.options)
 
         from_rank_zero(give_name)
         wait_until_seen(self.folder / name)
         log.info("step %d: saved %s", step, self.folder / name)
 
-    def _describe(self, partial: Path, step: int, digests: Mapping[str, Any]) -> None:
+    def _describe(self, partial: Path, step: int, digests: Mapping[str, Any], figures: Mapping[str, float]) -> None:
         """Write format.json: what is in the checkpoint, with the digests of the ranks and of what rank 0 wrote beside them."""
         files = {name: FileDigest.from_json(one) for name, one in digests.items()}
         there = [path.name for path in partial.iterdir() if not _OF_RANK_NAME.fullmatch(path.name)]
@@ -257,8 +250,10 @@ class Saver:
             has_scales(self.options),
             places(self.layout),
             step,
-            self.inputs,
-            dict(sorted(files.items())),
+            files=dict(sorted(files.items())),
+            figures={name: value for name, value in figures.items() if math.isfinite(value)},
+            keep_best=self.options.keep_best,
+            **vars(self.of_run),
         )
         written.write(partial)
 
@@ -318,11 +313,12 @@ def _strategy(kind: str, shared: bool) -> Any:
     return wrapper(plain(), ps.get_data_parallel_group(with_context_parallel=True)) if shared else plain()
 
 
-def _drop_old(folder: Path, keep_last: int) -> None:
-    """Remove all checkpoints but the newest and the best."""
-    best = find_best(folder)
-    for _, old in find_checkpoints(folder)[:-keep_last]:
-        if best is None or old != best[0]:
+def _drop_old(folder: Path, options: TrainerConfig) -> None:
+    """Remove all checkpoints but the newest and the best, and where the best is kept those that nobody knows not to be it."""
+    best = find_best(folder, kept=not options.keep_best)
+    for old, written in list(described(folder))[: -options.keep_last]:
+        unknown = options.keep_best and isinstance(written, Damaged)
+        if not unknown and (best is None or old != best[0]):
             _remove(old)
 
 

@@ -23,7 +23,7 @@ from minitron_megatron.config import (
 )
 from minitron_megatron.data.folder import Data, DocumentMasks, check_enough, open_data
 from minitron_megatron.data.same_tokenizer import check_same_tokenizer
-from minitron_megatron.effects import LENGTH, PUBLISHED, typed
+from minitron_megatron.effects import ARITHMETIC, LENGTH, PUBLISHED, SAMPLES, typed
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import resolved_config
 from minitron_megatron.lengths import check_positions
@@ -37,7 +37,7 @@ from minitron_megatron.models.limits import (
 )
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.train import saved
+from minitron_megatron.train import identity, saved
 from minitron_megatron.train.begin import Beginning, check_another, check_beginning
 from minitron_megatron.train.schedule import Schedule
 
@@ -274,10 +274,16 @@ def check_run_folder(run: Path, cfg: TrainingConfig) -> dict[str, Any]:
     if not cfg.resume:
         raise UserError(f"output={run} has a run in it and resume=false: remove it or choose another output=")
     now, decides = what_is_trained(cfg), decided_by(type(cfg))
-    before = saved.read_options(run, now)
+    named = {kind: {k: v for k, v in now.items() if decides[k] == kind} for kind in (SAMPLES, ARITHMETIC, LENGTH)}
+    identity.check_own(run, {**named[SAMPLES], **named[ARITHMETIC]}, named[LENGTH])
+    there, _ = saved.newest_whole(run / "checkpoints")
+    # config.yaml is written before a step is taken: the length that counts is that with which steps were.
+    taken = (there and there.written.options) or {}
+    before = {**saved.read_options(run, now), **{k: taken[k] for k in named[LENGTH] if k in taken}}
     differ = list(differences(before, now))
     changes = [name for name in differ if decides[name] == PUBLISHED]
-    changes += [k for k in differ if decides[k] == LENGTH and None not in (before[k], now[k]) and now[k] > before[k]]
+    lengths = [k for k in differ if decides[k] == LENGTH and None not in (before[k], now[k])]
+    changes += [k for k in lengths if there is None or now[k] > before[k]]
     if fixed := [name for name in differ if name not in changes]:
         first, *others = fixed
         also = f" ({', '.join(others[:3])} too)" if others else ""

@@ -4,7 +4,9 @@
                          saving as it goes
 
 output/config.yaml, metrics.jsonl, checkpoints/, wandb/     while it trains; the same command continues it
-output/precision.json                                       what precision=auto was when it began (parallel/precision.py)
+output/run.json                                             which run it is, as its checkpoints say too (identity.py)
+output/precision.json                                       what precision=auto was when it began (parallel/precision.py), until
+                                                            there is a checkpoint, which says so itself
 output/model/                                               what was trained as a model folder, when it is done
 
 The commands (train/distill.py, train/correct_teacher.py) say in a `Recipe` which models there are and what is minimised;
@@ -79,7 +81,8 @@ from minitron_megatron.parallel.deciding import ask_rank_zero, wait_until_seen
 from minitron_megatron.parallel.job import Job, parallel_job, pick_device
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.precision import FILE as COMPUTED_IN
-from minitron_megatron.parallel.precision import asks_machine, keep, recalled, record
+from minitron_megatron.parallel.precision import asks_machine, keep, of_bfloat16, recalled, record
+from minitron_megatron.plain_files import write_whole
 from minitron_megatron.starts import record_start
 from minitron_megatron.train import checkpoint, saved
 from minitron_megatron.train.begin import EVERYTHING, Beginning, advice_after_divergence
@@ -90,9 +93,11 @@ from minitron_megatron.train.checks import (
     Recipe,
     Shapes,
     schedule_of,
+    what_is_trained,
 )
 from minitron_megatron.train.foresee import forecast, foresee
-from minitron_megatron.train.loop import StepResult, Trainer, stop_on_signal
+from minitron_megatron.train.identity import identify
+from minitron_megatron.train.loop import Trainer, stop_on_signal
 from minitron_megatron.train.metrics import Metrics, StepMetrics
 from minitron_megatron.train.optimizer import (
     check_optimizer,
@@ -124,7 +129,7 @@ def run_training(cfg: TrainingConfig, checked: Checked) -> None:
     if cfg.precision == "auto" and device.type == "cpu":
         # What CPUs compute in is settled later; float32 takes more than the folder's own dtype, which was checked for.
         saved.check_room(run / "checkpoints", count_parameters(shapes[recipe.trained]), 4, cfg.trainer)
-    with recalled(run / COMPUTED_IN):
+    with recalled(run / COMPUTED_IN, saved.computed_in(run / "checkpoints")):
         built = _check_device(cfg, recipe, shapes, layout, device)
         choices = decide(cfg, layout, checked.models, built, device, before)
     buffers = user_buffers(cfg.trainer, shapes[recipe.trained], layout, cfg.data.sequence_length)
@@ -156,33 +161,29 @@ def run_training(cfg: TrainingConfig, checked: Checked) -> None:
         ):
             if out.done:
                 return
-            if collectives.is_rank_zero():
-                _write_beginning(cfg, run, checked.beginning)
-            wait_until_seen(run / "checkpoints")
-            if asks_machine(cfg.precision, *(shape.dtype for shape in shapes.values())):
-                keep(run / COMPUTED_IN, begun=lambda: bool(checkpoint.find_checkpoints(run / "checkpoints")))
-            training = _Run(cfg, checked, job, began)
+            training = _Run(cfg, checked, job, began, _begin(cfg, checked, run))
             if collectives.is_rank_zero():
                 record_start(run, training.start)
             try:
-                results = training.train(data)
+                done = training.train(data)
             except Diverged as error:
                 in_bf16 = model_dtype(shapes[recipe.trained], cfg.precision) is torch.bfloat16
                 advice = advice_after_divergence(asked, in_bf16=in_bf16)
                 if collectives.is_rank_zero():
-                    (run / DIVERGED).write_text(f"{error}\n{advice}\n", encoding="utf-8")
+                    write_whole(run / DIVERGED, f"{error}\n{advice}\n")
                 raise Diverged(f"{error}: {advice}") from None
-            if results is None:
+            if not done:
                 training.leave()
             finish_whatever_comes()
-            out.results, out.precision = results, record()
+            published = training.to_publish()
+            out.results, out.precision = training.results(published), record()
             out.started_from = asdict(checked.beginning) if checked.beginning else {}
             source = folders[recipe.trained]
-            out.digest = publish(out.path / WEIGHTS, source.shape, training.to_publish())
+            out.digest = publish(out.path / WEIGHTS, source.shape, published.path)
             if collectives.is_rank_zero():
                 write_shape(out.path, source.shape)
                 copy_companions(source, out.path, data.folders[0].path)
-        print_table(f"{run / 'model'}: {recipe.verb}ed", ["", "value"], list(results.items()))
+        print_table(f"{run / 'model'}: {recipe.verb}ed", ["", "value"], list(out.results.items()))
 
 
 def _check_device(
@@ -226,16 +227,31 @@ def decide(
     return [graphs, *choose_overlaps(cfg, layout, device.type, before)]
 
 
-def _write_beginning(cfg: TrainingConfig, run: Path, beginning: Beginning | None) -> None:
-    """Have in the run folder what the run is, and what it began with."""
+def _begin(cfg: TrainingConfig, checked: Checked, run: Path) -> saved.OfRun:
+    """Have in the run folder what the run is; gives what its checkpoints say of it. Every rank calls it."""
+    own = ask_rank_zero(lambda: _write_beginning(cfg, run, checked.beginning))
+    wait_until_seen(run / "checkpoints")
+    dtype = None
+    if asks_machine(cfg.precision, *(shape.dtype for shape in checked.shapes.values())):
+        there = run / "checkpoints"
+        keep(
+            run / COMPUTED_IN,
+            begun=lambda: bool(saved.find_checkpoints(there)),
+            told=lambda: saved.computed_in(there),
+        )
+        dtype = of_bfloat16()
+    return saved.OfRun(own, {STARTED_IN: os.getcwd(), **what_is_trained(cfg)}, checked.inputs, dtype)
+
+
+def _write_beginning(cfg: TrainingConfig, run: Path, beginning: Beginning | None) -> str:
+    """Have in the run folder what the run is, and what it began with; gives the run's id."""
     (run / "checkpoints").mkdir(exist_ok=True)
     (run / DIVERGED).unlink(missing_ok=True)
     if beginning:
         beginning.write(run)
-    partial = run / ".config.yaml.partial"
-    values = {STARTED_IN: os.getcwd(), **resolved_config(cfg)}
-    partial.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    partial.replace(run / "config.yaml")
+    own = identify(run)
+    write_whole(run / "config.yaml", yaml.safe_dump({STARTED_IN: os.getcwd(), **resolved_config(cfg)}, sort_keys=False))
+    return own
 
 
 def _what_is_saved(checkpoints: Path) -> str:
@@ -249,7 +265,7 @@ def _what_is_saved(checkpoints: Path) -> str:
 class _Run:
     """A run between its checks and its end: the loop, its metrics and its checkpoints."""
 
-    def __init__(self, cfg: TrainingConfig, checked: Checked, job: Job, began: float) -> None:
+    def __init__(self, cfg: TrainingConfig, checked: Checked, job: Job, began: float, of_run: saved.OfRun) -> None:
         recipe, folders = checked.recipe, checked.folders
         self.cfg, self.recipe, self.layout, self.began = cfg, recipe, job.layout, began
         self.beginning = checked.beginning
@@ -258,7 +274,9 @@ class _Run:
         self.end, self.asked_to_stop = min(self.schedule.steps, cfg.trainer.stop_after or self.schedule.steps), False
         self.folder = Path(cfg.output) / "checkpoints"
         self.shapes = {name: folder.shape for name, folder in folders.items()}
-        self.saver = checkpoint.Saver(self.folder, job.layout, cfg.trainer, checked.inputs)
+        self.saver = checkpoint.Saver(self.folder, job.layout, cfg.trainer, of_run)
+        # What the step at `end` is found to be, by name.
+        self.measured: dict[str, float] = {}
         self.loop, self.start = self._prepare(folders)
         # Windows of a validation: known once there are data.
         self.validated = 0
@@ -302,16 +320,15 @@ class _Run:
             log.info("beginning with %s of %s, at step %d", first.takes, first.checkpoint, start)
         return loop, start
 
-    def train(self, data: Data) -> dict[str, Any] | None:
-        """Train to the end of this start and save; gives the manifest's results, None when there are steps left."""
+    def train(self, data: Data) -> bool:
+        """Train to the end of this start and save; false when there are steps left."""
         cfg, steps, length = self.cfg, self.schedule.steps, self.cfg.data.sequence_length
         count = steps * cfg.trainer.global_batch_size
         samples = training_samples(data, "train", sequence_length=length, seed=cfg.seed, count=count)
         windows = Windows(data, "validation", length) if cfg.trainer.validation_samples else None
         if windows is not None:
             self.validated = taken(VALIDATED, cfg.trainer.validation_samples, len(windows), "validation")
-        validation: dict[str, float] = {}
-        last, step = None, self.start - 1
+        step = self.start - 1
         metrics = Metrics(Path(cfg.output), cfg.logger, resolved_config(cfg), steps, self.start, self.recipe.verb)
         try:
             with stop_on_signal(self.loop):
@@ -320,26 +337,24 @@ class _Run:
                     last = self.loop.train_step(step, self.schedule, samples)
                     metrics.add(self.of_step.values(step + 1, last, self.loop.guard.skipped))
                     measured = self._validate_if_due(windows, step + 1)
-                    validation = measured or validation
                     if measured:
                         metrics.add({"step": step + 1, **measured})
+                    self.measured = {"loss": last.loss, **measured}
                     self.saver.finish(wait=False)
-                    self._save_if_due(step + 1, last.stop, measured)
+                    self._save_if_due(step + 1, last.stop, self.measured)
                     if last.stop and step + 1 < self.end:
                         self.asked_to_stop = True
                         break
             if windows is not None and self.start == self.end:
                 # Continued from where it was to end: what it ended with is measured again.
-                validation = self._validate(windows)
-                metrics.add({"step": self.end, **validation})
+                self.measured = self._validate(windows)
+                metrics.add({"step": self.end, **self.measured})
         finally:
             metrics.close()
         # The first process of a node that ends takes the others with it: rank 0 has its files written by now.
         collectives.barrier()
         self.reached = step + 1
-        if self.asked_to_stop or self.end < steps:
-            return None
-        return self._results(last, validation)
+        return not self.asked_to_stop and self.end == steps
 
     def leave(self) -> NoReturn:
         """End the process with steps left: they are for the same command, later."""
@@ -369,16 +384,15 @@ class _Run:
             log.warning("the validation loss is %s: this is no model to go on with", found["validation_loss"])
         return found
 
-    def _save_if_due(self, done: int, stop: bool, measured: Mapping[str, float]) -> None:
+    def _save_if_due(self, done: int, stop: bool, figures: Mapping[str, float]) -> None:
         """Save on the interval, at the end, before a stop, and at the lowest validation loss where that is kept."""
-        trainer = self.cfg.trainer
-        best = None
-        if trainer.keep_best and measured:
+        trainer, best = self.cfg.trainer, False
+        if trainer.keep_best and "validation_loss" in figures:
             self.saver.finish()  # it may be the best one so far
             before = ask_rank_zero(lambda: saved.find_best(self.folder))
-            loss = measured["validation_loss"]
-            best = loss if math.isfinite(loss) and (before is None or loss < before[1]) else None
-        if best is None and not stop and done % trainer.save_interval and done < self.end:
+            loss = figures["validation_loss"]
+            best = math.isfinite(loss) and (before is None or loss < before[1])
+        if not best and not stop and done % trainer.save_interval and done < self.end:
             return
         gather_weights(self.loop.chunks)
         self.saver.save(
@@ -387,15 +401,17 @@ class _Run:
             done,
             guard=self.loop.guard.state_dict(),
             objective=self.loop.objective.state_dict(),
-            best=best,
+            figures=figures,
         )
         if stop or done == self.end:
             self.saver.finish()
 
-    def _results(self, last: StepResult | None, validation: Mapping[str, float]) -> dict[str, Any]:
+    def results(self, published: saved.Checkpoint) -> dict[str, Any]:
+        """The manifest's: figures of the step that is published, and what the run took."""
         return {
-            **({} if last is None else {"loss": last.loss}),
-            **validation,
+            **saved.figures_of(published.path, published.written),
+            **(self.measured if published.step == self.end else {}),
+            "published_step": published.step,
             **self.loop.objective.results(),
             "steps": self.schedule.steps,
             "skipped": self.loop.guard.skipped,
@@ -404,15 +420,15 @@ class _Run:
             "parameters": count_parameters(self.shapes[self.recipe.trained]),
         }
 
-    def to_publish(self) -> Path:
+    def to_publish(self) -> saved.Checkpoint:
         """The checkpoint that becomes the model. Raises UserError where the best one has been damaged since."""
         if self.cfg.trainer.publish == "best":
             best, loss = ask_rank_zero(lambda: saved.best_whole(self.folder))
             if (reason := checkpoint.other_bytes(best)) is not None:
                 raise saved.best_is_damaged(best.path, reason)
             log.info("publishing %s, whose validation loss is %.4f", best.path.name, loss)
-            return best.path
-        return ask_rank_zero(lambda: saved.find_checkpoints(self.folder)[-1][1])
+            return best
+        return ask_rank_zero(lambda: saved.whole(saved.find_checkpoints(self.folder)[-1][1]))
 
 
 def publish(weights: Path, shape: ModelShape, saved: Path) -> str:

@@ -1,10 +1,12 @@
 """Which checkpoints a run folder has, which are whole, and whether a run can go on from them: by their files, without torch.
 
-    checkpoints/step_00000100/format.json     its step and format, digests of the run's inputs and of every file, and its own
+    checkpoints/step_00000100/format.json     its step, figures and format, what its run is and computes in, digests of the run's
+                                              inputs and of every file, and its own
     checkpoints/damaged_step_00000200/        one that was found damaged and passed over
+    checkpoints/best.json                     of an earlier version: which had the lowest validation loss
 
 A checkpoint is whole where every file is there in its size. Whether the bytes are those that were written is compared before one
-is read (checkpoint.py, which writes and reads them).
+is read (checkpoint.py, which writes and reads them). Which one is the best follows from the checkpoints alone.
 """
 
 import json
@@ -12,7 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ _OF_EARLIER = frozenset(
     """optimizer scales tensor pipeline virtual_pipeline account_for_embedding account_for_loss pipeline_layout""".split()
 )
 _ALWAYS = (".metadata", "metadata.json")
+_JUDGED_BY = "validation_loss"
 # Options that name the inputs of a run, where they are called otherwise.
 _OPTIONS = {"data": "data.path", "cache": "distill.cache"}
 
@@ -43,8 +46,26 @@ class Damaged(UserError):
 
 
 @dataclass(frozen=True)
+class OfRun:
+    """What every checkpoint of a run says of the run.
+
+    Attributes:
+        run: its identity (identity.py).
+        options: that decide its samples, arithmetic, length and what is published, by dotted names; and the folder that they
+            were typed in (asked.py).
+        inputs: digests of what it is made from, by name.
+        computed_in: what precision=auto is in it for a bfloat16 folder; None where nothing was left to decide.
+    """
+
+    run: str
+    options: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    computed_in: str | None = None
+
+
+@dataclass(frozen=True)
 class Written:
-    """What format.json says of a checkpoint; `step`, `inputs` and `files` are None where an earlier version wrote it.
+    """What format.json says of a checkpoint; what an earlier version did not write is None.
 
     Attributes:
         optimizer: format of its state.
@@ -53,6 +74,9 @@ class Written:
         step: optimizer steps done.
         inputs: digests of what the run was made from, by name.
         files: digests of all other files, by name.
+        figures: of its step, by name: the loss and, where it was validated, the validation loss; those that are finite.
+        keep_best: whether it is kept, too, for as long as no validation loss is lower.
+        run, options, computed_in: as of `OfRun`.
     """
 
     optimizer: str
@@ -61,6 +85,11 @@ class Written:
     step: int | None = None
     inputs: Mapping[str, str] | None = None
     files: Mapping[str, FileDigest] | None = None
+    figures: Mapping[str, float] | None = None
+    keep_best: bool = False
+    run: str | None = None
+    options: Mapping[str, Any] | None = None
+    computed_in: str | None = None
 
     def write(self, folder: Path) -> None:
         """Write format.json, onto the disk."""
@@ -172,6 +201,12 @@ def is_damaged(path: Path, reason: str) -> UserError:
     return UserError(f"{path} is damaged ({reason}): put it back as it was, or name another checkpoint")
 
 
+def computed_in(folder: Path) -> str | None:
+    """What the newest whole checkpoint of a run says that precision=auto is in it; None where none says it. Raises UserError."""
+    there, _ = newest_whole(folder)
+    return there and there.written.computed_in
+
+
 def set_aside(path: Path) -> Path:
     """Give a damaged checkpoint a name by which no run takes it; gives where it is then."""
     aside = path.with_name(f"damaged_{path.name}")
@@ -180,18 +215,52 @@ def set_aside(path: Path) -> Path:
     return path.rename(aside)
 
 
-def find_best(folder: Path) -> tuple[Path, float] | None:
-    """The checkpoint with the lowest validation loss so far, and that loss; None where none with a finite one is marked."""
+def described(folder: Path) -> Iterator[tuple[Path, Written | Damaged]]:
+    """Every checkpoint of a run with what its format.json says, or why that cannot be known, oldest first."""
+    for _, path in find_checkpoints(folder):
+        try:
+            yield path, Written.read(path)
+        except Damaged as error:
+            yield path, error
+
+
+def figures_of(path: Path, written: Written) -> dict[str, float]:
+    """Figures of a checkpoint's step, by name; of an earlier version's the validation loss alone, where it was the best."""
+    if written.figures is not None:
+        return dict(written.figures)
     try:
-        marked = read_json(folder / BEST)
-        path, loss = folder / f"step_{marked['step']:08d}", float(marked["validation_loss"])
+        marked = read_json(path.parent / BEST)
+        name, loss = f"step_{marked['step']:08d}", float(marked[_JUDGED_BY])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    return (path, loss) if path.is_dir() and math.isfinite(loss) else None
+        return {}
+    return {_JUDGED_BY: loss} if name == path.name and math.isfinite(loss) else {}
+
+
+def find_best(folder: Path, *, kept: bool = False) -> tuple[Path, float] | None:
+    """The checkpoint with the lowest validation loss and that loss, the first of equal ones; None where none was validated.
+
+    `kept` asks for those alone that were written with trainer.keep_best=true.
+    """
+    found = []
+    for path, written in described(folder):
+        if isinstance(written, Damaged) or (kept and not written.keep_best and written.figures is not None):
+            continue
+        if (loss := figures_of(path, written).get(_JUDGED_BY)) is not None:
+            found.append((path, loss))
+    return min(found, key=lambda one: one[1], default=None)
 
 
 def best_whole(folder: Path) -> tuple[Checkpoint, float]:
-    """The checkpoint with the lowest validation loss, and that loss. Raises UserError where there is none, or it is damaged."""
+    """The checkpoint with the lowest validation loss, and that loss.
+
+    Raises UserError where there is none, it is damaged, or one that is damaged may be the best.
+    """
+    for path, written in described(folder):
+        if isinstance(written, Damaged):
+            raise UserError(
+                f"{path} is damaged ({written}), and may be the best checkpoint: put it back as it was, remove it, or give "
+                "trainer.publish=last"
+            )
     best = find_best(folder)
     if best is None:
         raise UserError(
@@ -252,6 +321,14 @@ def check_inputs(run: Path, before: Mapping[str, str] | None, now: Mapping[str, 
 
 def _short(digest: str | None) -> str:
     return "none" if digest is None else digest if len(digest) < 24 else f"{digest[:20]}…"
+
+
+def options_of(written: Written, now: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The options of a checkpoint's run, by their dotted names, its paths spelt as in `now`; None where it does not say them."""
+    if written.options is None:
+        return None
+    found = dict(written.options)
+    return as_spelt_now(found, found.pop(STARTED_IN, None), now)
 
 
 def read_options(run: Path, now: Mapping[str, Any]) -> dict[str, Any]:
