@@ -21,18 +21,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from minitron_megatron.checkpoints.folder import MANIFEST, load_yaml
 from minitron_megatron.cli import spelling
 from minitron_megatron.config import CompressConfig
 from minitron_megatron.console import console
-from minitron_megatron.ending import NOTHING_KEPT, STATUS_OF_SIGNAL, keeping, stop_together
+from minitron_megatron.ending import NAMES, NOTHING_KEPT, STATUS_OF_SIGNAL, keeping, stop_together
 from minitron_megatron.errors import UserError
 from minitron_megatron.machine import usable_cores
 from minitron_megatron.parallel.torchrun import exit_status, how_it_was_killed, killed_for_memory
 from minitron_megatron.plain_files import read_json, write_whole
 from minitron_megatron.starts import STARTS, record_start
+from minitron_megatron.witness import Witness
 
 ROOT = Path(__file__).resolve().parent.parent
 # What is done, in the folder of a whole.
@@ -196,7 +197,7 @@ class Stages:
             console().print(f"{name}: done before in {before['seconds']:.0f} s ({there})", style="dim")
             return
         began = time.monotonic()
-        with keeping(lambda: _kept(name)):
+        with keeping(lambda: self._kept(name)):
             work()
         self.done[name] = {"seconds": round(time.monotonic() - began, 1), "what": what, "past": past}
         if output is not None:
@@ -236,28 +237,44 @@ class Stages:
             whole: whether an output is what the stage is to make.
         """
         options = [*words, *self.words, f"output={output}"]
+        asked: list[Ended] = []
         words = [*stage_words(self.start, processes, command), *options]
         line = spelling.joined(words)
 
         def work() -> None:
             console().print(f"\n$ {line}", style="bold", highlight=False, soft_wrap=True)
-            status, reason = run_program(runnable(words), processes)
-            if status in STATUS_OF_SIGNAL.values():
-                reason = (reason or f"which was asked to end: {NOTHING_KEPT}").replace(NOTHING_KEPT, _kept(name))
-                stop_together(f"in {name}, {reason}", status)
-            if status:
-                reason = reason or f"ended with status {status}; mend what it says and run the same command again"
-                raise UserError(f"{name}: {reason}")
+            ended = Ended(*run_program(runnable(words), processes))
+            if ended.finished and whole(output):
+                asked.append(ended)
+                return
+            if ended.status in STATUS_OF_SIGNAL.values():
+                reason = (ended.reason or f"{_by(ended.status)}: {NOTHING_KEPT}").replace(
+                    NOTHING_KEPT, self._kept(name)
+                )
+                stop_together(f"in {name}, {reason}", ended.status)
+            if ended.status:
+                status = f"ended with status {ended.status}; mend what it says and run the same command again"
+                raise UserError(f"{name}: {ended.reason or status}")
             if not whole(output):
                 raise UserError(f"{name}: stopped before its end; the same command continues it")
 
         what = {"command": [command, *options], "inputs": self.inputs}
         self.run(name, output if whole(output) else output / MANIFEST, work, what, output)
+        if asked:
+            status = asked[0].status
+            stop_together(f"after {name}, {_by(status)}: {name} is done; the same command goes on from there", status)
+
+    def _kept(self, name: str) -> str:
+        """What an end in the middle of a stage leaves, whose command keeps nothing of it."""
+        before = [one for one in self.done if one != name]
+        if not before:
+            return f"no stage was done before it; the same command begins with {name}"
+        return f"the stages before {name} are kept; the same command continues with it"
 
 
-def _kept(name: str) -> str:
-    """What an end in the middle of a stage leaves, whose command keeps nothing of it."""
-    return f"the stages before {name} are kept; the same command continues with it"
+def _by(status: int) -> str:
+    """The signal with which a process ends in such a status."""
+    return f"by {NAMES[next(number for number, one in STATUS_OF_SIGNAL.items() if one == status)]}"
 
 
 def _of_manifest(output: Path, key: str) -> Any:
@@ -266,10 +283,22 @@ def _of_manifest(output: Path, key: str) -> Any:
     return None if file is None else load_yaml(file).get(key)
 
 
-def run_program(program: list[str], processes: int) -> tuple[int, str]:
-    """Run a program to its end; gives its status and why it ended before its time, which is left to the caller to show.
+class Ended(NamedTuple):
+    """How a program ended: its exit status, and why it ended before its time.
 
-    A status of STATUS_OF_SIGNAL where this process was asked to end, whatever the program made of it: no other starts.
+    Where this process was asked to end meanwhile, the status is the one of that signal, whatever the program made of it;
+    `finished` says that it came to its own end nevertheless.
+    """
+
+    status: int
+    reason: str
+    finished: bool = False
+
+
+def run_program(program: list[str], processes: int) -> Ended:
+    """Run a program to its end; why it ended is left to the caller to show.
+
+    A status of STATUS_OF_SIGNAL where this process was asked to end: no other starts.
     """
     threads = str(max(1, usable_cores() // processes))
     environment = {"OMP_NUM_THREADS": threads, **os.environ, STAGE: "1"}
@@ -296,25 +325,28 @@ def run_program(program: list[str], processes: int) -> tuple[int, str]:
         status = STATUS_OF_SIGNAL[asked[0]]
     elif child.returncode < 0 and not asked and not reasons:
         reasons.append(how_it_was_killed(-child.returncode, killed_before))
-    return status, reasons[0] if reasons else ""
+    return Ended(status, reasons[0] if reasons else "", finished=bool(asked) and child.returncode == 0)
 
 
 @contextmanager
 def outlive(child: subprocess.Popen) -> Iterator[list[int]]:
     """Let a child end first when this process is asked to; yields the signals that asked.
 
-    SIGTERM and SIGUSR1 are passed on; Ctrl-C reaches the child from the terminal.
+    They are passed on, but where the child has them already: a terminal's Ctrl-C reaches every process of the group, and a
+    second one would end the child at once.
     """
     asked: list[int] = []
+    with Witness() as witness:
 
-    def ask(number: int, _: Any) -> None:
-        asked.append(number)
-        if number != signal.SIGINT:
-            child.send_signal(number)
+        def ask(number: int, _: Any) -> None:
+            asked.append(number)
+            if not witness.heard(number):
+                child.send_signal(number)
 
-    before = {number: signal.signal(number, ask) for number in STATUS_OF_SIGNAL}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        heeded = [number for number in STATUS_OF_SIGNAL if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, ask) for number in heeded}
+        try:
+            yield asked
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -152,7 +152,7 @@ def rehearse(name: str, words: list[str], processes: int) -> None:
     # The device is the job's, not this machine's.
     here = [word for word in words if word.partition("=")[0] not in ("dry_run", "device")]
     program = [*runnable(stage_words("", 1, name)), *here, "dry_run=true"]
-    status, reason = run_program(["env", "-u", "MASTER_ADDR", f"WORLD_SIZE={processes}", *program], 1)
+    status, reason, *_ = run_program(["env", "-u", "MASTER_ADDR", f"WORLD_SIZE={processes}", *program], 1)
     if status:
         raise UserError(f"{name}: {reason or f'its dry run ended with status {status}'}")
 

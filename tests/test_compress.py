@@ -436,7 +436,7 @@ def test_a_stage_that_ignores_a_signal_is_not_followed(tmp_path):
 
     asking = threading.Thread(target=ask)
     asking.start()
-    status, _ = run_program([sys.executable, "-c", code], 1)
+    status, *_ = run_program([sys.executable, "-c", code], 1)
     asking.join()
     assert status == 143
     assert run_program([sys.executable, "-c", "import sys; sys.exit(7)"], 1)[0] == 7

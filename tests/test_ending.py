@@ -230,18 +230,23 @@ def test_a_signal_while_the_demo_measures_the_machine_is_one_line_and_ends_the_m
     [(signal.SIGKILL, "was killed by SIGKILL: "), (signal.SIGSEGV, "was killed by SIGSEGV: a crash")],
 )
 def test_a_stage_that_was_killed_says_by_what(number, says):
-    status, reason = stages.run_program([sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(number)})"], 1)
+    status, reason, _ = stages.run_program([sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(number)})"], 1)
     assert status == 128 + number and reason.startswith(says)
 
 
 def test_a_stage_that_a_signal_ended_says_that_those_before_are_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stages, "run_program", lambda *_: (143, f"by SIGTERM: {ending.NOTHING_KEPT}"))
-    monkeypatch.setattr(ending._State, "status", None)
-    with pytest.raises(SystemExit) as raised:
-        stages.Stages(tmp_path / "stages.json").command("prune", tmp_path / "out", "prune")
-    assert raised.value.code == 143
-    kept = "the stages before prune are kept; the same command continues with it"
-    assert capsys.readouterr().err == f"stopped in prune, by SIGTERM: {kept}\n"
+    done = stages.Stages(tmp_path / "stages.json")
+    for kept in (
+        "no stage was done before it; the same command begins with prune",
+        "the stages before prune are kept; the same command continues with it",
+    ):
+        monkeypatch.setattr(ending._State, "status", None)
+        with pytest.raises(SystemExit) as raised:
+            done.command("prune", tmp_path / "out", "prune")
+        assert raised.value.code == 143
+        assert capsys.readouterr().err == f"stopped in prune, by SIGTERM: {kept}\n"
+        done.run("search", tmp_path, lambda: None)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ ROOMS = {
         "claims.py": "ending plain_files",
         "first_moments.py": "ending",
         "unheard.py": "unheard ending",
+        "witness.py": "witness ending",
         "parallel/torchrun.py": "ending submit",
     },
     "parallel": {
