@@ -140,6 +140,7 @@ ROOMS = {
         "distill/cache.py": "cache",
         "distill/cache_checks.py": "cache",
         "distill/cache_teacher.py": "cache candidates",
+        "distill/choices.py": "intermediate distill",
         "distill/contents.py": "cache",
         "distill/intermediate.py": "intermediate",
         "distill/losses.py": "blocks distill cache",
@@ -169,7 +170,11 @@ ROOMS = {
         "train/schedule.py": "schedule",
         "train/speed.py": "foresee",
     },
-    "evaluate": {"evaluate/": "evaluate layers"},
+    "evaluate": {
+        "evaluate/": "evaluate layers",
+        "evaluate/adapter.py": "requests evaluate",
+        "evaluate/run_tasks.py": "requests evaluate",
+    },
     "report": {"report/": "report"},
     "search": {"search/": "search"},
     "candidates": {"candidates/": "candidates"},
@@ -195,7 +200,7 @@ ROOMS = {
     },
 }  # fmt: skip
 # Beside those, for every file of Python: quick ones that go through the rooms.
-OF_ALL = ("bounds", "always")
+OF_ALL = ("bounds", "always", "by_hand")
 # Of the whole: a wheel, and this.
 OF_NONE = ("wheel", "mutants", "used")
 
