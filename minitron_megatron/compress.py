@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import RESULTS, load_json, read_manifest
+from minitron_megatron.checkpoints.folder import RESULTS, load_json, open_model_folder, read_manifest
 from minitron_megatron.cli import spelling
 from minitron_megatron.composing import Stage
 from minitron_megatron.compress_given import name_of
@@ -127,7 +127,7 @@ def _perplexity(loss: float | None) -> float | None:
 def _result(one: Round, seconds: Mapping[str, float]) -> dict[str, Any]:
     """What a finished round gave: sizes, its student's digest, seconds a stage, losses if it was evaluated."""
     student = one.stages["distill"].output / "model"
-    manifest = read_manifest(student)
+    manifest, made = read_manifest(student), count_parameters(open_model_folder(student).shape)
     measured: dict[str, Any] = {}
     if "evaluate" in one.stages:
         measured = load_json(one.stages["evaluate"].output / RESULTS)
@@ -135,8 +135,8 @@ def _result(one: Round, seconds: Mapping[str, float]) -> dict[str, Any]:
         "name": one.name,
         "model": str(student),
         "digest": manifest["digest"],
-        "parameters": count_parameters(one.target),
-        "share_of_source": one.share,
+        "parameters": made,
+        "share_of_source": made / count_parameters(one.source),
         "tokens": one.tokens,
         "distillation_loss": manifest["results"].get("loss"),
         "loss": measured.get("loss"),

@@ -28,9 +28,9 @@ from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.prune.select import target_shape
-from minitron_megatron.search.found import target_file
+from minitron_megatron.search.found import read_search, target_file
 from minitron_megatron.search.space import SIZES
-from minitron_megatron.stages import STAGES_FILE
+from minitron_megatron.stages import STAGES_FILE, is_whole
 from minitron_megatron.train.distill_checks import check_pair
 
 SUMMARY, CHOSEN = "chain.json", "chosen.json"
@@ -165,13 +165,14 @@ def _compose_searched(
     taken = next((key for key in own if key.partition(".")[0] == "target"), None)
     if taken:
         raise UserError(f"{taken}= and budget.{given_limits(cfg.budget)[0]}=: give one of them")
-    file = at["search"] / target_file(1)
-    if file.is_file():
-        return compose_stage(cfg, "prune", {**inputs, "target": file}, own, at["prune"])
+    if is_whole(at["search"]):
+        # By its sizes: the file of its target could be another one since.
+        best = read_search(at["search"]).ranked[0]
+        return compose_stage(cfg, "prune", {**inputs, **best.options}, own, at["prune"])
     planned = {f"target.{name}": getattr(shape, name) for name in SIZES}
     stage = compose_stage(cfg, "prune", {**inputs, **planned}, own, at["prune"])
     words = [word for word in stage.words if not word.startswith("target.")]
-    return replace(stage, words=(*words, f"target={file}"))
+    return replace(stage, words=(*words, f"target={at['search'] / target_file(1)}"))
 
 
 def check_round(one: Round, source: Source) -> None:

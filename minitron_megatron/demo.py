@@ -17,6 +17,7 @@ from minitron_megatron.console import console, print_table
 from minitron_megatron.demo_plan import FULL, SHORT, VALIDATED_SHARE, Plan, make_plan, measure_machine
 from minitron_megatron.errors import UserError
 from minitron_megatron.plain_files import read_json
+from minitron_megatron.search.found import read_search
 from minitron_megatron.stages import STAGES_FILE, Stages, alone_in, write_json
 
 PLAN_FILE = "plan.json"
@@ -146,7 +147,7 @@ def _make_models(stages: Stages, at: dict[str, Path], plan: Plan, minutes: float
         "prune",
         f"model={at['teacher']}",
         f"scores={at['scores']}",
-        f"target={at['found']}/targets/rank_01.yaml",
+        *(f"{name}={size}" for name, size in read_search(at["found"]).ranked[0].options.items()),
         processes=plan.processes,
     )
     plan = _planned_again(stages, plan, minutes)

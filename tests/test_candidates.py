@@ -12,16 +12,20 @@ from hydra import initialize_config_dir
 from scipy.stats import spearmanr
 
 from minitron_megatron import stages
-from minitron_megatron.candidates import halving
+from minitron_megatron.candidates import halving, rungs
 from minitron_megatron.candidates import run as running
 from minitron_megatron.candidates.plan import make_plan
+from minitron_megatron.candidates.results import summary
 from minitron_megatron.candidates.run import distill_candidates
 from minitron_megatron.checkpoints.folder import open_model_folder
+from minitron_megatron.compress_rounds import _compose_searched
 from minitron_megatron.distill.cache_teacher import cache_teacher
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import CONF, compose
+from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.prune.prune import prune_model
 from minitron_megatron.search.search import search_shapes
+from minitron_megatron.search.space import SIZES
 from tests.pool import WorkerError
 from tests.test_prune import random_scores, write_scores
 from tests.test_train import exit_code, untimed
@@ -264,6 +268,96 @@ def _stage_words(output: Path, rank: int) -> list[str]:
     done = json.loads((output / f"candidates/rank_{rank:02d}/stages.json").read_text())
     given = done[f"rank {rank}, rung 2"]["what"]["command"][1:]
     return [word for word in given if not word.startswith(("student=", "output="))]
+
+
+def pruned_here(plan, monkeypatch) -> None:
+    """Every candidate pruned as a run would, which is killed as soon as it distills."""
+
+    def run_program(program: list[str], processes: int) -> tuple[int, str]:
+        if Path(program[1]).stem != "prune":
+            raise KeyboardInterrupt
+        prune_model(compose("prune", program[2:]))
+        return 0, ""
+
+    monkeypatch.setattr(stages, "run_program", run_program)
+    for one in plan.candidates:
+        with pytest.raises(KeyboardInterrupt):
+            running.run_rung(compose("distill_candidates", words(("x", "x"), plan.root)), plan, one, 1)
+
+
+@pytest.fixture
+def trial(folders, tmp_path, monkeypatch):
+    """A plan whose candidates are pruned and have been through the first rung, the first ones best."""
+    plan = make_plan(compose("distill_candidates", words(folders, tmp_path / "out")))
+    pruned_here(plan, monkeypatch)
+    for one in plan.candidates:
+        rungs.write_rung(plan, one, 1, {"validation_loss": float(one.rank), "seconds": 1.0})
+    return plan
+
+
+def swap(one: Path, other: Path) -> None:
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+
+
+def test_a_rungs_result_is_of_its_candidate_model_and_trial(trial, folders, tmp_path):
+    first, second, third = trial.candidates
+    assert [one.rank for one in running.still_in(trial, 2)] == [1, 10]
+    swap(first.after(1), third.after(1))
+    with pytest.raises(UserError, match=r"rank_01/rung_1.json is not of this candidate and rung \(rank is 20, not 1\)"):
+        running.still_in(trial, 2)
+    with pytest.raises(UserError, match="rank is 20, not 1"):
+        running.run_rung(compose("distill_candidates", words(folders, trial.root)), trial, first, 1)
+    swap(first.after(1), third.after(1))
+    shutil.copy(second.after(1), second.after(2))
+    with pytest.raises(UserError, match="rung is 1, not 2"):
+        running.read_rung(trial, second, 2)
+    other = make_plan(compose("distill_candidates", words(folders, tmp_path / "out", "distill.seed=7")))
+    with pytest.raises(UserError, match="trial is sha256:"):
+        running.read_rung(other, second, 1)
+    # Without its model, as where losers were removed for room, it is known by the rest.
+    shutil.rmtree(second.prune.output)
+    assert running.read_rung(trial, second, 1)["validation_loss"] == 10.0
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_another_candidates_model_is_not_taken(trial, folders, forgotten):
+    first, second, _ = trial.candidates
+    shutil.rmtree(second.prune.output)
+    shutil.copytree(first.prune.output, second.prune.output)
+    with pytest.raises(UserError, match=r"rank_10/rung_1.json is not of this candidate and rung \(pruned is blake3"):
+        running.still_in(trial, 2)
+    second.after(1).unlink()
+    if forgotten:
+        (second.folder / "stages.json").unlink()
+    says = "was made with other options" if forgotten else "is another one than was made here"
+    with pytest.raises(UserError, match=says):
+        running.run_rung(compose("distill_candidates", words(folders, trial.root)), trial, second, 1)
+    with pytest.raises(UserError, match="rank 10 of the search is"):
+        rungs.shape_of(second)
+
+
+def test_what_is_told_of_a_candidate_is_what_its_model_has(trial):
+    found = summary(trial, {one.rank: [{"validation_loss": 1.0}] for one in trial.candidates})
+    for one in found["candidates"]:
+        folder = open_model_folder(trial.root / f"candidates/rank_{one['rank']:02d}/pruned")
+        assert one["parameters"] == count_parameters(folder.shape)
+        assert all(one[name] == getattr(folder.shape, name) for name in SIZES)
+
+
+def test_no_stage_reads_the_file_of_a_target(folders, tmp_path, hydra):
+    """What search ranked is its table, which its digest is of: a file beside it may be edited while stages run."""
+    plan = make_plan(compose("distill_candidates", words(folders, tmp_path / "out")))
+    cfg = compose(
+        "compress", ["model=x", "data.path=x", "budget.parameters=50000", "processes=1", f"output={tmp_path / 'chain'}"]
+    )
+    at = {"search": folders[0], "prune": tmp_path / "pruned"}
+    best, inputs = plan.searched.ranked[0], {"model": plan.searched.source.model, "scores": plan.searched.source.scores}
+    for stage in (plan.candidates[0].prune, _compose_searched(cfg, None, inputs, {}, at)):
+        assert not [word for word in stage.words if word.startswith("target=") or "targets/" in word]
+        assert {f"target.{name}={size}" for name, size in best.target.items()} <= set(stage.words)
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,7 @@ ONE_PROCESS = "a command of one process, which starts others"
 BEFORE = "before the ranks meet: it refuses, and what it has read is compared when they do (output_folder)"
 RANK_ZERO = "called by rank 0 alone"
 MODULES = {
-    ONE_PROCESS: """candidates.run composing compress_rounds compress_source pace demo demo_plan demo_speed stages status
+    ONE_PROCESS: """candidates.run candidates.rungs composing compress_source pace demo demo_plan demo_speed stages status
     submit report.folders
     report.report report.trials throughput.run throughput.sources throughput.tensorrt_llm throughput.work benchmark.mistakes
     benchmark.loss machine""",

@@ -210,7 +210,8 @@ def _candidate(
     cfg: DistillCandidatesConfig, searched: SearchFolder, source: ModelShape, one: Ranked, own: dict[str, Any]
 ) -> Candidate:
     folder = Path(cfg.output) / CANDIDATES / f"rank_{one.rank:02d}"
-    pruned = {**searched.source.options(one.target, source.num_layers), "target": searched.target(one)}
+    # By its sizes: the file of its target could be another one by then.
+    pruned = {**searched.source.options(one.target, source.num_layers), **one.options}
     with naming(f"rank {one.rank}", "prune"):
         prune = compose_stage(cfg, "prune", pruned, _options(cfg, "prune"), folder / "pruned")
         shape = target_shape(source, vars(prune.config.target), [], prune.config.prune)

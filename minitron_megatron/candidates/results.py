@@ -9,18 +9,27 @@ import yaml
 
 from minitron_megatron.candidates import halving
 from minitron_megatron.candidates.plan import Candidate, Plan
+from minitron_megatron.candidates.rungs import shape_of
 from minitron_megatron.checkpoints.folder import RESULTS
 from minitron_megatron.cli.spelling import line_of
 from minitron_megatron.console import console, print_table
+from minitron_megatron.models.axes import count_parameters
+from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.plain_files import write_whole
 from minitron_megatron.plain_text import commented
 from minitron_megatron.prune.plan import FILE as PLAN
 from minitron_megatron.report.page import write_page
 from minitron_megatron.report.trials import Trial, trial_plots, trial_section, trial_sentences, trial_table
+from minitron_megatron.search.space import SIZES
 from minitron_megatron.stages import write_json
 
 REPORT = "report.html"
 TARGET = "target.yaml"
+
+
+def sizes_of(shape: ModelShape) -> dict[str, int]:
+    """A shape as options of `target`."""
+    return {name: getattr(shape, name) for name in SIZES}
 
 
 def summary(plan: Plan, after: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
@@ -33,12 +42,13 @@ def summary(plan: Plan, after: Mapping[int, Sequence[Mapping[str, Any]]]) -> dic
     reached = {rank: [float(one["validation_loss"]) for one in found] for rank, found in after.items()}
     by_rank = {one.rank: one for one in plan.candidates}
     order = halving.final_order(reached)
+    shapes = {rank: shape_of(one) for rank, one in by_rank.items()}
     candidates = [
         {
             "place": place,
             "rank": rank,
-            **by_rank[rank].ranked.target,
-            "parameters": by_rank[rank].parameters,
+            **sizes_of(shapes[rank]),
+            "parameters": count_parameters(shapes[rank]),
             "predicted_loss": by_rank[rank].ranked.predicted_loss,
             "steps": plan.rungs[len(reached[rank]) - 1],
             # None where it had diverged.
@@ -98,7 +108,7 @@ def write(plan: Plan, found: Mapping[str, Any]) -> None:
     kl = best["validation_kl"][str(plan.rungs[-1])]
     what = f"Best of {len(plan.candidates)} after {plan.rungs[-1]} steps: validation KL {kl:.4f}."
     head = commented(what, prune_command(plan))
-    write_whole(plan.root / TARGET, head + yaml.safe_dump(winner.ranked.target, sort_keys=False))
+    write_whole(plan.root / TARGET, head + yaml.safe_dump(sizes_of(shape_of(winner)), sort_keys=False))
     write_whole(plan.root / PLAN, (winner.prune.output / PLAN).read_text(encoding="utf-8"))
     for name, drawn in trial_plots(found).items():
         write_whole(plan.root / f"{name}.svg", drawn)

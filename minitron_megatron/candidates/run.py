@@ -25,6 +25,7 @@ from minitron_megatron.asked import STARTED_IN, as_spelt_now
 from minitron_megatron.candidates import halving
 from minitron_megatron.candidates.plan import Candidate, Plan, make_plan
 from minitron_megatron.candidates.results import show, summary, write
+from minitron_megatron.candidates.rungs import AGAIN, read_rung, shape_of, write_rung
 from minitron_megatron.checkpoints.folder import DIVERGED, METRICS, load_json
 from minitron_megatron.cli import spelling
 from minitron_megatron.composing import check_root
@@ -41,8 +42,6 @@ from minitron_megatron.train.saved import find_checkpoints
 SETTINGS = "settings.json"
 # A dry run says how many candidates a rung has; slurm/halving.sh reads it.
 SIZES = "candidates of each rung:"
-# What there is to do about a file of a trial that is no good.
-AGAIN = ": remove it and run the same command again"
 log = logging.getLogger(__name__)
 
 
@@ -134,14 +133,14 @@ def still_in(plan: Plan, rung: int) -> list[Candidate]:
     by_rank = {one.rank: one for one in plan.candidates}
     ranks = list(by_rank)
     for before in range(1, rung):
-        losses = _losses([by_rank[rank] for rank in ranks], before)
+        losses = _losses(plan, [by_rank[rank] for rank in ranks], before)
         ranks = halving.survivors(losses, plan.factor)
     return [by_rank[rank] for rank in ranks]
 
 
-def _losses(candidates: Sequence[Candidate], rung: int) -> dict[int, float]:
+def _losses(plan: Plan, candidates: Sequence[Candidate], rung: int) -> dict[int, float]:
     """Validation loss after a rung, by rank. Raises UserError where one is missing, or all have diverged."""
-    found = {one.rank: read_rung(one, rung) for one in candidates}
+    found = {one.rank: read_rung(plan, one, rung) for one in candidates}
     if all("diverged" in after for after in found.values()):
         rank, after = next(iter(found.items()))
         raise UserError(
@@ -149,22 +148,6 @@ def _losses(candidates: Sequence[Candidate], rung: int) -> dict[int, float]:
             "output="
         )
     return {rank: after["validation_loss"] for rank, after in found.items()}
-
-
-def read_rung(one: Candidate, rung: int) -> dict[str, Any]:
-    """Step, validation_loss and validation_perplexity of a candidate after a rung. Raises UserError.
-
-    Of one that has diverged, why, and an infinite loss.
-    """
-    file = one.after(rung)
-    if not file.is_file():
-        raise UserError(f"{file} is not there: rung {rung} of rank {one.rank} was not run to its end")
-    found = load_json(file, AGAIN)
-    if isinstance(found.get("diverged"), str):
-        found["validation_loss"] = math.inf
-    if not isinstance(found.get("validation_loss"), float):
-        raise UserError(f"{file} is damaged{AGAIN}")
-    return found
 
 
 def _prepare(cfg: DistillCandidatesConfig, plan: Plan) -> None:
@@ -181,13 +164,14 @@ def run_rung(cfg: DistillCandidatesConfig, plan: Plan, one: Candidate, rung: int
     """Prune a candidate unless it is, distill it up to a rung, and write what it is then."""
     step, name = plan.rungs[rung - 1], f"rank {one.rank}, rung {rung}"
     if one.after(rung).is_file():
+        read_rung(plan, one, rung)
         console().print(f"{name}: done before ({one.after(rung)})", style="dim")
         return
     one.folder.mkdir(parents=True, exist_ok=True)
     stages = Stages(one.folder / STAGES_FILE, inputs=plan.inputs, start=cfg.start)
-    if not is_whole(one.prune.output):
-        prune = one.prune
-        stages.command(f"rank {one.rank}, prune", prune.output, prune.command, *prune.words, processes=prune.processes)
+    prune = one.prune
+    stages.command(f"rank {one.rank}, prune", prune.output, prune.command, *prune.words, processes=prune.processes)
+    shape_of(one)
     last, why, began = rung == len(plan.rungs), one.distill.output / DIVERGED, time.monotonic()
     # Of another try.
     why.unlink(missing_ok=True)
@@ -207,9 +191,9 @@ def run_rung(cfg: DistillCandidatesConfig, plan: Plan, one: Candidate, rung: int
         reason = why.read_text(encoding="utf-8").strip().partition("\n")[0]
         console().print(f"{name}: diverged at {reason}", highlight=False)
         seconds = round(time.monotonic() - began, 1)
-        write_json(one.after(rung), {"step": step, "diverged": reason, "seconds": seconds})
+        write_rung(plan, one, rung, {"diverged": reason, "seconds": seconds})
         return
-    write_json(one.after(rung), {**validation_after(one.distill.output, step), "seconds": stages.seconds[name]})
+    write_rung(plan, one, rung, {**validation_after(one.distill.output, step), "seconds": stages.seconds[name]})
 
 
 def _reached(run: Path, step: int, *, published: bool) -> bool:
@@ -252,9 +236,9 @@ def _finish(cfg: DistillCandidatesConfig, plan: Plan) -> None:
     after: dict[int, list[dict[str, Any]]] = {one.rank: [] for one in plan.candidates}
     for rung in range(1, len(plan.rungs) + 1):
         for one in still_in(plan, rung):
-            after[one.rank].append(read_rung(one, rung))
+            after[one.rank].append(read_rung(plan, one, rung))
     # There is a winner where not all have diverged.
-    _losses(still_in(plan, len(plan.rungs)), len(plan.rungs))
+    _losses(plan, still_in(plan, len(plan.rungs)), len(plan.rungs))
     found = summary(plan, after)
     write(plan, found)
     if not cfg.halving.keep_losers:
@@ -263,7 +247,7 @@ def _finish(cfg: DistillCandidatesConfig, plan: Plan) -> None:
 
 
 def _show_rung(plan: Plan, rung: int) -> None:
-    losses = _losses(still_in(plan, rung), rung)
+    losses = _losses(plan, still_in(plan, rung), rung)
     go_on, last = halving.survivors(losses, plan.factor), rung == len(plan.rungs)
     rows = [
         [

@@ -45,6 +45,11 @@ class Ranked:
     target: dict[str, int]
     predicted_loss: float
 
+    @property
+    def options(self) -> dict[str, int]:
+        """Its sizes as options of launch/prune.py."""
+        return {f"target.{name}": size for name, size in self.target.items()}
+
 
 @dataclass(frozen=True)
 class SearchFolder:
