@@ -267,7 +267,7 @@ MODULES = {
     checkpoints.export_checks checkpoints.hf_folder checkpoints.nemo_folder checkpoints.stamps data.folder data.indexed
     data.same_tokenizer prune.plan checkpoints.unfinished""",
     RANK_ZERO: "checkpoints.card checkpoints.lineage cli.next_command train.metrics starts evaluate.harness evaluate.answers",
-    "ends a process, and lets one of them speak": "claims first_moments unheard witness parallel.torchrun console",
+    "ends a process, and lets one of them speak": "claims first_moments unheard parallel.torchrun console",
     "the helpers themselves": "parallel.deciding",
 }
 # Functions elsewhere.

@@ -12,6 +12,7 @@ OF_OTHERS = {
     "MegatronLM": {"loglikelihood_rolling"},
     "TransformersLM": {"loglikelihood_rolling", "_create_model"},
     "_StreamPlanner": {"set_up_planner", "create_local_plan", "create_global_plan", "finish_plan", "resolve_data"},
+    "_Unpickler": {"find_class"},
     "_Stream": {"record_event"},
     "Epochs": {"index_split"},
 }
