@@ -52,10 +52,6 @@ def check_asked(cfg: CompressConfig) -> bool:
         raise UserError("input= and data.path=: give one of them, text or a data folder")
     if not rehearsal and not cfg.input and not cfg.data.path:
         raise UserError("no text: give input=FILE (text, .jsonl, …) or data.path=FOLDER (the output of prepare_data)")
-    if cfg.data.max_epochs is not None and cfg.data.max_epochs <= 0:
-        raise UserError(
-            f"data.max_epochs={cfg.data.max_epochs:g} must be above 0: it is how often the text may be read"
-        )
     budget, target = given_limits(cfg.budget), [k for k, v in vars(cfg.target).items() if v is not None]
     if cfg.rounds and (budget or target):
         what = f"budget.{budget[0]}=" if budget else f"target.{target[0]}="

@@ -1547,13 +1547,16 @@ _POSITIVE = frozenset(
     memory_gib bf16_tflops fp8_tflops fp32_tflops memory_gb_s nvlink_gb_s network_gb_s host_gb_s launch_ms efficiency
     teacher_ahead logits_mib micro_batches parameters non_embedding_parameters flops_per_token latency_ms tokens_per_second batch
     weight_bytes cache_bytes multiple power keep factor candidate input_length output_length prompts
-    minutes""".split()
+    minutes max_epochs""".split()
 )
 _NOT_NEGATIVE = frozenset(
     """min_lr warmup_steps warmup_tokens loss_factor grad_norm_factor weight_decay clip_grad validation_interval
     validation_samples seed first_sample fewshot keep_last_layers loss_samples gpus_per_node save_seconds
     cross_entropy intermediate fp8_bf16_layers at_least layers hidden ffn heads rung warmup""".split()
 )
+
+# From where to where numbers are taken that mean nothing beyond: a run has a token, softmax a temperature that float32 can bear.
+_BOUNDS = {"tokens": (1, math.inf), "decay_tokens": (1, math.inf), "temperature": (0.01, 1000)}
 
 
 def check(config: Any, prefix: str = "") -> None:
@@ -1584,5 +1587,9 @@ def check(config: Any, prefix: str = "") -> None:
                 )
             if f.name in _POSITIVE and not value > 0:
                 raise UserError(f"{name}={value} must be above 0")
+            least, most = _BOUNDS.get(f.name, (-math.inf, math.inf))
+            if not least <= value <= most:
+                to = f"from {least:g} to {most:g}" if most < math.inf else f"at least {least:g}"
+                raise UserError(f"{name}={value} must be {to}")
             if f.name in _NOT_NEGATIVE and not value >= 0:
                 raise UserError(f"{name}={value} must not be negative")

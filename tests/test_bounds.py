@@ -14,7 +14,15 @@ from minitron_megatron.automatic import memory_obstacle, tokenising_processes
 from minitron_megatron.checkpoints import stamps
 from minitron_megatron.checkpoints.hf_folder import hf_tensors, plan_shards
 from minitron_megatron.checkpoints.stamps import file_stamps
-from minitron_megatron.config import GuardConfig, OptimConfig, PruneOptions
+from minitron_megatron.config import (
+    DistillOptions,
+    GuardConfig,
+    OptimConfig,
+    PruneOptions,
+    TrainerConfig,
+    TrainingDataConfig,
+    check,
+)
 from minitron_megatron.data import datasets
 from minitron_megatron.data.folder import check_enough, open_data
 from minitron_megatron.data.indexed import SplitWriter, token_dtype
@@ -50,6 +58,24 @@ def refused(function, *given, **more) -> bool:
     except UserError:
         return True
     return False
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "least", "below"),
+    [
+        (TrainerConfig, {"tokens": 1.0}, {"tokens": 0.5}),
+        (OptimConfig, {"decay_tokens": 1.0}, {"decay_tokens": 0.5}),
+        (DistillOptions, {"temperature": 0.01}, {"temperature": 1e-30}),
+        (DistillOptions, {"temperature": 1000.0}, {"temperature": 1001.0}),
+        (TrainingDataConfig, {"max_epochs": 1e-9}, {"max_epochs": 0.0}),
+        (TrainingDataConfig, {"max_epochs": 1e-9}, {"max_epochs": -1.0}),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(options, least, below):
+    assert not refused(check, options(**least)) and refused(check, options(**below))
 
 
 # Data

@@ -1,7 +1,10 @@
 """The dry run against real runs: bytes of weights, gradients and optimizer, activations, what is in flight; and what it says."""
 
 import math
+import re
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +20,9 @@ from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.hardware import gpu_of, hardware, say_assumed
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.census import take_census
-from minitron_megatron.train.checks import Models
+from minitron_megatron.train.checks import Models, _say_same
 from minitron_megatron.train.distill import distill
+from minitron_megatron.train.distill_checks import check_distill
 from minitron_megatron.train.foresee import forecast
 from minitron_megatron.train.memory import (
     OPTIMIZER_BYTES,
@@ -261,6 +265,35 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_layouts_that_do(hydra,
         distill(compose("distill", [*words]))
     shown = capsys.readouterr().out
     assert "tensor 2 × data 128, sequence parallel" in shown and "this one" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["optim.min_lr=1"], "optim.min_lr=1.0 is above optim.lr="),
+        (["distill.intermediate=1", "distill.intermediate_layers=[[99,0]]"], "has layer 99 of the student"),
+        (["distill.loss=topk_kl", "distill.top_k=500000"], "distill.top_k=500000 is above the vocabulary"),
+        (
+            ["trainer.global_batch_size=7", "trainer.micro_batch_size=2"],
+            "trainer.global_batch_size=7 is not a multiple",
+        ),
+    ],
+)
+def test_a_mistake_of_every_layout_is_said_without_torch(hydra, monkeypatch, words, says):
+    """Figures of layouts that would do need torch and Megatron, seconds: there are none to show."""
+    monkeypatch.delitem(sys.modules, "minitron_megatron.train.foresee", raising=False)
+    alone = ["parallel.tensor=1", "parallel.world_size=1", "dry_run=true"]
+    cfg = compose("distill", ["experiment=llama3_1_minitron_4b_width", *alone, *words])
+    with pytest.raises(UserError, match=re.escape(says)):
+        check_distill(cfg)
+    assert "minitron_megatron.train.foresee" not in sys.modules
+
+
+@pytest.mark.parametrize(("digest", "said"), [("a", True), ("b", False)])
+def test_a_student_that_is_its_teacher_is_said(caplog, digest, said):
+    folders = {"teacher": SimpleNamespace(path="t", digest="a"), "student": SimpleNamespace(path="s", digest=digest)}
+    _say_same(SimpleNamespace(trained="student"), folders)
+    assert ("student=s and teacher=t are the same model" in caplog.text) == said
 
 
 def test_a_teacher_in_cpu_memory_takes_the_longer_of_its_copies_and_its_arithmetic(hydra):

@@ -182,7 +182,7 @@ def test_what_is_given_goes_over_what_is_chosen(hydra, given, tmp_path):
         ),
         ("", ["distill.optim.lr=abc"], "distill: "),
         ("", ["distill.trainer.micro_batch_size=abc"], "distill: "),
-        ("", ["data.max_epochs=0"], "data.max_epochs=0 must be above 0"),
+        ("", ["data.max_epochs=0"], "data.max_epochs=0.0 must be above 0"),
         ("distill.trainer.steps", ["distill.trainer.tokens=1e9"], "or allow it by data.max_epochs="),
         ("", ["parallel.tensor=3", "processes=3"], "parallel.tensor=3"),
         ("", ["distill.trainer.step=3"], "distill: unknown option 'trainer.step'"),

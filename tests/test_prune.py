@@ -16,6 +16,7 @@ from minitron_megatron.config import ExportHfConfig, PruneConfig, PruneOptions, 
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.layers import Judged, LayerAnalysis
 from minitron_megatron.importance.scores import Scores, save_scores
+from minitron_megatron.prune.checks import check_prune
 from minitron_megatron.prune.plan import ranges
 from minitron_megatron.prune.prune import prune_model
 from minitron_megatron.prune.select import choose, target_shape, top
@@ -226,6 +227,7 @@ def test_plans_of_heads_edited_into_nonsense_are_refused(source, tmp_path, chang
             "ffn_hidden_size=49 must be a whole number from 1",
         ),
         ({"target": TargetConfig(ffn_hidden_size="wide")}, "ffn_hidden_size=wide must be a whole number"),
+        ({"target": TargetConfig()}, "nothing to prune: give a size"),
         ({"target": TargetConfig(num_query_groups=3, num_attention_heads=6), "prune": MEAN}, "does not divide"),
         ({"target": TargetConfig(num_query_groups=2, num_attention_heads=2), "prune": BOTH}, "at least half"),
         ({"layers": "x"}, "layers=x needs target.num_layers="),
@@ -239,6 +241,12 @@ def test_impossible_targets_are_refused(source, tmp_path, options, says):
     with pytest.raises(UserError, match=says):
         prune_model(PruneConfig(model=model_option(source), output=str(tmp_path / "out"), **given))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_target_as_large_as_the_model_is_said(source, tmp_path, caplog):
+    same = TargetConfig(num_layers=open_model_folder(source).shape.num_layers)
+    check_prune(PruneConfig(model=model_option(source), output=str(tmp_path / "out"), target=same))
+    assert "nothing is cut: the target is as large as model=" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ def check_prune(cfg: PruneConfig) -> Goal | None:
         target, kept = read_plan(Path(cfg.plan), source, folder.digest)
     else:
         drop_layers = drop_layers or _best_block(cfg, folder)
+        _check_asked(cfg)
         target = target_shape(source, vars(cfg.target), drop_layers, cfg.prune)
     if target.vocab_size < source.vocab_size:
         check_cut(folder)
@@ -86,9 +87,22 @@ def check_prune(cfg: PruneConfig) -> Goal | None:
     # What scores choose is not known yet.
     check_command_output(cfg, inputs | ({"plan": kept_digest(kept)} if kept else {}))
     _warn_of_idle_options(cfg, goal)
+    if target == source:
+        log.warning(
+            "nothing is cut: the target is as large as model=%s, and the output is that model again", folder.path
+        )
     _warn_of_exports(target)
     _warn_of_layouts(source, target)
     return goal
+
+
+def _check_asked(cfg: PruneConfig) -> None:
+    """Raise UserError where nothing is asked for: the output would be the model again."""
+    if not cfg.plan and not cfg.drop_layers and all(size is None for size in vars(cfg.target).values()):
+        raise UserError(
+            "nothing to prune: give a size, such as target.num_layers= or target.ffn_hidden_size=, target=FILE (of search), "
+            "plan= or drop_layers="
+        )
 
 
 def _inputs(cfg: PruneConfig, folder: ModelFolder, data: Data | None) -> dict[str, str]:

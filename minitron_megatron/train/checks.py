@@ -34,6 +34,7 @@ from minitron_megatron.models.limits import (
     check_layout,
     check_sequence,
     computing_dtype,
+    sequence_parts,
 )
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
@@ -48,6 +49,7 @@ log = logging.getLogger(__name__)
 Shapes = Mapping[str, ModelShape]
 OVERLAP_OPTION = "trainer.tp_comm_overlap"
 TENSOR_SIZES = (1, 2, 4, 8)
+PIPELINE_SIZES = (1, 2, 4, 8, 16)
 # Whether a layout can run the job: raises UserError where it cannot.
 Check = Callable[[Layout], None]
 
@@ -123,7 +125,8 @@ def check_run(cfg: TrainingConfig, recipe: Recipe) -> Checked:
     try:
         check(layout)
     except UserError:
-        if cfg.dry_run:
+        # torch is for the figures of other layouts: a mistake that all of them share is said without it.
+        if cfg.dry_run and layouts_that_run(layout, cfg.data.sequence_length, check):
             from minitron_megatron.train.foresee import show_layouts
 
             show_layouts(cfg, layout, models, check)
@@ -137,6 +140,7 @@ def check_run(cfg: TrainingConfig, recipe: Recipe) -> Checked:
     before = check_run_folder(run, cfg)
     shape = folders[recipe.trained].shape
     beginning = check_beginning(cfg, run, shape, layout)
+    _say_same(recipe, folders)
     inputs = inputs_of(recipe, folders, data, beginning)
     check_model_there(run, inputs)
     check_checkpoints(run / "checkpoints", cfg, layout, shape, inputs)
@@ -180,6 +184,21 @@ def _say_larger(models: Models) -> None:
         if student > teacher:
             log.warning(
                 "the student has %s parameters, and its teacher %s: are they swapped?", f"{student:,}", f"{teacher:,}"
+            )
+
+
+def _say_same(recipe: Recipe, folders: Mapping[str, ModelFolder]) -> None:
+    """Warn where the trained model is its teacher: there is nothing to learn."""
+    trained = folders[recipe.trained]
+    for name, folder in folders.items():
+        if name != recipe.trained and folder.digest == trained.digest:
+            log.warning(
+                "%s=%s and %s=%s are the same model, which has nothing to learn of itself: is the %s the pruned one?",
+                recipe.trained,
+                trained.path,
+                name,
+                folder.path,
+                recipe.trained,
             )
 
 
@@ -254,6 +273,41 @@ def _tensor_sizes_that_divide(shapes: Shapes, samples: int, layout: Layout) -> l
             if samples % (other.data * (other.pipeline if other.virtual_pipeline else 1)) == 0:
                 found.append(tensor)
     return found
+
+
+def layouts_that_run(layout: Layout, sequence_length: int, check: Check) -> list[Layout]:
+    """Layouts of as many processes that `check` accepts: the given one, and tensor × pipeline sizes up to 8 × 16.
+
+    Sequence parallelism, which costs nothing and saves memory, is on wherever it can be.
+    """
+    found = []
+    for tensor in TENSOR_SIZES:
+        for pipeline in PIPELINE_SIZES:
+            if layout.world_size % (tensor * pipeline * layout.context) == 0:
+                sizes = replace(
+                    layout,
+                    tensor=tensor,
+                    pipeline=pipeline,
+                    virtual_pipeline=None,
+                    pipeline_layout=None,
+                    sequence=tensor > 1,
+                )
+                divides = sequence_length % sequence_parts(sizes) == 0
+                found.append(sizes if divides else replace(sizes, sequence=False))
+    return [one for one in dict.fromkeys([without_idle_options(layout), *found]) if _accepts(check, one)]
+
+
+def without_idle_options(layout: Layout) -> Layout:
+    """Sequence parallelism is nothing on one tensor-parallel rank."""
+    return replace(layout, sequence=layout.sequence and layout.tensor > 1)
+
+
+def _accepts(check: Check, layout: Layout) -> bool:
+    try:
+        check(layout)
+    except UserError:
+        return False
+    return True
 
 
 def what_is_trained(cfg: TrainingConfig) -> dict[str, Any]:

@@ -25,14 +25,12 @@ from minitron_megatron.automatic import (
 )
 from minitron_megatron.config import AUTO, DistillConfig, HardwareConfig, TrainerConfig, TrainingConfig
 from minitron_megatron.console import print_table
-from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters, flops_per_token
 from minitron_megatron.models.build import attention_in_fixed_order, model_dtype
-from minitron_megatron.models.limits import sequence_parts
 from minitron_megatron.parallel.hardware import hardware, peak_flops, say_assumed
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train.census import Stage, take_census
-from minitron_megatron.train.checks import TENSOR_SIZES, Check, Models
+from minitron_megatron.train.checks import Check, Models, layouts_that_run, without_idle_options
 from minitron_megatron.train.memory import (
     CHECKPOINT_BYTES,
     RECOMPUTE,
@@ -46,7 +44,6 @@ from minitron_megatron.train.speed import FP8_GAIN, LINK_EFFICIENCY, Step, time_
 
 # CUDA's context, NCCL's buffers, workspaces of cuBLAS and what the allocator cannot use.
 RESERVED_GIB = 6
-PIPELINE_SIZES = (1, 2, 4, 8, 16)
 # Layouts that are shown, the fastest that fit first.
 SHOWN = 12
 
@@ -199,7 +196,7 @@ def foresee(
     before: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Print what the job would be; nothing is written. `before` as of `forecast`."""
-    layout = _without_idle_options(layout)
+    layout = without_idle_options(layout)
     say_assumed(cfg.cluster)
     found = forecast(cfg, layout, models, before)
     _show_job(found, steps, cfg)
@@ -207,41 +204,6 @@ def foresee(
     _show_time(found, steps)
     _show_assumptions(found)
     show_layouts(cfg, layout, models, check)
-
-
-def layouts_that_run(layout: Layout, sequence_length: int, check: Check) -> list[Layout]:
-    """Layouts of as many processes that `check` accepts: the given one, and tensor × pipeline sizes up to 8 × 16.
-
-    Sequence parallelism, which costs nothing and saves memory, is on wherever it can be.
-    """
-    found = []
-    for tensor in TENSOR_SIZES:
-        for pipeline in PIPELINE_SIZES:
-            if layout.world_size % (tensor * pipeline * layout.context) == 0:
-                sizes = replace(
-                    layout,
-                    tensor=tensor,
-                    pipeline=pipeline,
-                    virtual_pipeline=None,
-                    pipeline_layout=None,
-                    sequence=tensor > 1,
-                )
-                divides = sequence_length % sequence_parts(sizes) == 0
-                found.append(sizes if divides else replace(sizes, sequence=False))
-    return [one for one in dict.fromkeys([_without_idle_options(layout), *found]) if _accepts(check, one)]
-
-
-def _without_idle_options(layout: Layout) -> Layout:
-    """Sequence parallelism is nothing on one tensor-parallel rank."""
-    return replace(layout, sequence=layout.sequence and layout.tensor > 1)
-
-
-def _accepts(check: Check, layout: Layout) -> bool:
-    try:
-        check(layout)
-    except UserError:
-        return False
-    return True
 
 
 def show_layouts(cfg: TrainingConfig, layout: Layout, models: Models, check: Check) -> None:
