@@ -10,7 +10,7 @@ from pathlib import Path
 from minitron_megatron.checkpoints.folder import MANIFEST, ModelFolder, open_model_folder
 from minitron_megatron.checkpoints.hf_folder import HfFolder
 from minitron_megatron.checkpoints.index import check_weights
-from minitron_megatron.checkpoints.stamps import file_stamps
+from minitron_megatron.checkpoints.stamps import file_stamps, stamp_of_files
 from minitron_megatron.chosen import Text
 from minitron_megatron.composing import Stage, compose_stage, naming
 from minitron_megatron.compress_given import NO_MODEL, is_rehearsal, own_options
@@ -65,7 +65,7 @@ def open_source(cfg: CompressConfig) -> Source:
             text = Text(data.tokens("train"), data.tokens("validation"), exact=True)
         return Source(model, shape, text, text is not None, stages, inputs)
     files = find_inputs(cfg.input)
-    inputs["data"] = _stamp(files)
+    inputs["data"] = stamp_of_files(files)
     if model != NO_MODEL:
         check_tokenizer(cfg.hf or model)
     small = sum(file.stat().st_size for file in files) < _SMALL_TEXT
@@ -116,9 +116,3 @@ def _import_stage(cfg: CompressConfig, hf: HfFolder) -> Stage:
         stage = compose_stage(cfg, "import_hf", {"hf": cfg.hf}, {"processes": 1}, Path(cfg.output) / TEACHER)
         check_command_output(stage.config, hf.stamps)
     return stage
-
-
-def _stamp(files: list[Path]) -> str:
-    """What tells that files have changed, without reading them."""
-    stats = [(file.name, file.stat()) for file in files]
-    return "; ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)

@@ -262,7 +262,7 @@ MODULES = {
     submit report.folders
     report.report report.trials throughput.run throughput.sources throughput.tensorrt_llm throughput.work benchmark.mistakes
     benchmark.loss machine""",
-    "data are prepared by one process": "data.adopt data.estimate data.prepare data.text data.tokenizer data.vocabulary",
+    "data are prepared by one process": "data.estimate data.prepare data.text data.tokenizer data.vocabulary",
     BEFORE: """cli.main cli.arguments cli.logs cli.spelling launcher evaluate.checks distill.cache_checks train.checks train.begin
     checkpoints.export_checks checkpoints.hf_folder checkpoints.nemo_folder checkpoints.stamps data.folder data.indexed
     data.same_tokenizer prune.plan checkpoints.unfinished""",
@@ -284,7 +284,7 @@ FUNCTIONS = {
     train.checkpoint._drop_old train.saved.find_checkpoints train.saved.described parallel.precision._machine
     parallel.precision._cache_folder parallel.precision._least_seconds checkpoints.archive.Archive.extract
     evaluate.hf.digest_of train.checkpoint.Saver._describe train.saved.best_whole
-    train.saved.set_aside""",
+    train.saved.set_aside data.sample_index.what_is_odd data.sample_index._build""",
     "of files that this rank has written, and rank 0 is told of": """checkpoints.digests.digest_files
     train.checkpoint._write_and_digest train.checkpoint.Saver._complete""",
     "how many threads digest: no result depends on it": "train.checkpoint._threads",

@@ -1,7 +1,7 @@
 """What tells, in a manifest, that files which a command read have been replaced since: a stamp of each, as inputs by name.
 
-Small files (configs, tokenizers) are told by their contents: a fresh download of the same ones is the same. Weights are told by
-size and time of change, as `cp -p` and rsync keep them: reading them all again for every command would take too long.
+Small files (configs, tokenizers, texts) are told by their contents: a fresh download of the same ones is the same. Large ones are
+told by size and time of change, as `cp -p` and rsync keep them: reading them all again for every command would take too long.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ PREFIX = "file "
 def file_stamps(root: Path, files: Iterable[Path]) -> dict[str, str]:
     """A stamp of each file that is there, as inputs; named as they lie below `root`."""
     found = {file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file): file for file in files}
-    return {PREFIX + name: _stamp(file) for name, file in sorted(found.items()) if file.is_file()}
+    return {PREFIX + name: stamp(file) for name, file in sorted(found.items()) if file.is_file()}
 
 
 def of_tokenizer(name: str) -> bool:
@@ -35,6 +35,11 @@ def stamp_of_folder(name: str, folder: Path, files: Iterable[Path]) -> dict[str,
     """One stamp of many files together, as an input."""
     whole = hashlib.sha256(repr(sorted(file_stamps(folder, files).items())).encode())
     return {PREFIX + name: f"sha256:{whole.hexdigest()}"}
+
+
+def stamp_of_files(files: Iterable[Path]) -> str:
+    """One stamp of many files in their order, by their names and whatever folder they are in. Raises OSError."""
+    return f"sha256:{hashlib.sha256(repr([(file.name, stamp(file)) for file in files]).encode()).hexdigest()}"
 
 
 def task_stamps(names: Iterable[str]) -> dict[str, str]:
@@ -51,7 +56,8 @@ def _files_named_in(task: Path) -> Iterator[Path]:
                 yield from (path for path in (Path(event.value), task.parent / event.value) if path.is_file())
 
 
-def _stamp(file: Path) -> str:
+def stamp(file: Path) -> str:
+    """What tells that a file is another one now: the one way to say so. Raises OSError."""
     stat = file.stat()
     if stat.st_size > LARGEST_READ:
         return f"{stat.st_size} bytes of {stat.st_mtime_ns}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.checkpoints.folder import TOKENIZER, Output
+from minitron_megatron.checkpoints.stamps import stamp
 from minitron_megatron.config import AdoptDataConfig
 from minitron_megatron.console import print_table, speaks
 from minitron_megatron.data.encoding import special_ids
@@ -43,7 +44,7 @@ def check_adopt(cfg: AdoptDataConfig) -> Adopting:
     if len({split.dtype for split in splits.values()}) > 1:
         raise UserError("train= and validation= hold ids of different types: make both with one tokenizer")
     files = check_tokenizer(cfg.model.folder("model"))
-    inputs = {"tokenizer": tokenizer_digest(files), **{name: _stamp(split) for name, split in splits.items()}}
+    inputs = {"tokenizer": tokenizer_digest(files), **{name: _stamps(split) for name, split in splits.items()}}
     check_command_output(cfg, inputs)
     return Adopting(splits, inputs)
 
@@ -85,9 +86,8 @@ def _open(prefix: str, name: str) -> Split:
     return split
 
 
-def _stamp(split: Split) -> str:
-    stats = [beside(split.prefix, ending).stat() for ending in (".bin", ".idx")]
-    return ", ".join(f"{stat.st_size} bytes, modified {stat.st_mtime_ns}" for stat in stats)
+def _stamps(split: Split) -> str:
+    return ", ".join(stamp(beside(split.prefix, ending)) for ending in (".bin", ".idx"))
 
 
 def _borders(splits: dict[str, Split], tokenizer: Any) -> dict[str, Any]:

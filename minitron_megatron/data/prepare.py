@@ -31,6 +31,7 @@ import numpy as np
 
 from minitron_megatron.automatic import tokenising_processes
 from minitron_megatron.checkpoints.folder import TOKENIZER, Output
+from minitron_megatron.checkpoints.stamps import stamp
 from minitron_megatron.config import PrepareDataConfig
 from minitron_megatron.console import print_table, progress, speaks
 from minitron_megatron.data.encoding import Encoder
@@ -141,7 +142,7 @@ def check_prepare(cfg: PrepareDataConfig) -> Preparing:
     check_fraction(cfg.validation_fraction)
     files = find_inputs(cfg.input)
     path = check_tokenizer(cfg.model.folder("model"))
-    inputs = {"tokenizer": tokenizer_digest(path), **{str(f): _stamp(f) for f in files}}
+    inputs = {"tokenizer": tokenizer_digest(path), **{str(f): stamp(f) for f in files}}
     check_command_output(cfg, inputs)
     return Preparing(files, inputs)
 
@@ -221,12 +222,6 @@ def _dry_run(files: list[Path], cfg: PrepareDataConfig) -> None:
         counts[split] += 1
     rows = [["files", len(files)], *([f"{split} documents", count] for split, count in counts.items())]
     print_table("would be tokenised", ["", "count"], rows)
-
-
-def _stamp(file: Path) -> str:
-    """What tells that an input file has changed, without reading it all."""
-    stat = file.stat()
-    return f"{stat.st_size} bytes, modified {stat.st_mtime_ns}"
 
 
 def _write(cfg: PrepareDataConfig, files: list[Path], out: Output, encoder: Encoder) -> None:
