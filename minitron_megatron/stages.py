@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minitron_megatron.checkpoints.folder import MANIFEST, load_yaml
+from minitron_megatron.checkpoints.folder import MANIFEST, read_manifest
 from minitron_megatron.cli import spelling
 from minitron_megatron.config import CompressConfig
 from minitron_megatron.console import console
@@ -206,8 +206,14 @@ class Stages:
         write_json(self.file, self.done)
 
     def _note_output(self, name: str, output: Path | None, before: str | None = None) -> str | None:
-        """Keep the digest of a stage's output, None where it has none. Raises UserError where it was another one `before`."""
-        digest = None if output is None else _of_manifest(output, "digest")
+        """Keep the digest of a stage's output, None where it has none.
+
+        Raises UserError where it is damaged, or was another one `before`.
+        """
+        try:
+            digest = None if output is None else _of_manifest(output, "digest")
+        except UserError as error:
+            raise UserError(f"{name}: {error}: remove {output}, and the same command does") from None
         if digest is not None:
             self.outputs[name] = digest
         if before not in (None, digest):
@@ -278,9 +284,12 @@ def _by(status: int) -> str:
 
 
 def _of_manifest(output: Path, key: str) -> Any:
-    """What the manifest of a command's output, or of the model that a training run published, says; None where it does not."""
-    file = next((file for file in (output / MANIFEST, output / "model" / MANIFEST) if file.is_file()), None)
-    return None if file is None else load_yaml(file).get(key)
+    """What the manifest of a command's output, or of the model that a training run published, says; None where it does not.
+
+    Raises UserError where one of its files is missing, or has another size.
+    """
+    folder = next((folder for folder in (output, output / "model") if (folder / MANIFEST).is_file()), None)
+    return None if folder is None else read_manifest(folder).get(key)
 
 
 class Ended(NamedTuple):
