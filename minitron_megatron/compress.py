@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import RESULTS, load_json, open_model_folder, read_manifest
+from minitron_megatron.checkpoints.folder import load_results, open_model_folder, read_manifest
 from minitron_megatron.cli import spelling
 from minitron_megatron.composing import Stage
 from minitron_megatron.compress_given import name_of
@@ -130,7 +130,7 @@ def _result(one: Round, seconds: Mapping[str, float]) -> dict[str, Any]:
     manifest, made = read_manifest(student), count_parameters(open_model_folder(student).shape)
     measured: dict[str, Any] = {}
     if "evaluate" in one.stages:
-        measured = load_json(one.stages["evaluate"].output / RESULTS)
+        measured = load_results(one.stages["evaluate"].output, "evaluate")
     return {
         "name": one.name,
         "model": str(student),

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import RESULTS, load_json
+from minitron_megatron.checkpoints.folder import load_json, load_results
 from minitron_megatron.composing import check_root
 from minitron_megatron.config import CommandConfig, DemoConfig
 from minitron_megatron.console import console, print_table
@@ -229,7 +229,7 @@ def _show(stages: Stages, root: Path, at: dict[str, Path], plan: Plan) -> None:
     )
     samples = load_json(file)
     stages.command("report", root / "report", "report", f"folders={root}", f"title={TITLE}")
-    pruned, distilled = (load_json(root / f"evaluate_{name}" / RESULTS) for name in ("pruned", "distilled"))
+    pruned, distilled = (load_results(root / f"evaluate_{name}", "evaluate") for name in ("pruned", "distilled"))
     perplexity = (distilled["teacher_perplexity"], pruned["perplexity"], distilled["perplexity"])
     summary: dict[str, Any] = {
         "parameters": {name: count_parameters(open_model_folder(at[name]).shape) for name in MODELS},

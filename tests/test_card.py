@@ -114,7 +114,7 @@ def test_the_tokenizer_says_it_where_the_config_does_not(pruned):
 
 def test_results_must_be_evaluations_of_this_model(pruned, tmp_path):
     of_source = evaluation(tmp_path / "ppl", tmp_path / "source", {"loss": 2.5})
-    for results, why in ((of_source, "is of another model"), (str(tmp_path / "source"), "is not an evaluation")):
+    for results, why in ((of_source, "is of another model"), (str(tmp_path / "source"), "give the output of evaluate")):
         with pytest.raises(UserError, match=why):
             exported(pruned, results=[results])
     assert not (tmp_path / "small").exists()

@@ -121,7 +121,7 @@ def test_scores_that_do_not_belong_together_are_not_merged(parts, tmp_path):
     file = b / "statistics.safetensors"
     whole_file = file.read_bytes()
     file.write_bytes(b"\xff" * len(whole_file))
-    with pytest.raises(UserError, match=r"statistics.safetensors is missing or damaged"):
+    with pytest.raises(UserError, match=r"b is damaged: its files differ from the digest"):
         merge_scores(MergeScoresConfig(scores=[str(a), str(b)], output=str(tmp_path / "merged")))
     file.write_bytes(whole_file)
     assert not list(tmp_path.iterdir())

@@ -147,9 +147,9 @@ def test_a_layer_analysis_that_cannot_be_is_refused(tmp_path, change):
 
 @pytest.mark.parametrize("parts", [3, [3], [{"data": "a", "seed": 1, "first_sample": 0}], [{"data": 1, "seed": 1}]])
 def test_parts_of_scores_that_cannot_be_are_refused(tmp_path, parts):
-    from minitron_megatron.importance.merge import _SHARED
+    from minitron_megatron.importance.merge import _SHARED, FILE
 
     results = {**dict.fromkeys(_SHARED, 1), "parts": parts}
-    folders = [str(made(tmp_path / name, results, inputs={"model": "m"})) for name in "ab"]
+    folders = [str(made(tmp_path / name, results, {FILE: ""}, {"model": "m"})) for name in "ab"]
     with pytest.raises(UserError, match=r"is not a scores folder|are damaged"):
         check_merge(MergeScoresConfig(scores=folders, output=str(tmp_path / "o")))

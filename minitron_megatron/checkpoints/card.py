@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from minitron_megatron.checkpoints.folder import RESULTS, ModelFolder, load_json, load_yaml, read_manifest
+from minitron_megatron.checkpoints.folder import RESULTS, ModelFolder, load_json, load_yaml, read_output
 from minitron_megatron.checkpoints.lineage import Step, find_step, lineage, teachers
 from minitron_megatron.config import ExportHfConfig, OptimConfig
 from minitron_megatron.console import format_value, markdown_table
@@ -80,14 +80,13 @@ def read_results(paths: Sequence[str], folder: ModelFolder) -> list[Measured]:
     """Check that folders are evaluations of this very model. Raises UserError."""
     found = []
     for path in map(Path, paths):
-        manifest = read_manifest(path)
-        file = path / RESULTS
+        manifest = read_output(path, RESULTS, "evaluate", "results=")
         digest = (manifest.get("inputs") or {}).get("model")
-        if not file.is_file() or digest is None:
+        if digest is None:
             raise UserError(f"results={path} is not an evaluation: give the output of evaluate")
         if digest != folder.digest:
             raise UserError(f"results={path} is of another model ({digest}), not of {folder.path}: evaluate this one")
-        values = load_json(file, ": evaluate the model again")
+        values = load_json(path / RESULTS, ": evaluate the model again")
         found.append(Measured(path, manifest["digest"], manifest.get("config") or {}, values))
     return found
 

@@ -1,10 +1,11 @@
-"""Digests of large files in segments, so that several threads, and several ranks, can share out one file's bytes.
+"""Digests of folders, and of large files in segments, so that several threads, and several ranks, can share out one file's bytes.
 
     file of 600 MiB    | 256 MiB | 256 MiB | 88 MiB |    ──▶   {"size": 629145600, "segments": [digest, digest, digest]}
 
 BLAKE3 as for model folders (checkpoints/weights.py): as strong as SHA-256 at several times its speed.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -90,3 +91,22 @@ def other_segments(
 
     with ThreadPoolExecutor(max(1, min(threads, MOST_THREADS))) as pool:
         return [place for place, other in zip(places, pool.map(is_other, places), strict=True) if other]
+
+
+def digest_of_files(folder: Path, names: Iterable[str]) -> str:
+    """The digest of a folder, out of all bytes of some of its files. Raises OSError."""
+    return joint_digest({name: sha256_of(folder / name) for name in names})
+
+
+def sha256_of(file: Path) -> bytes:
+    """SHA-256 of a whole file. Raises OSError."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").digest()
+
+
+def joint_digest(files: Mapping[str, bytes]) -> str:
+    """The digest of a folder out of the SHA-256 of each of its files, for who has those from writing them."""
+    whole = hashlib.sha256()
+    for name in sorted(files):
+        whole.update(name.encode() + files[name])
+    return "sha256:" + whole.hexdigest()

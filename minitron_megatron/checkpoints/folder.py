@@ -9,7 +9,6 @@ A model folder holds model.yaml (its shape), weights/ (Megatron distributed chec
 
 import datetime
 import errno
-import hashlib
 import logging
 import os
 import shutil
@@ -28,6 +27,7 @@ import yaml
 from minitron_megatron import __version__
 from minitron_megatron.asked import STARTED_IN, Asked
 from minitron_megatron.changing import differences, in_words
+from minitron_megatron.checkpoints.digests import digest_of_files
 from minitron_megatron.checkpoints.locks import unlock
 from minitron_megatron.checkpoints.stamps import PREFIX, for_all_nodes, say_others
 from minitron_megatron.checkpoints.unfinished import MARKS, check_unfinished, partial_folder, start_partial
@@ -172,12 +172,22 @@ def _mapping(read: Callable[[Path], Any], file: Path, what: str, remedy: str = "
 
 
 def read_output(path: Path, file: str, command: str, option: str = "") -> dict[str, Any]:
-    """The manifest of what a command has made, in which its main file is. Raises UserError where it is another's, or damaged."""
+    """The manifest of what a command has found, in which its main file is: small files, so all are compared with its digest.
+
+    Raises UserError where it is another command's, or damaged.
+    """
     manifest = read_manifest(path)
     if file not in manifest["files"]:
         made = manifest.get("command", "another command")
         raise UserError(f"{option}{path} has no {file} (it was made by {made}): give the output of {command}")
+    _compare(path, manifest)
     return manifest
+
+
+def load_results(path: Path, command: str) -> dict[str, Any]:
+    """What a command that measures has found: its results.json. Raises UserError."""
+    read_output(path, RESULTS, command)
+    return load_json(path / RESULTS, f": run {command} again")
 
 
 def open_model_folder(path: Path | str) -> ModelFolder:
@@ -196,7 +206,11 @@ def open_model_folder(path: Path | str) -> ModelFolder:
 
 def verify_files(path: Path, digest: str) -> None:
     """Read every file of a folder that `output_folder` made and compare with its digest. Raises UserError."""
-    if _digest_of_files(path, read_manifest(path)["files"]) != digest:
+    _compare(path, {**read_manifest(path), "digest": digest})
+
+
+def _compare(path: Path, manifest: Mapping[str, Any]) -> None:
+    if digest_of_files(path, manifest["files"]) != manifest["digest"]:
         raise UserError(f"{path} is damaged: its files differ from the digest in its {MANIFEST}; make it again")
 
 
@@ -360,7 +374,7 @@ def _finish(
     manifest = {
         "command": command,
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "digest": output.digest or _digest_of_files(output.path, files),
+        "digest": output.digest or digest_of_files(output.path, files),
         "fingerprint": asked.fingerprint(),
         **_cost(output),
         **({"precision": dict(output.precision)} if output.precision else {}),
@@ -398,22 +412,6 @@ def _cost(output: Output) -> dict[str, Any]:
         "processes": collectives.world_size(),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     }
-
-
-def _digest_of_files(folder: Path, files: Mapping[str, int]) -> str:
-    def digest(name: str) -> bytes:
-        with open(folder / name, "rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-
-    return joint_digest({name: digest(name) for name in files})
-
-
-def joint_digest(files: Mapping[str, bytes]) -> str:
-    """The digest of a folder out of the SHA-256 of each of its files, for who has those from writing them."""
-    whole = hashlib.sha256()
-    for name in sorted(files):
-        whole.update(name.encode() + files[name])
-    return "sha256:" + whole.hexdigest()
 
 
 def _versions() -> dict[str, str]:

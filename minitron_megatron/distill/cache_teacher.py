@@ -15,11 +15,8 @@ from typing import Any
 
 import torch
 
-from minitron_megatron.checkpoints.folder import (
-    ModelFolder,
-    Output,
-    joint_digest,
-)
+from minitron_megatron.checkpoints.digests import joint_digest
+from minitron_megatron.checkpoints.folder import ModelFolder, Output
 from minitron_megatron.checkpoints.weights import load_model
 from minitron_megatron.config import CacheTeacherConfig, HardwareConfig
 from minitron_megatron.console import print_table, progress

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import read_manifest
+from minitron_megatron.checkpoints.folder import read_output
 from minitron_megatron.config import MergeScoresConfig
 from minitron_megatron.errors import UserError
-from minitron_megatron.importance.scores import save_scores
+from minitron_megatron.importance.scores import FILE, save_scores
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.tools import tool_job
@@ -81,7 +81,7 @@ def merge_scores(cfg: MergeScoresConfig, checked: Merging | None = None) -> None
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    manifest = read_manifest(folder)
+    manifest = read_output(folder, FILE, "importance", "scores=")
     results, inputs = manifest.get("results"), manifest.get("inputs")
     whole = isinstance(results, dict) and {*_SHARED, "parts"} <= set(results) and isinstance(results["parts"], list)
     if not whole or not isinstance(inputs, dict):

@@ -17,6 +17,7 @@ from minitron_megatron.checkpoints.folder import (
     SHAPE_FILE,
     load_yaml,
     read_manifest,
+    verify_files,
 )
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.shape import ModelShape
@@ -114,15 +115,21 @@ class RunFolder:
         return file in self.manifest["files"]
 
     def read_json(self, file: str) -> Any:
-        """A JSON file of the folder. Raises UserError when it cannot be read."""
+        """A JSON file of a command that measures. Raises UserError when it cannot be read, or is not as it was written."""
         try:
-            return parse_json(_text(self.path / file))
+            return parse_json(_text(self._compared / file))
         except ValueError as error:
             raise UserError(f"{self.path / file} is damaged ({error}): make the folder again") from None
 
     def read_yaml(self, file: str) -> dict[str, Any]:
-        """A YAML file of the folder. Raises UserError when it cannot be read."""
-        return load_yaml(self.path / file)
+        """A YAML file of a command that measures. Raises UserError when it cannot be read, or is not as it was written."""
+        return load_yaml(self._compared / file)
+
+    @cached_property
+    def _compared(self) -> Path:
+        """Its path, once all of its files were compared with its digest. Raises UserError."""
+        verify_files(self.path, self.digest)
+        return self.path
 
 
 @dataclass(frozen=True)
