@@ -648,7 +648,7 @@ class CommandConfig:
     resume: bool = option(True, "continue, or keep, an output made by the same options; false refuses it", decides=FREE)
     verify: bool = option(
         False,
-        "read every weight of the model folders, and all data, first and compare with their digests",
+        "read every weight of the model folders, and all data, first, on every node, and compare with their digests",
         decides=FREE,
     )
     dry_run: bool = option(False, "check everything, say what would be done, write nothing", decides=FREE)

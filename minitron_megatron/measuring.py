@@ -1,11 +1,12 @@
 """The frame of a command that runs a model over data and writes what it finds: importance, layers, evaluate, cache_teacher.
 
-processes in their layout ─▶ verify=true: weights and data against their digests ─▶ output folder, whole or not there
+processes in their layout ─▶ the same files on all ranks; verify=true: against their digests ─▶ output folder, whole or not there
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from minitron_megatron.checkpoints.copies import check_copies
 from minitron_megatron.checkpoints.folder import ModelFolder, Output
 from minitron_megatron.checkpoints.unfinished import COMPUTED_IN, has_work
 from minitron_megatron.checkpoints.weights import verify_digest
@@ -40,6 +41,7 @@ def measuring(
         UserError: the output cannot be written, or with verify=true, weights or data are not what they were.
     """
     with parallel_job(layout, seed=cfg.seed, device=cfg.device):
+        check_copies(folder.path, *(one.path for one in (data.folders if data else ())))
         if cfg.verify:
             verify_digest(folder)
             if data is not None:

@@ -52,7 +52,7 @@ def small_cache(path: Path, contents: Contents = SMALL) -> dict[str, TopK]:
     with output_folder(path, command="a test", config={}, inputs={}, resume=True) as out:
         for chunk in contents.chunks():
             part = TopK(*(tensor[chunk.first : chunk.last] for tensor in answers[chunk.split]))
-            write_chunk(out.path, contents, chunk, part)
+            write_chunk(out.path, contents, chunk, part, chunk.samples)
         out.results = asdict(contents)
     return answers
 
@@ -206,12 +206,12 @@ def killed(cfg: CacheTeacherConfig, chunks: int) -> str:
     """The command, killed in the middle of writing a file after so many whole ones."""
     write, written = command.write_chunk, []
 
-    def writing(folder, contents, chunk, answers):
+    def writing(folder, contents, chunk, *of_samples):
         if len(written) == chunks:
             (folder / f".{chunk.name}.partial").write_bytes(b"half")
             raise RuntimeError("killed")
         written.append(chunk)
-        return write(folder, contents, chunk, answers)
+        return write(folder, contents, chunk, *of_samples)
 
     command.write_chunk = writing
     try:

@@ -154,9 +154,9 @@ CONTENTS = Contents("m", "d", 1, 3, False, 300, 1.0, 2, 4, 0, 4)
 def test_answers_of_a_teacher_are_on_the_disk_before_they_have_their_name(recorder, tmp_path):
     answers = TopK(torch.zeros(4, 3, 2, dtype=torch.int64), torch.full((4, 3, 2), -1.0), torch.full((4, 3), 0.25))
     chunk = next(CONTENTS.chunks())
-    recorder.killed(1, lambda: write_chunk(tmp_path, CONTENTS, chunk, answers))
+    recorder.killed(1, lambda: write_chunk(tmp_path, CONTENTS, chunk, answers, range(4)))
     assert not (tmp_path / chunk.name).exists()
-    write_chunk(tmp_path, CONTENTS, chunk, answers)
+    write_chunk(tmp_path, CONTENTS, chunk, answers, range(4))
     size = (tmp_path / chunk.name).stat().st_size
     assert recorder.seen == [
         ("fsync", f".{chunk.name}.partial", size),

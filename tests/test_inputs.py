@@ -28,7 +28,7 @@ from minitron_megatron.config import (
     TargetConfig,
 )
 from minitron_megatron.config import options as all_options
-from minitron_megatron.data.datasets import training_samples
+from minitron_megatron.data.datasets import token_checksum, training_samples
 from minitron_megatron.data.folder import open_data
 from minitron_megatron.data.tokenizer import tokenizer_digest
 from minitron_megatron.distill.cache import write_chunk
@@ -196,9 +196,13 @@ def cached(path: Path, sources: Path, data: Path, teacher: str, seed: int) -> Pa
     """A cache for the run of `begun`, of random answers of a teacher."""
     digests = open_model_folder(sources / teacher / "model").digest, read_manifest(data)["digest"]
     contents = Contents(*digests, 1234, LENGTH, False, 300, 1.0, 4, train=48, validation=0, chunk_samples=48)
+    shape = open_model_folder(sources / teacher / "model").shape
+    text = open_data(str(data), "train", shape, LENGTH)
+    samples = training_samples(text, "train", sequence_length=LENGTH, seed=1234, count=48)
+    tokens = [token_checksum(samples[number]["tokens"]) for number in range(48)]
     with output_folder(path, command="a test", config={"x": seed}, inputs={}, resume=True) as out:
         (chunk,) = contents.chunks()
-        write_chunk(out.path, contents, chunk, random_answers(replace(contents, sequence_length=LENGTH), 48, seed))
+        write_chunk(out.path, contents, chunk, random_answers(contents, 48, seed), tokens)
         out.results = asdict(contents)
     return path
 

@@ -266,7 +266,7 @@ def test_the_whole_models_loss_is_what_evaluate_measures(plain, tmp_path):
     assert set(order) == {0, 1, 2} and analysis.ranked(3, "bi", keep_last=1) == [s for s in order if s != 2]
     file = tmp_path / "layers" / "layers.json"
     file.write_text(file.read_text().replace('"start": 1', '"start": 7'))
-    with pytest.raises(UserError, match=r"layers.json is damaged"):
+    with pytest.raises(UserError, match=r"layers is damaged: its files differ"):
         load_layer_analysis(tmp_path / "layers")
     with pytest.raises(UserError, match=r"has no layers.json"):
         load_layer_analysis(tmp_path / "loss")

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from minitron_megatron.checkpoints.copies import check_copies
 from minitron_megatron.checkpoints.export_checks import Exporting
 from minitron_megatron.checkpoints.folder import ModelFolder
 from minitron_megatron.checkpoints.hf_folder import print_shape
@@ -30,6 +31,7 @@ def export_for(
     """
     folder, inputs = checked.folder, checked.inputs
     with tool_job():
+        check_copies(folder.path)
         if cfg.verify:
             verify_digest(folder)
         if cfg.dry_run:

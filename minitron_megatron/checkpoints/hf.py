@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from minitron_megatron.checkpoints import card
+from minitron_megatron.checkpoints.copies import check_copies
 from minitron_megatron.checkpoints.export_checks import Exporting, check_export_hf, check_import_hf
 from minitron_megatron.checkpoints.folder import (
     TOKENIZER,
@@ -71,6 +72,7 @@ def import_hf(cfg: ImportHfConfig, source: HfFolder | None = None) -> None:
         if cfg.dry_run:
             print_shape(f"{cfg.hf} would be imported", shape, said_of_tokenizer(source.path))
             return
+        check_copies(files=sorted(set(source.files.values())))
         with command_output(cfg, source.stamps) as out:
             if out.done:
                 return
@@ -113,6 +115,7 @@ def export_hf(cfg: ExportHfConfig, checked: Exporting | None = None) -> None:
         folder, results, inputs = checked.folder, checked.results, checked.inputs
         shape = folder.shape
         files = plan_shards(shape, int(cfg.max_shard_gb * 1e9))
+        check_copies(folder.path)
         if cfg.verify:
             verify_digest(folder)
         if cfg.dry_run:

@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from minitron_megatron.checkpoints.copies import by_node, share_of_node
 from minitron_megatron.checkpoints.damage import cause_of, is_damage
 from minitron_megatron.checkpoints.finite import BLOCK_BYTES as BLOCK_OF_CACHE
 from minitron_megatron.checkpoints.finite import first_odd, has_odd
@@ -181,7 +182,10 @@ def _write_backend_file(folder: Path) -> None:
 
 def _content_digest(shape: ModelShape, digests: dict[tuple[str, tuple[int, ...]], str]) -> str:
     gathered = collectives.all_gather_objects(digests)
-    everything = {key: digest for part in gathered for key, digest in part.items()}
+    return _joint_digest(shape, {key: digest for part in gathered for key, digest in part.items()})
+
+
+def _joint_digest(shape: ModelShape, everything: Mapping[tuple[str, tuple[int, ...]], str]) -> str:
     whole = blake3(repr(sorted(shape.to_dict().items())).encode())
     for key in sorted(everything):
         whole.update(repr((key, everything[key])).encode())
@@ -361,15 +365,22 @@ def _round_whole(wanted: dict[str, dict[str, Any]]) -> None:
 
 
 def verify_digest(folder: ModelFolder) -> None:
-    """Read every chunk (each rank its share) and compare the content with the manifest's digest.
+    """Read every chunk on every node (each rank its share of them) and compare the content with the manifest's digest.
 
-    Raises UserError where they differ, and where there is a NaN or an infinity.
+    Raises UserError on every rank where they differ, and where there is a NaN or an infinity.
     """
-    reader = WeightReader(folder.weights)
-    digests = {}
-    for i, chunk in enumerate(chunks(folder.shape)):
-        if i % collectives.world_size() == collectives.rank():
+    digests, problem = {}, None
+    mine = share_of_node(chunks(folder.shape))
+    try:
+        reader = WeightReader(folder.weights)
+        for chunk in mine:
             tensor = reader.read_slot(chunk.slot, folder.shape, chunk.start, chunk.stop)
             digests[(chunk.key, chunk.offsets)] = _digest_of_finite(str(folder.path), folder.shape, chunk, tensor)
-    if _content_digest(folder.shape, digests) != folder.digest:
-        raise UserError(f"{folder.path}: the weights differ from the digest in manifest.yaml; make the folder again")
+    except UserError as error:
+        problem = str(error)
+    for where, found in by_node(digests, problem).items():
+        if _joint_digest(folder.shape, found) != folder.digest:
+            at = f" on {where}" if collectives.world_size() > 1 else ""
+            raise UserError(
+                f"{folder.path}: the weights differ{at} from the digest in manifest.yaml; make the folder again"
+            )

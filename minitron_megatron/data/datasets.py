@@ -10,9 +10,8 @@ The same samples make up step k for any data-parallel size, micro-batch size and
 import hashlib
 import logging
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -22,13 +21,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from minitron_megatron.console import busy
+from minitron_megatron.checkpoints.copies import check_copies
 from minitron_megatron.data.folder import AS_THEY_ARE, Data, DataFolder, DocumentMasks
 from minitron_megatron.data.questions import Request
+from minitron_megatron.data.sample_index import keep_index
 from minitron_megatron.data.windows import WindowPlan
-from minitron_megatron.errors import UserError
 from minitron_megatron.parallel import collectives
-from minitron_megatron.parallel.deciding import ask_rank_zero, wait_until_seen
 from minitron_megatron.parallel.layout import Layout
 
 Sample = dict[str, torch.Tensor]
@@ -120,6 +118,11 @@ class Documents:
         return {**sample, "documents": document_numbers(sample["tokens"], self.end_of_document)}
 
 
+def token_checksum(tokens: torch.Tensor) -> int:
+    """CRC-32 of a sample's tokens [s]: what is kept of a sample elsewhere, by its number, belongs to these."""
+    return zlib.crc32(np.ascontiguousarray(tokens, "<i8"))
+
+
 def document_numbers(tokens: torch.Tensor, end_of_document: int) -> torch.Tensor:
     """How many documents end before each token, which ends its own at most: int64 as tokens [s]."""
     ends = (tokens == end_of_document).long()
@@ -138,7 +141,7 @@ def training_samples(data: Data, split: str, *, sequence_length: int, seed: int,
     parts = [(folder, *_index_of(folder, split, sequence_length, seed)) for folder in data.folders]
     for folder, prefix, cache in parts:
         build = partial(_one_epoch, folder, prefix, sequence_length, seed, data.masks)
-        _once_on_rank_zero(cache, build)
+        check_copies(files=keep_index(cache, build))
     epochs = [
         Epochs(_one_epoch(folder, prefix, sequence_length, seed, data.masks, cache), seed=seed, count=count)
         for folder, prefix, cache in parts
@@ -161,7 +164,7 @@ def _blended(data: Data, epochs: list[Epochs], caches: Path, count: int) -> Samp
 
     made_of = f"{[epoch.unique_identifiers for epoch in epochs]} {data.weights} {_MEGATRON}"
     cache = caches / f"blend-{count}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
-    _once_on_rank_zero(cache, build)
+    check_copies(files=keep_index(cache, build))
     return build(cache)
 
 
@@ -173,35 +176,6 @@ def _index_of(folder: DataFolder, split: str, sequence_length: int, seed: int) -
     made_of = f"{prefix} {folder.digest} {results['vocab_size']} {results['end_of_document']} {_MEGATRON}"
     name = f"{split}-{sequence_length}-{seed}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
     return prefix, folder.path / "cache" / name
-
-
-def _once_on_rank_zero(cache: Path, build: Callable[[Path], object]) -> None:
-    """Build an index in a folder that is renamed when whole: a killed or a second job cannot spoil it."""
-
-    def make() -> list[Path]:
-        if cache.is_dir():
-            return list(cache.iterdir())
-        try:
-            cache.parent.mkdir(exist_ok=True)
-            with (
-                busy(f"making the sample index {cache}"),
-                tempfile.TemporaryDirectory(dir=cache.parent, prefix=".partial-") as unfinished,
-            ):
-                build(Path(unfinished) / "index")
-                try:
-                    os.rename(Path(unfinished) / "index", cache)
-                except OSError:
-                    # Another job was quicker; its index is the same.
-                    if not cache.is_dir():
-                        raise
-        except OSError as error:
-            why = error.strerror or error
-            raise UserError(
-                f"data.path={cache.parent.parent}: the sample index cannot be written to {cache.parent} ({why})"
-            ) from None
-        return list(cache.iterdir())
-
-    wait_until_seen(*ask_rank_zero(make))
 
 
 def _dataset_config(
@@ -272,7 +246,8 @@ class Windows(WindowPlan):
 class MicroBatches:
     """The micro-batches that one data-parallel rank runs of a range of samples; every rank has as many.
 
-    Where the samples do not fill the last round, sample 0 fills up with `valid` 0, `number` -1 and no loss. `multiple_of`
+    Where the samples do not fill the last round, sample 0 fills up with `valid` 0, `number` -1 and no loss. `checksum` is that
+    of each whole sample's tokens. `multiple_of`
     rounds the number of micro-batches up (the interleaved pipeline wants multiples of its stages). With a context-parallel
     group each batch holds this rank's share of every sequence (`on_this_context_rank`).
     """
@@ -316,6 +291,7 @@ class MicroBatches:
         batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in names}
         batch["valid"] = torch.tensor([0.0 if n is None else 1.0 for n in numbers])
         batch["number"] = torch.tensor([-1 if n is None else n for n in numbers])
+        batch["checksum"] = torch.tensor([token_checksum(row["tokens"]) for row in rows])
         batch["loss_mask"] = batch["loss_mask"] * batch["valid"][:, None]
         return on_this_context_rank(batch, self.context_group)
 

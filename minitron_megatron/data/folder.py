@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from minitron_megatron.checkpoints.folder import read_manifest, verify_files
+from minitron_megatron.checkpoints.copies import verify_copies
+from minitron_megatron.checkpoints.folder import read_manifest
 from minitron_megatron.data.indexed import open_split
 from minitron_megatron.errors import UserError
 from minitron_megatron.lengths import check_positions
 from minitron_megatron.models.config_keys import shown
 from minitron_megatron.models.shape import SIZES
-from minitron_megatron.parallel.deciding import from_rank_zero
 
 
 class DataSizes(Protocol):
@@ -193,16 +193,16 @@ def _check_results(results: Mapping[str, Any], where: str) -> None:
 
 
 def verify_data(data: Data) -> None:
-    """Read all of the data on rank 0, and compare with digests and vocabulary. Raises UserError on every rank."""
+    """Read all of the data on every node, and compare with digests and vocabulary. Raises UserError on every rank."""
+    for folder in data.folders:
 
-    def verify() -> None:
-        for folder in data.folders:
-            verify_files(folder.path, folder.digest)
-            for split in ("train", "validation"):
+        def check_ids(file: str, folder: DataFolder = folder) -> None:
+            split = file.removesuffix(".bin")
+            if split in ("train", "validation"):
                 name = f"data.path={folder.path}, {split}"
                 open_split(folder.path / split, name).check_ids(folder.results["vocab_size"], name, whole=True)
 
-    from_rank_zero(verify)
+        verify_copies(folder.path, folder.digest, check_ids)
 
 
 def check_enough(data: Data, tokens: int, max_epochs: float) -> None:

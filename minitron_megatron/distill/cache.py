@@ -9,10 +9,12 @@
         ids        uint8    [n, s, K, B]   token ids, little-endian, in the fewest bytes that hold the vocabulary
         log_probs  float16  [n, s, K]      of the full softmax, best first
         rest       float32  [n, s]         probability of all other tokens together
+        tokens     uint32   [n]            CRC-32 of each sample's tokens
         crc32      uint32   [n]            of each sample's bytes, and of what and which it is
 
 Nothing in it depends on the layout that wrote it or on the one that reads it. The checksum is compared whenever a sample is
-read, so a flipped bit, and a file in another one's place or of another cache, end the run rather than teach nonsense.
+read, so a flipped bit, and a file in another one's place or of another cache, end the run rather than teach nonsense; so do
+samples of other tokens than those that the teacher saw under their numbers.
 
 float16 keeps log p to 2⁻¹¹ of itself, bfloat16 to 2⁻⁸. `rest` has its own float32: 1 − Σ p of rounded values has nothing right
 where the mass outside K is small. A reader scales the K so that all is 1 again (`Cache.of_samples`).
@@ -32,16 +34,15 @@ import safetensors
 import torch
 from safetensors.numpy import save
 
+from minitron_megatron.checkpoints.copies import verify_copies
 from minitron_megatron.checkpoints.damage import pass_on_unless_damage
-from minitron_megatron.checkpoints.folder import verify_files
 from minitron_megatron.distill.contents import CacheFolder, Chunk, Contents
 from minitron_megatron.distill.losses import TopK
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.models.forward import Batch
-from minitron_megatron.parallel.deciding import from_rank_zero
 
 
-def write_chunk(folder: Path, contents: Contents, chunk: Chunk, answers: TopK) -> bytes:
+def write_chunk(folder: Path, contents: Contents, chunk: Chunk, answers: TopK, tokens: Sequence[int]) -> bytes:
     """Write a chunk whole or not at all; gives the SHA-256 of its file.
 
     Args:
@@ -49,12 +50,15 @@ def write_chunk(folder: Path, contents: Contents, chunk: Chunk, answers: TopK) -
         contents: what it is a cache of.
         chunk: which of its files.
         answers: of the chunk's samples on the CPU: ids and log_probs [n, s, K], rest [n, s].
+        tokens: checksum of each sample's tokens (data/datasets.py), [n].
     """
     wide = answers.ids.numpy().astype("<u4")[..., None].view(np.uint8)
     ids = np.ascontiguousarray(wide[..., : contents.id_bytes])
     log_probs, rest = answers.log_probs.half().numpy(), answers.rest.float().numpy()
-    sums = [contents.checksum(chunk.split, n, *of) for n, *of in zip(chunk.samples, ids, log_probs, rest, strict=True)]
-    data = save({"ids": ids, "log_probs": log_probs, "rest": rest, "crc32": np.array(sums, np.uint32)})
+    of_tokens = np.array(tokens, np.uint32)
+    parts = zip(chunk.samples, ids, log_probs, rest, of_tokens, strict=True)
+    sums = np.array([contents.checksum(chunk.split, n, *of) for n, *of in parts], np.uint32)
+    data = save({"ids": ids, "log_probs": log_probs, "rest": rest, "tokens": of_tokens, "crc32": sums})
     partial = folder / f".{chunk.name}.partial"
     with open(partial, "wb") as file:
         file.write(data)
@@ -79,7 +83,7 @@ def check_chunk(folder: Path, contents: Contents, chunk: Chunk) -> bytes | None:
 class Cache(CacheFolder):
     """A whole cache, read by sample number."""
 
-    def of_samples(self, numbers: Sequence[int], split: str = "train") -> TopK:
+    def of_samples(self, numbers: Sequence[int], split: str = "train", tokens: Sequence[int] | None = None) -> TopK:
         """What the teacher answers to some samples, at the cache's temperature.
 
         Of what is stored log_probs are rounded. They are scaled so that Σ_K p + rest = 1 again: a loss to them is 0 for some
@@ -88,12 +92,13 @@ class Cache(CacheFolder):
         Args:
             numbers: of the samples, of the training order or of the validation windows, in any order.
             split: train or validation.
+            tokens: checksums of the samples' tokens, to be compared where given.
 
         Returns:
             ids int64 and log_probs float32 [b, s, K], rest float32 [b, s], on the CPU.
 
         Raises:
-            UserError: a file is missing or damaged, or there is no such sample.
+            UserError: a file is missing or damaged, there is no such sample, or it has other tokens.
         """
         outside = next((n for n in numbers if not 0 <= n < getattr(self.contents, split)), None)
         if outside is not None:
@@ -102,13 +107,22 @@ class Cache(CacheFolder):
             )
         runs = groupby(numbers, key=lambda number: self.contents.chunk_of(split, number))
         parts = [_read(self.path, self.contents, chunk, list(run)) for chunk, run in runs]
-        ids, log_probs, rest = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
+        ids, log_probs, rest, seen = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        odd = [
+            n for n, one, other in zip(numbers, seen, seen if tokens is None else tokens, strict=True) if one != other
+        ]
+        if odd:
+            raise UserError(
+                f"distill.cache={self.path}: {split} sample {odd[0]} of this run has other tokens than the teacher saw: make the "
+                "cache again"
+            )
+        ids, log_probs, rest = map(torch.from_numpy, (ids, log_probs, rest))
         scale = torch.log1p(-rest) - log_probs.logsumexp(-1)
         return TopK(ids, log_probs + scale[..., None], rest)
 
     def verify(self) -> None:
-        """Read every file on rank 0 and compare with the digest. Raises UserError on every rank."""
-        from_rank_zero(lambda: verify_files(self.path, self.digest))
+        """Read every file on every node and compare with the digest. Raises UserError on every rank."""
+        verify_copies(self.path, self.digest)
 
 
 class CachedTeacher:
@@ -123,34 +137,40 @@ class CachedTeacher:
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
         self._thread = ThreadPoolExecutor(1)
-        self._coming: deque[list[int]] = deque()
+        # Numbers of a micro-batch's samples, and checksums of their tokens.
+        self._coming: deque[tuple[list[int], list[int]]] = deque()
         self._next: Future[TopK] | None = None
 
     def run_ahead(self, batches: Sequence[Batch]) -> None:
         """Note which samples come, in order; samples that only fill a round up are read as sample 0."""
-        self._coming, self._next = deque(batch["number"].clamp_min(0).tolist() for batch in batches), None
+        coming = ((batch["number"].clamp_min(0).tolist(), batch["checksum"].tolist()) for batch in batches)
+        self._coming, self._next = deque(coming), None
 
     def targets(self, batch: Batch, split: str) -> TopK:
         """The top K of the next micro-batch in order, [s, b, K] on its device; `batch` is that micro-batch.
 
         With context parallelism of this rank's share of each sequence, which its position ids name.
         """
-        numbers = self._coming.popleft()
-        answers = self.cache.of_samples(numbers, split) if self._next is None else self._next.result()
-        self._next = self._thread.submit(self.cache.of_samples, self._coming[0], split) if self._coming else None
+        this = self._coming.popleft()
+        answers = self._read(split, *this) if self._next is None else self._next.result()
+        self._next = self._thread.submit(self._read, split, *self._coming[0]) if self._coming else None
         places = batch["position_ids"][0].cpu()
         device = batch["tokens"].device
         return TopK(*(part[:, places].transpose(0, 1).to(device) for part in answers))
 
+    def _read(self, split: str, numbers: list[int], tokens: list[int]) -> TopK:
+        return self.cache.of_samples(numbers, split, tokens)
+
 
 def _read(folder: Path, contents: Contents, chunk: Chunk, numbers: Sequence[int]) -> tuple[np.ndarray, ...]:
-    """Ids int64, log_probs float32 and rest of some samples of a chunk. Raises UserError where it is damaged."""
+    """Ids int64, log_probs float32, rest and tokens of some samples of a chunk. Raises UserError where it is damaged."""
     file = folder / chunk.name
     size, length, k = len(chunk.samples), contents.sequence_length, contents.top_k
     shapes = {
         "ids": [size, length, k, contents.id_bytes],
         "log_probs": [size, length, k],
         "rest": [size, length],
+        "tokens": [size],
         "crc32": [size],
     }
     try:
@@ -168,7 +188,7 @@ def _read(folder: Path, contents: Contents, chunk: Chunk, numbers: Sequence[int]
             raise UserError(
                 f"{file} is damaged: {chunk.split} sample {number} is not what its checksum says; make the cache again"
             )
-    ids, log_probs, rest, _ = (np.concatenate(arrays) for arrays in zip(*rows, strict=True))
+    ids, log_probs, rest, tokens, _ = (np.concatenate(arrays) for arrays in zip(*rows, strict=True))
     wide = np.zeros((*ids.shape[:-1], 4), np.uint8)
     wide[..., : contents.id_bytes] = ids
-    return wide.view("<u4")[..., 0].astype(np.int64), log_probs.astype(np.float32), rest
+    return wide.view("<u4")[..., 0].astype(np.int64), log_probs.astype(np.float32), rest, tokens

@@ -20,7 +20,7 @@ from minitron_megatron.checkpoints.folder import ModelFolder, Output
 from minitron_megatron.checkpoints.weights import load_model
 from minitron_megatron.config import CacheTeacherConfig, HardwareConfig
 from minitron_megatron.console import print_table, progress
-from minitron_megatron.data.datasets import MicroBatches, Samples, Windows, training_samples
+from minitron_megatron.data.datasets import MicroBatches, Samples, Windows, token_checksum, training_samples
 from minitron_megatron.data.folder import Data
 from minitron_megatron.distill.cache import check_chunk, write_chunk
 from minitron_megatron.distill.cache_checks import Caching, check_cache_teacher
@@ -153,8 +153,10 @@ def _write(
                 return [0.0, 0.0]
             if not all(part.isfinite().all() for part in answers):
                 raise UserError(f"teacher={folder.path}: logits are not finite; the weights or precision= are at fault")
-            written[chunk] = write_chunk(out.path, contents, chunk, answers)
-            return label_sums(of_split[chunk.split], chunk, contents, answers)
+            asked = of_split[chunk.split]
+            tokens = [token_checksum(asked[number]["tokens"]) for number in chunk.samples]
+            written[chunk] = write_chunk(out.path, contents, chunk, answers, tokens)
+            return label_sums(asked, chunk, contents, answers)
 
         # Every rank, a replica without a chunk too; before hours are spent on the rest.
         nll, counted = collectives.sum_from_last_stage([], write(mine[0]) if mine else [0.0, 0.0])

@@ -74,7 +74,7 @@ class Contents:
     def total_bytes(self) -> int:
         """Bytes of all files, give or take their headers."""
         of_token = self.top_k * (self.id_bytes + 2) + 4
-        return (self.train + self.validation) * (self.sequence_length * of_token + 4) + self.files * _HEADER
+        return (self.train + self.validation) * (self.sequence_length * of_token + 8) + self.files * _HEADER
 
     @property
     def files(self) -> int:

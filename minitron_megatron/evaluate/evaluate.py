@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from minitron_megatron.checkpoints.copies import check_copies
 from minitron_megatron.checkpoints.folder import RESULTS, ModelFolder
 from minitron_megatron.checkpoints.hf_folder import HF_FILES
 from minitron_megatron.checkpoints.weights import load_model, verify_digest
@@ -54,6 +55,8 @@ def evaluate(cfg: EvaluateConfig, checked: Judging | None = None) -> None:
     with measuring(cfg, layout, folder, data, inputs) as out:
         if out.done:
             return
+        if teacher:
+            check_copies(teacher.path)
         if cfg.verify and teacher:
             verify_digest(teacher)
         out.results = _measured(cfg, layout, folder, teacher, data, count)

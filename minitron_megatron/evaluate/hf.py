@@ -4,13 +4,13 @@ Nothing in the folder may run code. The windows, their order and their masks are
 an export has the loss of the folder that it was made of, to the rounding of the two implementations.
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
 from torch.nn import functional
 
-from minitron_megatron.checkpoints.folder import joint_digest, load_json
+from minitron_megatron.checkpoints.digests import digest_of_files
+from minitron_megatron.checkpoints.folder import load_json
 from minitron_megatron.checkpoints.hf_folder import check_loaded
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.console import progress
@@ -26,11 +26,7 @@ _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 def digest_of(folder: Path) -> str:
     """The digest of all files of a folder, which are read for it."""
-    found = {}
-    for file in sorted(path for path in folder.iterdir() if path.is_file()):
-        with open(file, "rb") as opened:
-            found[file.name] = hashlib.file_digest(opened, "sha256").digest()
-    return joint_digest(found)
+    return digest_of_files(folder, (path.name for path in folder.iterdir() if path.is_file()))
 
 
 def _dtype(folder: Path, precision: str) -> str:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from minitron_megatron.checkpoints.copies import check_copies
 from minitron_megatron.checkpoints.folder import (
     TOKENIZER,
     WEIGHTS,
@@ -66,6 +67,7 @@ def prune_model(cfg: PruneConfig, goal: Goal | None = None) -> None:
         return
     layout = Layout.from_config(cfg.parallel)
     with _one_group(cfg, goal):
+        check_copies(goal.folder.path)
         if cfg.verify:
             verify_digest(goal.folder)
         kept, merged = decide(cfg, goal)

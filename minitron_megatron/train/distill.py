@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from minitron_megatron.automatic import is_on
+from minitron_megatron.checkpoints.copies import check_copies
 from minitron_megatron.checkpoints.folder import ModelFolder
 from minitron_megatron.config import DistillConfig
 from minitron_megatron.distill.cache import Cache, CachedTeacher
@@ -36,6 +37,7 @@ def distillation(
     student = folders["student"].shape
     if cache:
         answers = Cache(cache.path, cache.contents, cache.digest)
+        check_copies(cache.path)
         if cfg.verify:
             answers.verify()
         return Distillation(CachedTeacher(answers), cfg.distill, student.vocab_size)

@@ -39,6 +39,7 @@ from minitron_megatron.automatic import (
     said,
 )
 from minitron_megatron.changing import free_options
+from minitron_megatron.checkpoints.copies import check_copies
 from minitron_megatron.checkpoints.folder import (
     DIVERGED,
     WEIGHTS,
@@ -143,6 +144,7 @@ def run_training(cfg: TrainingConfig, checked: Checked) -> None:
         cfg = decided(cfg, choices)
         for line in lines:
             log.info("%s", line)
+        check_copies(*(one.path for one in (*folders.values(), *data.folders)))
         if cfg.verify:
             for folder in folders.values():
                 verify_digest(folder)
