@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,26 +13,32 @@ import pytest
 import torch
 
 from minitron_megatron import compress_plan, pace
+from minitron_megatron.asked import Asked
+from minitron_megatron.checkpoints.folder import load_yaml
 from minitron_megatron.chosen import Choices, Pair
 from minitron_megatron.cli import main
 from minitron_megatron.config import BudgetConfig, DistillOptions, HardwareConfig, LoggerConfig, PruneOptions
+from minitron_megatron.data.folder import parse_blend
 from minitron_megatron.distill.choices import chosen_pairs
 from minitron_megatron.distill.offload import _Layer
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate import checks as evaluate_checks
-from minitron_megatron.importance.scores import Scores
+from minitron_megatron.importance.scores import Scores, check_scores
 from minitron_megatron.importance.sums import Statistics, finish_scores
 from minitron_megatron.launcher import check_processes
-from minitron_megatron.models.axes import cached_values, count_parameters, flops_per_token
+from minitron_megatron.models.axes import PROBES, cached_values, count_parameters, flops_per_token
 from minitron_megatron.models.generation import Sampling, _evaluating, draw, generate
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.report import cutting
+from minitron_megatron.report.models import same_measure
+from minitron_megatron.search import found as search_folder
 from minitron_megatron.search.budget import Budget, _ceil
 from minitron_megatron.search.found import Source
 from minitron_megatron.search.latency import read_latency
 from minitron_megatron.search.predict import lost
+from minitron_megatron.search.space import SIZES
 from minitron_megatron.starts import born, seconds_left
-from minitron_megatron.throughput import work
+from minitron_megatron.throughput import sources, work
 from minitron_megatron.throughput.sources import check_sources
 from minitron_megatron.train import distill_checks
 from minitron_megatron.train.loop import StepResult
@@ -405,3 +412,135 @@ def test_shares_of_what_was_cut():
     assert cutting._mask(4, np.array([1, 3])).tolist() == [False, True, False, True]
     assert cutting._share(SMALL_SHAPE, STUDENT, "num_layers") == "75.0 %"
     assert (cutting._size(1234), cutting._size((5, 1234))) == ("1,234", "5 to 1,234")
+
+
+# Published figures, and what belongs together
+
+
+def test_published_figures_are_those_of_the_papers():
+    """Sums of each model's row, added up by hand: a digit that is another one is another sum."""
+    found = {one["name"]: one for one in load_yaml(Path(cutting.__file__).with_name("published.yaml"))["models"]}
+    assert {name: round(sum(one["scores"].values()), 1) for name, one in found.items()} == {
+        "Llama-3.1 8B": 418.2,
+        "Llama-3.1-Minitron 4B width": 382.2,
+        "Llama-3.1-Minitron 4B depth": 342.3,
+        "Minitron 4B": 325.5,
+        "Mistral NeMo 12B": 450.3,
+        "MN-Minitron 8B": 447.2,
+    }
+    tokens = {name: one["tokens"] for name, one in found.items() if "tokens" in one}
+    minitrons = {"Llama-3.1-Minitron 4B width": 94e9, "Llama-3.1-Minitron 4B depth": 94e9, "MN-Minitron 8B": 380e9}
+    assert tokens == minitrons
+
+
+def whole_scores() -> dict[str, np.ndarray]:
+    """Scores of every kind, of SMALL_SHAPE."""
+    lengths = {"ffn": 48, "kv_groups": 8, "hidden": 32}
+    found = {probe.score: np.ones((4, lengths[probe.axis]), np.float32) for probe in PROBES}
+    return found | {"layers": np.ones(4, np.float32), "vocab": np.ones(SMALL_SHAPE.vocab_size, np.float32)}
+
+
+def test_scores_are_whole_finite_and_of_this_model():
+    whole = whole_scores()
+    check_scores(Scores(whole, "m"), SMALL_SHAPE, "m", "s")
+    for digest in ("l", "n"):
+        with pytest.raises(UserError, match="measured on another model"):
+            check_scores(Scores(whole, "m"), SMALL_SHAPE, digest, "s")
+    for name, values in whole.items():
+        for odd in (math.nan, math.inf):
+            one = values.copy()
+            one.flat[-1] = odd
+            assert refused(check_scores, Scores(whole | {name: one}, "m"), SMALL_SHAPE, "m", "s"), name
+        short = {"a shape": values[1:], "none": None}
+        for one in short.values():
+            assert refused(check_scores, Scores(whole | {name: one}, "m"), SMALL_SHAPE, "m", "s"), name
+
+
+@pytest.mark.parametrize(
+    ("ranks", "files", "says"),
+    [
+        ((1, 2), (1, 2), None),
+        ((1, 2), (1,), "has no targets/rank_02.yaml"),
+        ((1, 2), (), "has no targets/rank_01.yaml"),
+        ((), (1,), "has no ranked shape"),
+    ],
+)
+def test_every_ranked_shape_has_its_target(tmp_path, monkeypatch, ranks, files, says):
+    sizes = dict.fromkeys(SIZES, 4)
+    listed = [{**sizes, "predicted_loss": 0.5}, *({**sizes, "rank": rank, "predicted_loss": 0.1} for rank in ranks)]
+    (tmp_path / search_folder.FILE).write_text(json.dumps({"candidates": listed}))
+    manifest = {
+        "config": {"model": {"path": "m"}, "scores": "s", "layers": None, "prune": {}},
+        "inputs": {"model": "a", "scores": "b", "data": "c"},
+        "files": [search_folder.target_file(rank) for rank in files],
+        "digest": "d",
+    }
+    monkeypatch.setattr(search_folder, "read_output", lambda *_: manifest)
+    if says:
+        with pytest.raises(UserError, match=f"{says}: run search again"):
+            search_folder.read_search(tmp_path)
+        return
+    read = search_folder.read_search(tmp_path)
+    assert [one.rank for one in read.ranked] == [1, 2] and read.inputs == {"model": "a", "scores": "b"}
+    assert read.model_digest == "a" and read.target(read.ranked[1]) == tmp_path / "targets/rank_02.yaml"
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("a", ([1.0], ["a"])),
+        (["a", "b"], ([], ["a", "b"])),
+        ([1, "a", 2.5, "b"], ([1.0, 2.5], ["a", "b"])),
+        ([1, "a", "2", "b"], None),
+        ([1, "a", True, "b"], None),
+        ([1, "a", 2], None),
+        ([1, "a", 2, 3], None),
+        ([1, "a", 0, "b"], None),
+        ([1, "a", -1, "b"], None),
+        ([1, "a", math.inf, "b"], None),
+        ([1, "a", math.nan, "b"], None),
+        ([1, "a", 2, "a"], None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_a_blend_is_a_folder_or_a_list_whose_every_weight_is_a_number(path, found):
+    if found is None:
+        assert refused(parse_blend, path)
+    else:
+        assert parse_blend(path) == found
+
+
+def test_what_was_asked_is_the_same_in_any_order():
+    one = Asked({"a": 1, "b": [2]}, {"x": "1", "y": "2"}, None)
+    other = Asked({"b": [2], "a": 1}, {"y": "2", "x": "1"}, "elsewhere")
+    assert one.fingerprint() == other.fingerprint() and one.same_options(other)
+    for odd in (replace(one, options={"a": 2, "b": [2]}), replace(one, inputs={"x": "1", "y": "3"})):
+        assert odd.fingerprint() != one.fingerprint()
+
+
+def test_evaluations_are_of_one_measure_whatever_model_they_are_of():
+    def measure(config: dict, **inputs: str) -> str:
+        return same_measure(SimpleNamespace(config=config, inputs=inputs))
+
+    plain = {"model": {"path": "m"}, "output": "o", "samples": 8, "tasks": ["t"]}
+    first = measure(plain, model="1", data="d")
+    assert measure({**plain, "model": {"path": "n"}, "output": "p"}, model="2", data="d") == first
+    assert measure({**plain, "seed": 5, "device": "cpu"}, hf="2", data="d") == measure({**plain}, model="1", data="d")
+    for config, data in (({**plain, "samples": 9}, "d"), ({**plain, "tasks": ["u"]}, "d"), (plain, "e")):
+        assert measure(config, model="1", data=data) != first
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_room_is_for_the_largest_model_that_takes_another_form(monkeypatch, order):
+    asked = []
+    monkeypatch.setattr(sources, "check_space", lambda place, need, *_: asked.append(need))
+    monkeypatch.setattr(sources, "total_bytes", lambda shape: shape)
+    models = [SimpleNamespace(shape=size, fits=lambda engine, fits=fits: engine in fits) for size, fits in (
+        (5, ["a"]), (7, ["b"]), (9, ["a", "b"])
+    )][::order]  # fmt: skip
+    for engine, need in ((["a", "b"], 7), (["a"], 7), (["b"], 5)):
+        sources.check_room(SimpleNamespace(output="o", engine=engine), models)
+        assert asked.pop() == need
+    sources.check_room(SimpleNamespace(output="o", engine=["a"]), [])
+    assert asked == [0]
