@@ -19,6 +19,7 @@ from minitron_megatron.chosen import Choices, Pair
 from minitron_megatron.cli import main
 from minitron_megatron.config import BudgetConfig, DistillOptions, HardwareConfig, LoggerConfig, PruneOptions
 from minitron_megatron.data.folder import parse_blend
+from minitron_megatron.data.vocabulary import _renumbered
 from minitron_megatron.distill.choices import chosen_pairs
 from minitron_megatron.distill.offload import _Layer
 from minitron_megatron.errors import UserError
@@ -30,6 +31,7 @@ from minitron_megatron.models.axes import PROBES, cached_values, count_parameter
 from minitron_megatron.models.generation import Sampling, _evaluating, draw, generate
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.report import cutting
+from minitron_megatron.report.layers import _cell
 from minitron_megatron.report.models import same_measure
 from minitron_megatron.search import found as search_folder
 from minitron_megatron.search.budget import Budget, _ceil
@@ -544,3 +546,20 @@ def test_room_is_for_the_largest_model_that_takes_another_form(monkeypatch, orde
         assert asked.pop() == need
     sources.check_room(SimpleNamespace(output="o", engine=["a"]), [])
     assert asked == [0]
+
+
+@pytest.mark.parametrize(("length", "named"), [(1, "3"), (2, "3 to 4"), (3, "3 to 5")])
+def test_a_block_is_named_by_its_first_and_its_last_layer(length, named):
+    judged = SimpleNamespace(bi=0.25, loss=2.5, accuracy=0.5)
+    found = [_cell(judged, judge, 3, length) for judge in ("bi", "loss", "task")]
+    assert found == [f"{named} (0.25)", f"{named} (2.5)", f"{named} (50.00%)"]
+
+
+def test_special_tokens_keep_their_names_and_have_their_new_numbers():
+    ids = {"<s>": 7, "</s>": 9}
+    before = {"sep": ["</s>", 2], "cls": ["<s>", 1], "special": [{"ids": [1, 2], "tokens": ["<s>", "</s>"]}, "more", 4]}
+    assert _renumbered(before, ids) == {
+        "sep": ["</s>", 9],
+        "cls": ["<s>", 7],
+        "special": [{"ids": [7, 9], "tokens": ["<s>", "</s>"]}, "more", 4],
+    }
