@@ -1,6 +1,7 @@
 """What lm-evaluation-harness asks becomes requests of a model, and what a model says figures: numbers alone, without a model."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate import adapter
 from minitron_megatron.evaluate.adapter import MegatronLM, Ranks
+from minitron_megatron.evaluate.answers import Rule
 from minitron_megatron.evaluate.run_tasks import _figures
 
 POSITIONS = 8
@@ -48,18 +50,23 @@ def asked():
     return Asked()
 
 
+def language_model(asked: Asked) -> MegatronLM:
+    """The harness's view of these ranks, of a folder that says nothing of how it generates."""
+    return MegatronLM(asked, Rule(Path("no such folder"), Letters.eos_token_id))
+
+
 @pytest.mark.parametrize(("context", "left"), [(3, 6), (6, 9), (7, 9), (20, 9)])
 def test_what_is_too_long_loses_its_beginning(asked, context, left):
     """A model of 8 positions takes 9 tokens: the last one is a label alone."""
     tokens = list(range(10, 10 + context))
-    assert MegatronLM(asked)._loglikelihood_tokens([("a", tokens, [97, 98, 99])]) == [(3.0, True)]
+    assert language_model(asked)._loglikelihood_tokens([("a", tokens, [97, 98, 99])]) == [(3.0, True)]
     _, sent, lengths, scored = asked.calls[0]
     assert sent.tolist() == [*tokens, 97, 98, 99][-left:] and (lengths, scored) == ([left], [3])
 
 
 @pytest.mark.parametrize(("tokens", "taken"), [(0, False), (1, True), (POSITIONS, True), (POSITIONS + 1, False)])
 def test_a_continuation_fits_into_the_model(asked, tokens, taken):
-    ask = MegatronLM(asked)._loglikelihood_tokens
+    ask = language_model(asked)._loglikelihood_tokens
     if taken:
         assert ask([("a", [5], [7] * tokens)]) == [(tokens, True)]
     else:
@@ -71,7 +78,7 @@ def test_a_continuation_fits_into_the_model(asked, tokens, taken):
 def test_every_token_of_a_whole_text_is_scored_once_in_as_few_windows_as_there_can_be(asked, lengths):
     """The token that begins a text is one of it; what stands before that is the prefix."""
     texts = [SimpleNamespace(args=("a" * length,)) for length in lengths]
-    assert MegatronLM(asked).loglikelihood_rolling(texts) == [length + 1 for length in lengths]
+    assert language_model(asked).loglikelihood_rolling(texts) == [length + 1 for length in lengths]
     windows = [math.ceil((length + 1) / POSITIONS) for length in lengths]
     assert len(asked.calls[0][2]) == sum(windows) and max(asked.calls[0][2]) <= POSITIONS + 1
 
@@ -81,11 +88,11 @@ def test_every_token_of_a_whole_text_is_scored_once_in_as_few_windows_as_there_c
     [("ab", {}, [1, 97, 98]), ("<s>ab", {}, [1, 97, 98]), ("ab", {"add_special_tokens": False}, [97, 98])],
 )
 def test_a_text_begins_once(asked, text, given, tokens):
-    assert MegatronLM(asked).tok_encode(text, **given) == tokens
+    assert language_model(asked).tok_encode(text, **given) == tokens
 
 
 def answers(asked, *texts: str, **options) -> list[str]:
-    return MegatronLM(asked).generate_until(
+    return language_model(asked).generate_until(
         [SimpleNamespace(args=(text, {"until": ["!"], **options})) for text in texts]
     )
 
@@ -97,16 +104,16 @@ def test_an_answer_leaves_a_position_for_its_prompt(asked, most, taken):
             answers(asked, "abcdefghij", max_gen_toks=most)
         return
     assert answers(asked, "abcdefghij", max_gen_toks=most) == ["x"]
-    _, prompts, stops, longest, _ = asked.calls[0]
+    _, prompts, ends, stops, longest, _ = asked.calls[0]
     assert prompts == [Letters().encode("abcdefghij")[-(POSITIONS - most) :]] and longest == most
-    assert stops == ["!", "</s>"]
+    assert stops == ["!", "</s>"] and ends == [2]
 
 
 @pytest.mark.parametrize("draws", [True, False])
 def test_only_what_is_drawn_has_a_way_to_draw(asked, draws):
     how = {"temperature": 0.5, "top_k": 3}
     answers(asked, "a", max_gen_toks=2, do_sample=draws, **how)
-    assert asked.calls[0][4] == (how if draws else {})
+    assert asked.calls[0][5] == (how if draws else {})
     with pytest.raises(UserError, match=r"generation_kwargs\.num_beams of a task is not for this model"):
         answers(asked, "a", max_gen_toks=2, num_beams=2)
 
@@ -116,7 +123,7 @@ def test_prompts_that_are_asked_alike_go_together_and_answers_come_back_in_order
     requests = [SimpleNamespace(args=(text, {"until": ["!"], "max_gen_toks": most})) for text, most in ask]
     found = []
     asked.run = lambda name, prompts, *_: found.append(len(prompts)) or [prompt[-1:] for prompt in prompts]
-    assert MegatronLM(asked).generate_until(requests) == ["a", "b", "c"] and found == [2, 1]
+    assert language_model(asked).generate_until(requests) == ["a", "b", "c"] and found == [2, 1]
 
 
 @pytest.mark.parametrize(
