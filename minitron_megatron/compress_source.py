@@ -20,7 +20,7 @@ from minitron_megatron.data.estimate import estimate_tokens
 from minitron_megatron.data.folder import data_digest, open_data
 from minitron_megatron.data.prepare import check_documents, check_fraction, find_inputs
 from minitron_megatron.data.same_tokenizer import check_same_tokenizer
-from minitron_megatron.data.tokenizer import check_tokenizer, check_vocabulary, load_tokenizer
+from minitron_megatron.data.tokenizer import check_tokenizer, check_vocabulary, load_tokenizer, tokenizer_stamps
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.outputs import check_command_output
 
@@ -88,7 +88,7 @@ def _open_model(cfg: CompressConfig) -> tuple[str, ModelShape, dict[str, str], t
     folder: ModelFolder = open_model_folder(cfg.model.folder("model"))
     check_weights(folder)
     # The digest is that of the weights alone.
-    inputs = {"model": folder.digest, **file_stamps(folder.path, folder.tokenizer_path.glob("*"))}
+    inputs = {"model": folder.digest, **tokenizer_stamps(folder)}
     return str(folder.path), folder.shape, inputs, ()
 
 

@@ -12,6 +12,7 @@ import yaml
 
 from minitron_megatron.checkpoints.folder import MANIFEST, TOKENIZER, open_model_folder, output_folder, read_manifest
 from minitron_megatron.checkpoints.stamps import task_stamps
+from minitron_megatron.checkpoints.tokenizer import tokenizer_digest
 from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.config import (
     CacheDataConfig,
@@ -30,7 +31,6 @@ from minitron_megatron.config import (
 from minitron_megatron.config import options as all_options
 from minitron_megatron.data.datasets import token_checksum, training_samples
 from minitron_megatron.data.folder import open_data
-from minitron_megatron.data.tokenizer import tokenizer_digest
 from minitron_megatron.distill.cache import write_chunk
 from minitron_megatron.distill.cache_checks import check_cache_teacher
 from minitron_megatron.distill.contents import Contents
@@ -312,7 +312,7 @@ def hf_of(model: Path) -> Path:
     target = model.with_name(f"{model.name}_hf")
     if not target.exists():
         shutil.copytree(model.parent / "teacher" / "hf", target)
-        shutil.copytree(model / TOKENIZER, target, dirs_exist_ok=True)
+        shutil.copytree(model / TOKENIZER, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
     return target
 
 
@@ -355,7 +355,11 @@ def test_data_of_a_hugging_face_folder_have_its_tokenizer_alone(sources, tmp_pat
     hf = save_hf(hf_model(0), tmp_path / "hf")
     one = prepare(hf, tmp_path / "in.jsonl", tmp_path / "one")
     other = prepare(sources / "teacher" / "model", tmp_path / "in.jsonl", tmp_path / "other")
-    assert {path.name for path in (one / TOKENIZER).iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in (one / TOKENIZER).iterdir()} == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "config.json",
+    }
     digests = [read_manifest(folder)["results"]["tokenizer"] for folder in (one, other)]
     assert digests[0] == digests[1] == tokenizer_digest(hf) == tokenizer_digest(one / TOKENIZER)
 

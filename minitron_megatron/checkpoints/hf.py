@@ -8,6 +8,7 @@ Only safetensors are read: a .bin checkpoint is a pickle, and nothing loaded fro
 import json
 import logging
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -30,7 +31,6 @@ from minitron_megatron.checkpoints.hf_folder import (
     CONFIG_FILES,
     GENERATION,
     HF_FILES,
-    TOKENIZER_FILES,
     HfFolder,
     copy_files,
     part_positions,
@@ -41,13 +41,16 @@ from minitron_megatron.checkpoints.hf_folder import (
 )
 from minitron_megatron.checkpoints.reading import WeightReader
 from minitron_megatron.checkpoints.safetensors_stream import write_safetensors
+from minitron_megatron.checkpoints.tokenizer import carry_tokenizer, export_tokenizer, read_tokenizer
 from minitron_megatron.checkpoints.weights import BLOCK_BYTES, Chunk, verify_digest, write_weights
 from minitron_megatron.config import ExportHfConfig, ImportHfConfig
 from minitron_megatron.console import progress
+from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters, slots
 from minitron_megatron.models.families import hf_config
 from minitron_megatron.outputs import command_output
 from minitron_megatron.parallel import collectives
+from minitron_megatron.parallel.deciding import ask_rank_zero
 from minitron_megatron.parallel.tools import tool_job
 
 log = logging.getLogger(__name__)
@@ -77,11 +80,12 @@ def import_hf(cfg: ImportHfConfig, source: HfFolder | None = None) -> None:
             if out.done:
                 return
             began = time.monotonic()
+            ask_rank_zero(lambda: carry_tokenizer(source.path, out.path / TOKENIZER))
             out.digest = write_weights(out.path / WEIGHTS, shape, partial(fill_from_hf, source), "import")
             if collectives.is_rank_zero():
                 write_shape(out.path, shape)
                 copy_files(source.path, out.path / HF_FILES, CONFIG_FILES)
-                copy_files(source.path, out.path / TOKENIZER, TOKENIZER_FILES)
+                source.say_others()
             out.results = {"parameters": count_parameters(shape), "seconds": round(time.monotonic() - began, 2)}
         results = {**out.results, **said_of_tokenizer(source.path)}
         print_shape(f"{cfg.output}: imported from {cfg.hf}", shape, results)
@@ -119,15 +123,17 @@ def export_hf(cfg: ExportHfConfig, checked: Exporting | None = None) -> None:
         if cfg.verify:
             verify_digest(folder)
         if cfg.dry_run:
+            with tempfile.TemporaryDirectory() as scratch:
+                ask_rank_zero(lambda: _write_companions(Path(scratch), folder, files))
             print_shape(f"{folder.path} would be exported into {len(files)} files", shape)
             return
         with command_output(cfg, inputs) as out:
             if out.done:
                 return
             began = time.monotonic()
+            ask_rank_zero(lambda: _write_companions(out.path, folder, files))
             _write_shards(out.path, folder, files)
             if collectives.is_rank_zero():
-                _write_companions(out.path, folder, files)
                 text = card.model_card(cfg, folder, results)
                 (out.path / card.FILE).write_text(text, encoding="utf-8")
             out.results = {"parameters": count_parameters(shape), "seconds": round(time.monotonic() - began, 2)}
@@ -154,7 +160,7 @@ def _write_companions(target: Path, folder: ModelFolder, files: dict[str, dict[s
         values = _generation_config(own, folder)
         (target / GENERATION).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if folder.tokenizer_path.is_dir():
-        shutil.copytree(folder.tokenizer_path, target, dirs_exist_ok=True)
+        export_tokenizer(folder.tokenizer_path, target)
     if len(files) > 1:
         size = count_parameters(folder.shape) * getattr(torch, folder.shape.dtype).itemsize
         weight_map = {name: file for file, tensors in files.items() for name in tensors}
@@ -167,16 +173,10 @@ def _generation_config(config: dict[str, Any], folder: ModelFolder) -> dict[str,
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     found = {name: config.get(name) for name in names}
     if found["eos_token_id"] is None and folder.tokenizer_path.is_dir():
-        from transformers import AutoTokenizer
-
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder.tokenizer_path, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # a tokenizer's files can be wrong in as many ways as transformers has loaders
-            log.warning(
-                "generation_config.json names no end of text: %s cannot be loaded (%s)", folder.tokenizer_path, error
-            )
+            tokenizer = read_tokenizer(folder.tokenizer_path)
+        except UserError as error:
+            log.warning("generation_config.json names no end of text: %s", error)
         else:
             found = {name: getattr(tokenizer, name) for name in names}
     return {name: value for name, value in found.items() if value is not None}

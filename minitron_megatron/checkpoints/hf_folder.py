@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from minitron_megatron.checkpoints.damage import pass_on_unless_damage
 from minitron_megatron.checkpoints.folder import MANIFEST, SHAPE_FILE, TOKENIZER, ModelFolder, load_json
 from minitron_megatron.checkpoints.stamps import file_stamps
+from minitron_megatron.checkpoints.tokenizer import TEMPLATES, TOKENIZER_FILES, copy_tokenizer
 from minitron_megatron.console import print_table
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import Slot, count_parameters, slots
@@ -43,24 +44,14 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CONFIG_FILES = ("config.json", GENERATION)
 
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
-
 # What stands beside weights that are no model by themselves: transformers loads another one, named in it, first.
 ADAPTER = "adapter_config.json"
 # Files beside the weights that must be whole, small enough to be looked into at once.
 _SMALL_JSON = (GENERATION, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Bytes that two tensors are compared by.
 _COMPARED = 2**22
+# Files that one line names.
+_NAMED = 12
 
 
 class HfFolder:
@@ -85,8 +76,20 @@ class HfFolder:
     @cached_property
     def stamps(self) -> dict[str, str]:
         """Stamps of every file that an import reads, as inputs of a manifest."""
-        beside = (*CONFIG_FILES, *TOKENIZER_FILES, INDEX)
-        return file_stamps(self.path, [*set(self.files.values()), *(self.path / name for name in beside)])
+        return file_stamps(self.path, self._read_files())
+
+    def _read_files(self) -> list[Path]:
+        beside = (self.path / name for name in (*CONFIG_FILES, *TOKENIZER_FILES, INDEX))
+        return [*set(self.files.values()), *beside, *(self.path / TEMPLATES).glob("*.jinja")]
+
+    def say_others(self) -> None:
+        """Name what lies in the folder and is not imported, in one line."""
+        read = {file.relative_to(self.path).parts[0] for file in self._read_files()}
+        others = [file.name + "/" * file.is_dir() for file in self.path.iterdir() if file.name not in {*read, MANIFEST}]
+        others = sorted(name for name in others if not name.startswith("."))
+        if others:
+            more = ", …" * (len(others) > _NAMED)
+            log.info("%s: not imported: %s%s", self.path, ", ".join(others[:_NAMED]), more)
 
     def _index(self) -> dict[str, Path]:
         """The file of each tensor, from the source that transformers takes: the single file before an index."""
@@ -242,7 +245,7 @@ def copy_companions(source: ModelFolder, target: Path, data: Path | None = None)
     if (target / TOKENIZER).is_dir():
         return
     if data is not None:
-        copy_files(data / TOKENIZER, target / TOKENIZER, TOKENIZER_FILES)
+        copy_tokenizer(data / TOKENIZER, target / TOKENIZER)
     if (target / TOKENIZER).is_dir():
         log.info("the tokenizer is that of %s: %s has none", data, source.path)
     else:
@@ -251,7 +254,9 @@ def copy_companions(source: ModelFolder, target: Path, data: Path | None = None)
 
 def companion_stamps(folder: ModelFolder) -> dict[str, str]:
     """Stamps of what lies beside a model's weights and goes where they go, as inputs: its digest is that of the weights alone."""
-    return file_stamps(folder.path, [file for name in (TOKENIZER, HF_FILES) for file in (folder.path / name).glob("*")])
+    return file_stamps(
+        folder.path, [file for name in (TOKENIZER, HF_FILES) for file in (folder.path / name).rglob("*")]
+    )
 
 
 def print_shape(title: str, shape: ModelShape, results: dict[str, Any] | None = None) -> None:

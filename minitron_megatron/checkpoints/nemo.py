@@ -28,7 +28,7 @@ from minitron_megatron.checkpoints.folder import (
     ModelFolder,
     check_space,
 )
-from minitron_megatron.checkpoints.hf_folder import TOKENIZER_FILES, copy_files, print_shape, write_shape
+from minitron_megatron.checkpoints.hf_folder import print_shape, write_shape
 from minitron_megatron.checkpoints.index import total_bytes
 from minitron_megatron.checkpoints.megatron_lm import COMMON_FILE, CONTENT, no_extra_state
 from minitron_megatron.checkpoints.nemo_folder import (
@@ -43,6 +43,7 @@ from minitron_megatron.checkpoints.nemo_folder import (
     check_import_nemo,
 )
 from minitron_megatron.checkpoints.reading import WeightReader
+from minitron_megatron.checkpoints.tokenizer import carry_tokenizer
 from minitron_megatron.checkpoints.weights import COMMON_STATE, Chunk, chunks, write_weights
 from minitron_megatron.config import ExportNemoConfig, ImportNemoConfig
 from minitron_megatron.console import progress
@@ -76,10 +77,10 @@ def import_nemo(cfg: ImportNemoConfig, checked: Opened | None = None) -> None:
             began = time.monotonic()
             if archive:
                 source = _unpack(archive, out.path, source, cfg)
+            ask_rank_zero(lambda: _carry_tokenizer(cfg, source, out.path / TOKENIZER))
             out.digest = write_weights(out.path / WEIGHTS, source.shape, source.fill, "import")
             if collectives.is_rank_zero():
                 write_shape(out.path, source.shape)
-                _copy_tokenizer(cfg, source, out.path / TOKENIZER)
                 shutil.rmtree(out.path / _UNPACKED, ignore_errors=True)
             seconds = round(time.monotonic() - began, 2)
             out.results = {"parameters": count_parameters(source.shape), "seconds": seconds}
@@ -104,12 +105,12 @@ def _unpack(archive: Archive, output: Path, index: NemoFolder, cfg: ImportNemoCo
     return NemoFolder(target, str(archive.path), cfg.vocab_size, cfg.ignore_keys)
 
 
-def _copy_tokenizer(cfg: ImportNemoConfig, source: NemoFolder, target: Path) -> None:
+def _carry_tokenizer(cfg: ImportNemoConfig, source: NemoFolder, target: Path) -> None:
     folder = Path(cfg.tokenizer) if cfg.tokenizer is not None else source.tokenizer()
     if folder is None:
         log.warning("%s has no Hugging Face tokenizer: give one with tokenizer= to use the model on text", cfg.nemo)
         return
-    copy_files(folder, target, TOKENIZER_FILES)
+    carry_tokenizer(folder, target)
 
 
 def export_nemo(cfg: ExportNemoConfig, checked: Exporting | None = None) -> None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from minitron_megatron.checkpoints.archive import Archive
 from minitron_megatron.checkpoints.folder import WEIGHTS, load_yaml
-from minitron_megatron.checkpoints.hf_folder import TOKENIZER_FILES
 from minitron_megatron.checkpoints.index import Stored, check_files, stored_tensors
 from minitron_megatron.checkpoints.stamps import file_stamps, stamp_of_folder
+from minitron_megatron.checkpoints.tokenizer import CLASS_FILE, TOKENIZER_FILES, tokenizer_files
 from minitron_megatron.checkpoints.zarr_arrays import HEADER, ZarrArrays
 from minitron_megatron.config import ImportNemoConfig
 from minitron_megatron.errors import UserError
@@ -258,5 +258,5 @@ def _stamps(cfg: ImportNemoConfig, path: Path, source: NemoFolder) -> dict[str, 
         stamps |= stamp_of_folder("weights", source.weights, weights)
     tokenizer = Path(cfg.tokenizer) if cfg.tokenizer is not None else None if path.is_file() else source.tokenizer()
     if tokenizer is not None:
-        stamps |= file_stamps(tokenizer, [tokenizer / name for name in TOKENIZER_FILES])
+        stamps |= file_stamps(tokenizer, [*tokenizer_files(tokenizer), tokenizer / CLASS_FILE])
     return stamps

@@ -12,6 +12,7 @@ from typing import Any
 
 from minitron_megatron.checkpoints.folder import TOKENIZER, Output
 from minitron_megatron.checkpoints.stamps import stamp
+from minitron_megatron.checkpoints.tokenizer import copy_tokenizer, tokenizer_digest
 from minitron_megatron.config import AdoptDataConfig
 from minitron_megatron.console import print_table, speaks
 from minitron_megatron.data.encoding import special_ids
@@ -19,9 +20,7 @@ from minitron_megatron.data.indexed import Split, beside, open_split
 from minitron_megatron.data.tokenizer import (
     check_tokenizer,
     check_vocabulary,
-    copy_tokenizer,
     load_tokenizer,
-    tokenizer_digest,
     tokenizer_path,
 )
 from minitron_megatron.errors import UserError

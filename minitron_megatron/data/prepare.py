@@ -32,6 +32,7 @@ import numpy as np
 from minitron_megatron.automatic import tokenising_processes
 from minitron_megatron.checkpoints.folder import TOKENIZER, Output
 from minitron_megatron.checkpoints.stamps import stamp
+from minitron_megatron.checkpoints.tokenizer import copy_tokenizer, tokenizer_digest
 from minitron_megatron.config import PrepareDataConfig
 from minitron_megatron.console import print_table, progress, speaks
 from minitron_megatron.data.encoding import Encoder
@@ -40,9 +41,7 @@ from minitron_megatron.data.text import documents, find_files
 from minitron_megatron.data.tokenizer import (
     check_tokenizer,
     check_vocabulary,
-    copy_tokenizer,
     load_tokenizer,
-    tokenizer_digest,
     tokenizer_path,
     vocabulary_size,
 )

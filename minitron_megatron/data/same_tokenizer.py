@@ -2,7 +2,8 @@
 
 Data folders and model folders have their tokenizers' files. Where these are the same bytes, all is well. Other files may still be
 the same tokenizer, saved by another version of its library or with another chat template: then pieces, merges and the end of a
-document are compared, which say what an id is and how text becomes ids. Torch is not imported here.
+document are compared, which say what an id is. How text is cut into pieces is compared by the files as well; where those differ,
+both are loaded and given the same texts, and only then is torch imported.
 """
 
 import logging
@@ -11,8 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.checkpoints.folder import TOKENIZER, load_json
+from minitron_megatron.checkpoints.tokenizer import (
+    FILE,
+    class_config,
+    difference_of_text,
+    read_tokenizer,
+    tokenizer_digest,
+    tokenizer_files,
+)
 from minitron_megatron.data.folder import Data, DataFolder
-from minitron_megatron.data.tokenizer import tokenizer_digest, tokenizer_files, tokenizer_path
+from minitron_megatron.data.tokenizer import tokenizer_path
 from minitron_megatron.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -39,7 +48,7 @@ def _check(folder: DataFolder, option: str, model: Path) -> None:
     if tokenizer_digest(theirs) == tokenizer_digest(ours):
         return
     there, here = _parts(theirs), _parts(ours)
-    difference = _first_difference(there, here, folder.results.get("end_of_document"))
+    difference = _first_difference(there, here, folder.results.get("end_of_document")) or _other_text(theirs, ours)
     if difference is not None:
         raise UserError(
             f"data.path={folder.path} was made with another tokenizer than that of {option}={model} ({difference}): prepare the "
@@ -91,6 +100,44 @@ def _difference(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) ->
     return f"their {name} differ"
 
 
+# Of tokenizer.json and tokenizer_config.json: what is compared by itself, or is of no effect on the ids of a plain text.
+_COMPARED, _NO_EFFECT = (
+    ("vocab", "merges"),
+    ("added_tokens", "post_processor", "decoder", "padding", "truncation", "version"),
+)
+_OF_CHATS = (
+    "chat_template",
+    "added_tokens_decoder",
+    "extra_special_tokens",
+    "additional_special_tokens",
+    "model_max_length",
+)
+
+
+def _other_text(there: Path, here: Path) -> str | None:
+    """A text of which two tokenizers of the same pieces make other ids. Where either cannot be loaded, that is said."""
+    if _cuts_text(there) == _cuts_text(here):
+        return None
+    try:
+        return difference_of_text(read_tokenizer(there), read_tokenizer(here))
+    except UserError as error:
+        log.warning("%s: it is compared by its files alone", error)
+        return None
+
+
+def _cuts_text(folder: Path) -> list[Any]:
+    """What the files say of how text is cut into pieces, and what chooses the tokenizer's class."""
+    files = (load_json(folder / name) if (folder / name).is_file() else {} for name in (FILE, "tokenizer_config.json"))
+    values, config = files
+    model = values.get("model") if isinstance(values.get("model"), dict) else {}
+    return [
+        {key: value for key, value in model.items() if key not in _COMPARED},
+        {key: value for key, value in values.items() if key not in ("model", *_NO_EFFECT)},
+        {key: value for key, value in config.items() if key not in _OF_CHATS and not key.endswith("_token")},
+        class_config(folder),
+    ]
+
+
 def _special(parts: Mapping[str, Any], token: Any) -> str | None:
     """A token by its id, as an added one or an ordinary one; None where neither says."""
     if token in parts.get("added", {}):
@@ -101,8 +148,8 @@ def _special(parts: Mapping[str, Any], token: Any) -> str | None:
 def _parts(folder: Path) -> dict[str, Any]:
     """What says how text becomes ids, as far as the files have it: vocabulary {piece: id}, merges, added {id: text}."""
     parts: dict[str, Any] = {}
-    if (folder / "tokenizer.json").is_file():
-        values = load_json(folder / "tokenizer.json")
+    if (folder / FILE).is_file():
+        values = load_json(folder / FILE)
         model = values.get("model") if isinstance(values.get("model"), dict) else {}
         vocabulary, merges = model.get("vocab"), model.get("merges")
         if isinstance(vocabulary, list):  # unigrams, with their scores

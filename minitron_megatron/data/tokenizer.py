@@ -1,14 +1,13 @@
-"""Tokenizers from local folders only: no hub, no remote code."""
+"""The tokenizer of a model folder or of a Hugging Face folder: where it is, and whether it fits the model."""
 
-import hashlib
-import shutil
 from pathlib import Path
 from typing import Any
 
 from minitron_megatron.checkpoints.folder import SHAPE_FILE, TOKENIZER, ModelFolder, load_yaml
-from minitron_megatron.checkpoints.hf_folder import TOKENIZER_FILES, has_tokenizer
+from minitron_megatron.checkpoints.hf_folder import has_tokenizer
 from minitron_megatron.checkpoints.stamps import file_stamps
-from minitron_megatron.errors import UserError, in_one_line
+from minitron_megatron.checkpoints.tokenizer import read_tokenizer, tokenizer_files
+from minitron_megatron.errors import UserError
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.plain_files import read_json
 
@@ -24,12 +23,7 @@ def check_tokenizer(folder: Path | str) -> Path:
 def load_tokenizer(folder: Path | str) -> Any:
     """The Hugging Face tokenizer of a model folder or of a Hugging Face folder. Raises UserError."""
     path = check_tokenizer(folder)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a tokenizer's files can be wrong in as many ways as transformers has loaders
-        raise UserError(f"{path}: the tokenizer cannot be loaded ({in_one_line(error, 200)})") from None
+    tokenizer = read_tokenizer(path)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no end-of-sequence token, which ends each document")
     return tokenizer
@@ -40,33 +34,9 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """A tokenizer's files: all of a folder that has nothing else, the known ones of a Hugging Face folder with its weights."""
-    if not folder.is_dir():
-        return []
-    if folder.name == TOKENIZER:
-        return sorted(path for path in folder.iterdir() if path.is_file())
-    return sorted(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
-
-
-def tokenizer_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of a tokenizer's files."""
-    whole = hashlib.sha256()
-    for file in tokenizer_files(folder):
-        whole.update(file.name.encode() + b"\0" + file.read_bytes())
-    return "sha256:" + whole.hexdigest()
-
-
 def tokenizer_stamps(folder: ModelFolder) -> dict[str, str]:
     """Stamps of the tokenizer's files of a model folder, as inputs of what reads text with it."""
     return file_stamps(folder.path, tokenizer_files(folder.tokenizer_path))
-
-
-def copy_tokenizer(folder: Path, target: Path) -> None:
-    """Copy a tokenizer's files into a folder, which is made where it is not there."""
-    target.mkdir(exist_ok=True)
-    for file in tokenizer_files(folder):
-        shutil.copyfile(file, target / file.name)
 
 
 def check_vocabulary(folder: Path, tokenizer: Any) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 
 from minitron_megatron.checkpoints.folder import ModelFolder, load_json
 from minitron_megatron.checkpoints.hf_folder import HF_FILES
+from minitron_megatron.checkpoints.tokenizer import CLASS_FILE, FILE, TEMPLATES, class_config, read_tokenizer
 from minitron_megatron.data.token_ids import New, by_name, renumber
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.plain_files import read_json
@@ -26,7 +27,6 @@ from minitron_megatron.plain_text import one_line
 
 log = logging.getLogger(__name__)
 
-FILE = "tokenizer.json"
 KEPT_FILE = "kept_token_ids.json"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # Other files of a tokenizer: those that have ids under names of keys, and by token; text without ids; and those that say what
@@ -104,7 +104,9 @@ def choose_tokens(folder: Path, counts: np.ndarray, size: int) -> np.ndarray:
         UserError: not a byte-pair tokenizer, or `size` is too small for the tokens that must stay.
     """
     pairs = BytePairs(folder)
-    kept = pairs.always()
+    kept = pairs.always() | special_ids(folder)
+    if max(kept) >= len(counts):
+        raise UserError(f"{folder} has token {max(kept)}, and the model beside it a vocabulary of {len(counts)}")
     if size < len(kept):
         raise UserError(
             f"target.vocab_size={size} is too small: {len(kept)} special and single-byte tokens of {folder} must stay"
@@ -122,7 +124,7 @@ def choose_tokens(folder: Path, counts: np.ndarray, size: int) -> np.ndarray:
 def write_tokenizer(source: Path, target: Path, kept: np.ndarray) -> None:
     """A tokenizer's files with the kept ids alone, numbered anew in ascending order, in a new folder. Raises UserError."""
     pairs, new = BytePairs(source), numbered(kept)
-    lost = sorted(pairs.always() - set(new))
+    lost = sorted((pairs.always() | special_ids(source)) - set(new))
     if lost:
         raise UserError(f"vocab leaves out token {lost[0]}, a special or single-byte token of {source}: keep it")
     cut = cut_files(source, new)
@@ -133,8 +135,37 @@ def write_tokenizer(source: Path, target: Path, kept: np.ndarray) -> None:
     for file in sorted(source.iterdir()):
         if file.suffix in _TEXTS:
             shutil.copyfile(file, target / file.name)
+        elif file.name == TEMPLATES:
+            shutil.copytree(file, target / TEMPLATES)
+        elif file.name == CLASS_FILE:
+            (target / CLASS_FILE).write_text(class_config(source) or "{}", encoding="utf-8")
         elif file.name not in (*cut, *_SAID_TWICE):
             log.warning("%s left out: which ids of the whole vocabulary it has is not known", file)
+    _check_written(source, target, new)
+
+
+def special_ids(folder: Path) -> set[int]:
+    """Ids of all special and added tokens, as transformers loads them: some stand in tokenizer_config.json alone."""
+    tokenizer = read_tokenizer(folder)
+    return {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+
+
+def _check_written(source: Path, target: Path, new: New) -> None:
+    """Raise UserError unless a cut tokenizer, as it is loaded, has the tokens of its source that stay, with their new ids."""
+    own, cut = read_tokenizer(source), read_tokenizer(target)
+    wanted = {token: new[i] for token, i in own.get_vocab().items() if i in new}
+    found = cut.get_vocab()
+    odd = sorted(token for token in {*wanted, *found} if wanted.get(token) != found.get(token))
+    if odd:
+        was, now = (ids.get(odd[0], "none") for ids in (wanted, found))
+        raise UserError(f"the cut tokenizer of {source} has {now} for token {odd[0]!r}, and the cut model {was}")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
+        if new.get(getattr(own, name)) != getattr(cut, name):
+            raise UserError(f"the cut tokenizer of {source} has {name} {getattr(cut, name)}: no longer the same token")
+    for token, i in own.get_added_vocab().items():
+        ids, there = (one(token, add_special_tokens=False)["input_ids"] for one in (own, cut))
+        if ids == [i] and there != [new[i]]:
+            raise UserError(f"the cut tokenizer of {source} reads {token!r} as {there}: no longer as the same token")
 
 
 def numbered(kept: np.ndarray) -> New:
