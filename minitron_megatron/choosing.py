@@ -17,7 +17,7 @@ from minitron_megatron.compress_given import given_limits
 from minitron_megatron.config import CompressConfig, DistillConfig, ParallelConfig, TrainerConfig, TrainingDataConfig
 from minitron_megatron.console import format_gib
 from minitron_megatron.errors import UserError
-from minitron_megatron.machine import free_gib, seconds_to_import_torch
+from minitron_megatron.machine import GIB_OF_PROGRAM, free_gib, seconds_to_import_torch
 from minitron_megatron.models.axes import count_parameters, flops_per_token
 from minitron_megatron.models.build import model_dtype
 from minitron_megatron.models.shape import ModelShape
@@ -44,8 +44,6 @@ _STEPS, _LARGEST_BATCH, _SMALLEST_BATCH = 400, 1152, 8
 # Peak learning rates by the parameters of the student: the published one from 2 B on, higher ones for small models.
 _RATES = ((100e6, 1e-3), (500e6, 5e-4), (2e9, 2e-4), (float("inf"), 1e-4))
 _MICRO_BATCHES = (8, 4, 2, 1)
-# What a process of Megatron has in memory before its models are there.
-GIB_OF_PROGRAM = 0.8
 
 
 def choose_length(cfg: CompressConfig, shape: ModelShape, text: Text | None, device: str) -> tuple[int, str]:

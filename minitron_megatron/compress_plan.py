@@ -39,8 +39,10 @@ from minitron_megatron.compress_rounds import (
 )
 from minitron_megatron.compress_source import DATA, Source, count_text, open_source
 from minitron_megatron.config import CompressConfig, flat
+from minitron_megatron.console import format_gib
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import resolved_config
+from minitron_megatron.machine import GIB_OF_PROGRAM, free_gib
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.families import check_exportable
 from minitron_megatron.models.shape import ModelShape
@@ -96,9 +98,22 @@ def check_compress(cfg: CompressConfig) -> Checked:
     """
     if world_size_from_env() > 1:
         raise UserError("start compress in one process: processes= and start= say how its stages start")
+    _check_processes(cfg)
     chooses = check_asked(cfg)
     check_root(Path(cfg.output), STAGES_FILE, "a chain", cfg.resume)
     return _check_given(cfg, chooses)
+
+
+def _check_processes(cfg: CompressConfig) -> None:
+    """Programs alone may be more than this machine holds: said before anything is worked out for each. Raises UserError."""
+    processes, free = cfg.processes or 1, free_gib()
+    need = processes * GIB_OF_PROGRAM
+    elsewhere = cfg.start != CompressConfig.start or cfg.cluster.gpu
+    if processes > 1 and need > free and not elsewhere:
+        raise UserError(
+            f"processes={processes}: the programs alone take {format_gib(need)} of memory, and {format_gib(free)} are free here: "
+            f"give at most {max(1, int(free / GIB_OF_PROGRAM))}, or start= for other machines"
+        )
 
 
 def _check_given(cfg: CompressConfig, chooses: bool) -> Checked:

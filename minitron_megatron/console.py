@@ -38,7 +38,7 @@ SECONDS_OF_SILENCE = 1.5
 # Columns of a terminal that progress needs to show all it has; what a table's column has for words at the least.
 _ROOM_FOR_BARS, _WORD = 90, 8
 # Without a terminal: columns of what is printed, and as few as COLUMNS may say.
-_WIDTH, _LEAST_WIDTH = 100, 20
+_WIDTH, _LEAST_WIDTH = 120, 20
 # How signs that this program writes look without UTF-8.
 _SIGNS = "▶ ◀ → … × · ≤ ≥ ± − – — ² ³ ᵀ ₁ ₂ ⁻ ‖ Σ σ α β √ ∞ µ “ ” ‘ ’".split()
 _WORDS = "> < -> ... x . <= >= +- - - - ^2 ^3 ^T 1 2 ^- || sum sigma alpha beta sqrt inf u \" \" ' '".split()
@@ -72,10 +72,10 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
     return "".join(_SPELLINGS.get(character, "?") for character in odd), error.end
 
 
-def console() -> Console:
-    """A console on standard output; where there is no terminal, as wide as COLUMNS says, else 100 columns."""
+def console(width: int = _WIDTH) -> Console:
+    """A console on standard output; where there is no terminal, as wide as COLUMNS says, else `width`: logs are read wide."""
     plain = _Console()
-    return plain if plain.is_terminal else _Console(width=max(_LEAST_WIDTH, number_of("COLUMNS", _WIDTH)))
+    return plain if plain.is_terminal else _Console(width=max(_LEAST_WIDTH, number_of("COLUMNS", width)))
 
 
 class _Console(Console):

@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 
 _ROOT, _OWN, _MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/meminfo")
+# What a process of Megatron has in memory before its models are there.
+GIB_OF_PROGRAM = 0.8
 # Seconds of CPU time that importing torch takes, where it was imported before anybody asked.
 _IMPORT = 2.0
 

@@ -365,9 +365,11 @@ def byte_pairs(folder):
     """A tokenizer of letters and words made of them, one of which is special."""
     vocab = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4, "cc": 5, "ca": 6}
     merges = [["a", "b"], ["ab", "c"], ["c", "c"], ["c", "a"]]
-    special = [{"content": "cc", "id": 5}, {"content": "<end>", "id": 7}]
+    how = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    special = [{"content": "cc", "id": 5, **how}, {"content": "<end>", "id": 7, **how}]
     model = {"type": "BPE", "vocab": vocab, "merges": merges}
     (folder / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": special}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     return folder
 
 

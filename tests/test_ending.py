@@ -363,6 +363,21 @@ def test_an_environment_of_no_rank_is_said(variables, says, monkeypatch):
         main.check_environment()
 
 
+@pytest.mark.parametrize(("encoding", "advice"), [("ascii", "set LC_ALL=C.UTF-8"), ("utf-8", "rename it")])
+def test_words_that_the_locale_has_no_letters_for_are_said(encoding, advice, monkeypatch):
+    """As Python has them: bytes of an ü in a locale of ASCII, or a name that is not UTF-8."""
+    monkeypatch.setattr(sys, "argv", ["prune", "model=ü"])
+    main.check_environment()
+    monkeypatch.setattr(sys, "argv", ["prune", "model=\udcc3\udcbc"])
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
+    with pytest.raises(
+        UserError,
+        match=re.escape(rf"'model=\udcc3\udcbc' has bytes that are no letters in this locale ({encoding})")
+        + f".*{advice}",
+    ):
+        main.check_environment()
+
+
 @pytest.mark.parametrize(
     ("number", "name", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGHUP, "SIGTERM", 143)]
 )

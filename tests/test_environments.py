@@ -123,7 +123,9 @@ def test_signs_of_our_own_texts_have_a_spelling():
     """Every sign that the package writes in a message is spelled in ASCII, rather than as a question mark."""
     printed = set()
     for file in (ROOT / "minitron_megatron").rglob("*.py"):
-        for text in re.findall(r'"([^"\n]*[^\x00-\x7f][^"\n]*)"', file.read_text(encoding="utf-8")):
+        # Texts that tokenizers are tried with are never printed.
+        source = re.sub(r"(?ms)^_PROBES = \(.*?^\)", "", file.read_text(encoding="utf-8"))
+        for text in re.findall(r'"([^"\n]*[^\x00-\x7f][^"\n]*)"', source):
             printed |= {sign for sign in text if ord(sign) > 127}
     lacking = {sign for sign in printed if "?" in console._in_ascii(UnicodeEncodeError("ascii", sign, 0, 1, ""))[0]}
     assert not lacking

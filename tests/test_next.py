@@ -11,6 +11,7 @@ import pytest
 import yaml
 from hydra import initialize_config_dir
 
+from minitron_megatron.checkpoints.digests import joint_digest, sha256_of
 from minitron_megatron.cli import next_command, spelling
 from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.cli.next_command import NEXT, Next, free_name, line_of, load_words
@@ -145,7 +146,7 @@ def manifest(folder: Path, config: dict, results: dict | None = None, **files: s
     sizes = {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
     values = {
         "command": "x",
-        "digest": "d",
+        "digest": joint_digest({name: sha256_of(folder / name) for name in sizes}),
         "inputs": {"model": "d", "scores": "d"},
         "config": config,
         "results": results or {},

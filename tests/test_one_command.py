@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from hydra import initialize_config_dir
 
-from minitron_megatron import choosing, compress_given, compress_source, pace, status
+from minitron_megatron import choosing, compress_given, compress_plan, compress_source, pace, status
 from minitron_megatron import compress as compressing
 from minitron_megatron.checkpoints import stamps
 from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
@@ -19,7 +19,7 @@ from minitron_megatron.compress import compress, settle_machine
 from minitron_megatron.compress_given import FOLDERS
 from minitron_megatron.compress_plan import check_compress, make_plan
 from minitron_megatron.compress_rounds import CHOSEN, SUMMARY
-from minitron_megatron.config import CompressConfig, ModelConfig
+from minitron_megatron.config import CompressConfig, HardwareConfig, ModelConfig
 from minitron_megatron.data.encoding import Encoder
 from minitron_megatron.data.estimate import estimate_tokens
 from minitron_megatron.data.tokenizer import load_tokenizer
@@ -419,6 +419,15 @@ def test_a_micro_batch_fits_into_free_memory(monkeypatch):
     monkeypatch.setattr(choosing, "free_gib", lambda: need[1])
     with pytest.raises(UserError, match="in micro-batches of 4"):
         choose_layout(cfg, pair, 512, 8, "cpu", {"trainer.micro_batch_size": 4})
+
+
+def test_more_programs_than_memory_holds_are_refused_at_once(monkeypatch):
+    monkeypatch.setattr(compress_plan, "free_gib", lambda: 8.0)
+    with pytest.raises(UserError, match=r"processes=1000000: the programs alone take .* give at most 10, or start="):
+        check_compress(CompressConfig(output="x", hf="nowhere", processes=1000000))
+    for elsewhere in ({"start": "srun minitron"}, {"cluster": HardwareConfig(gpu="h100")}, {"processes": 10}):
+        with pytest.raises(UserError, match="no text: give input"):
+            check_compress(CompressConfig(**{"output": "x", "hf": "nowhere", "processes": 1000000, **elsewhere}))
 
 
 def test_small_models_are_planned_by_their_small_operations():

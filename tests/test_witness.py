@@ -56,7 +56,7 @@ def test_a_stage_that_came_to_its_end_is_done_though_it_was_asked(tmp_path, monk
 
     def run(words, processes):
         output.mkdir()
-        (output / MANIFEST).write_text("digest: a\n")
+        (output / MANIFEST).write_text("digest: a\nfiles: {}\n")
         return Ended(130, "", finished=True)
 
     monkeypatch.setattr(stages, "run_program", run)

@@ -6,12 +6,15 @@ from minitron_megatron.config import REQUIRED, CommandConfig, Option, model_opti
 from minitron_megatron.console import console
 from minitron_megatron.effects import typed
 
+# Columns where there is no terminal: help is read, tables of results are searched.
+_WIDTH = 100
+
 
 def show_help(name: str, config_class: type[CommandConfig]) -> None:
     """Print every option with its type, default and line of documentation, and the presets."""
     from rich.table import Table
 
-    screen = console()
+    screen = console(_WIDTH)
     screen.print(f"{called(name)}: {(config_class.__doc__ or '').strip()}\n", highlight=False)
     for line in (f"{line_of(name)} {example(config_class)}", f"{line_of(name, processes=2)} …\n"):
         screen.print(f"  {line}", highlight=False, soft_wrap=True)

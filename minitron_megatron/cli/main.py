@@ -118,7 +118,9 @@ def run(name: str, *, only_check: bool = False) -> None:
 
 
 def check_environment() -> None:
-    """Raise UserError where this process cannot be a rank of what its environment says, or has no working directory."""
+    """Raise UserError where this process cannot be a rank of what its environment says, has no working directory, or cannot
+    read its own words: bytes that the locale has no letter for, which no manifest, log or library can take.
+    """
     values = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
     for name, value in values.items():
         if not re.fullmatch("[0-9]+", value):
@@ -130,9 +132,14 @@ def check_environment() -> None:
             "are below WORLD_SIZE; unset both, or start with torchrun"
         )
     try:
-        os.getcwd()
+        folder = os.getcwd()
     except OSError:
         _refuse("the working directory was removed: cd to another one")
+    encoding = sys.getfilesystemencoding()
+    for word in (*sys.argv[1:], folder):
+        if not word.isascii() and any("\udc80" <= letter <= "\udcff" for letter in word):
+            advice = "rename it" if encoding == "utf-8" else "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+            _refuse(f"{word!a} has bytes that are no letters in this locale ({encoding}): {advice}")
 
 
 def split(words: list[str]) -> tuple[list[str], list[str]]:
