@@ -32,15 +32,30 @@ def free_options(kind: type[CommandConfig]) -> frozenset[str]:
     return frozenset(o.name for o in options(kind) if o.decides == FREE)
 
 
+class _OfOptions(dict[str, str]):
+    """What options say of themselves; what stands inside of one, as rope_scaling.factor, has what it says."""
+
+    def __missing__(self, name: str) -> str:
+        option = name.rpartition(".")[0]
+        if not option:
+            raise KeyError(name)
+        return self[option]
+
+
 @cache
 def decided_by(kind: type[CommandConfig]) -> Mapping[str, str]:
-    """What each option of a command decides (effects.py)."""
-    return {o.name: o.decides for o in options(kind)}
+    """What each option of a command decides (effects.py), and so what is inside of one whose value is a mapping."""
+    return _OfOptions({o.name: o.decides for o in options(kind)})
 
 
 def decisive(config: Mapping[str, Any], free: frozenset[str]) -> dict[str, Any]:
-    """What of a resolved config decides the result, by dotted names."""
-    return {name: value for name, value in flat(config).items() if name not in free}
+    """What of a resolved config decides the result, by dotted names; what is inside of a free option is free."""
+    return {name: value for name, value in flat(config).items() if free.isdisjoint(_with_parents(name))}
+
+
+def _with_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minitron_megatron.changing import decided_by, free_options
+from minitron_megatron.changing import decided_by, decisive, free_options
 from minitron_megatron.checkpoints import folder
 from minitron_megatron.checkpoints.folder import (
     check_output,
@@ -128,6 +128,26 @@ def test_every_option_that_changes_is_refused_or_not_by_what_it_decides(tmp_path
     assert not any(refused[f"trainer.{name}", finished] for name in asked for finished in (False, True))
     assert refused["student.engine", True] == refused["student.engine", False] == ""
     assert "holds a run with ddp.grad_reduce_in_fp32=true, not false" in refused["ddp.grad_reduce_in_fp32", False]
+
+
+def test_what_is_inside_of_an_option_is_what_the_option_decides(tmp_path):
+    """Options may be mappings, as rope_scaling of a published shape: a run with one goes on, and another one is refused."""
+    for command in COMMANDS.values():
+        if issubclass(command.config, CommandConfig):
+            for name, kind in list(decided_by(command.config).items()):
+                assert decided_by(command.config)[f"{name}.inside.of"] == kind
+    with pytest.raises(KeyError):
+        decided_by(DistillConfig)["none"]
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0}
+    cfg = DistillConfig(output=str(tmp_path / "run"))
+    cfg.teacher.rope_scaling, cfg.student.rope_scaling = dict(scaling), dict(scaling)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    write_config(tmp_path / "run", cfg)
+    assert check_run_folder(tmp_path / "run", cfg)["teacher.rope_scaling.factor"] == 8.0
+    cfg.teacher.rope_scaling["factor"] = 4.0
+    with pytest.raises(UserError, match=r"holds a run with teacher\.rope_scaling\.factor=8\.0, not 4\.0"):
+        check_run_folder(tmp_path / "run", cfg)
+    assert decisive({"a": {"b": {"c": 1}, "bc": 2}}, frozenset({"a.b"})) == {"a.bc": 2}
 
 
 def write_config(run, cfg):
