@@ -224,12 +224,14 @@ def handle_signals() -> None:
     """From here on SIGINT, SIGTERM and SIGUSR1 end this process in one line; processes that it forks keep the default."""
     owner, _State.handles = os.getpid(), True
 
-    def stop(number: int, _: FrameType | None) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         listener.heard()
+        if _is_importing(frame):
+            end_at_once(number)
         stopped = Stopped(number)
         if several():
             # What is unwound may wait for ranks that are gone.
@@ -238,6 +240,8 @@ def handle_signals() -> None:
 
     def end_at_once(number: int) -> None:
         report(Stopped(number))
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # the signal came in the middle of a line
+            sys.stdout.flush()
         os._exit(STATUS_OF_SIGNAL[number])
 
     listener = Listener(stop, end_at_once)
@@ -245,6 +249,15 @@ def handle_signals() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, stop)
     leave_address()
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported: libraries in C++, which import others, abort where that raises."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager

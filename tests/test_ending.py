@@ -363,6 +363,21 @@ def test_an_environment_of_no_rank_is_said(variables, says, monkeypatch):
         main.check_environment()
 
 
+def test_a_signal_in_the_middle_of_an_import_raises_nothing_there(tmp_path):
+    """torch's C++ code imports modules, and ends in an abort where one raises."""
+    (tmp_path / "slow_one.py").write_text(
+        "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(5)\n"
+        "except BaseException:\n    print('raised')\n    os.abort()\n"
+    )
+    code = "from minitron_megatron import ending; ending.handle_signals(); print('before'); import slow_one"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False,
+        env={**environment(), "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (143, "before\n") and done.stderr.startswith("stopped by SIGTERM")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(("encoding", "advice"), [("ascii", "set LC_ALL=C.UTF-8"), ("utf-8", "rename it")])
 def test_words_that_the_locale_has_no_letters_for_are_said(encoding, advice, monkeypatch):
     """As Python has them: bytes of an ü in a locale of ASCII, or a name that is not UTF-8."""
