@@ -7,6 +7,8 @@ from typing import Any
 
 # Tiny models: threads that wait for one another cost more than they save, in this process and in those it starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# pytest-xdist says how wide its terminal is, and commands heed that.
+os.environ.pop("COLUMNS", None)
 # Files of tests that run beside one another start torchrun on ports of their own.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ.setdefault("PET_MASTER_PORT", str(29510 + int(worker.removeprefix("gw"))))
