@@ -1,7 +1,7 @@
 """What an output was asked for, as its manifest and a run's config.yaml have it, beside what is asked for now.
 
-Two spellings of one path are one value: `model=m` is `model=/work/m` where the command was started in /work. Each record has the
-folder of its start (STARTED_IN), from which its relative paths are meant. Words that are the same are the same in any folder:
+Two spellings of one path are one value: `model=m` is `model=/home/me/m` where the command was started in /home/me. Each record has
+the folder of its start (STARTED_IN), from which its relative paths are meant. Words that are the same are the same in any folder:
 whether the files are is told by their digests.
 """
 
