@@ -1,6 +1,6 @@
 """What an output was asked for, as its manifest and a run's config.yaml have it, beside what is asked for now.
 
-Two spellings of one path are one value: `model=m` is `model=/home/me/m` where the command was started in /home/me. Each record has
+Two spellings of one path are one value: `model=m` is `model=/home/u/m` where the command was started in /home/u. Each record has
 the folder of its start (STARTED_IN), from which its relative paths are meant. Words that are the same are the same in any folder:
 whether the files are is told by their digests.
 """
