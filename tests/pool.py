@@ -130,8 +130,7 @@ class Pool:
             ready = wait(waiting, max(0.0, deadline - time.monotonic()))
             if not ready:
                 hung = [ranks[pipe] for pipe in waiting]
-                text = f"no answer {limit}; it was in\n{self._stack(hung[0])}"
-                answers.update({rank: (False, text) for rank in hung})
+                answers.update({rank: (False, f"no answer {limit}; it was in\n{self._stack(rank)}") for rank in hung})
                 self._end(hung)
                 break
             for pipe in ready:
@@ -236,7 +235,8 @@ def _run(
 ) -> Any:
     from minitron_megatron.parallel.job import model_parallel
 
-    limit = datetime.timedelta(seconds=timeout)
+    # Longer than the caller waits: who waits for a rank that hangs is still there when it is asked where it is.
+    limit = datetime.timedelta(seconds=timeout + GRACE)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     port, call = store
     own = dist.PrefixStore(call, dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit))
