@@ -1,10 +1,13 @@
 """Generated tokens equal transformers' own, token by token, in every layout, by a cache there and whole passes here."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from minitron_megatron.models.generation import Sampling, draw, stop_strings
+from minitron_megatron.models.generation import Sampling, _evaluating, draw, generate, stop_strings
+from minitron_megatron.parallel.layout import Layout
 from tests import jobs
 from tests.test_models import names
 from tests.tiny import LLAMA3, hf_model, imported
@@ -85,3 +88,27 @@ def test_a_stop_string_may_lie_across_tokens():
     text = "long answer\nQ"
     assert not any(finished([ord(c) for c in text[:n]]) for n in range(1, len(text) + 1))
     assert finished([ord(c) for c in text + ":"]) and finished([ord(c) for c in "\n\n"])
+
+
+@pytest.mark.parametrize(("prompt", "taken"), [([1] * 5, True), ([1] * 6, False), ([], False)])
+def test_the_last_token_of_an_answer_needs_no_position(prompt, taken):
+    """What fits comes as far as the model, of which there is none here."""
+    shape = SimpleNamespace(max_position_embeddings=8)
+    with pytest.raises(IndexError if taken else ValueError):
+        generate([], Layout(), shape, [prompt], Sampling(4))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_is_left_in_the_mode_that_it_was_in(training):
+    model = torch.nn.Dropout().train(training)
+    with _evaluating([model]):
+        assert not model.training
+    assert model.training is training
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_of_the_most_probable_tokens_there_are_k(k):
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
+    chances = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
+    found = draw(logits.expand(400, 4), chances, Sampling(1, temperature=1.0, top_k=k))
+    assert set(found.tolist()) == set([1, 3, 2, 0][:k])

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import shutil
 
 import numpy as np
@@ -17,9 +18,12 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.importance import hooks
 from minitron_megatron.importance.measure import measure_importance
 from minitron_megatron.importance.merge import check_merge, merge_scores
-from minitron_megatron.importance.scores import load_scores
+from minitron_megatron.importance.scores import Scores, check_scores, load_scores
 from minitron_megatron.importance.statistics import AGGREGATIONS
+from minitron_megatron.importance.sums import Statistics, finish_scores
+from minitron_megatron.models.axes import PROBES
 from tests import jobs, reference
+from tests.test_bounds import SMALL_SHAPE, refused
 from tests.test_models import LAYOUTS, names
 from tests.tiny import data_folder, data_option, hf_model, imported, model_option
 
@@ -189,3 +193,48 @@ def test_recorders_of_a_process_share_the_stream_of_their_sums(monkeypatch):
     finally:
         hooks._side_stream.cache_clear()
     assert first.side is second.side and first.side == [7]
+
+
+def test_sums_of_two_runs_add_up_in_every_part():
+    def statistics(factor: float) -> Statistics:
+        sums = {name: (torch.full((1, 2), factor), torch.full((1, 2), 10 * factor)) for name in ("ffn", "heads")}
+        return Statistics(sums, torch.tensor(factor), torch.tensor([factor, 2 * factor]))
+
+    found, wanted = (statistics(1.0) + statistics(2.0)).tensors(), statistics(3.0).tensors()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("batch", ["mean", "l2", "variance"])
+def test_block_influence_is_a_mean_and_a_heads_channels_are_a_vector(batch):
+    heads = torch.tensor([[-6.0, 8.0, 0.0, -2.0]])
+    sums = {"heads": (heads, heads.square() / 2 + 1), "layers": (torch.tensor([[3.0]]), torch.tensor([[49.0]]))}
+    how = {"batch_aggregation": batch, "heads": "per_channel", "head_dim": 2}
+    found = finish_scores(Statistics(sums, torch.tensor(2.0)), how)
+    assert found["layers"].tolist() == [1.5]
+    each = finish_scores(Statistics(sums, torch.tensor(2.0)), how | {"heads": "per_token"})["heads"]
+    np.testing.assert_allclose(found["heads"], [[np.hypot(*each[0, :2]), np.hypot(*each[0, 2:])]], rtol=1e-6)
+    if batch == "mean":
+        assert each.tolist() == [[-3.0, 4.0, 0.0, -1.0]]
+
+
+def whole_scores() -> dict[str, np.ndarray]:
+    """Scores of every kind, of SMALL_SHAPE."""
+    lengths = {"ffn": 48, "kv_groups": 8, "hidden": 32}
+    found = {probe.score: np.ones((4, lengths[probe.axis]), np.float32) for probe in PROBES}
+    return found | {"layers": np.ones(4, np.float32), "vocab": np.ones(SMALL_SHAPE.vocab_size, np.float32)}
+
+
+def test_scores_are_whole_finite_and_of_this_model():
+    whole = whole_scores()
+    check_scores(Scores(whole, "m"), SMALL_SHAPE, "m", "s")
+    for digest in ("l", "n"):
+        with pytest.raises(UserError, match="measured on another model"):
+            check_scores(Scores(whole, "m"), SMALL_SHAPE, digest, "s")
+    for name, values in whole.items():
+        for odd in (math.nan, math.inf):
+            one = values.copy()
+            one.flat[-1] = odd
+            assert refused(check_scores, Scores(whole | {name: one}, "m"), SMALL_SHAPE, "m", "s"), name
+        short = {"a shape": values[1:], "none": None}
+        for one in short.values():
+            assert refused(check_scores, Scores(whole | {name: one}, "m"), SMALL_SHAPE, "m", "s"), name

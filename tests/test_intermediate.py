@@ -16,6 +16,7 @@ from minitron_megatron.train.distill_checks import check_pair
 from minitron_megatron.train.optimizer import gather_weights
 from minitron_megatron.train.schedule import Schedule
 from tests import jobs, reference
+from tests.test_bounds import refused
 from tests.test_distill import VOCABULARY, merged
 from tests.test_models import names
 from tests.test_train import STEPS, checkpoints, exit_code, options, signalled, sources, untimed  # noqa: F401
@@ -257,3 +258,11 @@ def test_what_cannot_be_compared_is_refused(sources, tmp_path):  # noqa: F811
         UserError, match=r"distill\.intermediate compares states of the teacher, which distill\.cache does not"
     ):
         check_pair(None, student, cfg, None)
+
+
+def test_layers_that_are_compared_are_of_the_models():
+    for pair, taken in (
+        ([-4, 5], True), ([3, -6], True), ([4, 0], False), ([-5, 0], False), ([0, 6], False), ([0, -7], False)
+    ):  # fmt: skip
+        options = DistillOptions(intermediate=1.0, intermediate_layers=[pair])
+        assert refused(chosen_pairs, options, 4, 6) != taken

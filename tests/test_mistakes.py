@@ -9,14 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from minitron_megatron import stages
 from minitron_megatron.checkpoints.folder import load_yaml
-from minitron_megatron.cli import starting
+from minitron_megatron.cli import main, starting
 from minitron_megatron.cli.commands import COMMANDS
+from minitron_megatron.launcher import check_processes
 from tests.first_mistakes import HEAVY
+from tests.test_bounds import refused
 from tests.test_prune import random_scores, write_scores
 from tests.tiny import data_folder, hf_model, imported
 
@@ -227,3 +230,57 @@ def test_the_first_useful_work_is_noted_once(monkeypatch):
     time.sleep(0.05)
     starting.at_work()
     assert starting.seconds_starting(otherwise=0) == first
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "taken"), [("0", None, True), ("1", None, False), ("3", "4", True), ("4", "4", False)]
+)
+def test_ranks_are_below_the_size_of_the_job(monkeypatch, rank, size, taken):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if size:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    assert refused(main.check_environment) != taken
+
+
+@pytest.mark.parametrize(
+    ("words", "taken"),
+    [
+        ("--master-port 65535", True),
+        ("--master-port 65536", False),
+        ("--nnodes 2 --node-rank 1", True),
+        ("--nnodes 2 --node-rank 2", False),
+        ("--nnodes 2:4 --node-rank 3", True),
+        ("--nnodes 2:2", True),
+        ("--nnodes 3:2", False),
+        ("--node-rank 0", True),
+        ("--node-rank 1", False),
+        ("--max-restarts 0", True),
+        ("--nproc-per-node 0", False),
+        ("--nproc-per-node 1", True),
+    ],
+)
+def test_numbers_of_a_start_have_ends(words, taken):
+    assert refused(main.check_start, words.split()) != taken
+
+
+@pytest.mark.parametrize(
+    ("planned", "started", "dry_run", "taken"),
+    [
+        (None, "4", False, True),
+        (4, "4", False, True),
+        (8, "4", False, False),
+        (2, "4", False, False),
+        (1, None, False, True),
+        (2, None, False, False),
+        (8, None, True, True),
+        (8, "4", True, False),
+    ],
+)
+def test_a_job_has_the_processes_that_it_was_planned_for(monkeypatch, planned, started, dry_run, taken):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if started:
+        monkeypatch.setenv("WORLD_SIZE", started)
+    config = SimpleNamespace(parallel=SimpleNamespace(world_size=planned), dry_run=dry_run)
+    assert refused(check_processes, config) != taken

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -144,3 +144,11 @@ def test_records_are_plain_values(here):
     asked = Asked.now({"data": {"path": (0.5, "a")}}, {"model": "1"}, frozenset())
     read = Asked.read(json.loads(json.dumps(asked.record())), frozenset())
     assert read.fingerprint() == asked.fingerprint() and read.started_in == os.getcwd()
+
+
+def test_what_was_asked_is_the_same_in_any_order():
+    one = Asked({"a": 1, "b": [2]}, {"x": "1", "y": "2"}, None)
+    other = Asked({"b": [2], "a": 1}, {"y": "2", "x": "1"}, "elsewhere")
+    assert one.fingerprint() == other.fingerprint() and one.same_options(other)
+    for odd in (replace(one, options={"a": 2, "b": [2]}), replace(one, inputs={"x": "1", "y": "3"})):
+        assert odd.fingerprint() != one.fingerprint()

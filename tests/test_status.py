@@ -248,3 +248,16 @@ def test_a_folder_that_cannot_be_read_is_named_and_the_others_are_shown(tmp_path
     if reads == "is_dir":
         with pytest.raises(UserError, match=r"cannot be looked at .Permission denied.: "):
             look_at(tmp_path / "outputs" / "a")
+
+
+def test_time_that_is_left_is_at_the_pace_since_the_last_start():
+    assert seconds_left(4, 10, 2, 40.0) == 120.0 and seconds_left(10, 10, 2, 40.0) == 0.0
+    assert seconds_left(2, 10, 2, 40.0) == 320.0
+
+
+def test_a_process_that_has_ended_does_not_run_though_nobody_has_asked_how():
+    assert born(os.getpid()) > 0
+    ended = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    assert born(ended.pid) is None
+    ended.wait()

@@ -25,7 +25,7 @@ from minitron_megatron.config import (
 )
 from minitron_megatron.distill.cache_teacher import cache_teacher
 from minitron_megatron.distill.objective import Distillation
-from minitron_megatron.distill.offload import offload_layers
+from minitron_megatron.distill.offload import _Layer, offload_layers
 from minitron_megatron.distill.routing import Side, messages
 from minitron_megatron.distill.teacher import Teacher
 from minitron_megatron.errors import UserError
@@ -383,3 +383,13 @@ def test_teachers_that_cannot_be_are_refused(sources, tmp_path):
             check_pair(teacher if cfg.teacher.path else None, student, cfg, Layout.from_config(cfg.parallel))
         assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_parameters_in_cpu_memory_begin_at_multiples_and_do_not_overlap():
+    module = torch.nn.Module()
+    for number, size in enumerate((3, 130, 128)):
+        module.register_parameter(str(number), torch.nn.Parameter(torch.full((size,), float(number))))
+    layer = _Layer(module)
+    assert layer.starts == [0, 512, 1536] and layer.bytes == 2048
+    assert [set(p.tolist()) for p in module.parameters()] == [{0.0}, {1.0}, {2.0}]
+    assert not any(p.requires_grad for p in module.parameters())

@@ -14,14 +14,16 @@ import pytest
 from minitron_megatron.checkpoints.hf import export_hf
 from minitron_megatron.config import ExportHfConfig, ThroughputConfig
 from minitron_megatron.errors import UserError
+from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.throughput import run as command
-from minitron_megatron.throughput import tensorrt_llm
+from minitron_megatron.throughput import sources, tensorrt_llm, work
 from minitron_megatron.throughput.engines import transformers
 from minitron_megatron.throughput.run import throughput
 from minitron_megatron.throughput.show import add_ratios, best_rows
-from minitron_megatron.throughput.sources import open_sources
+from minitron_megatron.throughput.sources import check_sources, open_sources
 from minitron_megatron.throughput.work import Engine, Work, measure
 from tests import jobs
+from tests.test_bounds import SMALL_SHAPE
 from tests.test_commands import run
 from tests.tiny import hf_model, imported, model_option
 
@@ -303,3 +305,49 @@ def test_what_a_program_says_is_rows_and_a_log_that_begins_with_its_command(tmp_
     lines = [line for line in file.read_text().splitlines() if line[:1] in "$in"]
     starts = [number for number, line in enumerate(lines) if line.startswith("$ ")]
     assert starts[0] == 0 and len(starts) == 2 and set(lines[1 : starts[1]]) >= {"its own words", "not a row"}
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2])
+def test_a_pass_takes_from_an_idle_device_to_an_idle_device(monkeypatch, warmup):
+    """Work that is queued before belongs to no pass, and those of the warm-up count nowhere."""
+    now, queued, passes = [0.0], [1000.0], iter([*[100.0] * warmup, 1.0, 5.0, 2.0])
+
+    def wait():
+        now[0], queued[0] = now[0] + queued[0], 0.0
+
+    def answer(prompts):
+        queued[0] += next(passes)
+        return 5 * len(prompts)
+
+    monkeypatch.setattr(work, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    rows = []
+    asked = replace(WORK, batches=[2], repeats=3, warmup=warmup)
+    work.measure(asked, work.Engine(answer, lambda: None, wait), rows.append)
+    assert rows[0]["seconds_of_repeats"] == [1.0, 5.0, 2.0]
+    assert rows[0]["seconds"] == 2.0 and rows[0]["tokens_per_second"] == 2 * 5 / 2.0
+
+
+@pytest.mark.parametrize(("length", "taken"), [(60, True), (61, False)])
+def test_a_prompt_and_its_answer_may_take_all_positions(length, taken):
+    source = SimpleNamespace(name="m", path="p", shape=replace(SMALL_SHAPE, max_position_embeddings=64))
+    cfg = SimpleNamespace(input_length=length, output_length=4, engine=[])
+    if not taken:
+        with pytest.raises(UserError, match=r"use input_length=60$"):
+            check_sources(cfg, [source], Layout())
+    else:
+        check_sources(cfg, [source], Layout())
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_room_is_for_the_largest_model_that_takes_another_form(monkeypatch, order):
+    asked = []
+    monkeypatch.setattr(sources, "check_space", lambda place, need, *_: asked.append(need))
+    monkeypatch.setattr(sources, "total_bytes", lambda shape: shape)
+    models = [SimpleNamespace(shape=size, fits=lambda engine, fits=fits: engine in fits) for size, fits in (
+        (5, ["a"]), (7, ["b"]), (9, ["a", "b"])
+    )][::order]  # fmt: skip
+    for engine, need in ((["a", "b"], 7), (["a"], 7), (["b"], 5)):
+        sources.check_room(SimpleNamespace(output="o", engine=engine), models)
+        assert asked.pop() == need
+    sources.check_room(SimpleNamespace(output="o", engine=["a"]), [])
+    assert asked == [0]

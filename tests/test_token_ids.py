@@ -14,7 +14,7 @@ from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.checkpoints.hf import export_hf
 from minitron_megatron.config import ExportHfConfig, PruneConfig, TargetConfig
 from minitron_megatron.data.token_ids import renumber
-from minitron_megatron.data.vocabulary import check_cut, write_tokenizer
+from minitron_megatron.data.vocabulary import _renumbered, check_cut, write_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.prune.checks import check_prune
 from minitron_megatron.prune.prune import prune_model
@@ -245,3 +245,13 @@ def test_a_post_processors_ids_follow(model, tmp_path):
     assert cut["post_processor"]["special_tokens"]["</s>"]["ids"] == [1]
     assert sorted(cut["model"]["vocab"].values()) == list(range(len(kept)))
     assert torch.equal(torch.tensor([cut["model"]["vocab"][tokens[i]] for i in kept]), torch.arange(len(kept)))
+
+
+def test_special_tokens_keep_their_names_and_have_their_new_numbers():
+    ids = {"<s>": 7, "</s>": 9}
+    before = {"sep": ["</s>", 2], "cls": ["<s>", 1], "special": [{"ids": [1, 2], "tokens": ["<s>", "</s>"]}, "more", 4]}
+    assert _renumbered(before, ids) == {
+        "sep": ["</s>", 9],
+        "cls": ["<s>", 7],
+        "special": [{"ids": [7, 9], "tokens": ["<s>", "</s>"]}, "more", 4],
+    }

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,10 @@ from minitron_megatron.data.prepare import prepare_data
 from minitron_megatron.data.same_tokenizer import check_same_tokenizer
 from minitron_megatron.data.vocabulary import _check_written, choose_tokens, numbered, write_tokenizer
 from minitron_megatron.errors import UserError
+from minitron_megatron.evaluate import checks as evaluate_checks
+from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.train import distill_checks
+from tests.test_bounds import SMALL_SHAPE
 from tests.tiny import FAMILIES, TEXT, hf_model, model_option, save_hf
 
 CLASSES = (
@@ -233,3 +238,13 @@ def test_a_cut_that_does_not_fit_the_model_is_refused(made, tmp_path):
     write(tmp_path / "cut", (tmp_path / "cut" / "tokenizer.json").read_text(), None, "llama", unk_token="<unk>")
     with pytest.raises(UserError, match=r"the cut tokenizer of \S+ has none for token '<pad>', and the cut model 290"):
         _check_written(source, tmp_path / "cut", numbered(kept))
+
+
+@pytest.mark.parametrize("vocabulary", [SMALL_SHAPE.vocab_size - 1, SMALL_SHAPE.vocab_size + 1])
+def test_a_teacher_has_the_vocabulary_of_its_student(vocabulary):
+    teacher = replace(SMALL_SHAPE, vocab_size=vocabulary)
+    with pytest.raises(UserError, match="has a vocabulary of"):
+        distill_checks.check_pair(teacher, SMALL_SHAPE, None, Layout())
+    with pytest.raises(UserError, match="has a vocabulary of"):
+        evaluate_checks.check_teacher(teacher, SMALL_SHAPE)
+    evaluate_checks.check_teacher(SMALL_SHAPE, SMALL_SHAPE.resized(num_layers=3))

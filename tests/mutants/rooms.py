@@ -116,6 +116,7 @@ ROOMS = {
         "data/": "data encoding",
         "data/encoding.py": "encoding",
         "data/estimate.py": "one_command",
+        "data/folder.py": "blend data encoding",
         "data/questions.py": "layers evaluate",
         "data/same_tokenizer.py": "inputs tokenizers",
         "data/sample_index.py": "trust data",
@@ -160,11 +161,12 @@ ROOMS = {
         "train/checkpoint.py": "restarts durable saved train intermediate",
         "train/checks.py": "inputs train continuing",
         "train/correct_teacher.py": "correction",
+        "train/distill_checks.py": "tokenizers intermediate inputs train",
         "train/foresee.py": "foresee automatic",
         "train/identity.py": "identity continuing",
         "train/guard.py": "schedule",
         "train/memory.py": "foresee fp8 teachers",
-        "train/metrics.py": "train durable",
+        "train/metrics.py": "metrics train durable",
         "train/optimizer.py": "schedule distill train",
         "train/overlap.py": "graphs automatic",
         "train/rounds.py": "teachers distill",
@@ -176,10 +178,11 @@ ROOMS = {
     "evaluate": {
         "evaluate/": "evaluate layers",
         "evaluate/adapter.py": "requests evaluate",
+        "evaluate/checks.py": "tokenizers evaluate layers",
         "evaluate/run_tasks.py": "requests evaluate",
     },
-    "report": {"report/": "report"},
-    "search": {"search/": "search"},
+    "report": {"report/": "figures report", "report/page.html": "report"},
+    "search": {"search/": "budget search"},
     "candidates": {"candidates/": "candidates"},
     "throughput": {"throughput/": "throughput"},
     "chains": {
@@ -187,9 +190,10 @@ ROOMS = {
         "composing.py": "compress one_command candidates",
         "compress.py": "compress one_command",
         "compress_": "one_command compress",
-        "pace.py": "one_command",
+        "compress_plan.py": "choosing one_command compress",
+        "pace.py": "choosing one_command",
         "choosing.py": "one_command",
-        "chosen.py": "one_command",
+        "chosen.py": "choosing one_command",
         "demo.py": "demo",
         "demo_plan.py": "demo",
         "demo_speed.py": "demo",
@@ -203,7 +207,7 @@ ROOMS = {
     },
 }  # fmt: skip
 # Beside those, for every file of Python: quick ones that go through the rooms.
-OF_ALL = ("bounds", "always", "by_hand")
+OF_ALL = ("bounds", "always")
 # Of the whole: a wheel, and this.
 OF_NONE = ("wheel", "mutants", "used")
 
