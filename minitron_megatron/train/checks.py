@@ -239,7 +239,9 @@ def check_training(shapes: Shapes, cfg: TrainingConfig, layout: Layout) -> None:
     if batch % at_once:
         stages = " × pipeline stages" if layout.virtual_pipeline else ""
         fits = [str(n) for n in (batch // at_once * at_once, (batch // at_once + 1) * at_once) if n]
-        fits += [f"parallel.tensor={n}" for n in _tensor_sizes_that_divide(shapes, batch // micro, layout)]
+        # Micro-batches that the batch is not a multiple of divide over no number of ranks.
+        sizes = [] if batch % micro else _tensor_sizes_that_divide(shapes, batch // micro, layout)
+        fits += [f"parallel.tensor={n}" for n in sizes]
         raise UserError(
             f"trainer.global_batch_size={batch} is not a multiple of {at_once} (trainer.micro_batch_size={micro} × "
             f"{layout.data} data-parallel ranks{stages}): use {' or '.join(fits)}"
