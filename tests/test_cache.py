@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -179,8 +180,65 @@ def test_a_cache_holds_what_the_teacher_says(sources, made):
         torch.testing.assert_close(rest.double(), 1 - wanted.exp().sum(-1), rtol=1e-4, atol=1e-5)
     manifest = read_manifest(made)
     assert manifest["results"]["train"] == 20 and manifest["results"]["validation"] == 3
+    check_rate(manifest["results"], 23)
+    # The mean loss of the labels in the first file.
+    samples = [of_split["train"][n] for n in range(4)]
+    tokens, labels = (torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels"))
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(teacher(tokens).logits.flatten(0, 1), labels.flatten())
+    assert manifest["results"]["teacher_loss"] == pytest.approx(float(loss), rel=0.05)
     assert set(manifest["inputs"]) == {"model", "data"}
     assert len(hashes(made)) == 6
+
+
+def check_rate(results: dict, samples: int) -> None:
+    """Tokens are those of the whole cache; the rate is of what this start has made."""
+    assert results["tokens"] == 23 * LENGTH
+    made = results["tokens_per_second"] * results["seconds"]
+    assert made == pytest.approx(samples * LENGTH, rel=0.02 + 0.006 / results["seconds"])
+
+
+def with_bar(cfg: CacheTeacherConfig) -> list[tuple]:
+    """The command; what its bar was given."""
+    plain, given = command.progress, []
+
+    @contextmanager
+    def bar(description, total, **more):
+        given.append((description, total, more))
+        yield lambda n, made: given.append((n, made))
+
+    command.progress = bar
+    try:
+        command.cache_teacher(cfg)
+    finally:
+        command.progress = plain
+    return given
+
+
+def with_odd_answers(cfg: CacheTeacherConfig, part: int) -> str:
+    """The command, of whose answers one number is none; what it says."""
+    plain = command.answer
+
+    def answer(*given):
+        found = plain(*given)
+        found[part].view(-1)[-1] = float("nan")
+        return found
+
+    command.answer = answer
+    try:
+        command.cache_teacher(cfg)
+    except UserError as error:
+        return str(error)
+    finally:
+        command.answer = plain
+    return "nothing"
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_answers_that_are_no_numbers_are_not_kept(gloo, sources, tmp_path, part):
+    (said,) = gloo(1, with_odd_answers, options(sources, tmp_path / "cache"), part)
+    assert "logits are not finite; the weights or precision= are at fault" in said
+    assert not (tmp_path / "cache").exists() and not hashes(tmp_path / ".cache.partial")
 
 
 LAYOUTS = [
@@ -233,7 +291,11 @@ def test_a_killed_run_goes_on_to_the_same_bytes(gloo, sources, made, tmp_path):
     content = bytearray((partial / names[1]).read_bytes())
     content[-3] ^= 4
     (partial / names[1]).write_bytes(content)
-    gloo(1, command.cache_teacher, cfg)
+    # Two of six files stay: 15 of 23 samples are left, and run in micro-batches of 3 that are filled up.
+    ((begun, *moved),) = gloo(1, with_bar, cfg)
+    assert begun == ("cache", 15, {"unit": "samples", "made": "tokens"})
+    assert sum(n for n, _ in moved) == 15 and {tokens for _, tokens in moved} == {3 * LENGTH}
+    check_rate(read_manifest(tmp_path / "cache")["results"], 15)
     assert hashes(tmp_path / "cache") == hashes(made)
     assert (tmp_path / "cache" / names[0]).stat().st_mtime_ns == before
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".safetensors", ".yaml"}

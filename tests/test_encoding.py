@@ -168,8 +168,11 @@ def tokens_of(folder, split):
     return np.fromfile(folder / f"{split}.bin", dtype)
 
 
-def test_the_manifest_says_what_is_between_documents(model, text, tmp_path):
+def test_the_manifest_says_what_is_between_documents(model, text, tmp_path, caplog):
+    caplog.set_level("INFO", "minitron_megatron")
     out = prepared(model, text, tmp_path / "out")
+    said = "4 documents have a special token's string in their text, which {} (special_tokens=)"
+    assert said.format("stays text") in caplog.messages and str(Encoder(load_tokenizer(model))) in caplog.messages
     results, tokenizer = read_manifest(out)["results"], load_tokenizer(model)
     assert results | Encoder(tokenizer).results() == results
     assert results["documents_with_special_tokens"] == 4
@@ -178,6 +181,7 @@ def test_the_manifest_says_what_is_between_documents(model, text, tmp_path):
         assert (tokens == 0).sum() == results[split]["documents"] and not (tokens == 2).any()
     asked = {"begin_of_document": "<|im_start|>", "end_of_document": "<|im_end|>", "special_tokens": "token"}
     other = prepared(model, text, tmp_path / "other", **asked)
+    assert said.format("became the token") in caplog.messages
     documents = sum(read_manifest(other)["results"][split]["documents"] for split in ("train", "validation"))
     found = np.concatenate([tokens_of(other, split) for split in ("train", "validation")])
     assert [int((found == one).sum()) for one in (0, 1, 2)] == [4, documents, documents]

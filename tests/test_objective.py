@@ -138,3 +138,116 @@ def test_a_teacher_is_frozen_and_forgets_the_round_before():
         for batches in ([1, 2], [3]):
             teacher.run_ahead(batches)
         assert list(teacher.states) == kept and teacher.ahead == (5 if pipelined else None)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cross_entropy", [0.0, 0.5])
+@pytest.mark.parametrize("intermediate", [None, SimpleNamespace()])
+def test_terms_of_a_step_are_those_that_there_are(cached, cross_entropy, intermediate):
+    """The loss; its parts where there are several; the teacher's loss until it is known; what informs where it is measured."""
+    teacher = object.__new__(CachedTeacher) if cached else SimpleNamespace(ahead=3)
+    objective = Distillation(
+        teacher, DistillOptions(loss="topk_kl", top_k=3, cross_entropy=cross_entropy), VOCABULARY, intermediate
+    )
+    parts = ["divergence"] * bool(cross_entropy or intermediate) + ["cross_entropy"] * bool(cross_entropy)
+    informs = ["agreement"] if cached else ["teacher_entropy", "agreement"]
+    assert objective.names(False) == ("loss", *parts, "teacher_loss")
+    objective.teacher_loss = 2.0
+    assert objective.names(False) == ("loss", *parts) and objective.names(True) == ("loss", *parts, *informs)
+    assert objective.at_once == (None if cached else 3)
+
+
+class States:
+    """Stands for the losses on intermediate states, and notes what it is asked for."""
+
+    def __init__(self):
+        self.weight, self.alpha, self.did, self.watching = 0.5, None, [], None
+
+    def attach(self, chunks):
+        self.did.append(("attach", chunks))
+
+    def deliver(self, batches):
+        self.did.append(("deliver", batches))
+
+    def take_sum(self):
+        return 7.0
+
+    def add_gradients_of_copies(self):
+        self.did.append("add")
+
+    def next_alpha(self, logits, intermediate):
+        self.did.append((logits, intermediate))
+        self.alpha, used = logits / intermediate, self.alpha or 0.0
+        return used
+
+
+def test_the_loss_of_a_step_has_the_weighted_loss_on_states_with_the_alpha_that_it_had():
+    states = States()
+    objective = Distillation(SimpleNamespace(), DistillOptions(), VOCABULARY, states)
+    objective.attach("chunks")
+    assert objective.needs_first_pass and objective.sums_of_stages() == [7.0]
+    first = objective.finish({"loss": 3.0, "divergence": 2.0, "teacher_loss": 1.5}, [4.0])
+    assert first == {"loss": 3.0, "divergence": 2.0, "intermediate": 4.0, "alpha": 0.0}
+    assert not objective.needs_first_pass and objective.results() == {"teacher_loss": 1.5}
+    second = objective.finish({"loss": 3.0, "divergence": 2.0}, [8.0])
+    assert second == {"loss": 3.0 + 0.5 * 0.5 * 8.0, "divergence": 2.0, "intermediate": 8.0, "alpha": 0.5}
+    assert states.did == [("attach", "chunks"), "add", (2.0, 4.0), "add", (2.0, 8.0)]
+    assert objective.state_dict() == {"teacher_loss": 1.5, "alpha": 0.25}
+    other = Distillation(SimpleNamespace(), DistillOptions(), VOCABULARY, States())
+    other.load_state_dict(objective.state_dict())
+    assert (other.teacher_loss, other.intermediate.alpha) == (1.5, 0.25)
+    plain = Distillation(SimpleNamespace(), DistillOptions(), VOCABULARY)
+    assert plain.state_dict() == {} == plain.results() and not plain.needs_first_pass and plain.sums_of_stages() == []
+    plain.load_state_dict({"teacher_loss": 4.0})
+    assert plain.state_dict() == {"teacher_loss": 4.0} and plain.finish({"loss": 1.0}, []) == {"loss": 1.0}
+
+
+@pytest.mark.parametrize(("loss", "said"), [(2.0, False), (5.41, False), (5.42, True)])
+@pytest.mark.parametrize(("cached", "name"), [(True, "the cached teacher"), (False, "the teacher")])
+def test_a_teacher_that_guesses_is_named_in_the_first_step(caplog, loss, said, cached, name):
+    """From 95 % of log 300 on, which is 5.704."""
+    teacher = object.__new__(CachedTeacher) if cached else SimpleNamespace()
+    objective = Distillation(teacher, DistillOptions(loss="topk_kl", top_k=3), VOCABULARY)
+    for _ in range(2):
+        objective.finish({"loss": 1.0, "teacher_loss": loss}, [])
+        objective.finish({"loss": 1.0}, [])
+        assert len(caplog.records) == said and (not said or caplog.messages[0].startswith(f"{name} predicts "))
+        caplog.clear()
+        objective.teacher_loss = None
+
+
+@pytest.mark.parametrize("pipelined", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_states_of_a_teacher_are_there_before_the_students(pipelined, training):
+    """With a pipeline those of a round; without one those of each micro-batch, which the teacher then runs first."""
+    did, states = [], States()
+    teacher = SimpleNamespace(
+        pipelined=pipelined, run_ahead=lambda batches: did.append(("ahead", batches, states.watching)),
+        run=lambda batch: did.append(("run", batch)),
+    )  # fmt: skip
+    states.did = did
+    objective = Distillation(teacher, DistillOptions(), VOCABULARY, states)
+    objective.prepare([1, 2], training=training)
+    assert did == [("ahead", [1, 2], training), *([("deliver", [1, 2])] if pipelined and training else [])]
+    did.clear()
+    objective.begin(3)
+    assert did == ([] if pipelined else [("run", 3), ("deliver", [3])])
+    plain = Distillation(teacher, DistillOptions(), VOCABULARY)
+    did.clear()
+    plain.begin(3)
+    plain.prepare([4])
+    assert did == [("ahead", [4], training)]
+
+
+@pytest.mark.parametrize("rest", ["bucket", "renormalize"])
+def test_a_student_without_a_rest_has_a_finite_loss(alone, rest):
+    """All of its probability, to float32, is on the teacher's K."""
+    teacher, student = random_logits(1).float() / 10, torch.full((5, 3, 1024), -200.0)
+    of = {"vocab_size": VOCABULARY, "group": alone}
+    kept = top_k(teacher, 4, **of)
+    student.scatter_(-1, kept.ids, 200.0)
+    loss = DistillationLoss(kept, Divergence("topk_kl", top_k=4, rest=rest), **of)
+    logits = student.flatten(0, 1)
+    terms = loss(logits, slice(0, 15), torch.ones(15))
+    assert terms["loss"].isfinite().all() and logits.isfinite().all()
+    assert (terms["loss"] > 50).all() == (rest == "bucket")

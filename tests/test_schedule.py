@@ -44,6 +44,32 @@ def test_tokens_and_shares_become_steps():
     assert rates(20, schedule="wsd", decay_share=0.2) == wanted
 
 
+def test_ends_of_schedules():
+    """Where nothing is left to decay over, the rate stays at its peak; the last step of a decay has the minimum."""
+    for kind in ("cosine", "linear"):
+        assert rates(5, schedule=kind) == [0.25, 0.5, 0.75, 1.0, 1.0]
+        assert rates(6, schedule=kind)[4:] == pytest.approx([1.0, 0.1])
+        assert rates(3, schedule=kind) == [0.25, 0.5, 0.75]
+        assert rates(2, schedule=kind, warmup_steps=0) == pytest.approx([1.0, 0.1])
+    assert rates(6, schedule="wsd", decay_steps=0) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert rates(6, schedule="wsd", decay_steps=1) == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.1])
+    assert rates(6, schedule="constant") == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_what_is_not_known_of_a_manifest_is_not_said():
+    given = {f"optim.{name}": value for name, value in vars(OptimConfig(lr=1.0, min_lr=0.5, warmup_steps=2)).items()}
+    assert reached(given, 1, 10) == {"optim.lr": 0.5, "optim.min_lr": 0.5, "optim.warmup_steps": 1}
+    assert reached(given, 4, 10) == {"optim.lr": 1.0, "optim.min_lr": 0.5, "optim.warmup_steps": 2}
+    of_tokens = given | {"optim.warmup_steps": 0, "optim.warmup_tokens": 25.0, "other": 1}
+    assert reached(of_tokens, 4, 10)["optim.warmup_steps"] == 3
+    for name in ("lr", "min_lr", "schedule"):
+        assert reached({key: value for key, value in given.items() if key != f"optim.{name}"}, 4, 10) == {}
+    assert reached(given, 0, 10) == {} == reached(given | {"optim.min_lr": 2.0}, 4, 10)
+    wsd = given | {"optim.schedule": "wsd", "optim.decay_steps": 2}
+    assert reached(wsd, 4, 10) == {"optim.lr": 1.0, "optim.min_lr": 0.5, "optim.warmup_steps": 2}
+    assert reached(wsd, 3, 10) == {}
+
+
 def test_impossible_schedules_are_refused():
     with pytest.raises(UserError, match="warm-up of 4 and decay of 17 steps are more than the run's 20"):
         rates(20, schedule="wsd", decay_steps=17)

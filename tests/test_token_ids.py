@@ -14,7 +14,14 @@ from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.checkpoints.hf import export_hf
 from minitron_megatron.config import ExportHfConfig, PruneConfig, TargetConfig
 from minitron_megatron.data.token_ids import renumber
-from minitron_megatron.data.vocabulary import _renumbered, check_cut, write_tokenizer
+from minitron_megatron.data.vocabulary import (
+    BytePairs,
+    _renumbered,
+    check_cut,
+    cut_tokenizer,
+    numbered,
+    write_tokenizer,
+)
 from minitron_megatron.errors import UserError
 from minitron_megatron.prune.checks import check_prune
 from minitron_megatron.prune.prune import prune_model
@@ -54,6 +61,14 @@ NEW = {0: 0, 5: 1, 7: 2, 9: 3}
         ({"stages": [{"stop_token_ids": [7, 1]}]}, {"stages": [{"stop_token_ids": [2]}]}),
         ({"image_token_index": 9}, {"image_token_index": 3}),
         ({"watermark_ids": [7]}, {"watermark_ids": None}),
+        ({"x_id": 7, "id": True, "width": 7}, {"x_id": None, "id": True, "width": 7}),
+        ({"lang_to_id": 5, "ids": [], "to_ids": None}, {"lang_to_id": None, "ids": None, "to_ids": None}),
+        ({"force_words_ids": [[[8]], [8]], "bad_words_ids": []}, {"force_words_ids": None, "bad_words_ids": None}),
+        ({"forced_decoder_ids": [[1, 7, 2]]}, {"forced_decoder_ids": None}),
+        ({"sequence_bias": {"7": 1.0}}, {"sequence_bias": None}),
+        ({"sequence_bias": [[[7, 8], 1.0]]}, {"sequence_bias": None}),
+        ({"added_tokens_encoder": {"a": 9, "b": 1}}, {"added_tokens_encoder": {"a": 3}}),
+        ({"names": ["a", {"pad_token_id": 5}]}, {"names": ["a", {"pad_token_id": 1}]}),
         (
             {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_8": 8}},
             {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_8": 8}},
@@ -102,6 +117,51 @@ def _numbers(value) -> list[int]:
     if isinstance(value, list):
         return [number for one in value for number in _numbers(one)]
     return [value] if type(value) is int else []
+
+
+# A tokenizer
+
+
+def pairs_of(tmp_path, **model) -> BytePairs:
+    vocab = {"a": 0, "b": 1, "<0x0A>": 2, "ab": 3, "abb": 4, "<0xZZ>": 5, "[?]": 6}
+    values = {"type": "BPE", "vocab": vocab, "merges": ["a b", ["ab", "b"], "b a"], **model}
+    added = [{"content": "<e>", "id": 7}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": values, "added_tokens": added}))
+    return BytePairs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "stay"),
+    [
+        ({}, {0, 1, 2, 5, 6, 7}),  # letters: what no merge makes; and added tokens
+        ({"byte_fallback": True}, {2, 7}),  # bytes alone
+        ({"byte_fallback": True, "unk_token": "[?]"}, {2, 6, 7}),
+        ({"unk_token": "none"}, {0, 1, 2, 5, 6, 7}),
+    ],
+)
+def test_letters_or_bytes_stay_whatever_their_frequency(tmp_path, model, stay):
+    assert pairs_of(tmp_path, **model).always() == stay
+
+
+def test_a_token_has_all_that_it_is_made_of(tmp_path):
+    pairs = pairs_of(tmp_path)
+    assert (
+        pairs.with_parts("abb") == {0, 1, 3, 4} and pairs.with_parts("ab") == {0, 1, 3} and pairs.with_parts("a") == {0}
+    )
+    # In the first of the ways that there are.
+    two = pairs_of(tmp_path, merges=["ab b", "a bb", "a b"], vocab={"a": 0, "b": 1, "ab": 3, "abb": 4, "bb": 5})
+    assert two.with_parts("abb") == {0, 1, 3, 4}
+
+
+def test_merges_stay_with_their_parts_and_what_they_make(tmp_path):
+    pairs = pairs_of(tmp_path)
+    pairs.file["padding"] = {"pad_id": 7, "pad_token": "<e>", "direction": "Right"}
+    cut = cut_tokenizer(pairs, numbered(np.array([0, 1, 3, 7])), tmp_path)
+    assert cut["model"]["vocab"] == {"a": 0, "b": 1, "ab": 2} and cut["model"]["merges"] == [["a", "b"]]
+    assert cut["added_tokens"] == [{"content": "<e>", "id": 3}] and cut["model"]["type"] == "BPE"
+    assert cut["padding"] == {"pad_id": 3, "pad_token": "<e>", "direction": "Right"} and "post_processor" not in cut
+    whole = cut_tokenizer(pairs, {n: n for n in range(8)}, tmp_path)
+    assert whole["model"]["merges"] == [["a", "b"], ["ab", "b"]]  # "ba" is no token
 
 
 # A whole model

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -284,6 +285,8 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(gloo, sources, tmp_path
     cfg = options(sources, tmp_path / "run", steps=2, save_interval=1, validation_samples=0, async_save=asynchronous)
     (said,) = gloo(1, with_small_files, cfg)
     assert "a checkpoint could not be written (its writer's error is above" in said and "\n" not in said
+    (free,) = re.findall(r"; ([\d.]+) GB are free there\)", said)
+    assert float(free) == pytest.approx(shutil.disk_usage(tmp_path).free / 1e9, rel=0.2, abs=1.0)
     assert all(name.endswith(".partial") for name in checkpoints(tmp_path / "run"))
     assert gloo(1, exit_code, cfg) == [None]
     assert checkpoints(tmp_path / "run") == ["step_00000001", "step_00000002"]
