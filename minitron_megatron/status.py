@@ -131,11 +131,11 @@ def _done(path: Path) -> Status:
     manifest = load_yaml(path / MANIFEST)
     command = _command_of(str(manifest.get("command", "")))
     files = manifest.get("files")
-    missing = [name for name in files if not (path / name).is_file()] if isinstance(files, dict) else [MANIFEST]
+    if not isinstance(files, dict):
+        return Status(path, command, "damaged", f"{MANIFEST} does not say which files it is of")
+    missing = [name for name in files if not (path / name).is_file()]
     if missing:
-        return Status(
-            path, command, "damaged", f"{missing[0]} is missing ({len(missing)} of {len(files or [1])} files)"
-        )
+        return Status(path, command, "damaged", f"{missing[0]} is missing ({len(missing)} of {len(files)} files)")
     results = manifest.get("results")
     figures = _figures(results if isinstance(results, Mapping) else {})
     lines = [("made", str(manifest.get("made", "–"))), ("took", _took(manifest))]

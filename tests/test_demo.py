@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -179,3 +180,285 @@ def test_the_short_demo_keeps_its_promises(tmp_path):
     assert 1 / 4 < sum(took.values()) / sum(planned.values()) < 4
     again = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert again.returncode == 0 and "Continuing" in again.stdout and again.stdout.count("done before") == len(took)
+
+
+class Recorded:
+    """Stands for the demo's Stages: keeps what is run; each stage takes so many seconds."""
+
+    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+        self.ran, self.took, self.seconds, self.starting = {}, seconds or {}, {}, {}
+
+    def command(self, name, output, command, *words, processes=1) -> None:
+        self.ran[name] = (output, command, list(words), processes)
+        self.seconds[name] = self.took.get(name, 1.0)
+        self.starting[name] = 0.25
+
+    def run(self, name, there, work) -> None:
+        self.ran[name] = there
+        self.seconds[name] = self.took.get(name, 1.0)
+        work()
+
+
+@pytest.fixture
+def searched(monkeypatch):
+    best = SimpleNamespace(options={"target.num_layers": 20})
+    monkeypatch.setattr(demo, "read_search", lambda _: SimpleNamespace(ranked=[best, None]))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_demos_models_are_made_stage_by_stage(searched, tmp_path, processes):
+    """Each of what the one before made, with the sizes of the plan's level."""
+    plan = make_plan(replace(FAST, processes=processes), 15)
+    at = {
+        name: tmp_path / name
+        for name in ("smollm2", "teacher", "text", "data", "scores", "found", "pruned", "distilled")
+    }
+    stages = Recorded(dict(plan.seconds))
+    assert demo._make_models(stages, at, plan, 15) == plan
+    known = {
+        name: (output.name, command, words, started) for name, (output, command, words, started) in stages.ran.items()
+    }
+    model, data, scores = f"model={at['teacher']}", f"data.path={at['data']}", f"scores={at['scores']}"
+    text = [f"input={at['text']}", model, "validation_fraction=0.1"]
+    calibration = [model, data, "data.sequence_length=256", "samples=64", "trainer.micro_batch_size=4"]
+    assert list(known.items())[:6] == [
+        ("source", ("smollm2", "smollm2", [], 1)),
+        ("import", ("teacher", "import_hf", [f"hf={at['smollm2']}"], 1)),
+        ("data", ("data", "prepare_data", text, 1)),
+        ("importance", ("scores", "importance", [*calibration, f"parallel.pipeline={processes}"], processes)),
+        ("search", ("found", "search", [model, scores, *FULL.search], 1)),
+        ("prune", ("pruned", "prune", [model, scores, "target.num_layers=20"], processes)),
+    ]
+    output, command, words, started = known["distill"]
+    assert (output, command, started) == ("distilled", "distill", processes) and len(known) == 7
+    assert words == [f"teacher={at['teacher']}", f"student={at['pruned']}", data, *demo.options_of_distillation(plan)]
+    lines = [json.loads(line) for line in (at["text"] / "python_topics.jsonl").read_text().splitlines()]
+    assert len(lines) > 50 and [one["source"] for one in lines] == sorted(one["source"] for one in lines)
+    assert all(one["text"] == one["text"].strip() != "" for one in lines)
+    before = (at["text"] / "python_topics.jsonl").stat().st_mtime_ns
+    demo.write_text(at["text"])
+    assert (at["text"] / "python_topics.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("level", "steps", "processes", "expected"),
+    [
+        (
+            FULL,
+            60,
+            2,
+            {"micro_batch_size": 4, "save_interval": 15, "validation_samples": 16, "warmup_steps": 7, "length": 256},
+        ),
+        (
+            FULL,
+            24,
+            4,
+            {"micro_batch_size": 2, "save_interval": 10, "validation_samples": 16, "warmup_steps": 3, "length": 256},
+        ),
+        (
+            LEAN,
+            8,
+            2,
+            {"micro_batch_size": 2, "save_interval": 10, "validation_samples": 4, "warmup_steps": 1, "length": 256},
+        ),
+        (
+            SHORT,
+            6,
+            1,
+            {"micro_batch_size": 4, "save_interval": 10, "validation_samples": 2, "warmup_steps": 1, "length": 128},
+        ),
+    ],
+)
+def test_options_of_the_demos_distillation_follow_the_plan(level, steps, processes, expected):
+    given = dict(word.split("=") for word in demo.options_of_distillation(Plan(level.name, steps, processes)))
+    assert given == {
+        "trainer.steps": str(steps), "data.sequence_length": str(expected["length"]), "data.max_epochs": "2",
+        "trainer.global_batch_size": str(level.batch), "trainer.checkpoint_format": "dp_reshardable", "distill.logits_mib": "256",
+        "optim.lr": "6e-4", "optim.min_lr": "6e-5", "optim.warmup_steps": str(expected["warmup_steps"]),
+        **{f"trainer.{name}": str(expected[name]) for name in ("micro_batch_size", "save_interval", "validation_samples")},
+    }  # fmt: skip
+
+
+def test_the_demo_judges_pruned_and_distilled_alike_and_exports_both(tmp_path):
+    plan, stages = make_plan(FAST, 15), Recorded()
+    at = {name: tmp_path / name for name in ("teacher", "data", "pruned", "distilled")}
+    demo._judge(stages, tmp_path, at, plan)
+    how = [
+        f"data.path={at['data']}",
+        "data.sequence_length=256",
+        "samples=64",
+        "split=validation",
+        "trainer.micro_batch_size=4",
+    ]
+    assert stages.ran == {
+        "evaluate pruned": (tmp_path / "evaluate_pruned", "evaluate", [f"model={at['pruned']}", *how], 2),
+        "evaluate distilled": (
+            tmp_path / "evaluate_distilled", "evaluate", [f"model={at['distilled']}", *how, f"teacher={at['teacher']}"], 2,
+        ),
+        "export pruned": (tmp_path / "pruned_hf", "export_hf", [f"model={at['pruned']}"], 1),
+        "export distilled": (tmp_path / "distilled_hf", "export_hf", [f"model={at['distilled']}"], 1),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("slower", "minutes", "is_fewer", "is_late"),
+    [(0.5, 15, False, False), (1.0, 3, False, True), (2.0, 15, True, False), (3.0, 15, True, True)],
+)
+def test_a_slower_demo_does_fewer_steps_and_says_so(monkeypatch, capsys, slower, minutes, is_fewer, is_late):
+    monkeypatch.setenv("COLUMNS", "400")
+    plan, stages = make_plan(FAST, 15), Recorded()
+    before = ("source", "import", "data", "importance", "search", "prune")
+    stages.seconds = {name: plan.seconds[name] * (slower if name == "importance" else 1.0) for name in before}
+    again = demo._planned_again(stages, plan, minutes)
+    spent = sum(stages.seconds.values())
+    assert again == plan.fewer(slower, spent, minutes)
+    said = " ".join(capsys.readouterr().out.split())
+    fewer = f"Slower than planned (other work on this machine?): {again.steps} steps rather than {plan.steps}"
+    assert (fewer in said) is (again.steps < plan.steps) is is_fewer
+    whole = (spent + sum(seconds for name, seconds in again.seconds.items() if name not in before)) / 60
+    late = f"This is going to take {whole:.0f} minutes, more than planned; fewer steps would show too little"
+    assert (late in said) is (whole > minutes) is is_late
+    # What comes after the cut, in a demo that is continued, changes nothing.
+    assert demo._planned_again(replace_seconds(stages, distill=9e9), plan, minutes) == again
+
+
+def replace_seconds(stages: Recorded, **seconds: float) -> Recorded:
+    stages.seconds = {**stages.seconds, **seconds}
+    return stages
+
+
+@pytest.mark.parametrize(
+    ("machine", "short", "more"),
+    [(FAST, False, ""), (VERY_SLOW, False, "; a faster machine does more"), (FAST, True, "")],
+)
+def test_what_is_going_to_be_done_is_said(monkeypatch, capsys, machine, short, more):
+    monkeypatch.setenv("COLUMNS", "400")
+    plan = make_plan(machine, 15, short=short)
+    demo._say(plan, "This takes")
+    assert capsys.readouterr().out == (
+        f"Machine: {machine}\nThis takes about {max(1, round(plan.total / 60))} minutes, {plan.seconds['distill'] / 60:.0f} of "
+        f"them distillation over {plan.tokens:,} tokens{more}\n"
+    )
+    assert str(FAST) == "fast, 2 cores, 20 GiB free, 203 GFLOP/s a process in bfloat16"
+    assert str(replace(FAST, cores=1)).startswith("fast, 1 core, 20 GiB")
+
+
+def test_what_became_of_the_model_is_kept_and_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(
+        "minitron_megatron.checkpoints.folder.open_model_folder", lambda path: SimpleNamespace(shape=path.name)
+    )
+    sizes = {"teacher": 1000, "pruned": 600, "distilled": 601}
+    monkeypatch.setattr("minitron_megatron.models.axes.count_parameters", sizes.get)
+    monkeypatch.setattr(demo, "complete", lambda folder: f"words of {folder.name}")
+    judged = {
+        "evaluate_pruned": {"perplexity": 90.04, "teacher_perplexity": 5.0, "agreement": 0.1},
+        "evaluate_distilled": {"perplexity": 30.06, "teacher_perplexity": 10.02, "agreement": 0.5},
+    }
+    monkeypatch.setattr(
+        demo, "load_results", lambda folder, command: judged[folder.name] if command == "evaluate" else None
+    )
+    plan, stages = make_plan(FAST, 15), Recorded({"distill": 100.0})
+    stages.command("distill", tmp_path, "distill")
+    at = {name: tmp_path / name for name in ("smollm2", *demo.MODELS)}
+    demo._show(stages, tmp_path, at, plan)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == {
+        "parameters": sizes, "perplexity": {"teacher": 10.02, "pruned": 90.04, "distilled": 30.06}, "agreement": 0.5,
+        "seconds": {"distill": 100.0, "completions": 1.0, "report": 1.0}, "seconds_starting": {"distill": 0.25, "report": 0.25},
+        "plan": json.loads(json.dumps(asdict(plan))),
+    }  # fmt: skip
+    assert stages.ran["report"][1:] == ("report", [f"folders={tmp_path}", f"title={demo.TITLE}"], 1)
+    assert stages.ran["report"][0] == tmp_path / "report" and stages.ran["completions"] == tmp_path / "samples.json"
+    printed = " ".join(capsys.readouterr().out.split())
+    for row in (
+        "│ teacher │ 1,000 │ 10 │ words of smollm2 │", "│ pruned │ 600 │ 90 │ words of pruned_hf │",
+        "│ distilled │ 601 │ 30.1 │ words of distilled_hf │",
+        f"│ distill │ {round(plan.seconds['distill'])} │ 100 │ 0.25 │", "│ completions │ 6 │ 1 │ │",
+        f"│ all │ {round(plan.total)} │ 102 │ 0.5 │",
+        f"Written: {tmp_path}/summary.json, {tmp_path}/report/report.html",
+    ):  # fmt: skip
+        assert row in printed, row
+
+
+def test_a_demos_seed_is_its_stages_where_it_is_no_default(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(demo, "measure_machine", lambda: FAST)
+    monkeypatch.setattr(demo, "Stages", lambda file, words: made.append(words) or Recorded())
+    monkeypatch.setattr(demo, "_run", lambda *_: None)
+    cfg = DemoConfig(output=str(tmp_path / "demo"))
+    for config in (cfg, replace(cfg, seed=cfg.seed + 1)):
+        demo.run_demo(config, None)
+    assert made == [[], [f"seed={cfg.seed + 1}"]]
+
+
+# Arithmetic of the plan, each term by itself
+
+ENDLESS = Speed("x", "float32", 1e30, 1e30, 0.0)
+
+
+def test_starts_of_programs_are_in_times_of_torchs_import():
+    for processes, several in ((1, 2.0), (2, 2.5)):
+        found = estimate(Machine(2, 20, processes, replace(ENDLESS, start=10.0)), FULL, 24)
+        assert found == {
+            "source": 20.0 + 11 * 10, "import": 20.0, "data": 20.0, "importance": 10 * several, "search": 10.0,
+            "prune": 10 * several, "distill": 10 * several + 20, "evaluate pruned": 10 * several,
+            "evaluate distilled": 10 * several, "export pruned": 20.0, "export distilled": 20.0, "completions": 50.0,
+            "report": 20.0,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "reached"), [("float32", 0.6), ("bfloat16", 0.5)])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_products_are_two_operations_a_parameter_and_token(dtype, reached, processes):
+    speed = replace(ENDLESS, dtype=dtype, gflops=0.001)
+    found = estimate(Machine(2, 20, processes, speed), FULL, 30)
+    second = 1e6 * processes * reached / 2  # parameters · tokens of one
+    judged, trained = 64 * 256, 30 * 8 * 256
+    assert {name: value for name, value in found.items() if value} == {
+        "importance": pytest.approx(judged * 134.5e6 / second, rel=1e-6),
+        "distill": pytest.approx(
+            (trained * (134.5e6 + 3 * 79.2e6) + judged / 4 * (134.5e6 + 79.2e6)) / second, rel=1e-6
+        ),
+        "evaluate pruned": pytest.approx(judged * 79.2e6 / second, rel=1e-6),
+        "evaluate distilled": pytest.approx(judged * (134.5e6 + 79.2e6) / second, rel=1e-6),
+    }
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_losses_are_in_elements_of_the_vocabulary_and_steps_in_parameters(processes):
+    found = estimate(Machine(2, 20, processes, replace(ENDLESS, elements=0.01)), FULL, 30)
+    second = 1e4 * processes
+    judged, trained = 64 * 256 * 49152, 30 * 8 * 256 * 49152
+    assert {name: value for name, value in found.items() if value} == {
+        "importance": pytest.approx(judged / second, rel=1e-6),
+        "distill": pytest.approx((4 * trained + judged + 30 * 79.2e6 * 3) / second, rel=1e-6),
+        "evaluate pruned": pytest.approx(2.2 * judged / second, rel=1e-6),
+        "evaluate distilled": pytest.approx(3 * 2.2 * judged / second, rel=1e-6),
+    }
+
+
+def test_a_late_plan_has_the_steps_that_still_fit():
+    seconds = {"source": 7.0, "importance": 5.0, "distill": 64.0, "evaluate pruned": 10.0, "report": 3.0}
+    plan = Plan("whole", 60, 1, seconds, "m")
+    # Twice as slow: 2 s a step of 64, 26 s of others, 100 spent.
+    for minutes, steps in ((100, 60), (5, 60), (4.6, 57), (4.5, 54), (1, 24)):
+        again = plan.fewer(2.0, 100.0, minutes)
+        assert again.steps == steps and again.machine == "m"
+        assert again.seconds == {
+            "source": 7.0, "importance": 5.0, "distill": 2.0 * (steps + 4), "evaluate pruned": 20.0, "report": 6.0,
+        }  # fmt: skip
+    short = Plan("short", 3, 1, seconds)
+    assert short.fewer(9.0, 100.0, 1).steps == 3
+
+
+def test_the_slowest_of_the_processes_counts(monkeypatch):
+    speeds = iter([Speed("p", "float32", 5.0, 9.0, 1.0), Speed("q", "float32", 7.0, 8.0, 3.0)])
+    monkeypatch.setattr(demo_plan, "usable_cores", lambda: 2)
+    monkeypatch.setattr(demo_plan, "free_gib", lambda: 99.0)
+    monkeypatch.setattr(demo_plan.sys, "executable", "echo")
+    monkeypatch.setattr(demo_plan, "parse_json", lambda _: asdict(next(speeds)))
+    assert demo_plan.measure_machine() == Machine(2, 99.0, 2, Speed("p", "float32", 5.0, 8.0, 3.0))
+    monkeypatch.setattr(demo_plan.sys, "executable", "false")
+    with pytest.raises(UserError, match="this machine's speed could not be measured"):
+        demo_plan.measure_machine()

@@ -237,3 +237,101 @@ def test_make_without_a_network_is_one_line(tmp_path):
     errors = [line for line in done.stderr.splitlines() if not line.startswith("make")]
     assert done.returncode == 2 and len(errors) == 1
     assert re.match(r"error: pip install .* failed \(.*Connection refused.*\).*HTTPS_PROXY", errors[0])
+
+
+def test_of_two_places_that_say_one_thing_the_users_own_goes_first(setup, monkeypatch, tmp_path):
+    """uv's own variable over pip's, pip's variable over its files, and of those the last; nothing where neither says."""
+    monkeypatch.setattr(setup.shutil, "disk_usage", lambda path: SimpleNamespace(free=9e9))
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
+    said = "global.index-url='http://a'\ninstall.index-url='http://b'\nglobal.extra-index-url='http://c'\nglobal.cert='/x y'\n"
+    monkeypatch.setattr(setup.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=said.encode()))
+    for name in ("UV_DEFAULT_INDEX", "SSL_CERT_FILE", "PIP_INDEX_URL", "PIP_CERT"):
+        monkeypatch.delenv(name, raising=False)
+    assert setup.pip_option(tmp_path, "index-url") == "http://b" and setup.pip_option(tmp_path, "cert") == "/x y"
+    assert setup.pip_option(tmp_path, "proxy") == ""
+    own = setup.environment(tmp_path)
+    assert (own["UV_DEFAULT_INDEX"], own["SSL_CERT_FILE"], own["UV_NO_PROGRESS"]) == ("http://b", "/x y", "1")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://mine")
+    assert setup.environment(tmp_path)["UV_DEFAULT_INDEX"] == "http://mine"
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "http://uv")
+    assert setup.environment(tmp_path)["UV_DEFAULT_INDEX"] == "http://uv"
+    monkeypatch.setattr(setup, "pip_option", lambda venv, name: "")
+    monkeypatch.delenv("UV_DEFAULT_INDEX")
+    assert not {"UV_DEFAULT_INDEX", "SSL_CERT_FILE"} & set(setup.environment(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("packages", "bytes_free", "writable", "own"),
+    [(False, 5.6e9, True, False), (False, 5.5e9, True, True), (True, 1.0, True, False), (True, 9e9, False, True)],
+)
+def test_a_cache_of_its_own_is_for_where_the_users_has_no_room(
+    setup, monkeypatch, tmp_path, packages, bytes_free, writable, own
+):
+    monkeypatch.setattr(setup, "pip_option", lambda venv, name: "")
+    monkeypatch.setattr(setup, "has_packages", lambda cache: packages)
+    monkeypatch.setattr(setup, "is_writable", lambda folder: writable)
+    monkeypatch.setattr(setup.shutil, "disk_usage", lambda path: SimpleNamespace(free=bytes_free))
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
+    found = setup.environment(tmp_path / ".venv")["UV_CACHE_DIR"]
+    assert found == str(tmp_path / (".venv/.cache" if own else "cache"))
+
+
+def test_where_uv_keeps_packages(setup, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/u")
+    for cache, config, found in (
+        ("a/b", "/x", tmp_path / "a/b"), ("", "/x", Path("/x/uv")), ("", "relative", Path("/home/u/.cache/uv")),
+        ("", "", Path("/home/u/.cache/uv")),
+    ):  # fmt: skip
+        monkeypatch.setenv("UV_CACHE_DIR", cache)
+        monkeypatch.setenv("XDG_CACHE_HOME", config)
+        assert setup.uv_cache() == found
+    assert setup.same_disk(tmp_path / "none/x", tmp_path) and not setup.same_disk(tmp_path, Path("/proc/none"))
+    assert (
+        not setup.has_packages(tmp_path) and setup.free(tmp_path / "a/b/c") > 0 and setup.is_writable(tmp_path / "a/b")
+    )
+
+
+def test_a_program_that_fails_is_said_with_its_reason_of_this_time(setup, tmp_path):
+    with open(tmp_path / "setup.log", "w+b") as log:
+        setup.run(log, "first", [sys.executable, "-c", "print('error: of the first')"])
+        with pytest.raises(setup.Missing) as error:
+            setup.run(
+                log, "second", [sys.executable, "-c", "import sys; print('error: of mine'); sys.exit(3)"], {"A": "1"}
+            )
+        assert str(error.value) == f"second failed (error: of mine); all of it is in {log.name}"
+        with pytest.raises(setup.Missing, match=r"third failed \(status 4\)"):
+            setup.run(log, "third", [sys.executable, "-c", "import sys; sys.exit(4)"])
+    assert "error: of the first" in (tmp_path / "setup.log").read_text()
+
+
+def test_the_environment_is_made_in_order_and_its_cache_goes(setup, monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(setup, "check_room", lambda venv: ran.append("room"))
+    monkeypatch.setattr(setup, "check_python", lambda *_: ran.append("python"))
+    monkeypatch.setattr(setup, "environment", lambda venv: {"PYTHONDONTWRITEBYTECODE": "1", "X": "y"})
+    monkeypatch.setattr(setup, "run", lambda log, what, words, own=None: ran.append((what, words[1:], dict(own or {}))))
+    venv = tmp_path / ".venv"
+    (venv / ".cache").mkdir(parents=True)
+    setup.make(venv)
+    own = {"PYTHONDONTWRITEBYTECODE": "1", "X": "y"}
+    uv = ["-m", "uv", "pip", "install", "--python", str(venv / "bin/python")]
+    assert ran[:3] == ["python", "room", ("python -m venv", ["-m", "venv", str(venv)], {})]
+    assert ran[3:7] == [
+        (
+            "pip install -r requirements/uv.txt",
+            ["-m", "pip", "install", "--retries", "2", "-r", "requirements/uv.txt"],
+            {},
+        ),
+        ("uv pip install -r requirements/lock.txt", [*uv, "-r", "requirements/lock.txt"], own),
+        (
+            "uv pip install --no-deps -r requirements/no-deps.txt",
+            [*uv, "--no-deps", "-r", "requirements/no-deps.txt"],
+            own,
+        ),
+        ("uv pip install --no-deps --editable .", [*uv, "--no-deps", "--editable", "."], own),
+    ]
+    assert (
+        ran[7] == ("compiling what commands import", ["-c", setup.IMPORT_ONCE], {"X": "y"})
+        and not (venv / ".cache").exists()
+    )

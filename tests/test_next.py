@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -260,3 +261,173 @@ def test_a_line_has_quotes_that_can_be_read():
     assert line.endswith(f'"{code}"') and shlex.split(line)[-1] == code
     for odd in ("it's $HOME", "a`b", "say!", 'a"b', "c\\d"):
         assert shlex.split(line_of(Next("", {}, "", shell=load_words(odd)), None)) == load_words(odd)
+
+
+# What of a command's options the next one gets
+
+
+def of_run(**more) -> SimpleNamespace:
+    """Options as a training run's."""
+    own = {
+        "output": "out/x", "model": SimpleNamespace(path="m"), "teacher": SimpleNamespace(path="t"),
+        "data": SimpleNamespace(path="d", sequence_length=None), "hf": None, "export": True,
+    }  # fmt: skip
+    return SimpleNamespace(**{**own, **more})
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "command", "options", "output"),
+    [
+        ("smollm2", of_run(), "import_hf", {"hf": "out/x"}, "teacher"),
+        ("random_model", of_run(), "throughput", {"models": {"random": "out/x"}}, "throughput"),
+        ("distill", of_run(), "evaluate", {"model": "out/x", "teacher": "t", "data.path": "d"}, "evaluation"),
+        ("distill", of_run(data=SimpleNamespace(path="d", sequence_length=512)), "evaluate",
+         {"model": "out/x", "teacher": "t", "data.path": "d", "data.sequence_length": 512}, "evaluation"),
+        ("distill", of_run(data=SimpleNamespace(path="d", sequence_length=1024)), "evaluate",
+         {"model": "out/x", "teacher": "t", "data.path": "d"}, "evaluation"),
+        ("evaluate", of_run(), "export_hf", {"model": "m", "results": ["out/x"]}, "hf"),
+        ("evaluate", of_run(hf="h"), "report", {"folders": ["out"]}, "report"),
+        ("throughput", of_run(), "report", {"folders": ["out"]}, "report"),
+        ("export_nemo", of_run(), "import_nemo", {"nemo": "out/x"}, "from_nemo"),
+        ("cache_teacher", of_run(
+            distill=SimpleNamespace(top_k=7, temperature=2.0),
+            trainer=SimpleNamespace(steps=3, tokens=None, global_batch_size=4, validation_samples=5),
+        ), "distill", {
+            "teacher": "t", "student": "STUDENT", "data.path": "d", "trainer.steps": 3, "trainer.tokens": None,
+            "trainer.global_batch_size": 4, "trainer.validation_samples": 5, "distill.loss": "topk_kl", "distill.cache": "out/x",
+            "distill.top_k": 7, "distill.temperature": 2.0,
+        }, "distilled"),
+    ],
+)  # fmt: skip
+def test_options_are_handed_on(name, config, command, options, output):
+    found = NEXT[name](config)
+    assert (found.command, found.options, found.output) == (command, options, output)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "words"),
+    [
+        ("export_megatron", of_run(), ["cat", "out/x/arguments.sh"]),
+        ("report", of_run(output="a/b.html"), ["PYTHON", "-m", "webbrowser", "a/b.html"]),
+        ("report", of_run(output="a/b.md"), None), ("compress", of_run(export=False), None),
+    ],
+)  # fmt: skip
+def test_lines_of_other_programs(monkeypatch, name, config, words):
+    monkeypatch.setattr(spelling, "python_word", lambda: "PYTHON")
+    found = NEXT[name](config)
+    assert found is None if words is None else found.shell == words
+
+
+def test_a_page_in_a_folder_is_opened_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(spelling, "python_word", lambda: "PYTHON")
+    assert NEXT["report"](of_run(output=str(tmp_path))).shell[-1] == str(tmp_path / "report.html")
+    assert NEXT["compress"](of_run()).shell == load_words("out/x/hf") and "'out/x/hf'" in load_words("out/x/hf")[-1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "positions", "options"),
+    [
+        (None, 2048, {}), (1024 * 1024, 2048, {}), (1024 * 1024 - 1, 2048, {"samples": 1023}), (16 * 1024, 2048, {"samples": 16}),
+        (16 * 1024 - 1, 2048, {"samples": 31, "data.sequence_length": 512}),
+        (100, 2048, {"samples": 6, "data.sequence_length": 16}), (5, 2048, {"samples": 1, "data.sequence_length": 16}),
+        (64 * 1024, 64, {}), (64 * 16, 64, {"samples": 16}),
+        (64 * 16 - 1, 64, {"samples": 31, "data.sequence_length": 32}),
+    ],
+)  # fmt: skip
+def test_calibration_takes_as_many_samples_as_there_are(monkeypatch, tokens, positions, options):
+    monkeypatch.setattr(next_command, "_tokens", lambda data: tokens)
+    monkeypatch.setattr(next_command, "_shape", lambda model: SimpleNamespace(max_position_embeddings=positions))
+    assert next_command._calibration("d", "m") == options
+
+
+@pytest.mark.parametrize(
+    ("processes", "parallel", "tokens", "options"),
+    [
+        (1, {}, None, {"trainer.tokens": 1e9}),
+        (1, {}, 8 * 10 * 80, {"trainer.steps": 80}),
+        (1, {}, 8 * 10 * 80 - 1, {"trainer.steps": 79, "optim.warmup_steps": 3}),
+        (1, {}, 8 * 10 * 19, {"trainer.steps": 19, "optim.warmup_steps": 1}),
+        (1, {}, 5, {"trainer.steps": 1, "optim.warmup_steps": 1}),
+        (3, {}, None, {"trainer.global_batch_size": 9, "trainer.tokens": 1e9}),
+        (16, {}, 16 * 10 * 99, {"trainer.global_batch_size": 16, "trainer.steps": 99}),
+        (12, {"tensor": 2, "pipeline": 2}, 9 * 10 * 99, {"trainer.global_batch_size": 9, "trainer.steps": 99}),
+        (8, {"context": 2, "tensor": 2}, None, {"trainer.tokens": 1e9}),
+    ],
+)
+def test_steps_read_the_data_once_in_batches_that_divide(monkeypatch, processes, parallel, tokens, options):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(next_command, "_tokens", lambda data: tokens)
+    length = SimpleNamespace(sequence_length=10)
+    assert next_command._one_epoch("d", length, ParallelConfig(**parallel)) == options
+    assert "trainer.tokens" in next_command._one_epoch(None, length, ParallelConfig(**parallel))
+
+
+def test_a_search_keeps_the_share_of_the_published_models(monkeypatch):
+    monkeypatch.setattr(next_command, "_shape", lambda _: None)
+    monkeypatch.setattr(next_command, "count_parameters", lambda _: 134_515_008)
+    assert next_command._search("m", "s").options == {"model": "m", "scores": "s", "budget.parameters": 81e6}
+
+
+def test_layers_go_as_many_as_the_smallest_block(monkeypatch):
+    monkeypatch.setattr(next_command, "_shape", lambda _: SimpleNamespace(num_layers=6))
+    for block, kept in ((2, 4), ([4, 3], 3), (6, None), (5, 1)):
+        found = NEXT["layers"](of_run(block=block))
+        assert (
+            found is None
+            if kept is None
+            else found.options == {"model": "m", "layers": "out/x", "target.num_layers": kept}
+        )
+
+
+@pytest.mark.parametrize(
+    ("variables", "count"),
+    [
+        ({}, 1),
+        ({"WORLD_SIZE": "4"}, 4),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, 2),
+        ({"LOCAL_WORLD_SIZE": "0"}, 1),
+    ],
+)
+def test_as_many_processes_as_this_node_had(monkeypatch, variables, count):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert next_command._processes() == count
+
+
+def test_an_import_is_followed_by_the_data_that_are_there_or_by_their_making(outputs, monkeypatch):
+    cfg = of_run(output=str(outputs / "model"))
+    monkeypatch.setattr(next_command, "has_tokenizer", lambda folder: folder == outputs / "model" / "tokenizer")
+    assert NEXT["import_hf"](cfg).options["data.path"] == outputs / "corpus"
+    for vocabulary in (100, 99):
+        assert bool(next_command._data_beside(cfg.output, vocabulary)) is (vocabulary == 100)
+    (outputs / "corpus" / "train.bin").unlink()
+    following = NEXT["import_hf"](cfg)
+    assert (following.command, following.options) == ("prepare_data", {"input": "TEXT.jsonl", "model": cfg.output})
+    monkeypatch.setattr(next_command, "has_tokenizer", lambda folder: False)
+    assert NEXT["import_hf"](cfg) is None
+    for model, command in ((str(outputs / "model"), "importance"), (str(outputs / "corpus"), "import_hf")):
+        cfg = of_run(output=str(outputs / "corpus"), model=SimpleNamespace(path=model))
+        assert NEXT["prepare_data"](cfg).command == command
+
+
+def test_a_report_is_written_over_an_older_one_and_others_beside(tmp_path, monkeypatch):
+    for name in ("report", "found"):
+        (tmp_path / name).mkdir()
+    given = config(tmp_path)
+    assert line_of(Next("report", {}, "report"), given).endswith(f"output={tmp_path}/report_2")
+    (tmp_path / "report" / "report.html").touch()
+    assert line_of(Next("report", {}, "report"), given).endswith(f"output={tmp_path}/report")
+    assert line_of(Next("search", {"a": None, "b": 1}, "found"), given).endswith(f" b=1 output={tmp_path}/found_2")
+
+
+def test_this_line_starts_the_same_command_in_as_many_processes(monkeypatch):
+    monkeypatch.setattr(spelling, "line_of", lambda *given: given)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    for typed, found in (
+        (["launch/distill.py", "a=1"], ("distill", ["a=1"], 3)), (["minitron search", "b"], ("search", ["b"], 1)),
+        (["/x/launch/prune.py"], ("prune", [], 3)),
+    ):  # fmt: skip
+        monkeypatch.setattr(spelling, "TYPED", typed)
+        assert next_command.this_line() == found
