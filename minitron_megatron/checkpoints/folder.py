@@ -269,10 +269,9 @@ def output_folder(
         wait_until_seen(partial)
         with keeping(lambda: SOME_KEPT if output.keep else NOTHING_KEPT):
             yield output
-        output.keep = False
-        collectives.barrier()
-        if held is not None:
-            _finish(output, path, command, config, asked, anew, reasons)
+            collectives.barrier()
+            if held is not None:
+                _finish(output, path, command, config, asked, anew, reasons)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"no space left while writing {path}: free some and run the same command again") from error
@@ -368,9 +367,9 @@ def _finish(
     anew: bool,
     reasons: Mapping[str, str],
 ) -> None:
-    for mark in MARKS:
-        (output.path / mark).unlink(missing_ok=True)
-    files = {str(f.relative_to(output.path)): f.stat().st_size for f in sorted(output.path.rglob("*")) if f.is_file()}
+    there = {str(f.relative_to(output.path)): f.stat().st_size for f in sorted(output.path.rglob("*")) if f.is_file()}
+    # A manifest may be there already: of a run that was killed before the folder had its name.
+    files = {name: size for name, size in there.items() if name not in (*MARKS, MANIFEST)}
     manifest = {
         "command": command,
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -391,6 +390,9 @@ def _finish(
         yaml.safe_dump(manifest, file, sort_keys=False, allow_unicode=True)
         file.flush()
         os.fsync(file.fileno())
+    # Reading all files may have taken long: one that ended meanwhile can be continued.
+    for mark in MARKS:
+        (output.path / mark).unlink(missing_ok=True)
     replaced = path.with_name(f".{path.name}.replaced")
     if anew and (path / MANIFEST).is_file():
         shutil.rmtree(replaced, ignore_errors=True)
