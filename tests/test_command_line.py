@@ -3,6 +3,7 @@
 import os
 import runpy
 import sys
+import warnings
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -397,3 +398,32 @@ def test_where_an_output_is_to_be_is_tried_by_one_rank_of_a_real_run(monkeypatch
     )
     launcher._check_place(name, SimpleNamespace(output=output, dry_run=dry_run))
     assert found == ([looked] if looked else [])
+
+
+def test_what_libraries_say_of_themselves_is_not_shown(monkeypatch):
+    import logging
+
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    names = ("megatron.core.utils", "torch.utils.cpp_extension", "matplotlib")
+    before = {name: logging.getLogger(name).level for name in names}
+    try:
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("always")
+            logs.be_quiet()
+            for text in (
+                "apex is not installed",
+                "Apex is not installed, x",
+                "full scope is deprecated",
+                "CUDA is not available",
+            ):
+                warnings.warn(text, stacklevel=1)
+            warnings.warn("a warning of ours", stacklevel=1)
+        assert [str(one.message) for one in shown] == ["a warning of ours"] and os.environ["TQDM_DISABLE"] == "1"
+        assert {logging.getLogger(name).level for name in names} == {logging.ERROR}
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    with warnings.catch_warnings():
+        logs.be_quiet()
+    assert os.environ["TQDM_DISABLE"] == "0"

@@ -3,14 +3,15 @@
 import logging
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from minitron_megatron import launcher
 from minitron_megatron.cli.commands import COMMANDS
-from minitron_megatron.config import CommandConfig, OptimConfig
+from minitron_megatron.config import CommandConfig, DistillConfig, ImportanceConfig, OptimConfig
 from minitron_megatron.config import options as options_of
-from minitron_megatron.effects import value_of
+from minitron_megatron.effects import beside, including, is_set, only_with, typed, value_of, without
 from minitron_megatron.errors import UserError
 from minitron_megatron.idle import adapted_defaults, given_options, idle_options
 from minitron_megatron.train.schedule import Schedule
@@ -182,3 +183,72 @@ def test_a_size_of_a_preset_beside_a_folder_was_not_typed():
     config = replace(config, student=replace(config.student, path="s", num_layers=4))
     given = given_options(config, ("student",))
     assert "student.num_layers" in given and idle_options(config, given, "distill") == []
+
+
+# What an option needs, one condition at a time
+
+
+@pytest.mark.parametrize(
+    ("value", "is_one"),
+    [(None, False), (False, False), (0, False), (0.0, False), ("none", False), ([], False), ({}, False), (True, True), (1, True),
+     (-1, True), ("", True), ("x", True), ([0], True), ({"a": None}, True)],
+)  # fmt: skip
+def test_what_counts_as_set(value, is_one):
+    assert is_set(value) is is_one
+
+
+@pytest.mark.parametrize(
+    ("value", "word"), [(None, "null"), (True, "true"), (False, "false"), (0, "0"), ("a b", "a b"), ([1], "[1]")]
+)
+def test_values_as_they_are_typed(value, word):
+    assert typed(value) == word
+
+
+def holding(**values) -> SimpleNamespace:
+    return SimpleNamespace(a=SimpleNamespace(**values))
+
+
+@pytest.mark.parametrize(
+    ("effect", "given", "lacks"),
+    [
+        (only_with("a.x", True), holding(x=True), None),
+        (only_with("a.x", True), holding(x=False), "it is for a.x=true, and here a.x=false"),
+        (only_with("a.x", "p", "q"), holding(x="q"), None),
+        (only_with("a.x", "p", "q"), holding(x=None), "it is for a.x=p or a.x=q, and here a.x=null"),
+        (including("a.x", "p", "q"), holding(x=["o", "q"]), None),
+        (including("a.x", "p", "q"), holding(x=["o"]), "it is for p or q in a.x=, and here a.x=['o']"),
+        (beside("a.x"), holding(x=3), None),
+        (beside("a.x"), holding(x=0), "it is for a.x=, which is not set here"),
+        (beside("a.x", "a.y"), holding(x=None, y=1), None),
+        (beside("a.x", "a.y"), holding(x=None, y="none"), "it is for a.x= or a.y=, which are not set here"),
+        (without("a.x", "a.y"), holding(x=None, y=False), None),
+        (without("a.x", "a.y"), holding(x=None, y=True), "a.y=true stands in its place: leave one of them out"),
+    ],
+)
+def test_what_an_option_needs_of_others(effect, given, lacks):
+    assert effect.lacks(given) == lacks
+    assert not effect.refused and without("a.x", refused=True).refused
+
+
+def test_what_was_given_was_typed_or_is_no_default():
+    config = ImportanceConfig(output="o", seed=CommandConfig.seed + 1, samples=ImportanceConfig.samples)
+    found = given_options(config, {"samples", "trainer.micro_batch_size", "data.path"})
+    assert {"seed", "output", "samples", "trainer.micro_batch_size"} <= found and "device" not in found
+    config.trainer.micro_batch_size = 0
+    assert "trainer.micro_batch_size" in given_options(config, set())
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "tokens", "lines"),
+    [
+        (20, None, None, ["optim.warmup_steps=10, half of the run's 20 steps, rather than 40"]), (79, None, None, 1),
+        (80, None, None, 0),
+        (20, 10, None, 0), (20, None, 100, 0), (None, None, None, 0),
+    ],
+)  # fmt: skip
+def test_a_warm_up_that_was_adapted_is_said(steps, warmup, tokens, lines):
+    config = DistillConfig(output="o", optim=OptimConfig(warmup_steps=warmup, warmup_tokens=tokens))
+    config.trainer.steps = steps
+    found = adapted_defaults(config)
+    assert found == lines if isinstance(lines, list) else len(found) == lines
+    assert adapted_defaults(ImportanceConfig(output="o")) == []

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from minitron_megatron.claims import CLAIM, TOLD, Claim
+from minitron_megatron.claims import CLAIM, LAUNCHER, TOLD, Claim
 from minitron_megatron.parallel import torchrun
 from minitron_megatron.parallel.torchrun import (
     SAVED_BEFORE,
@@ -261,3 +261,45 @@ def test_who_may_hold_the_store_waits_for_other_nodes(launcher, monkeypatch, sev
     stopped = SignalException("x", signal.SIGTERM)
     monkeypatch.setattr(torch.distributed.run, "main", lambda _: (_ for _ in ()).throw(stopped))
     assert launcher.run([]) == 143
+
+
+@pytest.mark.parametrize(
+    ("given", "several", "shares"),
+    [({}, False, None), ({"nnodes": True}, True, None), ({"nnodes": True, "max_restarts": 2}, True, "1"),
+     ({"max_restarts": 2}, False, None)],
+)  # fmt: skip
+def test_a_run_is_prepared_for_its_nodes_its_starts_and_its_logs(monkeypatch, tmp_path, given, several, shares):
+    """In a folder that its processes know, which goes with it; a signal that is ignored stays so."""
+    import torch.distributed.run  # noqa: F401
+
+    seen, handled = {}, []
+    for name in (LAUNCHER, "TORCH_CPP_LOG_LEVEL", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torchrun, "Listener", lambda *given: ("listener", *given))
+    monkeypatch.setattr(torchrun.signal, "signal", lambda number, handler: handled.append((number, handler)))
+    ignored = signal.SIGHUP if several else None
+    monkeypatch.setattr(
+        torchrun.signal, "getsignal", lambda number: signal.SIG_IGN if number == ignored else signal.SIG_DFL
+    )
+
+    def run(self, words):
+        folder = Path(os.environ[LAUNCHER])
+        seen.update(vars(self), words=words, there=folder.is_dir(), same=folder == self.folder)
+        return 7
+
+    monkeypatch.setattr(Launcher, "run", run)
+    logs = tmp_path / "logs"
+    restarts = given.get("max_restarts", 0)
+    start = ["--nnodes=2"] * several + [f"--max-restarts={restarts}"]
+    assert torchrun.launch([*start, f"--log-dir={logs}", "x.py", "a"]) == 7
+    assert seen["there"] and seen["same"] and not seen["folder"].exists() and seen["logs"] == logs
+    assert (seen["several_nodes"], seen["restarts"]) == (several, restarts)
+    assert ("--standalone" in seen["words"]) is not several and seen["words"][-2:] == ["x.py", "a"]
+    assert (
+        os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == shares and os.environ["TORCH_CPP_LOG_LEVEL"] == "ERROR"
+    )
+    passed_on = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
+    assert [number for number, _ in handled] == [number for number in passed_on if number != ignored]
+    assert seen["listener"][0] == "listener"

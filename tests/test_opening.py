@@ -1,9 +1,16 @@
-"""What a page says first of its model, and what all of it cost."""
+"""What a page says first of its model, what all of it cost, and what makes a page."""
+
+from pathlib import Path
 
 import pytest
 
+from minitron_megatron.config import ReportConfig
+from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.report import opening, training
+from minitron_megatron.report.folders import UnfinishedRun
+from minitron_megatron.report.page import MARK
+from minitron_megatron.report.report import Reporting, _as_file, _check_file, _title, check_report, report, sections_of
 from minitron_megatron.report.training import cost_section, process_seconds, seconds_by_device
 from tests.report_folders import folder, traced
 from tests.test_bounds import SMALL_SHAPE
@@ -173,3 +180,74 @@ def test_the_opening_begins_with_the_size():
         "processes."
     )
     assert "; ;" not in said
+
+
+# The whole page
+
+
+def test_a_dry_run_lists_every_folder_and_every_run_that_has_not_ended(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("COLUMNS", "300")
+    there = [
+        folder("a", made="1"),
+        folder("b", made="2", inputs={"data": "of a", "more": "of a"}, command="minitron prune"),
+    ]
+    open_runs = [UnfinishedRun(Path("/nowhere"), name, {"trainer": {}}, []) for name in ("u", "v")]
+    output = tmp_path / "o"
+    report(ReportConfig(folders="x", output=str(output), dry_run=True), Reporting(there, open_runs, [], {}))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith("would be reported ") and not output.exists()
+    rows = ("│ a │ x │ │", "│ b │ prune │ a, a │", "│ u │ has not ended │ │", "│ v │ has not ended │ │")
+    assert [printed.index(row) for row in rows] == sorted(printed.index(row) for row in rows)
+    monkeypatch.setenv("RANK", "1")
+    report(ReportConfig(folders="x", output=str(output), dry_run=True), Reporting(there, open_runs, [], {}))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("given", [None, "A title"])
+def test_a_page_is_titled_as_given_or_by_its_model_and_what_is_left_of_its_teacher(given):
+    teacher = folder("teacher", shape=LARGE, made="a")
+    model = folder("model", shape=SMALL, made="b", inputs={"model": "of teacher"})
+    lineage = traced(teacher, model)
+    title, subtitle = _title(lineage, model, given)
+    assert title == (given or f"model: {100 * M / N:.0f} % of teacher")
+    assert subtitle == f"{opening.opening(lineage, model)} From the manifests of 2 folders."
+    assert _title(lineage, teacher, given)[0] == (given or "teacher")
+    assert _title(traced(folder("x")), None, given) == (
+        given or "Report of 1 folders",
+        "From the manifests of 1 folders.",
+    )
+
+
+def test_what_names_one_file_and_what_may_be_written_over(tmp_path):
+    (tmp_path / "a.html").mkdir()
+    names = {"a.html": False, "b.html": True, "b.md": True, "b": False, "b.txt": False}
+    assert {name: _as_file(tmp_path / name) for name in names} == names
+    page = tmp_path / "b.html"
+    _check_file(page, resume=False)
+    page.write_text(f"{990 * ' '}{MARK}")
+    with pytest.raises(UserError, match="is not a report"):
+        _check_file(page, resume=True)
+    page.write_text(f"x{MARK}x")
+    _check_file(page, resume=True)
+    with pytest.raises(UserError, match="exists and resume=false: remove it or choose another output="):
+        _check_file(page, resume=False)
+
+
+@pytest.mark.parametrize("folders", [[], 3, [3], ["a", None], {}])
+def test_folders_of_a_page_are_one_or_a_list(folders):
+    with pytest.raises(UserError, match=r"must be a folder, or a list of them"):
+        check_report(ReportConfig(folders=folders, output="o"))
+
+
+def test_sections_go_from_what_came_out_to_how_it_was_made():
+    teacher, model = folder("teacher", shape=LARGE, made="a"), run_of("model", made="b", inputs={"model": "of teacher"})
+    data = folder("data", made="c")
+    evaluation = judged("j", {"loss": 2.0, "tokens_per_second": 1.0}, "of model", made="d")
+    rates = folder("rates", answers={RESULTS: [{"model": "m", "tokens_per_second": 3.0}]}, made="e")
+    bench = folder("bench", answers={RESULTS: {"a": 1}}, command="minitron benchmark", made="f")
+    open_run = UnfinishedRun(Path("/nowhere"), "u", {"trainer": {}}, [])
+    found = sections_of(traced(teacher, model, data, evaluation, rates, bench), [], model, [open_run])
+    assert [one.title for one in found] == [
+        "Models", "Results", "Throughput", "Recipe", "Runs that have not ended", "Measurements", "Cost", "Lineage", "Commands",
+    ]  # fmt: skip
+    assert [one.title for one in sections_of(traced(data))] == ["Cost", "Lineage", "Commands"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from minitron_megatron import status
 from minitron_megatron.checkpoints.folder import load_json, load_yaml
 from minitron_megatron.claims import read_claim
-from minitron_megatron.errors import UserError
+from minitron_megatron.errors import UserError, in_one_line, of_folders
 from minitron_megatron.lengths import _mapping
 from minitron_megatron.parallel import precision
 from minitron_megatron.plain_files import Unreadable, parse_json, parse_yaml
@@ -121,3 +121,18 @@ def test_a_file_cannot_set_hydras_own_options(tmp_path, text):
     (tmp_path / "my.yaml").write_text(text)
     with pytest.raises(UserError, match="of Hydra itself"):
         words_of_file("chain", str(tmp_path / "my.yaml"), [], [])
+
+
+def test_a_mistake_in_a_folder_may_be_this_machines_alone():
+    with pytest.raises(UserError) as told, of_folders():
+        raise UserError("x")
+    assert told.value.of_folders and not UserError("y").of_folders and not UserError.of_folders
+    with pytest.raises(ValueError, match="x"), of_folders():
+        raise ValueError("x")
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "line"), [("a\n  b\tc", None, "a b c"), ("abcdef", 3, "abc"), ("a\x1b[1m", None, "a\\x1b[1m")]
+)
+def test_what_another_program_says_is_one_line(text, most, line):
+    assert in_one_line(ValueError(text), most) == line

@@ -12,6 +12,7 @@ from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.config import REQUIRED, model_options, options
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import ROOT, compose, resolved_config
+from minitron_megatron.words import quoted, word
 from tests.test_commands import error_of, run
 
 
@@ -136,3 +137,32 @@ def test_the_chain_of_the_documentation_is_one(tmp_path):
     config = composed("compress", f"chain={file}")
     assert [one["name"] for one in config["rounds"]] == ["half", "quarter"]
     assert config["distill"]["trainer"] == {"tokens": 1e9, "global_batch_size": 256}
+
+
+@pytest.mark.parametrize(
+    ("value", "typed"),
+    [
+        (None, "null"), (True, "true"), (False, "false"), (3, "3"), (3.0, "3"), (0.5, "0.5"), (1e15, "1000000000000000.0"),
+        (9e14, "900000000000000"), (-2.0, "-2"), (1e-7, "1e-07"), (float("inf"), "inf"), ("a b", "a b"), (Path("a/b"), "a/b"),
+        ([], "[]"), (["a", "b c", 1, None, True], "[a,'b c',1,null,true]"), (("a,b",), "['a,b']"), ([["it's"]], r"[['it\'s']]"),
+        ({"a": 1, "b": "x y", "c": {"d": [1.0]}}, "{a: 1,b: 'x y',c: {d: [1]}}"), ([Path("a b")], "['a b']"), ([""], "['']"),
+    ],
+)  # fmt: skip
+def test_values_as_they_are_typed(value, typed):
+    assert word(value) == typed
+
+
+@pytest.mark.parametrize(
+    ("text", "in_quotes"),
+    [
+        ("a", "'a'"),
+        ("it's", r"'it\'s'"),
+        ("a\\b", r"'a\b'"),
+        ("a\\", r"'a\\'"),
+        ("a\\\\", r"'a\\\\'"),
+        ("a\\'b", r"'a\\\'b'"),
+        ("", "''"),
+    ],
+)
+def test_a_backslash_is_one_except_before_a_quote(text, in_quotes):
+    assert quoted(text) == in_quotes
