@@ -47,6 +47,9 @@ _OF_THE_USER = frozenset(
         errno.ENOSPC,
         errno.EDQUOT,
         errno.ENAMETOOLONG,
+        errno.ELOOP,
+        errno.EBUSY,
+        errno.EXDEV,
         errno.EMFILE,
         errno.ENFILE,
     )

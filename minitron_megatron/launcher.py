@@ -122,14 +122,21 @@ def _run(entry: Command, composed: Any, given: frozenset[str], only_check: bool 
 
 
 def _check_place(name: str, config: Any) -> None:
-    """Raise UserError where a command's output cannot be made: before anything heavy is imported."""
+    """Raise UserError where a command's output cannot be made: before anything heavy is imported.
+
+    From here on `output` is the folder that was meant: where it is a link, the one that it leads to.
+    """
     if not isinstance(output := getattr(config, "output", None), str):
         return
     from minitron_megatron.checkpoints.folder import check_place
+    from minitron_megatron.checkpoints.places import place_of
 
     place = Path(output)
     if name == "report" and place.suffix in (".html", ".md"):
         place = place.parent
+    elif (meant := place_of(place)) != place:
+        place = meant
+        config.output = str(meant)
     check_place(place, try_it=speaks() and not getattr(config, "dry_run", False))
 
 

@@ -427,3 +427,14 @@ def test_what_libraries_say_of_themselves_is_not_shown(monkeypatch):
     with warnings.catch_warnings():
         logs.be_quiet()
     assert os.environ["TQDM_DISABLE"] == "0"
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_works_in_the_folder_that_its_output_leads_to(tmp_path, monkeypatch, name):
+    """Of a link, and of `.`: what is made of an output's name, such as the partial folder beside it, is made of that one's."""
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("real")
+    for output, meant in (("link", tmp_path / "real"), (".", tmp_path), ("link/a", "link/a"), ("x", "x")):
+        config = SimpleNamespace(output=output, dry_run=True)
+        launcher._check_place(name, config)
+        assert config.output == str(meant)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from minitron_megatron.checkpoints import folder as folders
-from minitron_megatron.checkpoints import locks
+from minitron_megatron.checkpoints import locks, places
 from minitron_megatron.checkpoints.digests import digest_of_files
 from minitron_megatron.checkpoints.folder import (
     Output,
@@ -222,6 +222,86 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, how: how != os.W_OK)
     with pytest.raises(UserError, match=rf"{tmp_path} is not writable"):
         check_place(tmp_path / "a")
+
+
+PLACES = ["new", "empty", "link", "dangling", "far"]
+NO_PLACES = {
+    "mount": "is a mount point, which a finished folder cannot replace: give a folder in it, as output=.*/my disk/new$",
+    "a link to it": "is a mount point",
+    ".": "is the working directory, which a finished folder cannot replace: give a folder in it, as output=.*/here/new$",
+    "loop": "is a link to itself: choose another output=$",
+    "file": "is a file; choose another output=$",
+}
+
+
+def place(tmp_path: Path, kind: str, monkeypatch) -> Path:
+    """A path of some kind, as it is typed in tmp_path/here."""
+    here, there, mounted = tmp_path / "here", tmp_path / "there", tmp_path / "my disk"
+    for folder in (here, there, mounted):
+        folder.mkdir()
+    monkeypatch.chdir(here)
+    (tmp_path / "mounts").write_text(
+        f"36 35 98:0 / {str(mounted).replace(' ', chr(92) + '040')} rw - ext4 /dev/sda rw\n"
+    )
+    monkeypatch.setattr(places, "MOUNTS", tmp_path / "mounts")
+    match kind:
+        case "empty":
+            (here / "o").mkdir()
+        case "link":
+            (here / "o").symlink_to(there)
+        case "dangling":
+            (here / "o").symlink_to("../later")
+        case "far":
+            (here / "o").symlink_to(there / "a" / "b")
+        case "mount":
+            return mounted
+        case "a link to it":
+            (here / "o").symlink_to(mounted)
+        case ".":
+            return Path(".")
+        case "loop":
+            (here / "o").symlink_to("o")
+        case "file":
+            (here / "f").touch()
+            (here / "o").symlink_to("f")
+    return Path("o")
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_an_output_is_made_in_any_place_that_can_take_it(tmp_path, monkeypatch, kind):
+    """Through links, which stay; and a second start finds it, by the folder's own name too."""
+    path = place(tmp_path, kind, monkeypatch)
+    check_output(path, **asked())
+    with output_folder(path, command="", **asked()) as out:
+        assert partial_folder(path) == out.path and not partial_folder(path).is_symlink()
+        (out.path / "file").write_text("x")
+    assert sorted(one.name for one in path.iterdir()) == ["file", "manifest.yaml"]
+    assert path.is_symlink() == (kind in ("link", "dangling", "far"))
+    assert not [one for one in tmp_path.rglob(".*") if one.name.endswith(".partial")]
+    for again in (path, path.resolve()):
+        with output_folder(again, command="", **asked()) as out:
+            assert out.done and (out.path / "file").is_file()
+
+
+@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("kind", NO_PLACES)
+def test_a_place_that_a_finished_folder_cannot_take_is_refused_before_the_work(tmp_path, monkeypatch, kind, anew):
+    path = place(tmp_path, kind, monkeypatch)
+    if anew and kind in ("mount", "."):
+        (path / "manifest.yaml").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=NO_PLACES[kind]):
+        check_output(path, **asked(anew=anew))
+    with pytest.raises(UserError, match=NO_PLACES[kind]), output_folder(path, command="", **asked(anew=anew)):
+        raise AssertionError("it began")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_may_not_be_renamed_over_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda where, how: Path(where) != tmp_path)
+    (tmp_path / "o").mkdir()
+    with pytest.raises(UserError, match=rf"/o cannot be made: {tmp_path}, where it gets its name, is not writable"):
+        check_output(tmp_path / "o", **asked())
 
 
 # What is written

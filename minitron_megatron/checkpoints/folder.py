@@ -29,6 +29,7 @@ from minitron_megatron.asked import STARTED_IN, Asked
 from minitron_megatron.changing import differences, in_words
 from minitron_megatron.checkpoints.digests import digest_of_files
 from minitron_megatron.checkpoints.locks import unlock
+from minitron_megatron.checkpoints.places import check_replaceable, place_of
 from minitron_megatron.checkpoints.stamps import PREFIX, for_all_nodes, say_others
 from minitron_megatron.checkpoints.unfinished import MARKS, check_unfinished, partial_folder, start_partial
 from minitron_megatron.cli.starting import seconds_of_process, seconds_starting
@@ -84,8 +85,9 @@ def check_output(
     def same(before: Asked) -> bool:
         return before.same_options(asked) and all(before.inputs.get(n) == d for n, d in inputs.items())
 
-    if not _already_there(Path(path), None if anew else same, resume, asked, free):
-        check_unfinished(Path(path), asked, resume)
+    place = place_of(Path(path))
+    if not _already_there(place, None if anew else same, resume, asked, free):
+        check_unfinished(place, asked, resume)
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ def output_folder(
     """Write a folder that appears whole or not at all; every rank enters, rank 0 looks, creates, renames and sweeps.
 
     Args:
-        path: where the folder is to be.
+        path: where the folder is to be; a link is followed.
         command: what makes it, for the manifest.
         config: resolved configuration (plain values).
         inputs: digest of each input, by name.
@@ -244,7 +246,7 @@ def output_folder(
         UserError: `path` exists and was made otherwise, or is unfinished and was begun otherwise, another run is writing it, the
             disk is full, or ranks have read different options or inputs.
     """
-    path = Path(path)
+    path = place_of(Path(path))
     asked = Asked.now(config, inputs, free)
     check_same({**asked.options, **for_all_nodes(inputs)}, "options or inputs")
 
@@ -310,6 +312,8 @@ def check_place(path: Path, *, try_it: bool = False) -> Path:
         pass
     except OSError as error:
         raise UserError(f"output={path} cannot be made ({error.strerror}): choose another output=") from None
+    if os.path.islink(place_of(path)):
+        raise UserError(f"output={path} is a link to itself: choose another output=")
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not existing.is_dir():
         raise UserError(f"output={path} cannot be made: {existing} is a file; choose another output=")
@@ -337,7 +341,12 @@ def _already_there(
     Raises UserError for what is in the way; it names the files that are others now, and the first of the options that is another.
     """
     existing = check_place(path)
-    if existing != path or not any(path.iterdir()):
+    if existing != path:
+        return False
+    empty = not any(path.iterdir())
+    if empty or same is None:
+        check_replaceable(path)
+    if empty:
         return False
     if not (path / MANIFEST).is_file():
         raise UserError(f"output={path} exists and is not one of our folders: choose another output=")

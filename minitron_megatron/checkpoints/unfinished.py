@@ -13,6 +13,7 @@ from pathlib import Path
 from minitron_megatron.asked import Asked
 from minitron_megatron.changing import differences, in_words
 from minitron_megatron.checkpoints.locks import is_locked, lock, unlock
+from minitron_megatron.checkpoints.places import place_of
 from minitron_megatron.checkpoints.stamps import say_others
 from minitron_megatron.errors import UserError
 from minitron_megatron.plain_files import read_json
@@ -27,7 +28,8 @@ MARKS = (_MADE_OF, COMPUTED_IN, STARTS)
 
 def partial_folder(path: Path) -> Path:
     """Where an output is written until it is whole."""
-    return path.parent / f".{path.name}.partial"
+    place = place_of(path)
+    return place.parent / f".{place.name}.partial"
 
 
 def has_work(partial: Path) -> bool:

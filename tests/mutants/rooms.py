@@ -108,6 +108,7 @@ ROOMS = {
         "checkpoints/digests.py": "copies blocks saved trust",
         "checkpoints/copies.py": "copies trust",
         "checkpoints/locks.py": "outputs saved",
+        "checkpoints/places.py": "outputs",
         "checkpoints/unfinished.py": "outputs checkpoints status",
         "checkpoints/zarr_arrays.py": "nemo_folder nemo",
         "checkpoints/gguf.py": "export_checks families",
