@@ -216,8 +216,8 @@ ROOMS = {
         "choosing.py": "choosing one_command",
         "chosen.py": "choosing one_command",
         "demo.py": "demo",
-        "demo_plan.py": "demo",
-        "demo_speed.py": "demo",
+        "demo_plan.py": "demo_plan demo",
+        "demo_speed.py": "demo_plan demo",
     },
     "benchmark": {"benchmark/": "benchmark foresee memory"},
     "slurm": {
