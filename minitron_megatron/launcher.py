@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from minitron_megatron import __version__
 from minitron_megatron.cli.arguments import (
     CONF,
     as_override,
@@ -26,6 +27,7 @@ from minitron_megatron.cli.arguments import (
     words_that_stand_alone,
 )
 from minitron_megatron.cli.commands import COMMANDS, Command
+from minitron_megatron.cli.flags import check_flags
 from minitron_megatron.cli.logs import be_quiet, start_logging
 from minitron_megatron.cli.spelling import called
 from minitron_megatron.config import CommandConfig, check, flat, options
@@ -57,9 +59,14 @@ def command(entry: Command, *, only_check: bool = False) -> None:
 
             show_help(name, config_class)
         return
+    if "--version" in arguments:
+        if speaks():
+            print(__version__)
+        return
     be_quiet()
     # Python puts a script's folder first, where evaluate.py would stand for Hugging Face's package of that name.
     sys.path[:] = [place for place in sys.path if Path(place).resolve() != ROOT / "launch"]
+    check_flags(arguments, name, config_class)
     check_words(arguments, name, config_class)
     words, files = with_preset_files(arguments, name, config_class)
     with naming_files(files):
@@ -85,6 +92,8 @@ def _hydra(entry: Command, words: list[str], only_check: bool, given: frozenset[
     flags = [word for word in words if not is_override(word)]
     try:
         if flags or any(is_for_hydra(word) for word in words):
+            if only_check:
+                return
             _hydras_main(entry, flags, [word for word in words if is_override(word)], given)
             return
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from minitron_megatron import ending, launcher
+from minitron_megatron import __version__, ending, launcher
 from minitron_megatron.cli import help as help_pages
 from minitron_megatron.cli import logs, main, starting
 from minitron_megatron.cli.arguments import (
@@ -25,6 +25,7 @@ from minitron_megatron.cli.arguments import (
     words_that_stand_alone,
 )
 from minitron_megatron.cli.commands import COMMANDS, Command
+from minitron_megatron.cli.flags import check_flags
 from minitron_megatron.config import (
     CompressConfig,
     DistillConfig,
@@ -33,6 +34,7 @@ from minitron_megatron.config import (
     PruneConfig,
     SearchConfig,
     ThroughputConfig,
+    options,
 )
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import ROOT, typed_options
@@ -51,6 +53,81 @@ def test_each_file_of_launch_starts_its_own_command(monkeypatch):
 
 
 # Words
+
+WRONG = {
+    "--model=x": "--model=x: options have no dashes: write model=x",
+    "--model x": "--model: options have no dashes: write model=x",
+    "-model=x": "-model=x: options have no dashes: write model=x",
+    "--dry-run": "--dry-run: options have no dashes: write dry_run=true",
+    "--dry_run output=x": "--dry_run: options have no dashes: write dry_run=true",
+    "--target.hidden-size 8": "--target.hidden-size: options have no dashes: write target.hidden_size=8",
+    "--output": "--output: options have no dashes: write output=…",
+    "-v": "-v is no option of launch/prune.py: options are written name=value, without dashes; --help lists all",
+    "-o x": "-o is no option of launch/prune.py: options are written",
+    "--outputs x": "--outputs is no option of launch/prune.py: did you mean output=x? options are written",
+    "model X": "model is an option: write model=X",
+    "model = X": "model is an option: write model=X",
+    "model =X": "model is an option: write model=X",
+    "model": "model is an option: write model=…",
+    "target width": "target is an option: write target=width",
+    "model= X": "model= X has a blank in it: write model=X",
+    "extra": "extra is no option of launch/prune.py: options are written name=value; --help lists all",
+    "modle X": "modle is no option of launch/prune.py: did you mean model=X? options are written",
+    "a=1 ": "'' is no option of launch/prune.py",
+    "--cfg": "--cfg needs one of job, hydra, all, as in --cfg job",
+    "--cfg jobs": "--cfg needs one of job, hydra, all",
+    "-cp": "-cp needs a word after it",
+    "--nproc-per-node 2": "--nproc-per-node is no option of launch/prune.py: several processes are started as minitron "
+    "--nproc-per-node 2 prune …",
+    "--nproc=2": "--nproc=2 is no option of launch/prune.py: several processes are started as minitron --nproc-per-node 2 prune",
+    "--standalone": "several processes are started as minitron --standalone prune …",
+}
+
+
+@pytest.mark.parametrize("typed", WRONG)
+def test_a_word_that_sets_no_option_is_told_how_it_is_written(monkeypatch, typed):
+    monkeypatch.setattr("minitron_megatron.cli.spelling.TYPED", ["launch/prune.py"])
+    with pytest.raises(UserError) as error:
+        check_flags(typed.split(" "), "prune", PruneConfig)
+    assert WRONG[typed] in str(error.value) and "quotes" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_any_option_with_dashes_or_blanks_is_told_how_it_is_written(name):
+    """And the advice is taken."""
+    kind = COMMANDS[name].config
+    for option in options(kind):
+        for words in ([f"--{option.name}=1"], [f"--{option.name.replace('_', '-')}", "1"], [option.name, "1"]):
+            with pytest.raises(UserError) as error:
+                check_flags(words, name, kind)
+            advised = str(error.value).rpartition("write ")[2]
+            assert advised == f"{option.name}=1"
+            check_flags([advised], name, kind)
+
+
+def test_flags_of_hydra_are_kept():
+    for typed in (
+        "--cfg job", "-c all model=x", "--cfg=job --resolve", "--package optim --cfg job", "-m seed=1,2", "--multirun",
+        "--info", "-i defaults a=1", "--info=plugins", "-h", "--hydra-help", "-cd /x", "-sc install=bash", "a=1 --", "~a",
+    ):  # fmt: skip
+        check_flags(typed.split(), "prune", PruneConfig)
+
+
+def test_the_version_is_this_softwares(minitron, monkeypatch, capsys):
+    minitron("--version")
+    monkeypatch.setattr(sys, "argv", ["launch/prune.py", "--version"])
+    launcher.command(COMMANDS["prune"])
+    assert capsys.readouterr().out == f"{__version__}\n" * 2
+
+
+def test_where_only_the_words_are_checked_hydras_flags_start_nothing(monkeypatch):
+    monkeypatch.setattr(launcher, "_hydras_main", lambda *_: pytest.fail("it runs"))
+    for words in (["-m", "seed=1,2"], ["hydra.job.name=x"]):
+        monkeypatch.setattr(sys, "argv", ["prune", *words])
+        launcher.command(COMMANDS["prune"], only_check=True)
+    monkeypatch.setattr(sys, "argv", ["prune", "-m", "--seed=1,2"])
+    with pytest.raises(UserError, match="options have no dashes"):
+        launcher.command(COMMANDS["prune"], only_check=True)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +156,9 @@ def test_an_option_of_torchrun_needs_its_value():
 @pytest.mark.parametrize(
     ("word", "name"),
     [("prune", "prune"), ("launch/prune.py", "prune"), ("/a/launch/prune.py", "prune"), ("prune.py", "prune"),
-     ("prone", "did you mean prune?"), ("zzzzzz", "there is no command 'zzzzzz': minitron --help")],
+     ("prone", "did you mean prune?"), ("--nproc", "--nproc is no option of minitron: did you mean --nproc-per-node? minitron"),
+     ("--quiet", "--quiet is no option of minitron: minitron --help"),
+     ("zzzzzz", "there is no command 'zzzzzz': minitron --help")],
 )  # fmt: skip
 def test_a_command_is_named_or_the_nearest_is_told(word, name):
     if name == "prune":
@@ -125,14 +204,12 @@ def test_one_process_runs_here_and_several_are_checked_here_first(minitron):
     start = ["--nproc-per-node", "4", "--nnodes", "2", "-m", "minitron_megatron", "prune", "a=1"]
     assert (many.ran, many.checked, many.launched) == ([], [("prune", "8")], start)
     assert sys.argv == ["minitron prune", "a=1"] and "WORLD_SIZE" not in os.environ
-    # What cannot be known before they start, and Hydra's own flags, are not checked here.
-    for start, words in (
-        (["--nproc-per-node", "gpu"], []),
-        (["--nnodes", "1:2"], []),
-        (["--nproc-per-node", "2"], ["-m"]),
-    ):
-        left = minitron(*start, "prune", *words)
-        assert (left.checked, left.launched) == ([], [*start, "-m", "minitron_megatron", "prune", *words])
+    # What cannot be known before they start is not checked here.
+    for start in (["--nproc-per-node", "gpu"], ["--nnodes", "1:2"]):
+        left = minitron(*start, "prune")
+        assert (left.checked, left.launched) == ([], [*start, "-m", "minitron_megatron", "prune"])
+    # Of several configs the words alone are.
+    assert minitron("--nproc-per-node", "2", "prune", "-m").checked == [("prune", "2")]
     assert minitron("--standalone", "prune", "--", "x").checked == [("prune", "1")]
     helped = minitron("--nproc-per-node", "2", "prune", "--help")
     assert (helped.ran, helped.launched) == ([("prune", None)], None)

@@ -23,25 +23,8 @@ from typing import NoReturn
 
 from minitron_megatron import ending
 from minitron_megatron.claims import several
+from minitron_megatron.cli.start_words import OF_TORCHRUN, nearest_start
 
-# torchrun's options that may follow the command's name, with how many words each takes.
-_OF_TORCHRUN = {
-    "--nproc-per-node": 1,
-    "--nnodes": 1,
-    "--node-rank": 1,
-    "--rdzv-backend": 1,
-    "--rdzv-endpoint": 1,
-    "--rdzv-id": 1,
-    "--rdzv-conf": 1,
-    "--master-addr": 1,
-    "--master-port": 1,
-    "--local-addr": 1,
-    "--max-restarts": 1,
-    "--log-dir": 1,
-    "--tee": 1,
-    "--redirects": 1,
-    "--standalone": 0,
-}
 # Those that are numbers: how they look, and in words.
 _COUNT = "[1-9][0-9]*"
 _NUMBERS = {
@@ -75,9 +58,14 @@ def main() -> None:
         if not words or words[0] in ("--help", "-h"):
             show_commands()
             return
+        if words[0] == "--version":
+            from minitron_megatron import __version__
+
+            print(__version__)
+            return
         name = find(words[0])
         _as_if_typed(name, words[1:])
-        if not start or {"--help", "-h"} & set(words):
+        if not start or {"--help", "-h", "--version"} & set(words):
             run(name)
             return
         if "RANK" in os.environ:
@@ -155,7 +143,7 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
                 continue
             return start, [*rest, word, *left]
         option, has_value, _ = word.partition("=")
-        takes = _OF_TORCHRUN.get(option.replace("_", "-"))
+        takes = OF_TORCHRUN.get(option.replace("_", "-"))
         if takes is None:
             rest.append(word)
             continue
@@ -187,7 +175,7 @@ def _values(start: list[str]) -> dict[str, str]:
     while left:
         option, has_value, value = left.pop(0).partition("=")
         option = option.replace("_", "-")
-        values[option] = value if has_value or not _OF_TORCHRUN[option] else left.pop(0)
+        values[option] = value if has_value or not OF_TORCHRUN[option] else left.pop(0)
     return values
 
 
@@ -204,6 +192,11 @@ def find(word: str) -> str:
 
     name = word.rpartition("launch/")[2].removesuffix(".py")
     if name not in COMMANDS:
+        if word.startswith("-"):
+            meant = nearest_start(word)
+            raise UserError(
+                f"{word} is no option of minitron: {f'did you mean {meant}? ' if meant else ''}minitron --help lists all"
+            )
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"there is no command {word!r}: {hint}minitron --help lists all")
@@ -239,8 +232,6 @@ def _check_here(name: str, start: list[str], words: list[str]) -> None:
     processes, nodes = given.get("--nproc-per-node", "1"), given.get("--nnodes", "1")
     if not processes.isdecimal() or not nodes.isdecimal():
         return
-    if any(word.startswith("-") and word != "--" for word in words):
-        return  # Hydra's own flags
     os.environ["WORLD_SIZE"] = str(int(processes) * int(nodes))
     try:
         run(name, only_check=True)

@@ -17,6 +17,7 @@ ROOMS = {
         "": "mistakes light",
         "cli/": "command_line mistakes next light commands",
         "cli/arguments.py": "command_line arguments preset_files mistakes submit",
+        "cli/flags.py": "command_line",
         "cli/next_command.py": "next",
         "cli/spelling.py": "spelling next status",
         "config.py": "config automatic lengths mistakes preset_files train distill",
