@@ -1,13 +1,23 @@
 """What a cache of teacher answers is of: sizes to the byte, numbers that can be, and which distillation it is one for."""
 
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from minitron_megatron.checkpoints.folder import output_folder
-from minitron_megatron.config import CacheDataConfig, CacheOptions, CacheRunConfig, CacheTeacherConfig, HardwareConfig
+from minitron_megatron.config import (
+    CacheDataConfig,
+    CacheOptions,
+    CacheRunConfig,
+    CacheTeacherConfig,
+    DistillOptions,
+    HardwareConfig,
+    ModelConfig,
+)
+from minitron_megatron.data.folder import DocumentMasks
 from minitron_megatron.distill import cache_checks, cache_teacher, contents
 from minitron_megatron.distill.cache import Cache, check_chunk, write_chunk
 from minitron_megatron.distill.choices import Divergence
@@ -17,6 +27,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import flops_per_token
 from minitron_megatron.models.shape import LARGEST
 from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.train import distill
 from tests.test_bounds import SMALL_SHAPE, refused
 from tests.test_cache import SMALL, random_answers, small_cache
 
@@ -287,3 +298,58 @@ def test_what_an_earlier_run_has_left_is_known_to_every_rank(gloo, tmp_path, ran
     wanted = {chunk: check_chunk(tmp_path, SMALL, chunk) for chunk in (chunks[1], chunks[3])}
     for found in gloo(ranks, cache_teacher._done, tmp_path, SMALL, Layout(world_size=ranks)):
         assert found == wanted
+
+
+def test_a_cache_is_checked_before_its_teacher_is_loaded(monkeypatch):
+    """Output and disk too, with what it is going to hold."""
+    did = []
+    folder, data = SimpleNamespace(digest="m"), SimpleNamespace(digest="d")
+    monkeypatch.setattr(cache_checks, "open_model_folder", lambda path: folder)
+    monkeypatch.setattr(cache_checks, "plan_cache", lambda *given: did.append(("plan", *given)) or (data, SMALL))
+    monkeypatch.setattr(cache_checks, "check_command_output", lambda *given: did.append(("output", *given)))
+    monkeypatch.setattr(cache_checks, "check_room", lambda *given: did.append(("room", *given)))
+    cfg = config(teacher=ModelConfig(path="t"))
+    found = cache_checks.check_cache_teacher(cfg)
+    inputs = {"model": "m", "data": "d"}
+    assert did == [("plan", cfg, folder, Layout()), ("output", cfg, inputs), ("room", Path("o"), SMALL.total_bytes)]
+    assert (found.layout, found.folder, found.data, found.inputs, found.contents) == (
+        Layout(),
+        folder,
+        data,
+        inputs,
+        SMALL,
+    )
+
+
+@pytest.mark.parametrize("validation", [0, 5])
+def test_data_of_a_cache_are_opened_as_its_distillation_opens_them(monkeypatch, validation):
+    did = []
+    folder = SimpleNamespace(digest="m", shape=SMALL_SHAPE, path="t")
+    for name in ("check_teacher", "check_same_tokenizer", "check_enough"):
+        monkeypatch.setattr(cache_checks, name, lambda *given, name=name: did.append((name, *given)))
+    data = SimpleNamespace(digest="d")
+    monkeypatch.setattr(cache_checks, "open_data", lambda path, split, *more: did.append((split, *more)) or data)
+    monkeypatch.setattr(cache_checks, "WindowPlan", lambda *given: did.append(given) or range(3))
+    cfg = config()
+    cfg.trainer.validation_samples, cfg.data.reset_attention_mask = validation, True
+    found, contents = cache_checks.plan_cache(cfg, folder, Layout())
+    assert found is data and (contents.validation, contents.train) == (3 if validation else 0, 12)
+    masks = DocumentMasks(reset_attention=True)
+    wanted = [
+        ("check_teacher", cfg, folder, Layout()), ("train", SMALL_SHAPE, 8, masks),
+        ("check_same_tokenizer", data, {"teacher": "t"}), ("check_enough", data, 12 * 8, cfg.data.max_epochs),
+    ]  # fmt: skip
+    assert did == [*wanted, *([("validation", SMALL_SHAPE, 8), (data, "validation", 8)] if validation else [])]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_copies_of_a_cache_are_compared_and_where_asked_for_all_its_bytes(monkeypatch, verify):
+    did = []
+    monkeypatch.setattr(distill, "check_copies", lambda *paths: did.append(paths))
+    monkeypatch.setattr(Cache, "verify", lambda self: did.append(self.digest))
+    cfg = SimpleNamespace(verify=verify, distill=DistillOptions(loss="topk_kl", top_k=4))
+    cache, folders = contents.CacheFolder(Path("c"), SMALL, "digest"), {"student": SimpleNamespace(shape=SMALL_SHAPE)}
+    found = distill.distillation(cfg, cache, folders, Layout())
+    assert did == [(Path("c"),), *(["digest"] if verify else [])]
+    assert (found.teacher.cache.path, found.teacher.cache.contents) == (Path("c"), SMALL)
+    assert found.vocab_size == SMALL_SHAPE.vocab_size and found.intermediate is None

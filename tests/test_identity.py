@@ -46,6 +46,7 @@ def test_a_run_has_one_id_from_its_beginning(tmp_path):
     [
         ({"seed": 7, "optim__lr": 0.1}, r"with seed=7, not 1234, optim\.lr=0\.1, not 0\.01"),
         ({"trainer__steps": 400}, r"with trainer\.steps=400, not 8"),
+        ({"trainer__steps": 9, "optim__lr": 0.1, "seed": 7}, r"with seed=7, not 1234, optim\.lr=0\.1, not 0\.01"),
         ({}, "with the same options"),
     ],
 )

@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -143,7 +144,7 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_asks_for_a_stop_and_a_second_interrupt_ends_at_once(handlers, number):
+def test_a_signal_asks_for_a_stop_and_a_second_interrupt_ends_at_once(handlers, monkeypatch, number):
     """Handlers come back where nobody asked, and stay where somebody did."""
     asked = []
     signal.signal(signal.SIGINT, lambda *given: asked.append(given[0]))
@@ -151,6 +152,8 @@ def test_a_signal_asks_for_a_stop_and_a_second_interrupt_ends_at_once(handlers, 
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if number == signal.SIGUSR1:
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    said = []
+    monkeypatch.setattr(loop, "say_from_rank_zero", said.append)
     trainer = SimpleNamespace(stop_asked=False, interrupted=False)
     with loop.stop_on_signal(trainer):
         assert signal.getsignal(signal.SIGINT) is not mine
@@ -160,6 +163,8 @@ def test_a_signal_asks_for_a_stop_and_a_second_interrupt_ends_at_once(handlers, 
     with loop.stop_on_signal(trainer):
         os.kill(os.getpid(), number)
         assert trainer.stop_asked and trainer.interrupted == (number == signal.SIGINT) and asked == []
+        words = "Ctrl-C: this step is finished and saved first; a second Ctrl-C ends at once"
+        assert said == ([words] if number == signal.SIGINT else [])
         os.kill(os.getpid(), number)
         assert asked == ([signal.SIGINT] if number == signal.SIGINT else [])
     assert signal.getsignal(signal.SIGINT) is not mine
@@ -177,6 +182,73 @@ def test_layers_are_captured_once_before_the_first_pass(monkeypatch):
     this.to_capture = False
     loop.Trainer._capture_once(this, 3)
     assert len(calls) == 1
+
+
+def test_gradients_are_dropped_from_buffers_and_optimizer():
+    did = []
+    chunks = [SimpleNamespace(zero_grad_buffer=lambda n=n: did.append(n)) for n in range(2)]
+    held = SimpleNamespace(zero_grad=lambda: did.append("optimizer"))
+    loop.Trainer._drop_gradients(SimpleNamespace(chunks=chunks, optimizer=held))
+    assert did == [0, 1, "optimizer"]
+
+
+def test_a_step_has_its_samples_on_its_device(monkeypatch):
+    monkeypatch.setattr(loop, "on_device", lambda batch: ("on device", batch))
+    this = SimpleNamespace(cfg=config(global_batch_size=8), micro_batches=lambda samples, numbers: [samples, numbers])
+    assert loop.Trainer.batches_of_step(this, 3, "s") == [("on device", "s"), ("on device", range(24, 32))]
+
+
+@pytest.mark.parametrize(("fp8", "scales"), [("delayed", True), ("none", False), ("tensorwise", False)])
+def test_a_trainer_begins_without_having_been_asked_for_anything(monkeypatch, fp8, scales):
+    monkeypatch.setattr(loop, "ScalesBefore", lambda chunks: ("scales", chunks))
+    for graphs in (True, False, "auto"):
+        made = loop.Trainer(["c"], "o", "objective", Layout(), config(fp8=fp8, cuda_graphs=graphs))
+        assert made.scales == (("scales", ["c"]) if scales else None) and made.to_capture is (graphs is True)
+        assert (made.stop_asked, made.interrupted, made.any_interrupted) == (False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("at_once", "parts"),
+    [(2, [[0, 1], [2, 3], [4]]), (None, [[0, 1, 2, 3, 4]]), (9, [[0, 1, 2, 3, 4]]), (5, [[0, 1, 2, 3, 4]])],
+)
+@pytest.mark.parametrize("last_stage", [True, False])
+def test_a_step_runs_in_rounds_whose_sums_are_divided_once(monkeypatch, at_once, parts, last_stage):
+    """By the tokens of all ranks; a stage without a loss has zeros. What a rank was asked for is told with the sums."""
+    did = []
+
+    class Rounds:
+        def __init__(self, chunks):
+            did.append(chunks)
+
+        def running(self, *, last):
+            did.append(last)
+            return nullcontext()
+
+    def summed(sums, more):
+        did.append((sums, more))
+        return [30.0, 60.0, 10.0, *more[:1], 1.0, *more[2:]]
+
+    objective = SimpleNamespace(
+        names=lambda measure: ("loss", "measured") if measure else (), at_once=at_once, sums_of_stages=lambda: [40.0],
+        prepare=lambda part: did.append(("prepare", part)), finish=lambda means, stages: {**means, "stages": stages},
+    )  # fmt: skip
+    this = object.__new__(loop.Trainer)
+    vars(this).update(
+        objective=objective, chunks="chunks", stop_asked=False, interrupted=True,
+        _capture_once=lambda count: did.append(("capture", count)),
+        _run_schedule=lambda part, names, measure: [torch.tensor([1.0, 2.0, 3.0]) * one for one in part if last_stage],
+    )  # fmt: skip
+    monkeypatch.setattr(loop, "Rounds", Rounds)
+    monkeypatch.setattr(loop.collectives, "sum_from_last_stage", summed)
+    means, tokens, stop = this.forward_backward(list(range(5)), measure=True)
+    assert (means, tokens, stop) == (
+        {"loss": 3.0, "measured": 6.0, "stages": [4.0]},
+        10,
+        False,
+    ) and this.any_interrupted
+    rounds = [one for n, part in enumerate(parts, 1) for one in (("prepare", part), n == len(parts))]
+    sums = [10.0, 20.0, 30.0] if last_stage else [0.0] * 3
+    assert did == [("capture", len(parts[0])), "chunks", *rounds, (sums, [0.0, 1.0, 40.0])]
 
 
 @pytest.mark.parametrize("taken", [True, False])
