@@ -1,14 +1,16 @@
 """Samples and micro-batches number by number: who has which, what a cache knows of them, and what a folder must be."""
 
 import hashlib
+import os
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from minitron_megatron.data import datasets, folder
+from minitron_megatron.data import datasets, folder, sample_index
 from minitron_megatron.data.datasets import MicroBatches, document_numbers, token_checksum
 from minitron_megatron.data.folder import Data, DataFolder, DocumentMasks, check_enough, data_digest, open_data
 from minitron_megatron.data.windows import taken
@@ -239,3 +241,50 @@ def test_a_split_is_what_its_manifest_says(tmp_path, monkeypatch):
         vars(there).update({"tokens": 9, "dtype": np.dtype(np.uint16), **other})
         with pytest.raises(UserError, match="the train split is not what its manifest says"):
             opened()
+
+
+# Indices
+
+
+def test_an_index_is_built_once_and_waited_for_on_every_rank(tmp_path, monkeypatch):
+    """Whole, with the digests of its files, in a folder that may not be there yet."""
+    waited, built = [], []
+    monkeypatch.setattr(sample_index, "wait_until_seen", lambda *paths: waited.append(paths))
+
+    def build(folder):
+        folder.mkdir()
+        built.append(folder)
+        for name in ("b.npy", "a.npy"):
+            (folder / name).write_text(name)
+
+    cache = tmp_path / "cache" / "train-1"
+    files = [cache / name for name in ("a.npy", "b.npy", sample_index.DIGESTS)]
+    for _ in range(2):
+        assert sample_index.keep_index(cache, build) == files
+    assert waited == [tuple(files)] * 2 and len(built) == 1 and list(cache.parent.iterdir()) == [cache]
+    assert sample_index.what_is_odd(cache) is None
+    for change, says in (
+        (lambda: (cache / "c.npy").touch(), "c.npy is missing, or was added"),
+        (lambda: (cache / "a.npy").unlink(), "a.npy is missing, or was added"),
+        (lambda: (cache / "b.npy").write_text("c.npy"), "b.npy has other bytes"),
+        (lambda: (cache / sample_index.DIGESTS).write_text("[]"), "digests.json: AttributeError"),
+    ):
+        change()
+        assert sample_index.what_is_odd(cache) == says
+        assert sample_index.keep_index(cache, build) == files and sample_index.what_is_odd(cache) is None
+    assert len(built) == 5
+
+
+def test_an_index_that_another_job_has_made_meanwhile_is_taken(tmp_path, monkeypatch):
+    cache, rename = tmp_path / "cache" / "train-1", os.rename
+
+    def later(source, target):
+        if target == cache:
+            cache.mkdir()
+            (cache / "theirs").touch()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", later)
+    assert sample_index.keep_index(cache, Path.mkdir) == [cache / "theirs"]
+    with pytest.raises(UserError, match=r"^data\.path=\S+: the sample index cannot be written to \S+theirs \("):
+        sample_index.keep_index(cache / "theirs" / "x", Path.mkdir)

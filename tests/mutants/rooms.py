@@ -126,7 +126,7 @@ ROOMS = {
         "data/folder.py": "samples blend data encoding",
         "data/questions.py": "questions layers evaluate",
         "data/same_tokenizer.py": "questions inputs tokenizers",
-        "data/sample_index.py": "trust data",
+        "data/sample_index.py": "samples trust data",
         "data/token_ids.py": "token_ids",
         "data/vocabulary.py": "token_ids merging tokenizers",
     },
