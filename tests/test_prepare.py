@@ -21,7 +21,7 @@ from minitron_megatron.data.prepare import (
     _with_validation,
     split_of,
 )
-from minitron_megatron.data.text import _kind, documents, find_files
+from minitron_megatron.data.text import PACKED, ROWS, _kind, documents, find_files
 from minitron_megatron.data.tokenizer import check_vocabulary, vocabulary_size
 from minitron_megatron.errors import UserError
 from tests.test_bounds import refused
@@ -63,6 +63,33 @@ def test_many_other_kinds_are_counted_and_the_most_frequent_named(tmp_path, capl
     (tmp_path / ".b").touch()
     with pytest.raises(UserError, match=r"has no file that ends in .* but 8 of other kinds \(.*\) and 1 hidden$"):
         find_files(str(tmp_path))
+
+
+MADE = {
+    "whole": {"manifest.yaml": "command: prune\nfingerprint: x\nfiles: {}\n", "README.md": "a card"},
+    "a chain": {"starts.jsonl": '{"command": "compress"}\n', "report/report.md": "a report"},
+    "a run": {"run/starts.jsonl": '{"command": "distill"}\n', "run/metrics.jsonl": "{}"},
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("spelt", ["{0}", "{0}/*", "{0}/**/*.txt {0}/**/*.jsonl {0}/**/*.md", "."])
+def test_what_commands_have_made_is_no_text(tmp_path, monkeypatch, caplog, kind, spelt):
+    """A command that is started again reads the same text, wherever in it its output is; given by its own name it is text."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "c.md", "deep/b.txt", "deep/manifest.yaml", "other/starts.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("some words")
+    given = spelt.format(tmp_path).split()
+    before = find_files(given)
+    for name, text in MADE[kind].items():
+        (tmp_path / "deep" / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "deep" / "out" / name).write_text(text)
+    assert find_files(given) == before
+    assert "what commands of this software have made (" in caplog.text and "/out" in caplog.text
+    assert {file.name for file in before} == {"a.txt", "b.txt", "c.md", "starts.jsonl"}
+    inside = tmp_path / "deep" / "out" / ("run" if kind == "a run" else "")
+    assert find_files(str(inside))
 
 
 def test_the_line_that_is_not_utf8_is_named_wherever_it_is(tmp_path):
@@ -411,3 +438,7 @@ def test_a_dataset_without_tokens_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"^train=\S+ has no tokens$"):
         adopt._open(str(split(tmp_path)), "train")
     assert adopt._open(str(split(tmp_path, [1])), "train").tokens == 1
+
+
+def test_every_compression_is_foreseen_by_its_share():
+    assert set(estimate._UNPACKED) == {*PACKED, *ROWS}

@@ -67,8 +67,8 @@ def _refuse(word: str, left: list[str], name: str, config_class: type[CommandCon
     if not has_value:
         value = _value_after(left) or ("true" if kinds.get(key) == "bool" else "…")
     if key in kinds or key.partition(".")[0] in free_options(config_class):
-        how = "options have no dashes" if dashes else f"{key} is an option"
-        raise UserError(f"{word}: {how}: write {key}={value}")
+        how = f"{word}: options have no dashes" if dashes else f"{key} is an option"
+        raise UserError(f"{how}: write {key}={value}")
     if word.startswith("--") and (start := nearest_start(word)):
         says = f"{start} 2 {name}" if OF_TORCHRUN[start] else f"{start} {name}"
         raise UserError(f"{word} is no option of {called(name)}: several processes are started as minitron {says} …")

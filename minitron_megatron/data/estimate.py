@@ -13,7 +13,7 @@ from minitron_megatron.data.text import PLAIN, documents
 # Characters of each file that are tokenised, and how many files are looked at.
 _CHARACTERS, _FILES = 1_000_000, 16
 # Text in a byte of a compressed file, as in web text.
-_UNPACKED = {".gz": 3.0, ".xz": 4.0, ".zst": 3.0, ".parquet": 2.0}
+_UNPACKED = {".gz": 3.0, ".bz2": 4.0, ".xz": 4.0, ".zst": 3.0, ".parquet": 2.0}
 
 
 def estimate_tokens(files: Sequence[Path], key: str, encoder: Encoder) -> tuple[int, bool]:
@@ -25,7 +25,7 @@ def estimate_tokens(files: Sequence[Path], key: str, encoder: Encoder) -> tuple[
         characters = 0
         for text in documents(file, key):
             tokens += len(encoder(text[:_CHARACTERS]))
-            written = text if file.name.endswith(PLAIN) else json.dumps({key: text}, ensure_ascii=False)
+            written = text if file.name.lower().endswith(PLAIN) else json.dumps({key: text}, ensure_ascii=False)
             size_seen += len(written[:_CHARACTERS].encode())
             characters += len(text)
             if characters > _CHARACTERS:
@@ -33,5 +33,5 @@ def estimate_tokens(files: Sequence[Path], key: str, encoder: Encoder) -> tuple[
                 break
     if whole and len(looked_at) == len(files):
         return tokens, True
-    total = sum(file.stat().st_size * _UNPACKED.get(file.suffix, 1.0) for file in files)
+    total = sum(file.stat().st_size * _UNPACKED.get(file.suffix.lower(), 1.0) for file in files)
     return round(tokens * max(1.0, total / max(1.0, size_seen))), False

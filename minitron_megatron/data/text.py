@@ -5,6 +5,7 @@ order; every complaint names the file and the line or row.
 """
 
 import bz2
+import contextlib
 import glob
 import gzip
 import io
@@ -16,8 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from minitron_megatron.checkpoints.folder import MANIFEST, load_yaml
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.plain_files import parse_json
+from minitron_megatron.starts import read_starts
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +75,8 @@ def _kind(name: str) -> str | None:
 
 def _text_files(folder: Path) -> list[Path]:
     """Text files below a folder, sorted; what else is there is counted in one line. Raises UserError where there are none."""
-    found, others, hidden = [], Counter[str](), 0
-    for file in sorted(_below(folder)):
+    found, others, hidden, outputs = [], Counter[str](), 0, list[Path]()
+    for file in sorted(_below(folder, outputs)):
         if file.name.startswith("."):
             hidden += 1
         elif _kind(file.name) is None:
@@ -84,6 +87,7 @@ def _text_files(folder: Path) -> list[Path]:
             found.append(file)
     kinds = ", ".join(f"{kind} {count}" for kind, count in others.most_common(5)) + ", …" * (len(others) > 5)
     left = [f"{others.total()} of other kinds ({kinds})"] * bool(others) + [f"{hidden} hidden"] * bool(hidden)
+    left += [_told(outputs)] * bool(outputs)
     if not found:
         there = f" but {' and '.join(left)}" if left else ""
         raise UserError(f"input={folder} has no file that ends in {_READ}{there}")
@@ -92,8 +96,12 @@ def _text_files(folder: Path) -> list[Path]:
     return found
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, through links too, and every hidden folder itself. Raises UserError for what cannot be read."""
+def _below(folder: Path, outputs: list[Path]) -> Iterator[Path]:
+    """Every file below a folder, through links too, and every hidden folder itself. Raises UserError for what cannot be read.
+
+    Outputs of this software are not looked into, and added to `outputs`: their pages and logs are no text to train on, and were
+    not there when a command began that is started again.
+    """
 
     def refuse(error: OSError) -> None:
         raise UserError(f"input={folder}: {error.filename} cannot be read ({error.strerror})")
@@ -102,6 +110,10 @@ def _below(folder: Path) -> Iterator[Path]:
     way = {str(folder): frozenset((os.path.realpath(folder),))}
     for where, inside, names in os.walk(folder, followlinks=True, onerror=refuse):
         here = way.pop(where)
+        if where != str(folder) and _is_output(Path(where)):
+            inside.clear()
+            outputs.append(Path(where))
+            continue
         for name in list(inside):
             below = os.path.join(where, name)
             place = os.path.realpath(below)
@@ -115,14 +127,36 @@ def _below(folder: Path) -> Iterator[Path]:
         yield from (Path(where) / name for name in names)
 
 
+def _told(outputs: Sequence[Path]) -> str:
+    named = ", ".join(map(str, outputs[:3])) + ", …" * (len(outputs) > 3)
+    return f"what commands of this software have made ({named})"
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether a folder is an output of this software, finished or not; other folders may have files of such names too."""
+    if read_starts(folder):
+        return True
+    if not (folder / MANIFEST).is_file():
+        return False
+    with contextlib.suppress(UserError):
+        return {"fingerprint", "command", "files"} <= set(load_yaml(folder / MANIFEST))
+    return False
+
+
 def _matched(name: str) -> list[Path]:
     """The path of a name, or all that a pattern such as `texts/*.jsonl` or `**/*.parquet` matches, sorted."""
     path = Path(os.path.expanduser(name))
     if path.exists() or not _PATTERN & set(name):
         return [path]
+    first = next(part for part in (*reversed(path.parents), path) if _PATTERN & set(str(part)))
     found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+    # As below a folder: only the folders that the pattern itself names may be outputs.
+    below = {one: [place for place in (one, *one.parents) if first.parent in place.parents] for one in found}
+    outputs = sorted(filter(_is_output, set[Path]().union(*below.values())))
+    found = [one for one in found if not set(below[one]) & set(outputs)]
+    if found and outputs:
+        log.warning("input=%s: %d matches taken, left out: %s", name, len(found), _told(outputs))
     if not found:
-        first = next(part for part in (*reversed(path.parents), path) if _PATTERN & set(str(part)))
         raise UserError(f"input={name} matches no file: look at what is in {first.parent}")
     return found
 
