@@ -1,6 +1,8 @@
 """A run that begins with another's checkpoint: what is advised, what stays comparable, and that it is not its own."""
 
 import logging
+import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +13,11 @@ import yaml
 
 from minitron_megatron.checkpoints.folder import DIVERGED
 from minitron_megatron.config import OptimConfig
+from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train import begin, checkpoint, identity, run, saved
 from minitron_megatron.train.begin import Beginning, advice_after_divergence
+from minitron_megatron.train.checks import check_run_folder
 from tests.test_bounds import SMALL_SHAPE, refused
 from tests.test_run_checks import config
 
@@ -154,13 +158,68 @@ def test_a_run_folder_says_what_the_run_is_before_a_step_is_taken(tmp_path, agai
     """Started again it is the same run, and no longer one that has diverged."""
     cfg = replace(config(), output=str(tmp_path))
     if again:
-        run._write_beginning(cfg, tmp_path, None)
+        begin.write_beginning(cfg, tmp_path, None)
         (tmp_path / DIVERGED).write_text("it did")
-    own = run._write_beginning(cfg, tmp_path, Beginning("c", 3, "weights", "s") if not again else None)
+    own = begin.write_beginning(cfg, tmp_path, Beginning("c", 3, "weights", "s") if not again else None)
     assert own == identity.identify(tmp_path) and (tmp_path / "checkpoints").is_dir()
     assert not (tmp_path / DIVERGED).exists() and (tmp_path / begin.FILE).is_file() is not again
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert written["trainer"]["steps"] == 4 and written["started_in"] == str(Path.cwd())
+
+
+@pytest.mark.parametrize("moment", range(10))
+def test_a_run_that_is_killed_while_it_begins_is_begun_again(tmp_path, monkeypatch, moment):
+    """Between any two of the files and folders that it makes, half-written ones among them."""
+    cfg, first = replace(config(), output=str(tmp_path / "run")), Beginning("c", 3, "weights", "s")
+    (tmp_path / "run" / ".model.partial").mkdir(parents=True)
+    done = []
+
+    def until(what):
+        def either(*given, **how):
+            if len(done) == moment:
+                raise KeyboardInterrupt
+            done.append(what)
+            return what(*given, **how)
+
+        return either
+
+    with monkeypatch.context() as killed:
+        # A kill leaves what an exception would sweep.
+        killed.setattr(Path, "unlink", lambda *_, **__: None)
+        for name in ("mkdir", "replace"):
+            killed.setattr(Path, name, until(getattr(Path, name)))
+        killed.setattr(os, "fsync", until(os.fsync))
+        with suppress(KeyboardInterrupt):
+            begin.write_beginning(cfg, tmp_path / "run", first)
+    assert len(done) == min(moment, 7), "as many moments as there are"
+    before = check_run_folder(tmp_path / "run", cfg)
+    assert before == {} or before["trainer.steps"] == 4
+    assert begin.write_beginning(cfg, tmp_path / "run", first) == identity.identify(tmp_path / "run")
+    (tmp_path / "run" / "notes").touch()
+    assert check_run_folder(tmp_path / "run", cfg)["trainer.steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [
+        (["checkpoints/"], True), (["checkpoints/", "run.json"], True), ([".config.yaml.ab12.partial", "run.json"], True),
+        (["checkpoints/step_00000001/", "run.json"], False), (["checkpoints"], False), (["run.json", "notes"], False),
+        ([".git/"], False),
+    ],
+)  # fmt: skip
+def test_a_folder_of_nothing_but_beginnings_is_begun_again(tmp_path, names, taken):
+    for name in names:
+        if name.endswith("/"):
+            (tmp_path / "run" / name).mkdir(parents=True)
+        else:
+            (tmp_path / "run").mkdir(exist_ok=True)
+            (tmp_path / "run" / name).touch()
+    cfg = replace(config(), output=str(tmp_path / "run"))
+    if taken:
+        assert check_run_folder(tmp_path / "run", cfg) == {}
+    else:
+        with pytest.raises(UserError, match=r"exists and is not a run folder: choose another output=$"):
+            check_run_folder(tmp_path / "run", cfg)
 
 
 class Stop(Exception):

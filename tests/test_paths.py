@@ -16,8 +16,8 @@ from minitron_megatron.checkpoints.unfinished import partial_folder
 from minitron_megatron.config import DistillConfig, PrepareDataConfig, SubmitConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import resolved_config
+from minitron_megatron.train.begin import write_beginning
 from minitron_megatron.train.checks import check_run_folder
-from minitron_megatron.train.run import _write_beginning
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_a_run_goes_on_by_every_spelling(here, monkeypatch):
         return cfg
 
     (here / "run").mkdir()
-    _write_beginning(config("t", "d"), here / "run", None)
+    write_beginning(config("t", "d"), here / "run", None)
     for folder, word in spellings(here, "t"):
         monkeypatch.chdir(folder)
         assert check_run_folder(here / "run", config(word, f"{here}/d"))["teacher.path"] == word

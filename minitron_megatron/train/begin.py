@@ -11,13 +11,17 @@ own, the other folder is not read any more. Nothing here needs torch.
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from minitron_megatron.asked import STARTED_IN
 from minitron_megatron.changing import as_stored, decided_by, decisive, free_options, in_words
-from minitron_megatron.checkpoints.folder import load_json
+from minitron_megatron.checkpoints.folder import DIVERGED, load_json
 from minitron_megatron.checkpoints.index import Stored, stored_shapes, stored_tensors
 from minitron_megatron.checkpoints.stamps import stamp_of_folder
 from minitron_megatron.config import TrainingConfig, number_of_steps
@@ -28,6 +32,7 @@ from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.plain_files import write_whole
 from minitron_megatron.train import saved
+from minitron_megatron.train.identity import identify
 
 log = logging.getLogger(__name__)
 FILE, OPTION = "started_from.json", "trainer.start_from"
@@ -102,6 +107,17 @@ def check_beginning(cfg: TrainingConfig, run: Path, shape: ModelShape, layout: L
         _check_goes_on(cfg, found, stored)
         saved.check_readable(saved.whole(path), layout)
     return found
+
+
+def write_beginning(cfg: TrainingConfig, run: Path, beginning: Beginning | None) -> str:
+    """Have in the run folder what the run is, and what it began with; gives the run's id."""
+    # First: by it a run that is killed in between is known, and begun again.
+    write_whole(run / "config.yaml", yaml.safe_dump({STARTED_IN: os.getcwd(), **resolved_config(cfg)}, sort_keys=False))
+    (run / "checkpoints").mkdir(exist_ok=True)
+    (run / DIVERGED).unlink(missing_ok=True)
+    if beginning:
+        beginning.write(run)
+    return identify(run)
 
 
 def find_checkpoint(asked: Path) -> Path:

@@ -317,13 +317,19 @@ def what_is_trained(cfg: TrainingConfig) -> dict[str, Any]:
     return decisive(resolved_config(cfg), free_options(type(cfg)))
 
 
+def _is_beginning(path: Path) -> bool:
+    """Whether a run killed in its first moments, before its config.yaml was there, may have left this, and nothing else."""
+    if path.name == "checkpoints":
+        return path.is_dir() and not any(path.iterdir())
+    return path.name == identity.FILE or (path.name.startswith(".") and path.name.endswith(".partial"))
+
+
 def check_run_folder(run: Path, cfg: TrainingConfig) -> dict[str, Any]:
     """The options that the run in the output folder has had so far, by their dotted names; none where there is no run.
 
     Raises UserError when it is another run, or something else.
     """
-    # A run killed in its first moments leaves this alone.
-    if not run.exists() or {path.name for path in run.iterdir()} <= {".model.partial"}:
+    if not run.exists() or all(map(_is_beginning, run.iterdir())):
         return {}
     if not (run / "config.yaml").is_file():
         raise UserError(f"output={run} exists and is not a run folder: choose another output=")

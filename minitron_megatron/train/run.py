@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 
 from minitron_megatron.asked import STARTED_IN
 from minitron_megatron.automatic import (
@@ -86,7 +85,7 @@ from minitron_megatron.parallel.precision import asks_machine, keep, of_bfloat16
 from minitron_megatron.plain_files import write_whole
 from minitron_megatron.starts import record_start
 from minitron_megatron.train import checkpoint, saved
-from minitron_megatron.train.begin import EVERYTHING, Beginning, advice_after_divergence
+from minitron_megatron.train.begin import EVERYTHING, advice_after_divergence, write_beginning
 from minitron_megatron.train.begin import WEIGHTS as WEIGHTS_ALONE
 from minitron_megatron.train.checks import (
     Checked,
@@ -97,7 +96,6 @@ from minitron_megatron.train.checks import (
     what_is_trained,
 )
 from minitron_megatron.train.foresee import forecast, foresee
-from minitron_megatron.train.identity import identify
 from minitron_megatron.train.loop import Trainer, stop_on_signal
 from minitron_megatron.train.metrics import Metrics, StepMetrics
 from minitron_megatron.train.optimizer import (
@@ -231,7 +229,7 @@ def decide(
 
 def _begin(cfg: TrainingConfig, checked: Checked, run: Path) -> saved.OfRun:
     """Have in the run folder what the run is; gives what its checkpoints say of it. Every rank calls it."""
-    own = ask_rank_zero(lambda: _write_beginning(cfg, run, checked.beginning))
+    own = ask_rank_zero(lambda: write_beginning(cfg, run, checked.beginning))
     wait_until_seen(run / "checkpoints")
     dtype = None
     if asks_machine(cfg.precision, *(shape.dtype for shape in checked.shapes.values())):
@@ -243,17 +241,6 @@ def _begin(cfg: TrainingConfig, checked: Checked, run: Path) -> saved.OfRun:
         )
         dtype = of_bfloat16()
     return saved.OfRun(own, {STARTED_IN: os.getcwd(), **what_is_trained(cfg)}, checked.inputs, dtype)
-
-
-def _write_beginning(cfg: TrainingConfig, run: Path, beginning: Beginning | None) -> str:
-    """Have in the run folder what the run is, and what it began with; gives the run's id."""
-    (run / "checkpoints").mkdir(exist_ok=True)
-    (run / DIVERGED).unlink(missing_ok=True)
-    if beginning:
-        beginning.write(run)
-    own = identify(run)
-    write_whole(run / "config.yaml", yaml.safe_dump({STARTED_IN: os.getcwd(), **resolved_config(cfg)}, sort_keys=False))
-    return own
 
 
 def _what_is_saved(checkpoints: Path) -> str:
