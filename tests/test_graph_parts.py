@@ -140,10 +140,10 @@ class Block(torch.nn.Module):
 
     def __init__(self, first):
         super().__init__()
-        self.pre_process, self.input_tensor, self.ran = first, None, 0
+        self.pre_process, self.input_tensor, self.ran, self.told = first, None, 0, 0
 
     def set_input_tensor(self, states):
-        self.input_tensor = states
+        self.input_tensor, self.told = states, self.told + 1
 
     def forward(self, states, mask, *, rotary_pos_emb):
         self.ran += 1
@@ -193,6 +193,8 @@ def test_a_frozen_stage_is_captured_once_and_used_for_its_shape_alone(captured, 
     assert (one == 2).all() and (other == 3).all() and len(made) == len(to_end) == 1
     states, emb, training = made[0]
     assert (states == 1).all() and (emb == 1).all() and not training and to_end == [stage.graph.reset]
+    # Of a stage that is not the first, what the graph was given stands in the place of what was sent.
+    assert block.told == (0 if first else 2)
     graph, stage.graph = stage.graph, None
     stage.graph = lambda *_, **__: pytest.fail("another shape runs without the graph")
     assert (run(torch.full((1, 1, 3), 4.0)) == 5).all()
