@@ -38,6 +38,7 @@ from minitron_megatron.witness import Witness
 ROOT = Path(__file__).resolve().parent.parent
 # What is done, in the folder of a whole.
 STAGES_FILE = "stages.json"
+STAGES_KEPT = "the stages that are done are kept; the same command goes on from there"
 # In the environment of a stage: what follows on it is known already, and need not be said.
 STAGE = "MINITRON_STAGE"
 # Imports and checks of a command that computes, of several processes of it, and of one that does not, in times of torch's.
@@ -107,6 +108,18 @@ def read_stages(file: Path) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
+def keeping_stages(root: Path) -> Iterator[None]:
+    """While the stages of a whole run: an end between two of them, or before the next, leaves those that are done."""
+
+    def kept() -> str:
+        done = any(read_stages(file) for pattern in (STAGES_FILE, f"*/*/{STAGES_FILE}") for file in root.glob(pattern))
+        return STAGES_KEPT if done else NOTHING_KEPT
+
+    with keeping(kept):
+        yield
+
+
+@contextmanager
 def alone_in(root: Path) -> Iterator[None]:
     """Make the folder of a whole before what takes time, and keep a second run out of it until this one ends.
 
@@ -117,7 +130,8 @@ def alone_in(root: Path) -> Iterator[None]:
     made = [path for path in (root, *root.parents) if not path.exists()]
     lock = _lock(root)
     try:
-        yield
+        with keeping_stages(root):
+            yield
     finally:
         marks = {STAGES_FILE, STARTS}
         if {path.name for path in root.iterdir()} <= marks and not read_stages(root / STAGES_FILE):

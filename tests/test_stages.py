@@ -327,6 +327,22 @@ def test_names_stand_before_a_mistake():
         raise ValueError("a bug")
 
 
+@pytest.mark.parametrize("where", ["stages.json", "candidates/rank_01/stages.json", None])
+def test_an_end_between_two_stages_says_that_those_before_are_kept(tmp_path, where):
+    """Of a chain, of a demo, and of candidates, each of which has stages of its own."""
+    root = tmp_path / "a"
+    for within in (stages.alone_in, stages.keeping_stages):
+        with within(root):
+            assert str(ending.Stopped(15)) == f"by SIGTERM: {ending.NOTHING_KEPT}"
+            if where:
+                (root / where).parent.mkdir(parents=True, exist_ok=True)
+                (root / where).write_text('{"prune": {"seconds": 1, "what": {}}}')
+                said = "by SIGTERM: the stages that are done are kept; the same command goes on from there"
+                assert str(ending.Stopped(15)) == said
+                (root / where).write_text("{}")
+    assert str(ending.Stopped(15)) == f"by SIGTERM: {ending.NOTHING_KEPT}"
+
+
 def test_a_folder_that_was_made_for_nothing_goes(tmp_path):
     """And nothing that was there before, or that has something in it."""
     with stages.alone_in(tmp_path / "a" / "b"):

@@ -35,7 +35,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.layout import world_size_from_env
 from minitron_megatron.parallel.tools import check_device
 from minitron_megatron.plain_files import parse_json
-from minitron_megatron.stages import STAGES_FILE, Stages, is_whole, stage_words, write_json
+from minitron_megatron.stages import STAGES_FILE, Stages, is_whole, keeping_stages, stage_words, write_json
 from minitron_megatron.train.checks import schedule_of
 from minitron_megatron.train.saved import find_checkpoints
 
@@ -64,6 +64,12 @@ def distill_candidates(cfg: DistillCandidatesConfig, plan: Plan | None = None) -
     if cfg.dry_run:
         _show_plan(cfg, plan)
         return
+    with keeping_stages(plan.root):
+        _run(cfg, plan)
+
+
+def _run(cfg: DistillCandidatesConfig, plan: Plan) -> None:
+    """The part that is asked for, or all of it."""
     if cfg.rung:
         one = still_in(plan, cfg.rung)[cfg.candidate - 1]
         _drop_losers(cfg, plan, cfg.rung)
