@@ -1,5 +1,6 @@
 """What each command says is next: pasted into a shell it runs, whatever the paths are called."""
 
+import json
 import os
 import re
 import shlex
@@ -360,6 +361,42 @@ def test_steps_read_the_data_once_in_batches_that_divide(monkeypatch, processes,
     length = SimpleNamespace(sequence_length=10)
     assert next_command._one_epoch("d", length, ParallelConfig(**parallel)) == options
     assert "trainer.tokens" in next_command._one_epoch(None, length, ParallelConfig(**parallel))
+
+
+def data_folder(path: Path, tokens: int, vocabulary: dict | None = None) -> str:
+    """As far as the next line looks at it; its tokenizer is a vocabulary."""
+    path.mkdir()
+    (path / "train.bin").touch()
+    results = {"vocab_size": 3, "train": {"tokens": tokens}}
+    (path / "manifest.yaml").write_text(yaml.safe_dump({"results": results, "files": {}, "digest": "x"}))
+    if vocabulary:
+        (path / "tokenizer").mkdir()
+        (path / "tokenizer" / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocabulary}}))
+    return str(path)
+
+
+def test_a_blend_is_read_once_too(tmp_path, monkeypatch):
+    """By its weights: until a folder of it begins again."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    a, b = data_folder(tmp_path / "a", 8000), data_folder(tmp_path / "b", 24000)
+    length = SimpleNamespace(sequence_length=10)
+    for data, tokens in ((a, 8000), ([a], 8000), ([a, b], 32000), ([1, a, 3.0, b], 32000), ([1, a, 1, b], 16000)):
+        assert next_command._tokens(data) == tokens
+        assert next_command._one_epoch(data, length, ParallelConfig()) == {"trainer.steps": tokens // 80}
+    assert next_command._tokens(None) is None
+
+
+def test_an_import_is_followed_by_data_of_its_own_tokenizer(tmp_path):
+    """Of those beside it; one without a tokenizer is taken by its size alone."""
+    ours, other = {"a": 0, "b": 1, "c": 2}, {"c": 0, "b": 1, "a": 2}
+    model = data_folder(tmp_path / "model", 1, ours)
+    (tmp_path / "model" / "train.bin").unlink()
+    data_folder(tmp_path / "corpus_a", 1, other)
+    assert next_command._data_beside(model, 3) is None
+    data_folder(tmp_path / "corpus_b", 1, ours)
+    assert next_command._data_beside(model, 3) == tmp_path / "corpus_b"
+    data_folder(tmp_path / "corpus", 1)
+    assert next_command._data_beside(model, 3) == tmp_path / "corpus"
 
 
 def test_a_search_keeps_the_share_of_the_published_models(monkeypatch):

@@ -7,6 +7,7 @@ programs are found where this command found them (spelling.py), and as many proc
 as where the text is, stands there in capitals. Nothing heavy is imported.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -20,6 +21,8 @@ from minitron_megatron.claims import number_of
 from minitron_megatron.cli import spelling
 from minitron_megatron.config import CommandConfig, ParallelConfig
 from minitron_megatron.console import console, speaks
+from minitron_megatron.data.folder import Data, DataFolder, parse_blend
+from minitron_megatron.data.same_tokenizer import check_same_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.shape import ModelShape
@@ -126,8 +129,14 @@ def _shape(folder: Path | str) -> ModelShape:
 
 
 def _tokens(data: Any) -> int | None:
-    """Tokens to train on in a data folder; None of a blend."""
-    return int(_manifest(data)["results"]["train"]["tokens"]) if isinstance(data, str) else None
+    """Tokens to train on in a data folder, or in a blend before a folder of it begins again; None where it is neither."""
+    try:
+        weights, paths = parse_blend(data)
+    except UserError:
+        return None
+    folders = tuple(DataFolder(Path(path), _manifest(path)) for path in paths)
+    weights = weights or [folder.tokens("train") for folder in folders]
+    return Data(folders, tuple(weight / sum(weights) for weight in weights)).tokens("train")
 
 
 def _length(options: Any) -> dict[str, Any]:
@@ -147,11 +156,13 @@ def _calibration(data: Any, model: str) -> dict[str, Any]:
 
 
 def _data_beside(output: str, vocabulary: int) -> Path | None:
-    """A data folder beside an output, made with a vocabulary of this size."""
+    """A data folder beside an output, made with a vocabulary of this size, and with the output's tokenizer if it has one."""
     for folder in sorted(Path(output).absolute().parent.iterdir()):
         prepared = (folder / "train.bin").is_file() and (folder / MANIFEST).is_file()
         if prepared and int(_manifest(folder).get("results", {}).get("vocab_size", -1)) <= vocabulary:
-            return Path(output).parent / folder.name
+            with contextlib.suppress(UserError):  # of another tokenizer
+                check_same_tokenizer(Data((DataFolder(folder, _manifest(folder)),), (1.0,)), {"model": output})
+                return Path(output).parent / folder.name
     return None
 
 
