@@ -68,6 +68,16 @@ def in_words(name: str, before: Any, now: Any) -> str:
     return f"{name}={typed(before)}, not {typed(now)}"
 
 
+def other_in_words(name: str, before: str | None, now: str | None) -> str:
+    """Another input than before, of these digests, as it is told."""
+    return f"{'other' if name == 'data' else 'another'} {name} ({shortened(before)}, now {shortened(now)})"
+
+
+def shortened(digest: str | None) -> str:
+    """A digest of which enough is shown to tell it from another."""
+    return "none" if digest is None else digest if len(digest) < 24 else f"{digest[:20]}…"
+
+
 def as_stored(value: Any) -> Any:
     """A value as it is after it was written to a file and read."""
     return [as_stored(one) for one in value] if isinstance(value, list | tuple) else value

@@ -54,6 +54,10 @@ def test_a_beginning_has_its_differences_in_words():
     assert beginning_in_words({"started_from": began}) == (
         "weights of run/step (s), which had optim.lr=1, not 2; seed=3, not 4"
     )
+    others = {"teacher": ["blake3:" + 40 * "1", None]}
+    assert beginning_in_words({"started_from": {**began, "options": {}, "others": others}}) == (
+        "weights of run/step (s), which had another teacher (blake3:1111111111111…, now none)"
+    )
 
 
 def folder(path: Path, inputs: dict | None = None, shape: bool = False, **config) -> str:

@@ -64,6 +64,30 @@ def test_medians_of_another_run_count_where_losses_are_comparable(option, keeps)
 
 
 @pytest.mark.parametrize(
+    ("name", "keeps"),
+    [("data", False), ("teacher", False), ("cache", False), ("student", True), ("file tokenizer/x", True)],
+)
+def test_medians_count_no_more_where_what_a_loss_is_of_was_replaced(name, keeps):
+    """Though its path is the same."""
+    assert Beginning("c", 3, "everything", "s", others={name: ["1", "2"]}).keeps_judging is keeps
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "others"),
+    [
+        (None, {"data": "1"}, {}),
+        ({"data": "1", "teacher": "2"}, {"data": "1", "teacher": "2"}, {}),
+        ({"data": "1", "teacher": "2", "start_from": "3"}, {"data": "1", "teacher": "4"}, {"teacher": ["2", "4"]}),
+        # A model by another name is what its option says.
+        ({"data": "1", "model": "2"}, {"data": "3", "teacher": "2", "student": "4"}, {"data": ["1", "3"]}),
+        ({"file t": "1", "file u": "2"}, {"file u": "2", "file v": "3"}, {"file t": ["1", None], "file v": [None, "3"]}),
+    ],
+)  # fmt: skip
+def test_inputs_are_others_by_their_contents(before, now, others):
+    assert begin._other_inputs(before, now) == others
+
+
+@pytest.mark.parametrize(
     ("start", "taken"), [(None, True), ("run", False), ("run/checkpoints/step_00000002", False), ("run2", True), (".", True)]
 )  # fmt: skip
 def test_a_run_does_not_begin_with_itself(tmp_path, monkeypatch, start, taken):

@@ -23,7 +23,7 @@ from minitron_megatron.checkpoints.folder import (
     output_folder,
     read_manifest,
 )
-from minitron_megatron.checkpoints.lineage import lineage
+from minitron_megatron.checkpoints.lineage import beginning_in_words, lineage
 from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.config import CommandConfig, CorrectTeacherConfig, DistillConfig, GuardConfig, SubmitConfig
 from minitron_megatron.config import options as options_of
@@ -399,7 +399,7 @@ def test_everything_goes_on_from_a_checkpoint_of_another_run(gloo, trained, tmp_
     moved = replace(
         lower, trainer=replace(lower.trainer, start_from=str(tmp_path / "lower")), output=str(tmp_path / "x")
     )
-    again = check_beginning(with_option(moved, "trainer.steps", 9), tmp_path / "x", shape_of(trained), layout())
+    again = check_beginning(with_option(moved, "trainer.steps", 9), tmp_path / "x", shape_of(trained), layout(), {})
     assert again.before["checkpoint"].endswith("step_00000004") and again.step == 6
     step = lineage(open_model_folder(tmp_path / "lower"))[0]
     assert "everything of" in step.beginning and "optim.lr=0.01, not 0.001" in step.beginning
@@ -468,6 +468,28 @@ def test_beginnings_that_mean_nothing_are_refused(sources, trained, tmp_path):  
     assert check_distill(begun(trained, output, trainer__steps=20, trainer__validation_samples=2)).beginning.step == 6
     with pytest.raises(UserError, match="is the output itself"):
         check_distill(replace(begun(trained, output), output=trained.output))
+
+
+@pytest.mark.parametrize("takes", ["everything", "weights"])
+def test_what_was_replaced_is_another_though_its_path_is_the_same(trained, tmp_path, takes):
+    """Samples go on in the same data alone; another teacher is told wherever the beginning is."""
+    source = tmp_path / "source"
+    shutil.copytree(trained.output, source)
+    cfg = begun(replace(trained, output=str(source)), tmp_path / "run", trainer__steps=9, trainer__start_with=takes)
+    assert check_distill(cfg).beginning.others == {}
+    last = source / "checkpoints" / "step_00000006"
+    ours = saved.Written.read(last)
+    replace(ours, inputs={**ours.inputs, "teacher": "sha256:of-another-teacher"}).write(last)
+    found = check_distill(cfg).beginning
+    assert not any(name.startswith(("data", "teacher")) for name in found.options) and not found.keeps_judging
+    assert found.others == {"teacher": ["sha256:of-another-teacher", ours.inputs["teacher"]]}
+    assert "another teacher (sha256:of-another-te…, now " in beginning_in_words({"started_from": asdict(found)})
+    replace(ours, inputs={**ours.inputs, "data": "sha256:of-other-data"}).write(last)
+    if takes == "weights":
+        assert check_distill(cfg).beginning.others == {"data": ["sha256:of-other-data", ours.inputs["data"]]}
+        return
+    with pytest.raises(UserError, match=r"is of a run with other data \(.*, now .*trainer\.start_with=weights"):
+        check_distill(cfg)
 
 
 def test_a_run_that_began_with_another_checkpoint_does_not_take_a_new_one(gloo, trained, tmp_path):

@@ -251,15 +251,13 @@ def test_a_model_is_trained_beside_the_other_one():
     assert (alone.teacher, alone.teacher_engine) == (None, "auto")
 
 
-def test_inputs_are_of_models_data_files_and_the_beginning(monkeypatch):
+def test_inputs_are_of_models_data_and_files(monkeypatch):
     stamped = []
     monkeypatch.setattr(checks, "companion_stamps", lambda folder: stamped.append(folder.digest) or {"file t": "5"})
     folders = {name: SimpleNamespace(digest=name[0]) for name in ("teacher", "student")}
     recipe = SimpleNamespace(inputs={"cache": "4"}, trained="student")
-    data, beginning = SimpleNamespace(digest="3"), SimpleNamespace(inputs={"start_from": "6"})
     plain = {"cache": "4", "teacher": "t", "student": "s", "data": "3", "file t": "5"}
-    assert checks.inputs_of(recipe, folders, data, None) == plain
-    assert checks.inputs_of(recipe, folders, data, beginning) == {**plain, "start_from": "6"} and stamped == ["s", "s"]
+    assert checks.inputs_of(recipe, folders, SimpleNamespace(digest="3")) == plain and stamped == ["s"]
 
 
 def test_the_model_of_a_finished_run_was_made_from_the_same(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.changing import in_words
+from minitron_megatron.changing import in_words, other_in_words
 from minitron_megatron.checkpoints.folder import MANIFEST, SHAPE_FILE, ModelFolder, load_yaml, read_manifest
 from minitron_megatron.config import flat
 from minitron_megatron.errors import UserError
@@ -108,6 +108,7 @@ def beginning_in_words(manifest: Mapping[str, Any]) -> str:
         return ""
     of = f"{began['takes']} of {began['checkpoint']} ({began['stamp']})"
     words = [in_words(name, *values) for name, values in began["options"].items()]
+    words += [other_in_words(name, *values) for name, values in (began.get("others") or {}).items()]
     return f"{of}, which had {'; '.join(words)}" if words else of
 
 

@@ -1,12 +1,13 @@
 """A run that begins with a checkpoint of another: `trainer.start_from=RUN`, in an output of its own, with other options.
 
     trainer.start_with=everything    weights, moments and step: after a divergence, with another rate or precision. Samples go on
-                                     where they were, so what decides them must be as it was; arithmetic may be other
+                                     where they were, so what decides them, data included, must be as it was; arithmetic may be
+                                     other
     trainer.start_with=weights       weights alone, from step 1, on any samples: a warm start
 
 What it began with is written to output/started_from.json before the first step, and from there into the manifest: where that
-checkpoint was, its stamp, which options are others now, and what that run itself began with. Once the run has a checkpoint of its
-own, the other folder is not read any more. Nothing here needs torch.
+checkpoint was, its stamp, which options and inputs are others now, and what that run itself began with. Once the run has a
+checkpoint of its own, the other folder is not read any more. Nothing here needs torch.
 """
 
 import json
@@ -20,10 +21,10 @@ from typing import Any
 import yaml
 
 from minitron_megatron.asked import STARTED_IN
-from minitron_megatron.changing import as_stored, decided_by, decisive, free_options, in_words
+from minitron_megatron.changing import as_stored, decided_by, decisive, free_options, in_words, other_in_words
 from minitron_megatron.checkpoints.folder import DIVERGED, load_json
 from minitron_megatron.checkpoints.index import Stored, stored_shapes, stored_tensors
-from minitron_megatron.checkpoints.stamps import stamp_of_folder
+from minitron_megatron.checkpoints.stamps import PREFIX, stamp_of_folder
 from minitron_megatron.config import TrainingConfig, number_of_steps
 from minitron_megatron.effects import SAMPLES
 from minitron_megatron.errors import UserError
@@ -42,6 +43,8 @@ EVERYTHING, WEIGHTS = "everything", "weights"
 _OF_MOMENTS = ("optim.state_precision", "optim.decay_embeddings")
 _OF_VALIDATION = ("trainer.validation_samples",)
 _PROJECTION = "intermediate_projection"
+# Inputs with which a loss is another one, whatever the options say. The student's weights are those of the checkpoint.
+_OF_THE_LOSS = ("data", "teacher", "cache")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Beginning:
         stamp: tells whether the checkpoint is still the same.
         options: those that are others in this run, each [before, now].
         before: what that run itself began with, in the same form.
+        others: inputs of other contents than that run had, whatever their paths, by name, each [digest before, now].
     """
 
     checkpoint: str
@@ -63,11 +67,13 @@ class Beginning:
     stamp: str
     options: Mapping[str, Any] = field(default_factory=dict)
     before: Mapping[str, Any] | None = None
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def keeps_judging(self) -> bool:
         """Whether losses are comparable to those of that run, so that the spike guard may go on with its medians."""
-        return not any(name.startswith(("distill.", "data.", "teacher.")) for name in self.options)
+        others = any(name in self.others for name in _OF_THE_LOSS)
+        return not (others or any(name.startswith(("distill.", "data.", "teacher.")) for name in self.options))
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -86,8 +92,13 @@ def check_another(cfg: TrainingConfig, run: Path) -> None:
         raise UserError(f"{OPTION}={asked} is the output itself, which continues without it: choose another output=")
 
 
-def check_beginning(cfg: TrainingConfig, run: Path, shape: ModelShape, layout: Layout) -> Beginning | None:
-    """What the run in the output folder begins, or began, with; None for its model folder alone. Raises UserError."""
+def check_beginning(
+    cfg: TrainingConfig, run: Path, shape: ModelShape, layout: Layout, inputs: Mapping[str, str]
+) -> Beginning | None:
+    """What the run in the output folder begins, or began, with; None for its model folder alone. Raises UserError.
+
+    `inputs` are digests of all that it reads beside that, by name.
+    """
     asked = cfg.trainer.start_from
     if asked is None:
         return None
@@ -96,7 +107,7 @@ def check_beginning(cfg: TrainingConfig, run: Path, shape: ModelShape, layout: L
         return began
     # Killed before its first checkpoint, it begins with the same again, though that run may have newer ones by now.
     path = Path(began.checkpoint) if began and Path(began.checkpoint).is_dir() else find_checkpoint(Path(asked))
-    found = _look_at(cfg, path)
+    found = _look_at(cfg, path, inputs)
     if began and (began.step, began.takes, began.stamp) != (found.step, found.takes, found.stamp):
         raise UserError(
             f"{path} is another checkpoint than the one that output={run} began with: choose another output="
@@ -136,7 +147,7 @@ def find_checkpoint(asked: Path) -> Path:
     )
 
 
-def _look_at(cfg: TrainingConfig, path: Path) -> Beginning:
+def _look_at(cfg: TrainingConfig, path: Path, inputs: Mapping[str, str]) -> Beginning:
     """A checkpoint, and how this run differs from that which wrote it. Raises UserError."""
     folder, takes = path.absolute(), cfg.trainer.start_with
     source, step = folder.parent.parent, int(folder.name.removeprefix("step_"))
@@ -157,7 +168,18 @@ def _look_at(cfg: TrainingConfig, path: Path) -> Beginning:
     files = [path / saved.FORMAT] if written.files is not None else [file for file in path.iterdir() if file.is_file()]
     stamp = stamp_of_folder("start_from", path, files)
     began = _read(source / FILE)
-    return Beginning(str(path), step, takes, *stamp.values(), options, asdict(began) if began else None)
+    before, others = asdict(began) if began else None, _other_inputs(written.inputs, inputs)
+    if written.inputs is None and takes == EVERYTHING:
+        log.warning("%s does not say what data and models it is of: that they are the same is not known", path)
+    return Beginning(str(path), step, takes, *stamp.values(), options, before, others)
+
+
+def _other_inputs(before: Mapping[str, str] | None, now: Mapping[str, str]) -> dict[str, list[str | None]]:
+    """Inputs that are others than they were: those that both runs have, and what lies beside their models, in either."""
+    if before is None:
+        return {}
+    names = {name for name in {*before, *now} if (name in before and name in now) or name.startswith(PREFIX)}
+    return {name: [before.get(name), now.get(name)] for name in sorted(names) if before.get(name) != now.get(name)}
 
 
 def _read(file: Path) -> Beginning | None:
@@ -189,6 +211,9 @@ def _check_goes_on(cfg: TrainingConfig, found: Beginning, stored: Mapping[str, S
     for name, (before, now) in found.options.items():
         if (decides[name] == SAMPLES and name not in _OF_VALIDATION) or name in _OF_MOMENTS:
             raise UserError(f"{found.checkpoint} is of a run with {in_words(name, before, now)}: {instead}")
+    if "data" in found.others:
+        words = other_in_words("data", *found.others["data"])
+        raise UserError(f"{found.checkpoint} is of a run with {words}, which its step counts: {instead}")
     has = any(_PROJECTION in key for key in stored)
     if has != bool(getattr(cfg, "distill", None) and cfg.distill.intermediate):
         raise UserError(

@@ -139,24 +139,22 @@ def check_run(cfg: TrainingConfig, recipe: Recipe) -> Checked:
     check_another(cfg, run)
     before = check_run_folder(run, cfg)
     shape = folders[recipe.trained].shape
-    beginning = check_beginning(cfg, run, shape, layout)
+    inputs = inputs_of(recipe, folders, data)
+    beginning = check_beginning(cfg, run, shape, layout, inputs)
     _say_same(recipe, folders)
-    inputs = inputs_of(recipe, folders, data, beginning)
+    inputs |= beginning.inputs if beginning else {}
     check_model_there(run, inputs)
     check_checkpoints(run / "checkpoints", cfg, layout, shape, inputs)
     return Checked(recipe, layout, steps, shapes, models, check, folders, data, before, beginning, inputs)
 
 
-def inputs_of(
-    recipe: Recipe, folders: Mapping[str, ModelFolder], data: Data, beginning: Beginning | None
-) -> dict[str, str]:
-    """Digests and stamps of all that a run reads, by name.
+def inputs_of(recipe: Recipe, folders: Mapping[str, ModelFolder], data: Data) -> dict[str, str]:
+    """Digests and stamps, by name, of all that a run reads but a checkpoint that it begins with.
 
-    Models, data, what goes with the trained model's weights, and the checkpoint that it begins with.
+    Models, data, and what goes with the trained model's weights.
     """
     models = {name: folder.digest for name, folder in folders.items()}
-    first = beginning.inputs if beginning else {}
-    return {**recipe.inputs, **models, "data": data.digest, **companion_stamps(folders[recipe.trained]), **first}
+    return {**recipe.inputs, **models, "data": data.digest, **companion_stamps(folders[recipe.trained])}
 
 
 def check_model_there(run: Path, inputs: Mapping[str, str]) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from blake3 import blake3
 
 from minitron_megatron.asked import STARTED_IN, as_spelt_now
+from minitron_megatron.changing import shortened
 from minitron_megatron.checkpoints.digests import FileDigest
 from minitron_megatron.checkpoints.folder import check_space, load_yaml
 from minitron_megatron.config import TrainerConfig, flat
@@ -314,13 +315,9 @@ def check_inputs(run: Path, before: Mapping[str, str] | None, now: Mapping[str, 
         if before.get(name) != now.get(name):
             option = f"{_OPTIONS.get(name, name)}=" if " " not in name else name
             raise UserError(
-                f"output={run}: {option} is another one than the run has had so far ({_short(before.get(name))}, now "
-                f"{_short(now.get(name))}): give the same, or choose another output="
+                f"output={run}: {option} is another one than the run has had so far ({shortened(before.get(name))}, now "
+                f"{shortened(now.get(name))}): give the same, or choose another output="
             )
-
-
-def _short(digest: str | None) -> str:
-    return "none" if digest is None else digest if len(digest) < 24 else f"{digest[:20]}…"
 
 
 def options_of(written: Written, now: Mapping[str, Any]) -> dict[str, Any] | None:
