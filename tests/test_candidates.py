@@ -274,9 +274,10 @@ def pruned_here(plan, monkeypatch) -> None:
     """Every candidate pruned as a run would, which is killed as soon as it distills."""
 
     def run_program(program: list[str], processes: int) -> tuple[int, str]:
-        if Path(program[1]).stem != "prune":
+        name, *given = program[3:] if program[1] == "-m" else program[1:]
+        if Path(name).stem != "prune":
             raise KeyboardInterrupt
-        prune_model(compose("prune", program[2:]))
+        prune_model(compose("prune", given))
         return 0, ""
 
     monkeypatch.setattr(stages, "run_program", run_program)
