@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from minitron_megatron import ending, stages
+from minitron_megatron import ending, stages, witness
 from minitron_megatron.checkpoints.folder import MANIFEST
 from minitron_megatron.launcher import ROOT
 from minitron_megatron.stages import Ended, Stages
@@ -68,3 +68,27 @@ def test_a_stage_that_came_to_its_end_is_done_though_it_was_asked(tmp_path, monk
     assert capsys.readouterr().err == said
     Stages(tmp_path / "stages.json").command("distill", output, "distill")
     assert "done before" in capsys.readouterr().out
+
+
+def test_a_witness_dies_of_what_its_group_gets_and_ends_with_the_stage(monkeypatch):
+    """Another takes its place; where none can be started, Ctrl-C counts as the group's."""
+    monkeypatch.setattr(witness, "SECONDS", 0.1)
+    with witness.Witness() as one:
+        first = one._process
+        assert first.poll() is None and not one.heard(signal.SIGTERM) and one._process is first
+        monkeypatch.setattr(witness, "SECONDS", 10.0)
+        first.send_signal(signal.SIGTERM)
+        assert one.heard(signal.SIGTERM) and first.returncode == -signal.SIGTERM
+        second = one._process
+        assert second is not first and second.poll() is None
+        second.send_signal(signal.SIGUSR1)
+        assert not one.heard(signal.SIGTERM) and one._process is not second
+        third = one._process
+    assert third.returncode == -signal.SIGKILL
+
+    def none(*_, **__):
+        raise OSError
+
+    monkeypatch.setattr(witness.subprocess, "Popen", none)
+    with witness.Witness() as one:
+        assert one.heard(signal.SIGINT) and not one.heard(signal.SIGTERM) and one._process is None
