@@ -3,6 +3,7 @@
 A round prunes the student of the one before, and distills it. The one round to a budget or target has no name and is no folder.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from minitron_megatron.search.space import SIZES
 from minitron_megatron.stages import STAGES_FILE, is_whole
 from minitron_megatron.train.distill_checks import check_pair
 
+log = logging.getLogger(__name__)
 SUMMARY, CHOSEN = "chain.json", "chosen.json"
 EXPORTED, REPORT = "hf", "report"
 # Of the folder of a whole, what no round can be called.
@@ -221,11 +223,18 @@ def _check_text(text: Text, length: int, splits: list[str], samples: int) -> Non
 
 
 def _check_epochs(text: Text, tokens: int, most: float) -> None:
-    """Raise UserError where a run on text that is not prepared yet would clearly read it more often than it may."""
+    """Raise UserError where a run on text that is not prepared yet would clearly read it more often than it may.
+
+    Where it may be so, that is said: it is known once the text is tokenised.
+    """
     epochs = tokens / max(1, text.train)
+    if epochs <= most:
+        return
+    takes = (
+        f"the run takes {tokens:,} tokens, and input= has about {text.train:,} to train on ({epochs:,.4g} epochs): give more "
+        "text, lower distill.trainer.tokens= or distill.trainer.steps=, or allow it by "
+        f"data.max_epochs={math.ceil(epochs * _UNSURE[text.exact])}"
+    )
     if epochs > most * _UNSURE[text.exact]:
-        raise UserError(
-            f"the run takes {tokens:,} tokens, and input= has about {text.train:,} to train on ({epochs:,.4g} epochs): give more "
-            "text, lower distill.trainer.tokens= or distill.trainer.steps=, or allow it by "
-            f"data.max_epochs={math.ceil(epochs * _UNSURE[text.exact])}"
-        )
+        raise UserError(takes)
+    log.warning("distill may be refused once the text is tokenised, for data.max_epochs=%g: %s", most, takes)

@@ -195,12 +195,17 @@ def test_each_round_is_of_the_student_before_and_taught_by_it_or_by_the_first(mo
 
 @pytest.mark.parametrize(
     ("train", "exact", "tokens", "most", "fine"),
-    [(100, True, 120, 1.0, True), (100, True, 121, 1.0, False), (100, False, 150, 1.0, True), (100, False, 151, 1.0, False),
+    [(100, True, 100, 1.0, True), (100, True, 101, 1.0, True),
+     (100, True, 120, 1.0, True), (100, True, 121, 1.0, False), (100, False, 150, 1.0, True), (100, False, 151, 1.0, False),
      (100, True, 480, 4.0, True), (100, True, 481, 4.0, False), (0, True, 1, 1.0, True), (0, True, 2, 1.0, False)],
 )  # fmt: skip
-def test_text_that_is_not_prepared_may_be_a_little_off(train, exact, tokens, most, fine):
+def test_text_that_is_not_prepared_may_be_a_little_off(caplog, train, exact, tokens, most, fine):
+    """Which is said where it counts."""
     if fine:
         compress_rounds._check_epochs(Text(train, 0, exact), tokens, most)
+        above = tokens > most * max(1, train)
+        said = rf"distill may be refused once the text is tokenised, for data.max_epochs={most:g}: the run takes {tokens} tokens"
+        assert [message.startswith(said) for message in caplog.messages] == [True] * above
     else:
         with pytest.raises(
             UserError, match=rf"data.max_epochs={math.ceil(tokens / max(1, train) * (1.2 if exact else 1.5))}$"
