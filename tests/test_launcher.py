@@ -139,6 +139,7 @@ def ended(code: int) -> SimpleNamespace:
         (-signal.SIGSEGV, [], True, 139, f"error: {HERE} was killed by SIGSEGV: a crash in compiled code\n"),
         (-signal.SIGTERM, [], False, 143, f"error: {HERE} was killed by SIGTERM: someone ended it\n"),
         (-signal.SIGTERM, [signal.SIGTERM], False, 143, f"stopped by SIGTERM: {HERE} had not begun; {SAVED_BEFORE}\n"),
+        (-signal.SIGTERM, [signal.SIGTERM], True, 143, ""),
         (-signal.SIGINT, [signal.SIGINT], False, 130, f"stopped by Ctrl-C: {HERE} had not begun; {SAVED_BEFORE}\n"),
         (-signal.SIGHUP, [signal.SIGHUP], False, 129, f"stopped by SIGHUP: {HERE} had not begun; {SAVED_BEFORE}\n"),
         (-signal.SIGUSR1, [signal.SIGUSR1], False, 75, f"stopped by SIGUSR1: {HERE} had not begun; {SAVED_BEFORE}\n"),

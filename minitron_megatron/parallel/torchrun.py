@@ -173,7 +173,9 @@ class Launcher:
                 say(f"stopped by {NAMES[signal.SIGINT]}: {where} did not end by itself; {SAVED_BEFORE}")
             return STATUS_OF_SIGNAL[signal.SIGINT]
         if code < 0 and -code in self.told:
-            say(f"stopped by {NAMES.get(-code, signal.Signals(-code).name)}: {where} had not begun; {SAVED_BEFORE}")
+            # One that had begun may have spoken.
+            if not self._claims(self.restarts):
+                say(f"stopped by {NAMES.get(-code, signal.Signals(-code).name)}: {where} had not begun; {SAVED_BEFORE}")
             return STATUS_OF_SIGNAL.get(-code, exit_status(code))
         if code < 0:
             text = how_it_was_killed(-code, self.killed_before)
