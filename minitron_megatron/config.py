@@ -44,6 +44,7 @@ def option(
     decides: str = ARITHMETIC,
     when: Effect | tuple[Effect, ...] = (),
     path: bool = False,
+    whole: bool = False,
 ) -> Any:
     """A config field with its line of documentation.
 
@@ -53,9 +54,10 @@ def option(
         decides: what of the result it decides: whether it may change when a run continues (effects.py, changing.py).
         when: when it has an effect; where it has none, that is said (effects.py, idle.py).
         path: whether it names a file or folder, or several: two spellings of one path are then the same value (changing.py).
+        whole: whether its numbers are whole ones, where its type leaves that open.
     """
     effects = when if isinstance(when, tuple) else (when,)
-    metadata = {"doc": doc, "choices": choices, "decides": decides, "when": effects, "path": path}
+    metadata = {"doc": doc, "choices": choices, "decides": decides, "when": effects, "path": path, "whole": whole}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -459,7 +461,9 @@ class TargetConfig:
     num_layers: int | None = option(None, "layers to keep, by Block Influence or by layers=")
     hidden_size: int | None = option(None, "hidden channels to keep")
     ffn_hidden_size: Any = option(
-        None, "feed-forward neurons to keep: one size, or a list with one a kept layer (no Hugging Face export then)"
+        None,
+        "feed-forward neurons to keep: one size, or a list with one a kept layer (no Hugging Face export then)",
+        whole=True,
     )
     num_attention_heads: int | None = option(None, "query heads to keep in each layer")
     num_query_groups: int | None = option(None, "key-value groups to keep in each layer")
@@ -577,6 +581,7 @@ class DistillOptions:
         [[-3, -3]],
         "intermediate: layers to compare, [[student,teacher],…], from 0, or from the end with -1",
         when=beside("distill.intermediate"),
+        whole=True,
     )
     intermediate_embeddings: bool = option(
         True, "intermediate: compare the embeddings too", when=beside("distill.intermediate")
@@ -787,7 +792,9 @@ class LayersConfig(CommandConfig):
 
     model: ModelConfig = group(ModelConfig)
     data: DataConfig = group(DataConfig)
-    block: Any = option(1, "consecutive layers to remove: a number, or a list such as [1,2,16] measured in one pass")
+    block: Any = option(
+        1, "consecutive layers to remove: a number, or a list such as [1,2,16] measured in one pass", whole=True
+    )
     samples: int = option(64, "at most so many samples of data.sequence_length tokens")
     split: str = option("validation", "which split of the data", ("train", "validation"))
     questions: str | None = option(
@@ -858,11 +865,13 @@ class BudgetConfig:
 class SpaceConfig:
     """The sizes to try, each a list or {from,to,step}; if not given, from the model's own down to half of it."""
 
-    num_layers: Any = option(None, "layers; by default every number, with layers= those that it can judge")
-    hidden_size: Any = option(None, "hidden channels; by default multiples of space.multiple")
-    ffn_hidden_size: Any = option(None, "feed-forward neurons; by default multiples of space.multiple and space.tensor")
-    num_attention_heads: Any = option(None, "query heads; by default multiples of space.tensor")
-    num_query_groups: Any = option(None, "key-value groups; by default multiples of space.tensor")
+    num_layers: Any = option(None, "layers; by default every number, with layers= those that it can judge", whole=True)
+    hidden_size: Any = option(None, "hidden channels; by default multiples of space.multiple", whole=True)
+    ffn_hidden_size: Any = option(
+        None, "feed-forward neurons; by default multiples of space.multiple and space.tensor", whole=True
+    )
+    num_attention_heads: Any = option(None, "query heads; by default multiples of space.tensor", whole=True)
+    num_query_groups: Any = option(None, "key-value groups; by default multiples of space.tensor", whole=True)
     multiple: int | None = option(
         None,
         "hidden_size and ffn_hidden_size must be multiples of it, as tensor cores like; if not given the largest power of two, "
@@ -1293,6 +1302,7 @@ class HalvingConfig:
         None,
         "steps after which candidates are judged, as [100,200], before the end; if not given the last steps divided by factor, "
         "as often as it takes to leave one",
+        whole=True,
     )
     keep_losers: bool = option(False, "keep the checkpoints of candidates that are out")
 
@@ -1302,7 +1312,7 @@ class DistillCandidatesConfig(CommandConfig):
     """A short distillation of each shape that search found, the hopeless ones stopped early; the best by validation KL."""
 
     found: str = option(REQUIRED, "shapes to try (the output of search)", path=True)
-    ranks: Any = option(None, "which of them, by their rank, as [1,3,7]; all that are ranked if not given")
+    ranks: Any = option(None, "which of them, by their rank, as [1,3,7]; all that are ranked if not given", whole=True)
     data: ChainDataConfig = group(ChainDataConfig)
     cache: Any = option(
         True,
@@ -1500,6 +1510,7 @@ class Option:
     decides: str = ARITHMETIC
     when: tuple[Effect, ...] = ()
     path: bool = False
+    whole: bool = False
 
 
 def options(
@@ -1514,7 +1525,8 @@ def options(
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         kind = f.type.__name__ if isinstance(f.type, type) else str(f.type)
         of, told = f.metadata, (decides or f.metadata["decides"], (*when, *f.metadata["when"]))
-        yield Option(prefix + f.name, kind, default, of["doc"], of["choices"], *told, of["path"])
+        whole = of["whole"] or kind in ("int", "int | None", "list[int]")
+        yield Option(prefix + f.name, kind, default, of["doc"], of["choices"], *told, of["path"], whole)
     for f in fields(config):
         if _nested(f):
             inner = decides or f.metadata["decides"], (*when, *f.metadata["when"])

@@ -18,8 +18,10 @@ from typing import Any
 from minitron_megatron import __version__
 from minitron_megatron.cli.arguments import (
     CONF,
+    KINDS,
     as_override,
     check_words,
+    explain_unreadable,
     is_for_hydra,
     is_override,
     with_preset_files,
@@ -99,7 +101,7 @@ def _hydra(entry: Command, words: list[str], only_check: bool, given: frozenset[
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             _run(entry, hydra.compose(config_name=entry.name, overrides=words), given, only_check)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from None
+        raise UserError(explain(error, entry.config)) from None
 
 
 def _run(entry: Command, composed: Any, given: frozenset[str], only_check: bool = False) -> None:
@@ -208,7 +210,7 @@ def compose(name: str, words: list[str]) -> Any:
                 _say_once(f"{name}: {line}")
             return config
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(explain(error)) from None
+            raise UserError(explain(error, config_class)) from None
 
 
 @cache
@@ -265,15 +267,15 @@ def _missing(composed: Any, config_class: type[CommandConfig]) -> list[str]:
 
 
 # OmegaConf's names of what an option takes.
-_KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "bool": "true or false"}
+_KINDS = {"Integer": KINDS["int"], "Float": KINDS["float"], "Boolean": KINDS["bool"], "bool": KINDS["bool"]}
 
 
-def explain(error: Exception) -> str:
-    """One line for a complaint of Hydra or OmegaConf."""
+def explain(error: Exception, config_class: type[CommandConfig] = CommandConfig) -> str:
+    """One line for a complaint of Hydra or OmegaConf about options of `config_class`."""
     from hydra.errors import OverrideParseException
 
     if isinstance(error, OverrideParseException):
-        return f"{error.override!r} cannot be read ({_first_line(error)}): put quotes around odd characters"
+        return explain_unreadable(str(error.override), config_class)
     return _first_line(error)
 
 

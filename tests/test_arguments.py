@@ -1,16 +1,19 @@
 """Words of a command line before anything reads them as values: interpolations, nesting, length; and Hydra's own flags."""
 
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
+from hydra import initialize_config_dir
 
 from minitron_megatron.cli import main
-from minitron_megatron.cli.arguments import DEEPEST, as_override, check_words
+from minitron_megatron.cli.arguments import CONF, DEEPEST, as_override, check_words, with_preset_files
 from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.config import free_options, model_options, options
 from minitron_megatron.errors import UserError
+from minitron_megatron.launcher import compose
 from minitron_megatron.plain_text import one_line
 from tests.test_commands import ROOT, error_of, run
 from tests.tiny import hf_model, imported
@@ -155,9 +158,102 @@ def test_one_value_stands_for_a_list_of_it(name, word, is_read_as):
 
 
 @pytest.mark.parametrize(
+    ("name", "word", "is_read_as"),
+    [
+        ("importance", "samples=1e2", "samples=100"),
+        ("importance", "samples=2.5e9", "samples=2500000000"),
+        ("importance", "samples=64.0", "samples=64"),
+        ("importance", "samples=1E+2", "samples=100"),
+        ("distill", "trainer.steps=.5e1", "trainer.steps=5"),
+        ("distill", "seed=1e0,2e0", "seed=1,2"),
+        ("distill", "distill.intermediate_layers=[[1e0,2],[-3.0,-3]]", "distill.intermediate_layers=[[1,2],[-3,-3]]"),
+        ("prune", "drop_layers=3e0", "drop_layers=[3]"),
+        ("prune", "target.ffn_hidden_size=[1e3,9216]", "target.ffn_hidden_size=[1000,9216]"),
+        ("search", "space.hidden_size=[1e3,2e3]", "space.hidden_size=[1000,2000]"),
+        # None of them whole, or no number.
+        *(
+            ("importance", f"samples={value}", f"samples={value}")
+            for value in ("1.5", "1e-2", "1e400", "'1e2'", "1e2x")
+        ),
+        # Of other kinds.
+        ("distill", "optim.lr=1e-4", "optim.lr=1e-4"),
+        ("distill", "trainer.tokens=1e9", "trainer.tokens=1e9"),
+        ("importance", "data.path=1.0", "data.path=1.0"),
+        ("random_model", "model.rope_scaling=[8.0,1.0,4.0,8192]", "model.rope_scaling=[8.0,1.0,4.0,8192]"),
+    ],
+)
+def test_a_whole_number_may_be_typed_with_an_exponent_or_a_point(name, word, is_read_as):
+    assert as_override(word, COMMANDS[name].config) == is_read_as
+
+
+def test_so_may_every_option_that_takes_one(tmp_path):
+    """On the command line and in a file of one's own."""
+    for name, entry in COMMANDS.items():
+        for one in options(entry.config):
+            if one.type.startswith("int"):
+                assert as_override(f"{one.name}=1e3", entry.config) == f"{one.name}=1000", name
+    (tmp_path / "mine.yaml").write_text("warmup_steps: 1e2\n")
+    config = COMMANDS["distill"].config
+    words, _ = with_preset_files([f"optim={tmp_path / 'mine.yaml'}"], "distill", config)
+    assert [as_override(word, config) for word in words] == ["optim.warmup_steps=100"]
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("importance", "data.path='a"),
+        ("importance", "data.path=\"it's"),
+        ("importance", "data.path=[a b(,c]"),
+        ("importance", "data.path=[1,'a b',c d$!]"),
+        ("importance", "output={x"),
+        ("importance", "output=[x"),
+        ("prepare_data", "input=[a(b,'c, d']"),
+        ("compress", "distill.trainer.steps=3 (x"),
+        ("compress", "rounds=[{name: a b(, prune: {target.hidden_size: 8}}]"),
+        ("compress", "export_hf.license=ü y"),
+    ],
+)
+def test_a_word_that_cannot_be_read_is_shown_as_it_is_to_be_typed(name, word):
+    """In quotes for the shell and for Hydra, which reads it then."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        with pytest.raises(UserError) as raised:
+            compose(name, [word])
+        said, _, example = str(raised.value).partition(": odd characters need quotes, as in ")
+        assert said == f"{word} cannot be read"
+        (typed,) = shlex.split(example)
+        assert typed.partition("=")[0] == word.partition("=")[0] and typed != word
+        with pytest.raises(UserError) as raised:
+            compose(name, [typed])
+        assert "cannot be read" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "says"),
+    [
+        ("importance", "samples=1(2", "samples=1(2 must be a whole number"),
+        ("importance", "dry_run=yes!", "dry_run=yes! must be true or false"),
+        ("distill", "optim.lr=1e-4,", "optim.lr=1e-4, must be a number"),
+        ("prune", "drop_layers=[1,2", "drop_layers=[1,2 cannot be read: close its brackets"),
+        ("compress", "distill={trainer.steps: 3", "distill={trainer.steps: 3 cannot be read: close its brackets"),
+    ],
+)
+def test_a_word_that_no_quotes_mend_says_what_is_wrong(name, word, says):
+    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(UserError, match=f"^{re.escape(says)}"):
+        compose(name, [word])
+
+
+def test_a_rehearsal_by_sizes_alone_is_told_what_to_cut(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["minitron prune", "model=llama3_1_8b", "dry_run=true", "output=x"])
+    with pytest.raises(UserError, match=r"^nothing to prune: give a size, such as target\.num_layers="):
+        main.run("prune", only_check=True)
+    sys.argv.append("target.num_layers=1.6e1")
+    main.run("prune", only_check=True)
+
+
+@pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("samples=1e2", "samples=100.0 must be a whole number"),
+        ("samples=1.5", "samples=1.5 must be a whole number"),
         ("seed=x", "seed=x must be a whole number"),
         ("dry_run=7x", "dry_run=7x must be true or false"),
         ("data.sequence_length=[1]", "data.sequence_length"),

@@ -1,20 +1,25 @@
 """The words of a command line: which are refused, and what Hydra is given of the others.
 
     model=outputs/x  ──▶  model.path=outputs/x       teacher=PRESET  ──▶  model@teacher=PRESET       optim=my.yaml  ──▶  its words
+    samples=1e3      ──▶  samples=1000
 
-`model=FOLDER` and `model=PRESET` are told apart here. What is typed is checked before anything reads it as a value.
+`model=FOLDER` and `model=PRESET` are told apart here. What is typed is checked before anything reads it as a value; of what Hydra
+cannot read, the word is shown as it is to be typed.
 """
 
 import difflib
 import os
 import re
+from decimal import Decimal
 from pathlib import Path
 
+from minitron_megatron.cli import spelling
 from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.cli.spelling import called
 from minitron_megatron.config import (
     MODEL_OPTIONS,
     CommandConfig,
+    Option,
     free_options,
     model_options,
     options,
@@ -27,6 +32,13 @@ from minitron_megatron.words import PLAIN_VALUE, quoted
 CONF = Path(__file__).resolve().parent.parent / "conf"
 # How deep lists, mappings and the names of options may be nested; an option has three levels.
 DEEPEST = 50
+# What options of plain types take, in words.
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+# Numbers with a point or an exponent, none of them part of a word or in quotes; longer ones are nobody's count.
+_FLOAT = re.compile(r"(?<![\w.'\"+-])[+-]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+-]?\d+)?(?![\w.'\"])")
+_MOST_DIGITS = 40
+# Of a list or mapping: texts in quotes, what divides it, and everything else.
+_PARTS = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[\[\]{},]|[^\[\]{},]+""")
 
 
 def words_after_dashes(words: list[str], option: str) -> list[str]:
@@ -160,6 +172,9 @@ def as_override(word: str, config_class: type[CommandConfig]) -> str:
         key = f"{key}.path"
     if key.partition(".")[0] in free_options(config_class):
         return f"++{key}={value}"
+    option = _option(key, config_class)
+    if option and option.whole:
+        value = _FLOAT.sub(_digits, value)
     if _takes_list(key, config_class) and value[0] not in "[{$" and "," not in value and value != "null":
         return f"{key}=[{value if PLAIN_VALUE.fullmatch(value) or value[0] in QUOTES else quoted(value)}]"
     if _takes_text(key, config_class) and not PLAIN_VALUE.fullmatch(value) and value[0] not in f"{QUOTES}[{{$":
@@ -178,15 +193,72 @@ def group_of(model_option: str) -> str:
     return "model" if model_option == "model" else f"model@{model_option}"
 
 
+def _option(key: str, config_class: type[CommandConfig]) -> Option | None:
+    return next((o for o in options(config_class) if o.name == key.lstrip("+~")), None)
+
+
 def _takes_list(key: str, config_class: type[CommandConfig]) -> bool:
     """Whether one value may stand for a list of it."""
-    found = next((o for o in options(config_class) if o.name == key.lstrip("+~")), None)
-    return found is not None and found.type in ("list[str]", "list[int]")
+    option = _option(key, config_class)
+    return option is not None and option.type in ("list[str]", "list[int]")
 
 
 def _takes_text(key: str, config_class: type[CommandConfig]) -> bool:
-    found = next((o for o in options(config_class) if o.name == key.lstrip("+~")), None)
-    return found is not None and ("str" in found.type or found.type == "Any")
+    option = _option(key, config_class)
+    return option is not None and ("str" in option.type or option.type == "Any")
+
+
+def _digits(found: re.Match) -> str:
+    """A whole number such as 1e9 or 2.5e9 with its digits written out; any other as it was typed."""
+    number = Decimal(found[0])
+    whole = abs(number.adjusted()) < _MOST_DIGITS and number == number.to_integral_value()
+    return str(int(number)) if whole else found[0]
+
+
+def explain_unreadable(word: str, config_class: type[CommandConfig]) -> str:
+    """One line for a word that Hydra cannot read: what its option takes, or the same word with the quotes that it needs."""
+    key, _, value = word.lstrip("+").partition("=")
+    option = _option(key, config_class)
+    if option and (kind := KINDS.get(option.type.partition(" ")[0])):
+        return f"{key}={value} must be {kind}"
+    in_quotes = f"{key}={_text_in_quotes(value) if option and option.type.startswith('str') else _in_quotes(value)}"
+    if _is_readable(in_quotes):
+        return f"{key}={value} cannot be read: odd characters need quotes, as in {spelling.quoted(in_quotes)}"
+    return f"{key}={value} cannot be read: close its brackets, and put quotes around odd characters"
+
+
+def _in_quotes(value: str) -> str:
+    """A value with Hydra's quotes: around it, or around what is odd in a list or mapping."""
+    if value[:1] not in ("[", "{"):
+        return _text_in_quotes(value)
+    found, opened = [], []
+    for part in _PARTS.findall(value):
+        if part in "[{":
+            opened.append(part)
+        elif part in "]}" and opened:
+            opened.pop()
+        elif part not in "]}," and part[0] not in QUOTES:
+            name, colon, item = part.partition(":") if opened[-1:] == ["{"] else ("", "", part)
+            odd = item.strip() and not PLAIN_VALUE.fullmatch(item.strip())
+            part = f"{name}{colon}{_text_in_quotes(item.strip()) if odd else item}"
+        found.append(part)
+    return "".join(found)
+
+
+def _text_in_quotes(text: str) -> str:
+    """In double ones where the shell needs single ones around the word."""
+    return f'"{text}"' if re.search(r"[$`!]", text) and not re.search(r"""["'\\]""", text) else quoted(text)
+
+
+def _is_readable(word: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
 
 
 def presets(name: str) -> dict[str, list[str]]:

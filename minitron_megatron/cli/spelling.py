@@ -67,7 +67,8 @@ def joined(words: Iterable[str]) -> str:
 def quoted(word: str) -> str:
     """A word for the shell. What is no plain text, such as a line break, is spelt as bash and zsh read it in $'…'."""
     if not ODD.search(word):
-        return shlex.quote(word)
+        # Double quotes where they are easier to read: nothing in them means anything to a shell.
+        return f'"{word}"' if "'" in word and not re.search(r'["$`\\!]', word) else shlex.quote(word)
     return "$'" + ODD.sub(_in_bytes, re.sub(r"[\\']", r"\\\g<0>", word)) + "'"
 
 
