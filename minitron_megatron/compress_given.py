@@ -14,6 +14,7 @@ from minitron_megatron.composing import Stage, compose_stage, flat_options, nami
 from minitron_megatron.config import BudgetConfig, CompressConfig, RoundConfig, options
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.prune.checks import asks_for_a_cut
 from minitron_megatron.prune.select import target_shape
 from minitron_megatron.search.budget import Budget
 from minitron_megatron.search.scan import check_smaller, scan
@@ -38,6 +39,10 @@ _INPUTS = {
 }
 # What is set here itself. A plan's indices are those of one model, and stand for scores.
 _SET_BY_CHAIN = frozenset("model hf input teacher student scores plan folders output resume dry_run hydra".split())
+_HOW_SMALL = (
+    "how small is not said: give budget.parameters=4.5e9 (search finds the shape), target=PRESET, chain=PRESET (--help "
+    "lists them), or rounds='[{name: …, prune: {…}}, …]'"
+)
 _LIMITS = "parameters non_embedding_parameters memory_gib flops_per_token latency_ms tokens_per_second".split()
 
 
@@ -63,10 +68,7 @@ def check_asked(cfg: CompressConfig) -> bool:
             f"budget.{budget[0]}= and target.{target[0]}=: give one of them, what it may cost or what it is to be"
         )
     if not (budget or target or cfg.rounds or flat_options(cfg.prune, "prune")):
-        raise UserError(
-            "how small is not said: give budget.parameters=4.5e9 (search finds the shape), target=PRESET, chain=PRESET (--help "
-            "lists them), or rounds='[{name: …, prune: {…}}, …]'"
-        )
+        raise UserError(_HOW_SMALL)
     idle = {
         "prepare_data": None if cfg.input else "input=",
         "search": None if budget else "a budget",
@@ -113,6 +115,9 @@ def planned_target(cfg: CompressConfig, source: ModelShape) -> ModelShape:
         with naming("prune"):
             own = prune_options(cfg)
             pruning = compose_stage(cfg, "prune", {"model": "x", "scores": "x"}, own, Path("x")).config
+        if not asks_for_a_cut(pruning):
+            raise UserError(_HOW_SMALL)
+        with naming("prune"):
             return target_shape(source, vars(pruning.target), list(pruning.drop_layers), pruning.prune)
     with naming("search"):
         searching = search_stage(cfg, "x", Path("x")).config

@@ -28,6 +28,7 @@ from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.limits import check_layout, check_sequence
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.prune.checks import asks_for_a_cut
 from minitron_megatron.prune.select import target_shape
 from minitron_megatron.search.found import read_search, target_file
 from minitron_megatron.search.space import SIZES
@@ -155,9 +156,10 @@ def _compose(
             return _compose_searched(cfg, planned, inputs, own, at)
         if not cfg.rounds:
             own = {**prune_options(cfg), **own}
-        if not set(own) - {"processes"}:
+        found = compose_stage(cfg, stage, inputs, own, at[stage])
+        if not asks_for_a_cut(found.config):
             raise UserError("nothing to cut: give it a target, as in prune: {target: {hidden_size: …}}")
-        return compose_stage(cfg, stage, inputs, own, at[stage])
+        return found
 
 
 def _compose_searched(

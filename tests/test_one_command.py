@@ -156,6 +156,7 @@ def test_what_is_given_goes_over_what_is_chosen(hydra, given, tmp_path):
         ("input", ["input=/no/such.jsonl"], "input=/no/such.jsonl does not exist"),
         ("", ["data.path=x"], "input= and data.path=: give one of them"),
         ("budget.parameters", [], "how small is not said: give budget.parameters=4.5e9"),
+        ("budget.parameters", ["prune.samples=9"], "how small is not said: give budget.parameters=4.5e9"),
         ("", ["target.hidden_size=8"], "budget.parameters= and target.hidden_size=: give one of them"),
         ("", ["rounds=[{name: a, prune: {target.hidden_size: 16}}]"], "budget.parameters= is for one round"),
         ("budget.parameters", ["budget.parameters=100"], "search: "),

@@ -57,6 +57,7 @@ def check_prune(cfg: PruneConfig) -> Goal | None:
     if cfg.dry_run and cfg.model.path is None:
         source = ModelShape.from_dict(cfg.model.sizes("model"), "model")
         Layout.from_config(cfg.parallel)
+        _check_asked(cfg)
         target_shape(source, vars(cfg.target), list(cfg.drop_layers), cfg.prune)
         return None
     folder = open_model_folder(cfg.model.folder("model"))
@@ -96,9 +97,14 @@ def check_prune(cfg: PruneConfig) -> Goal | None:
     return goal
 
 
+def asks_for_a_cut(cfg: PruneConfig) -> bool:
+    """Whether a size, layers or a plan are given: the output would be the model again otherwise."""
+    return bool(cfg.plan or cfg.drop_layers) or any(size is not None for size in vars(cfg.target).values())
+
+
 def _check_asked(cfg: PruneConfig) -> None:
-    """Raise UserError where nothing is asked for: the output would be the model again."""
-    if not cfg.plan and not cfg.drop_layers and all(size is None for size in vars(cfg.target).values()):
+    """Raise UserError where nothing is asked for."""
+    if not asks_for_a_cut(cfg):
         raise UserError(
             "nothing to prune: give a size, such as target.num_layers= or target.ffn_hidden_size=, target=FILE (of search), "
             "plan= or drop_layers="
