@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minitron_megatron.checkpoints.folder import MANIFEST, read_manifest
+from minitron_megatron.checkpoints.locks import another_run
+from minitron_megatron.checkpoints.unfinished import check_nobody_writes
 from minitron_megatron.cli import spelling
 from minitron_megatron.config import CompressConfig
 from minitron_megatron.console import console
@@ -155,7 +157,7 @@ def _lock(root: Path) -> int:
                 return lock
         except BlockingIOError:
             os.close(lock)
-            raise UserError(f"another run is at work in {root}: wait for it or choose another output=") from None
+            raise another_run("is at work in", root) from None
         except FileNotFoundError:
             pass
         os.close(lock)
@@ -262,6 +264,11 @@ class Stages:
         line = spelling.joined(words)
 
         def work() -> None:
+            # A stage outlives a whole that was killed.
+            try:
+                check_nobody_writes(output)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
             console().print(f"\n$ {line}", style="bold", highlight=False, soft_wrap=True)
             ended = Ended(*run_program(runnable(words), processes))
             if ended.finished and whole(output):

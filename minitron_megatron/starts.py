@@ -70,6 +70,14 @@ def born(pid: int) -> int | None:
         return None
 
 
+def when_born(pid: int) -> float | None:
+    """When a process began, in seconds since the epoch; None where there is none of that number."""
+    ticks = born(pid)
+    if ticks is None:
+        return None
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+
+
 def tail_of(file: Path, size: int = 1 << 18) -> list[dict[str, Any]]:
     """The last lines of a JSON-lines file that are whole, those of the last `size` bytes; nothing where it cannot be read."""
     try:

@@ -18,6 +18,7 @@ from typing import Any
 
 from minitron_megatron.checkpoints.damage import is_damage
 from minitron_megatron.checkpoints.folder import DIVERGED, MANIFEST, METRICS, load_yaml
+from minitron_megatron.checkpoints.locks import holder
 from minitron_megatron.checkpoints.unfinished import partial_folder
 from minitron_megatron.cli import spelling
 from minitron_megatron.config import StatusConfig
@@ -175,7 +176,7 @@ def _written(path: Path) -> Status:
     size = sum(file.stat().st_size for file in files)
     newest = max((file.stat().st_mtime for file in [partial, *files]), default=0.0)
     about = f"{len(files)} files, {size / 1e6:,.1f} MB, written {_ago(newest)}"
-    owner, starts = _lock(partial), read_starts(partial)
+    owner, starts = holder(partial), read_starts(partial)
     running = owner is not None or (bool(starts) and _seems_alive(starts[-1], newest))
     lines = [("written so far", about), ("lock", _words_of_lock(owner, starts))]
     lines += _how_to_go_on(starts, running)
@@ -190,7 +191,7 @@ def _run(path: Path) -> Status:
     trained = [line for line in metrics if _number(line, "loss") and _number(line, "step")]
     judged = [line for line in metrics if _number(line, "validation_loss")]
     last = trained[-1] if trained else {}
-    starts, owner = read_starts(path), _lock(partial_folder(path / "model"))
+    starts, owner = read_starts(path), holder(partial_folder(path / "model"))
     written = (path / METRICS).stat().st_mtime if (path / METRICS).is_file() else 0.0
     running = owner is not None or (bool(starts) and _seems_alive(starts[-1], written))
     kind = _command_of(starts[-1]["command"]) if starts else "run"
@@ -281,7 +282,7 @@ def _whole(path: Path) -> Status:
     starts = read_starts(path)
     newest = max((file.stat().st_mtime for file in (path / STAGES_FILE, path / STARTS) if file.is_file()), default=0.0)
     busy = any(one.state == "running" for one in inside)
-    owner = _lock(path)
+    owner = holder(path)
     running = busy or owner is not None or (bool(starts) and _seems_alive(starts[-1], newest))
     summary = next((name for name in _SUMMARIES if (path / name).is_file()), None)
     bad = next((one for one in inside if one.state in ("diverged", "damaged", "failed")), None)
@@ -314,19 +315,6 @@ def _seems_alive(start: dict[str, Any], newest: float) -> bool:
     """Whether the process of a start runs; on another machine by how long ago it last wrote."""
     alive = is_alive(start)
     return time.time() - newest < _SECONDS_OF_SILENCE if alive is None else alive
-
-
-def _lock(folder: Path) -> int | None:
-    """The process that holds a folder's lock on this machine, by the kernel's list; None where nobody does."""
-    try:
-        stat = folder.stat()
-        for line in Path("/proc/locks").read_text(encoding="utf-8").splitlines():
-            fields = line.split()
-            if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(stat.st_ino):
-                return int(fields[4])
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
 
 
 def _words_of_lock(owner: int | None, starts: list[dict[str, Any]]) -> str:

@@ -15,12 +15,13 @@ import yaml
 from hydra import initialize_config_dir
 
 from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
+from minitron_megatron.checkpoints.locks import lock, unlock
 from minitron_megatron.cli.arguments import CONF, presets
 from minitron_megatron.compress import SUMMARY, compress
 from minitron_megatron.errors import UserError
 from minitron_megatron.launcher import compose
 from minitron_megatron.models.axes import count_parameters
-from minitron_megatron.stages import Stages, run_program
+from minitron_megatron.stages import Stages, alone_in, run_program
 from tests.slurm_cluster import programs_by_name
 from tests.test_commands import ROOT, environment, error_of, run, shown
 from tests.tiny import data_folder, hf_model, imported
@@ -328,6 +329,7 @@ def one_round(**options) -> str:
         ([one_round(distill={"student": "x"})], "round second, distill: student is set by the chain"),
         ([one_round(distill=5)], "round second, distill: distill=5 must be a mapping"),
         ([one_round(prune={})], "round second, prune: nothing to cut"),
+        ([one_round(prune={"prune.heads": "merge"})], "round second, prune: nothing to cut"),
         (
             [one_round(prune={"target.hidden_size": 25})],
             "round second, prune: target.hidden_size=25 must be a whole number from 1 to the source model's 24",
@@ -423,11 +425,31 @@ def test_a_stage_is_done_once_in_the_same_words(tmp_path):
     assert made == ["a", "b", "b"]
 
 
+def test_a_stage_whose_output_is_being_written_is_not_started(tmp_path, monkeypatch):
+    """As by the stage of a whole that was killed, which goes on; it is named, and what is to be done about it."""
+    monkeypatch.setattr("minitron_megatron.stages.run_program", lambda *_: pytest.fail("it was started"))
+    for partial in (tmp_path / ".out.partial", tmp_path / "out" / ".model.partial"):
+        partial.mkdir(parents=True)
+        held = lock(partial)
+        who = (
+            rf"process {os.getpid()} on .*, since .*\): wait for it, end it with kill {os.getpid()}, or choose another"
+        )
+        with pytest.raises(UserError, match=rf"^distill: another run is writing {partial} \({who}"):
+            Stages(tmp_path / "stages.json").command("distill", tmp_path / "out", "distill")
+        unlock(held)
+
+
+def test_whoever_works_in_the_folder_of_a_whole_is_named(tmp_path):
+    refused = pytest.raises(UserError, match=rf"at work in .* \(process {os.getpid()} on ")
+    with alone_in(tmp_path / "x"), refused, alone_in(tmp_path / "x"):
+        pass
+
+
 def test_a_stage_that_ignores_a_signal_is_not_followed(tmp_path):
     """It ends as if nothing were; the whole ends for the signal, so that no other stage begins."""
     ready = tmp_path / "ready"
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: None)"
-    code = f"{deaf}; open({str(ready)!r}, 'w').close(); time.sleep(0.5)"
+    deaf = "import signal, time; got = []; signal.signal(signal.SIGTERM, lambda *_: got.append(1))"
+    code = f"{deaf}; open({str(ready)!r}, 'w').close()\nwhile not got: time.sleep(0.01)"
 
     def ask():
         while not ready.exists():

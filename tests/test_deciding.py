@@ -261,7 +261,7 @@ MODULES = {
     ONE_PROCESS: """candidates.run candidates.rungs composing compress_source pace demo demo_plan demo_speed stages status
     submit report.folders
     report.report report.trials throughput.run throughput.sources throughput.tensorrt_llm throughput.work benchmark.mistakes
-    benchmark.loss machine""",
+    benchmark.loss machine witness""",
     "data are prepared by one process": "data.estimate data.prepare data.text data.tokenizer data.vocabulary",
     BEFORE: """cli.main cli.arguments cli.logs cli.spelling launcher evaluate.checks distill.cache_checks train.checks train.begin
     checkpoints.export_checks checkpoints.hf_folder checkpoints.nemo_folder checkpoints.stamps data.folder data.indexed
@@ -279,7 +279,8 @@ FUNCTIONS = {
     parallel.job._of_this_start parallel.job.check_device_type parallel.tools.tool_job
     parallel.precision.recalled train.saved.check_room train.saved.newest_whole train.saved._sized
     checkpoints.index.check_files checkpoints.index.read_index""",
-    RANK_ZERO: """checkpoints.folder._already_there checkpoints.folder._finish
+    RANK_ZERO: """checkpoints.folder._already_there checkpoints.folder._finish checkpoints.locks.another_run
+    checkpoints.locks.holder
     checkpoints.hf._write_companions checkpoints.hf._generation_config prune.prune._write_companions
     checkpoints.megatron_lm.all_arguments checkpoints.megatron_lm._write_companions checkpoints.nemo._write_context
     train.checkpoint._drop_old train.saved.find_checkpoints train.saved.described parallel.precision._machine

@@ -1,6 +1,7 @@
 """One command from a Hugging Face folder and text to a student: what is chosen, what is refused, and the whole of it."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -344,7 +345,8 @@ def test_a_run_is_there_and_alone_while_it_is_planned(hydra, given, tmp_path, mo
         found = status.look_at(root)
         seen.append((found.state, dict(found.lines)["lock"]))
         with pytest.raises(
-            UserError, match=rf"^another run is at work in {root}: wait for it or choose another output=$"
+            UserError,
+            match=rf"^another run is at work in {root} \(process {os.getpid()} on .* or choose another output=$",
         ):
             compress(cfg, checked)
         raise UserError("a mistake")

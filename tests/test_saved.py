@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -249,17 +250,14 @@ def test_without_a_whole_one_nothing_is_set_aside(gloo, tmp_path):
 # --- Whose a lock is --------------------------------------------------------------------------------------------------
 
 FORKS = """
-import os, signal, sys, time
+import os, sys
 from pathlib import Path
 from minitron_megatron.checkpoints.locks import lock
 
 held = lock(Path(sys.argv[1]))
 if os.fork() == 0:
     print(os.getpid(), flush=True)
-    time.sleep(60)
-    os._exit(0)
-time.sleep(float(sys.argv[2]))
-os.kill(os.getpid(), signal.SIGKILL)
+sys.stdin.read()  # until whoever has started it ends it, or ends
 """
 
 
@@ -267,13 +265,17 @@ def test_a_killed_run_leaves_no_lock_to_whom_it_forked(tmp_path):
     """As a writer of checkpoints that goes on for a while: the output can be made at once."""
     partial = partial_folder(tmp_path / "model")
     partial.mkdir()
-    run = subprocess.Popen([sys.executable, "-c", FORKS, str(partial), "1"], stdout=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    run = subprocess.Popen([sys.executable, "-c", FORKS, str(partial)], stdin=pipe, stdout=pipe, text=True)
     child = int(run.stdout.readline())
     try:
         another = {"command": "x", "config": {}, "inputs": {}, "resume": True}
-        with pytest.raises(UserError, match="another run is writing"), output_folder(tmp_path / "model", **another):
+        who = rf"\(process {run.pid} on {socket.gethostname()}, since .* ago\): wait for it, end it with kill {run.pid}, or"
+        refused = pytest.raises(UserError, match=f"another run is writing .* {who}")
+        with refused, output_folder(tmp_path / "model", **another):
             pass
-        assert run.wait(20) == -signal.SIGKILL
+        run.kill()
+        run.wait()
         os.kill(child, 0)
         with output_folder(tmp_path / "model", **another):
             pass
@@ -281,6 +283,22 @@ def test_a_killed_run_leaves_no_lock_to_whom_it_forked(tmp_path):
     finally:
         os.kill(child, signal.SIGKILL)
         run.stdout.close()
+        run.stdin.close()
+
+
+def test_a_lock_of_another_machine_is_told_by_the_last_start(tmp_path, monkeypatch):
+    """Of a training run it stands beside its model; of one that ended here nothing is said."""
+    partial = partial_folder(tmp_path / "model")
+    partial.mkdir()
+    monkeypatch.setattr(locks, "holder", lambda _: None)
+    plain = f"another run is writing {partial}: wait for it or choose another output="
+    assert str(locks.another_run("is writing", partial)) == plain
+    line = {"command": "x", "pid": 7, "host": "node7", "time": time.time() - 3600, "born": 1}
+    (tmp_path / "starts.jsonl").write_text(json.dumps(line) + "\n")
+    said = str(locks.another_run("is writing", partial))
+    assert re.search(r"\(process 7 on node7, since [\d:]+, 60.0 min ago\): .*, end it with kill 7 on node7, or", said)
+    (tmp_path / "starts.jsonl").write_text(json.dumps({**line, "host": socket.gethostname()}) + "\n")
+    assert str(locks.another_run("is writing", partial)) == plain
 
 
 def test_the_lock_of_a_run_outlives_whom_it_forks(tmp_path):
@@ -294,14 +312,15 @@ def test_the_lock_of_a_run_outlives_whom_it_forks(tmp_path):
     locks.unlock(locks.lock(tmp_path))
 
 
-def slowly_written(cfg: DistillConfig, file: Path) -> None:
-    """The command, whose forked writers take two minutes; the first notes its number in a file."""
+def slowly_written(cfg: DistillConfig, file: Path, tests: int) -> None:
+    """The command, whose forked writers wait as long as the tests run; the first notes its number in a file."""
     run, write = os.getpid(), FileSystemWriterAsync.write_preloaded_data_multithread
 
     def writing(*rest):
         if os.getpid() != run:
             file.write_text(str(os.getpid()))
-            time.sleep(120)
+            while os.path.exists(f"/proc/{tests}"):
+                time.sleep(0.1)
         return write(*rest)
 
     FileSystemWriterAsync.write_preloaded_data_multithread = staticmethod(writing)
@@ -311,7 +330,7 @@ def slowly_written(cfg: DistillConfig, file: Path) -> None:
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_while_its_writer_lives(gloo, sources, tmp_path):
     cfg = options(sources, tmp_path / "run", steps=3, save_interval=1, validation_samples=0, async_save=True)
-    run = get_context("spawn").Process(target=slowly_written, args=(cfg, tmp_path / "writer"))
+    run = get_context("spawn").Process(target=slowly_written, args=(cfg, tmp_path / "writer", os.getpid()))
     run.start()
     while not (tmp_path / "writer").is_file() or not (tmp_path / "writer").read_text():
         assert run.is_alive()
@@ -320,7 +339,7 @@ def test_a_run_that_was_killed_goes_on_while_its_writer_lives(gloo, sources, tmp
     try:
         run.kill()
         run.join()
-        assert gloo(1, exit_code, cfg) == [None]
+        assert gloo(1, exit_code, cfg, timeout=600.0) == [None]
         os.kill(writer, 0)
     finally:
         os.kill(writer, signal.SIGKILL)

@@ -3,12 +3,21 @@
 A lock of flock() belongs to an open file, and a forked process shares the open files of the one that forked it: a writer of
 checkpoints that outlives a killed run would hold the run's lock until it ends. So every fork lets go of it in the new process.
 What is started as another program does not inherit the descriptor in the first place.
+
+Who holds a lock is told by the kernel's list, and of other machines by what a start leaves beside the output (starts.py).
+Nobody is asked, and no lock is taken for it.
 """
 
 import contextlib
 import fcntl
 import os
+import socket
+import time
 from pathlib import Path
+
+from minitron_megatron.console import format_time
+from minitron_megatron.errors import UserError
+from minitron_megatron.starts import is_alive, read_starts, when_born
 
 _HELD: set[int] = set()
 
@@ -43,6 +52,43 @@ def unlock(descriptor: int) -> None:
     """Give a lock back."""
     _HELD.discard(descriptor)
     os.close(descriptor)
+
+
+def holder(folder: Path) -> int | None:
+    """The process that holds a folder's lock on this machine, by the kernel's list; None where nobody does."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        number = str(folder.stat().st_ino)
+        for line in Path("/proc/locks").read_text(encoding="utf-8").splitlines():
+            fields = line.split()
+            # 0: a process that this container does not see.
+            if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == number and int(fields[4]) > 0:
+                return int(fields[4])
+    return None
+
+
+def another_run(does: str, folder: Path) -> UserError:
+    """The refusal of a folder whose lock another run has: which process that is, since when, and how to end it.
+
+    `does`: what it does there, as "is writing".
+    """
+    pid, here = holder(folder), socket.gethostname()
+    host, began = here, None if pid is None else when_born(pid)
+    if pid is None:
+        # On another machine, or in another container. A training run's starts stand beside the model that it is going to write.
+        starts = [start for place in (folder, folder.parent) for start in read_starts(place)[-1:]]
+        last = next((start for start in starts if is_alive(start) is not False), {})
+        pid, host, began = last.get("pid"), last.get("host"), last.get("time")
+    if pid is None:
+        return UserError(f"another run {does} {folder}: wait for it or choose another output=")
+    since = ""
+    if isinstance(began, int | float):
+        day = "%H:%M:%S" if time.time() - began < 43200 else "%Y-%m-%d %H:%M"
+        since = f", since {time.strftime(day, time.localtime(began))}, {format_time(max(0.0, time.time() - began))} ago"
+    there = "" if host == here else f" on {host}"
+    return UserError(
+        f"another run {does} {folder} (process {pid} on {host}{since}): wait for it, end it with kill {pid}{there}, or choose "
+        "another output="
+    )
 
 
 def _let_go() -> None:

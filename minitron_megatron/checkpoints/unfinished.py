@@ -12,7 +12,7 @@ from pathlib import Path
 
 from minitron_megatron.asked import Asked
 from minitron_megatron.changing import differences, in_words
-from minitron_megatron.checkpoints.locks import is_locked, lock, unlock
+from minitron_megatron.checkpoints.locks import another_run, holder, is_locked, lock, unlock
 from minitron_megatron.checkpoints.places import place_of
 from minitron_megatron.checkpoints.stamps import say_others
 from minitron_megatron.errors import UserError
@@ -51,6 +51,13 @@ def check_unfinished(path: Path, asked: Asked, resume: bool) -> None:
         _check_same(path, before, replace(asked, inputs={**before.inputs, **asked.inputs}), resume)
 
 
+def check_nobody_writes(path: Path) -> None:
+    """Raise UserError where another run is seen to write a command's output, or the model of a training run."""
+    for partial in (partial_folder(path), partial_folder(path / "model")):
+        if holder(partial) is not None:
+            raise another_run("is writing", partial)
+
+
 def start_partial(path: Path, asked: Asked, resume: bool, continues: bool) -> int:
     """Lock the folder of an output that is going to be written, and empty it unless what is left there is continued.
 
@@ -60,7 +67,7 @@ def start_partial(path: Path, asked: Asked, resume: bool, continues: bool) -> in
     partial.mkdir(parents=True, exist_ok=True)
     held = lock(partial)
     if held is None:
-        raise UserError(f"another run is writing {partial}: wait for it or choose another output=")
+        raise another_run("is writing", partial)
     try:
         if (before := _left(partial, asked)) is not None:
             _check_same(path, before, asked, resume and continues)
