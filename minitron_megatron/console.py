@@ -29,6 +29,7 @@ from rich.text import Text
 
 from minitron_megatron.claims import number_of
 from minitron_megatron.plain_text import escaped, one_line
+from minitron_megatron.readers import leave_lost_readers
 
 log = logging.getLogger(__name__)
 # Without a terminal a bar cannot move: say how far it is now and then instead.
@@ -86,6 +87,10 @@ class _Console(Console):
 
     def render_str(self, text: str, **how: Any) -> Text:
         return super().render_str(escaped(text), **{**how, "markup": False, "emoji": False})
+
+    def on_broken_pipe(self) -> None:
+        """Work outlives who reads of it: rich would end the program."""
+        leave_lost_readers()
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -1,6 +1,7 @@
 """Why a process ends before its time, in one line, and with which exit status; of several processes one speaks (claims.py).
 
-Exit status: 0 done, 2 the user can mend it, 1 anything else; 130 Ctrl-C, 143 SIGTERM, 75 SIGUSR1 (to be continued).
+Exit status: 0 done, 2 the user can mend it, 1 anything else; 130 Ctrl-C, 129 SIGHUP, 143 SIGTERM, 75 SIGUSR1 (to be
+continued).
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from minitron_megatron.claims import (
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.first_moments import NAMES, NOTHING_KEPT, STATUS_OF_SIGNAL, USER_MISTAKE
 from minitron_megatron.plain_text import one_line
+from minitron_megatron.readers import leave_lost_readers
 from minitron_megatron.unheard import Listener
 
 # Troubles with files that a user can put right.
@@ -198,7 +200,7 @@ def finish_whatever_comes() -> None:
     """What is left is short, and makes a command's work whole: from here on only Ctrl-C cuts it off."""
     _State.finishing = True
     if _State.handles:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in set(STATUS_OF_SIGNAL) - {signal.SIGINT}:
             signal.signal(number, signal.SIG_IGN)
 
 
@@ -206,6 +208,8 @@ def no_more_signals() -> None:
     """The command has done its work, or has said why not: a request to end comes too late to change its exit status."""
     finish_whatever_comes()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # What could not be written would be an exit status of its own, Python's.
+    leave_lost_readers()
     if _State.status is not None and several():
         # What libraries write on their way out adds nothing to the reason that was given.
         with contextlib.suppress(OSError, ValueError):
@@ -224,7 +228,7 @@ def stop_together(text: str, status: int) -> NoReturn:
 
 
 def handle_signals() -> None:
-    """From here on SIGINT, SIGTERM and SIGUSR1 end this process in one line; processes that it forks keep the default."""
+    """From here on the signals of STATUS_OF_SIGNAL end this process in one line; processes that it forks keep the default."""
     owner, _State.handles = os.getpid(), True
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -233,6 +237,7 @@ def handle_signals() -> None:
             os.kill(os.getpid(), number)
             return
         listener.heard()
+        leave_lost_readers()
         if _is_importing(frame):
             end_at_once(number)
         stopped = Stopped(number)

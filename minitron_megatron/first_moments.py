@@ -11,13 +11,22 @@ from types import FrameType
 USER_MISTAKE = 2
 # EX_TEMPFAIL of sysexits.h: not finished; the same command continues.
 REQUEUE = 75
-STATUS_OF_SIGNAL = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: REQUEUE}
-NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1"}
+# The kernel sends SIGHUP when a terminal closes, or its connection drops; under nohup it is ignored, here too.
+STATUS_OF_SIGNAL = {signal.SIGINT: 130, signal.SIGHUP: 129, signal.SIGTERM: 143, signal.SIGUSR1: REQUEUE}
+NAMES = {
+    signal.SIGINT: "Ctrl-C",
+    signal.SIGHUP: "SIGHUP (its terminal closed)",
+    signal.SIGTERM: "SIGTERM",
+    signal.SIGUSR1: "SIGUSR1",
+}
 NOTHING_KEPT = "nothing of this start is kept; the same command goes on from what was there before"
 
 
 def _stop(number: int, _: FrameType | None) -> None:
-    os.write(2, f"stopped by {NAMES[number]}: {NOTHING_KEPT}\n".encode())
+    try:  # noqa: SIM105  contextlib is one more import
+        os.write(2, f"stopped by {NAMES[number]}: {NOTHING_KEPT}\n".encode())
+    except OSError:  # nobody reads it: the terminal is gone
+        pass
     os._exit(STATUS_OF_SIGNAL[number])
 
 

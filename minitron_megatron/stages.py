@@ -34,6 +34,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.machine import usable_cores
 from minitron_megatron.parallel.torchrun import exit_status, how_it_was_killed, killed_for_memory
 from minitron_megatron.plain_files import read_json, write_whole
+from minitron_megatron.readers import leave_lost_readers
 from minitron_megatron.starts import STARTS, record_start
 from minitron_megatron.witness import Witness
 
@@ -334,20 +335,23 @@ def run_program(program: list[str], processes: int) -> Ended:
     environment = {"OMP_NUM_THREADS": threads, **os.environ, STAGE: "1"}
     reasons: list[str] = []
 
-    def listen() -> None:
+    def start() -> subprocess.Popen:
+        return subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
+
+    def listen(child: subprocess.Popen) -> None:
         with child.stderr as lines:
             for line in lines:
                 word, _, reason = line.partition(" ")
                 if word in ("error:", "stopped"):
                     reasons.append(reason.strip())
                 else:
-                    print(line, end="", file=sys.stderr, flush=True)
+                    with contextlib.suppress(OSError):  # nobody reads it
+                        print(line, end="", file=sys.stderr, flush=True)
 
     killed_before = killed_for_memory()
-    child = subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
-    with outlive(child) as asked:
+    with outlive(start) as (child, asked):
+        listener = threading.Thread(target=listen, args=(child,), daemon=True)
+        listener.start()
         child.wait()
     listener.join(SECONDS_FOR_LAST_WORDS)
     status = exit_status(child.returncode)
@@ -359,24 +363,29 @@ def run_program(program: list[str], processes: int) -> Ended:
 
 
 @contextmanager
-def outlive(child: subprocess.Popen) -> Iterator[list[int]]:
-    """Let a child end first when this process is asked to; yields the signals that asked.
+def outlive(start: Callable[[], subprocess.Popen]) -> Iterator[tuple[subprocess.Popen, list[int]]]:
+    """Start a child, and let it end first when this process is asked to; yields it and the signals that asked.
 
-    They are passed on, but where the child has them already: a terminal's Ctrl-C reaches every process of the group, and a
-    second one would end the child at once.
+    They are passed on, also one that comes while the child starts, but where the child has them already: a terminal's Ctrl-C
+    reaches every process of the group, and a second one would end the child at once.
     """
     asked: list[int] = []
+    started: list[subprocess.Popen] = []
     with Witness() as witness:
 
         def ask(number: int, _: Any) -> None:
             asked.append(number)
-            if not witness.heard(number):
-                child.send_signal(number)
+            leave_lost_readers()
+            if started and not witness.heard(number):
+                started[0].send_signal(number)
 
         heeded = [number for number in STATUS_OF_SIGNAL if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, ask) for number in heeded}
         try:
-            yield asked
+            started.append(start())
+            if asked:
+                started[0].send_signal(asked[0])
+            yield started[0], asked
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -9,9 +9,12 @@ A terminal's Ctrl-C, `timeout` and whoever kills a group reach a child, too; `ki
 import contextlib
 import signal
 import subprocess
+import time
+from pathlib import Path
 from types import TracebackType
 
-# A process that has the signal is gone within milliseconds, but on a machine that is busy.
+# The kernel gives a group's signal to one process after another, within milliseconds. That one has it shows at once, also
+# where a busy machine lets it end later.
 SECONDS = 0.5
 
 
@@ -29,10 +32,13 @@ class Witness:
         """Whether the group has just got this signal, for which this process's handler runs."""
         if self._process is None:
             return number == signal.SIGINT
-        try:
-            heard = self._process.wait(SECONDS) == -number
-        except subprocess.TimeoutExpired:
+        until, heard = time.monotonic() + SECONDS, False
+        while not heard and self._process.poll() is None and time.monotonic() < until:
+            heard = _has(self._process.pid, number)
+            time.sleep(0.001)
+        if not heard and self._process.poll() is None:
             return False
+        heard = heard or self._process.returncode == -number
         self._end()
         self._process = self._start()
         return heard
@@ -54,3 +60,12 @@ class Witness:
             self._process.stdin.close()
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
+
+
+def _has(pid: int, number: int) -> bool:
+    """Whether a process has got a signal that it has not met yet."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith(("SigPnd:", "ShdPnd:")) and int(line.split()[1], 16) >> number - 1 & 1:
+                return True
+    return False

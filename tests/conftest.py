@@ -28,8 +28,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ranks.get(item.path.stem, len(LONGEST)))
 
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that.
+# A shell that starts the tests in the background has them ignore Ctrl-C, and nohup a closed terminal: what they start would
+# inherit that, but no handlers.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 # How long an example takes says more about what else runs on the machine than about the code.
 settings.register_profile("any machine", deadline=None)

@@ -1,7 +1,7 @@
 """A command of launch/ in which something happens on one rank: `python tests/failing.py NAME RANK WHERE WHAT option=value …`.
 
 WHERE: "start", before the options are checked, or the number of a training step, after the collectives of those before it.
-WHAT: "mistake" (UserError), "bug" (ValueError), "kill" (SIGKILL), "exit" (status 3 without a word), "slow" (a minute),
+WHAT: "mistake" (UserError), "bug" (ValueError), "kill" (SIGKILL), "exit" (status 3 without a word), "slow" (says so, and waits),
 "nothing"; one for each start of the job by torchrun, as "bug,nothing".
 """
 
@@ -29,7 +29,8 @@ def happen(whats: str) -> None:
         case "exit":
             os._exit(3)
         case "slow":
-            time.sleep(60)
+            print("slow", flush=True)
+            time.sleep(600)
 
 
 def main() -> None:

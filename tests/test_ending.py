@@ -6,6 +6,7 @@ by the launcher, and by two launchers that stand for two nodes.
 
 import contextlib
 import os
+import pty
 import re
 import signal
 import socket
@@ -174,7 +175,9 @@ import minitron_megatron.cli.main
 
 
 @pytest.mark.parametrize("rank", [None, 0])
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)]
+)
 def test_a_signal_in_the_imports_is_one_line_or_the_launchers_to_say(number, status, rank):
     words = [sys.executable, "-c", FIRST_MOMENTS, str(int(number))]
     own = {} if rank is None else {"RANK": "0", "WORLD_SIZE": "2"}
@@ -191,14 +194,16 @@ def test_importing_the_commands_leaves_signals_alone():
 
 IGNORES = """
 import os, signal
-for number in (signal.SIGINT, signal.SIGUSR1):
+ignored = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+for number in ignored:
     signal.signal(number, signal.SIG_IGN)
 from minitron_megatron import ending, first_moments
 first = first_moments.handle_first_signals()
-os.kill(os.getpid(), signal.SIGINT)
+for number in ignored:
+    os.kill(os.getpid(), number)
 first_moments.give_back(first)
 ending.handle_signals()
-for number in (signal.SIGINT, signal.SIGUSR1):
+for number in ignored:
     os.kill(os.getpid(), number)
 print("goes on", flush=True)
 os.kill(os.getpid(), signal.SIGTERM)
@@ -206,12 +211,65 @@ os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_signal_that_who_started_a_command_has_it_ignore_is_ignored():
-    """As a shell has what it starts in the background ignore Ctrl-C, before a command has imported anything and later."""
+    """As nohup does with SIGHUP, and a shell with Ctrl-C in the background: before anything is imported, and later."""
     done = subprocess.run([sys.executable, "-c", IGNORES], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "goes on\n" and "by SIGTERM" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+CLOSES = """
+import sys, time
+from minitron_megatron import ending
+from minitron_megatron.cli.main import ends_in_one_line
+from minitron_megatron.console import console
+with ends_in_one_line(), ending.keeping(lambda: "a step is saved"):
+    console().print("ready")
+    try:
+        time.sleep(60)
+    finally:
+        console().print("work that is saved, and said")
+        print("and said by others")
+        with open(sys.argv[1], "w") as file:
+            file.write("saved")
+"""
+
+
+@pytest.mark.parametrize("into", ["terminal", "file"])
+def test_a_terminal_that_closes_ends_a_command_as_a_signal_does(into, tmp_path):
+    """What was begun is unwound, though all that it prints comes to nothing; where the line goes elsewhere it is one."""
+    ours, theirs = pty.openpty()
+    take = f"import fcntl, os, termios; os.setsid(); fcntl.ioctl({theirs}, termios.TIOCSCTTY, 0); "
+    run = f"os.execv({sys.executable!r}, {[sys.executable, '-c', CLOSES, str(tmp_path / 'saved')]!r})"
+    with open(tmp_path / "errors", "w+") as errors:
+        running = subprocess.Popen(
+            [sys.executable, "-c", take + run], cwd=ROOT, pass_fds=[theirs], stdin=theirs, stdout=theirs,
+            stderr=theirs if into == "terminal" else errors,
+        )  # fmt: skip
+        os.close(theirs)
+        shown = b""
+        while b"ready" not in shown:
+            shown += os.read(ours, 1024)
+        os.close(ours)
+        assert running.wait(60) == 129
+        errors.seek(0)
+        said = ["stopped by SIGHUP (its terminal closed): a step is saved\n"] if into == "file" else []
+        assert errors.readlines() == said
+    assert (tmp_path / "saved").read_text() == "saved"
+
+
+def test_work_outlives_who_reads_of_it(tmp_path):
+    """As `| tee log`, which the Ctrl-C has ended that asks a run to save: no line after that ends it, or changes its status."""
+    work = CLOSES.replace("time.sleep(60)", "sys.stdin.readline()")
+    running = subprocess.Popen(
+        [sys.executable, "-c", work, str(tmp_path / "saved")], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert running.stdout.readline() == "ready\n"
+    running.stdout.close()
+    _, said = running.communicate("\n", timeout=60)
+    assert (running.returncode, said, (tmp_path / "saved").read_text()) == (0, "", "saved")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGTERM, 143)])
 def test_a_signal_while_the_demo_measures_the_machine_is_one_line_and_ends_the_measuring(number, status):
     measure = "from minitron_megatron.cli.main import ends_in_one_line as e\nwith e():\n    from minitron_megatron"
     running = job([sys.executable, "-c", f"{measure}.demo_plan import measure_machine as m; m()"], [])
@@ -394,7 +452,12 @@ def test_words_that_the_locale_has_no_letters_for_are_said(encoding, advice, mon
 
 
 @pytest.mark.parametrize(
-    ("number", "name", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGHUP, "SIGTERM", 143)]
+    ("number", "name", "status"),
+    [
+        (signal.SIGINT, "Ctrl-C", 130),
+        (signal.SIGHUP, ending.NAMES[signal.SIGHUP], 129),
+        (signal.SIGTERM, "SIGTERM", 143),
+    ],
 )
 def test_a_launcher_without_processes_says_how_to_go_on(number, name, status, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torchrun, "children", lambda _: [])
@@ -547,7 +610,7 @@ def wait_for_step(running: subprocess.Popen, output: Path, timeout: float = 400.
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 75), (signal.SIGTERM, 75)])
 def test_a_signal_in_training_ends_with_what_is_saved(words, tmp_path, processes, number, status):
     output = tmp_path / "x"
     start = [sys.executable, "-m", "minitron_megatron"] + (["--nproc-per-node", "2"] if processes == 2 else [])
@@ -569,16 +632,13 @@ def test_a_second_ctrl_c_ends_at_once(words, tmp_path):
     slow = failing(0, 3, "slow", [word.replace("save_interval=2", "save_interval=1") for word in words], output)
     running = job([sys.executable], slow)
     with gone(running):
-        wait_for_step(running, output)
-        time.sleep(3)
+        assert any(line == "slow\n" for line in running.stdout), running.communicate()
         os.killpg(running.pid, signal.SIGINT)
-        time.sleep(1)
+        assert running.stderr.readline().startswith("Ctrl-C: this step is finished and saved first")
         os.killpg(running.pid, signal.SIGINT)
-        said = running.communicate(timeout=30)[1].splitlines()
-    assert running.returncode == 130 and len(said) == 2
-    assert re.fullmatch(
-        r"stopped by Ctrl-C: step \d is the last that is saved; the same command continues from there", said[1]
-    )
+        said = running.communicate(timeout=120)[1].splitlines()
+    assert running.returncode == 130
+    assert said == ["stopped by Ctrl-C: step 3 is the last that is saved; the same command continues from there"]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from minitron_megatron.claims import CLAIM, LAUNCHER, TOLD, Claim
+from minitron_megatron.first_moments import NAMES, STATUS_OF_SIGNAL
 from minitron_megatron.parallel import torchrun
 from minitron_megatron.parallel.torchrun import (
     SAVED_BEFORE,
@@ -23,6 +24,7 @@ from minitron_megatron.parallel.torchrun import (
 )
 
 HERE = f"rank 3 on {socket.gethostname()}"
+HANGS_UP = NAMES[signal.SIGHUP]
 
 
 @pytest.mark.parametrize(("code", "status"), [(0, 0), (2, 2), (75, 75), (-9, 137), (-15, 143), (-1, 129)])
@@ -81,7 +83,7 @@ def launcher(monkeypatch, tmp_path):
         (signal.SIGTERM, signal.SIGTERM),
         (signal.SIGUSR1, signal.SIGUSR1),
         (signal.SIGINT, signal.SIGINT),
-        (signal.SIGHUP, signal.SIGTERM),
+        (signal.SIGHUP, signal.SIGHUP),
     ],
 )
 def test_signals_go_to_every_process_and_are_noted(launcher, tmp_path, number, passed):
@@ -141,7 +143,7 @@ def ended(code: int) -> SimpleNamespace:
         (-signal.SIGTERM, [signal.SIGTERM], False, 143, f"stopped by SIGTERM: {HERE} had not begun; {SAVED_BEFORE}\n"),
         (-signal.SIGTERM, [signal.SIGTERM], True, 143, ""),
         (-signal.SIGINT, [signal.SIGINT], False, 130, f"stopped by Ctrl-C: {HERE} had not begun; {SAVED_BEFORE}\n"),
-        (-signal.SIGHUP, [signal.SIGHUP], False, 129, f"stopped by SIGHUP: {HERE} had not begun; {SAVED_BEFORE}\n"),
+        (-signal.SIGHUP, [signal.SIGHUP], False, 129, f"stopped by {HANGS_UP}: {HERE} had not begun; {SAVED_BEFORE}\n"),
         (-signal.SIGUSR1, [signal.SIGUSR1], False, 75, f"stopped by SIGUSR1: {HERE} had not begun; {SAVED_BEFORE}\n"),
     ],
 )
@@ -301,6 +303,5 @@ def test_a_run_is_prepared_for_its_nodes_its_starts_and_its_logs(monkeypatch, tm
     assert (
         os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == shares and os.environ["TORCH_CPP_LOG_LEVEL"] == "ERROR"
     )
-    passed_on = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
-    assert [number for number, _ in handled] == [number for number in passed_on if number != ignored]
+    assert [number for number, _ in handled] == [number for number in STATUS_OF_SIGNAL if number != ignored]
     assert seen["listener"][0] == "listener"

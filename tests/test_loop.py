@@ -19,6 +19,7 @@ from minitron_megatron.config import (
     TrainerConfig,
 )
 from minitron_megatron.errors import UserError
+from minitron_megatron.first_moments import STATUS_OF_SIGNAL
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train import checkpoint, loop, optimizer, overlap, run, saved
 from tests.test_bounds import SMALL_SHAPE, refused
@@ -137,13 +138,13 @@ def test_buffers_have_a_micro_batchs_tokens_in_what_its_layers_compute_in(monkey
 @pytest.fixture
 def handlers():
     """Handlers of the signals are as they were when a test is over."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in STATUS_OF_SIGNAL}
     yield before
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", STATUS_OF_SIGNAL)
 def test_a_signal_asks_for_a_stop_and_a_second_interrupt_ends_at_once(handlers, monkeypatch, number):
     """Handlers come back where nobody asked, and stay where somebody did."""
     asked = []

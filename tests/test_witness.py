@@ -20,7 +20,7 @@ def asked_meanwhile(folder, code, kill):
     counting = f"""
 import os, signal, sys, time
 got = []
-for number in (signal.SIGINT, signal.SIGTERM):
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
     signal.signal(number, lambda *_: (got.append(1), open({str(counts)!r}, "w").write(str(len(got)))))
 open({str(ready)!r}, "w").close()
 until = time.monotonic() + 30
@@ -43,7 +43,7 @@ print(*run_program([sys.executable, "-c", {counting!r}], 1), sep="|")
 
 
 @pytest.mark.parametrize("kill", [os.kill, os.killpg])
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGTERM, 143)])
 def test_a_stage_gets_each_signal_once(tmp_path, kill, number, status):
     """A supervisor asks this process alone, a terminal the whole group: a second Ctrl-C would end the stage at once."""
     said, times = asked_meanwhile(tmp_path, "sys.exit(5)", lambda pid: kill(pid, number))

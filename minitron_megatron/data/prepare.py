@@ -46,6 +46,7 @@ from minitron_megatron.data.tokenizer import (
     vocabulary_size,
 )
 from minitron_megatron.errors import UserError, in_one_line
+from minitron_megatron.first_moments import STATUS_OF_SIGNAL
 from minitron_megatron.machine import usable_cores
 from minitron_megatron.outputs import check_command_output, command_output
 from minitron_megatron.plain_files import read_json
@@ -364,7 +365,7 @@ def _start_worker(cfg: PrepareDataConfig) -> None:
 
 def _leave_signals_to_parent() -> None:
     """A worker ends when the command does, however that ends, and says nothing of its own."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    for number in STATUS_OF_SIGNAL:
         signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
 

@@ -28,9 +28,9 @@ from typing import NoReturn
 from minitron_megatron.claims import CLAIM, LAUNCHER, TOLD, Claim, read_claim, say, speak_for
 from minitron_megatron.errors import in_one_line
 from minitron_megatron.first_moments import NAMES, REQUEUE, STATUS_OF_SIGNAL, USER_MISTAKE
+from minitron_megatron.readers import leave_lost_readers
 from minitron_megatron.unheard import Listener
 
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # Processes that do not answer a second Ctrl-C wait in a library for one another.
 SECONDS_AFTER_SECOND_CTRL_C = 5
 SECONDS_FOR_OTHER_NODES = 12.0
@@ -99,10 +99,9 @@ class Launcher:
         """Send a signal to every process of this node; before there are any, nothing is lost by ending at once."""
         if self.listener:
             self.listener.heard()
+        leave_lost_readers()
         self.told.append(number)
         (self.folder / TOLD).touch()
-        # A terminal that is closed: save what can be saved.
-        number = signal.SIGTERM if number == signal.SIGHUP else number
         workers = children(os.getpid())
         if not workers:
             say(f"stopped by {NAMES[number]}: no process was at work; {SAVED_BEFORE}")
@@ -217,7 +216,7 @@ def launch(words: list[str]) -> int:
         # Of the store, when nodes end one after another: a page of addresses.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         launcher.listener = Listener(launcher.pass_on, launcher.pass_on_while_waiting)
-        for number in _PASSED_ON:
+        for number in STATUS_OF_SIGNAL:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, launcher.pass_on)
         given = understood(words)

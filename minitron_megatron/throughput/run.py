@@ -258,19 +258,21 @@ class _Measuring:
         file = self.folder / LOGS / f"{work.engine}_{source.name}.log"
         with open(file, "a", encoding="utf-8") as errors:
             print(f"$ {joined(words)}", file=errors, flush=True)
-            child = subprocess.Popen(
-                words, env=dict(environment), stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
-            )
-            try:
-                with outlive(child) as asked:
+
+            def start() -> subprocess.Popen:
+                out = {"stdout": subprocess.PIPE, "stderr": errors, "text": True, "errors": "replace"}
+                return subprocess.Popen(words, env=dict(environment), **out)
+
+            with outlive(start) as (child, asked):
+                try:
                     for line in child.stdout:
                         if line.startswith('{"batch"'):
                             add(parse_json(line))
                         else:
                             errors.write(line)
                     child.wait()
-            finally:
-                child.kill()  # nothing, once it has ended
+                finally:
+                    child.kill()  # nothing, once it has ended
         if asked:
             raise Stopped(asked[0])
         if child.returncode:

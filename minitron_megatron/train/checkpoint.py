@@ -35,6 +35,7 @@ from minitron_megatron.checkpoints.weights import sharded_weights, without_crc32
 from minitron_megatron.claims import number_of
 from minitron_megatron.config import TrainerConfig
 from minitron_megatron.errors import UserError, in_one_line
+from minitron_megatron.first_moments import STATUS_OF_SIGNAL
 from minitron_megatron.machine import usable_cores
 from minitron_megatron.models.fp8 import delayed_scales, set_delayed_scales
 from minitron_megatron.parallel import collectives
@@ -99,12 +100,11 @@ def _undisturbed() -> Iterator[None]:
     Slurm sends a signal to every process of a job, as a terminal does at Ctrl-C. Writers beside later steps have a helper that
     the first save starts and all later ones need; without this it dies of the very signal that asks for a save.
     """
-    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STATUS_OF_SIGNAL)
     try:
         # Python's own helper lets SIGTERM in again when it starts: have it started.
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STATUS_OF_SIGNAL)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

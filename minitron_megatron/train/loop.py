@@ -23,6 +23,7 @@ from minitron_megatron.automatic import is_on
 from minitron_megatron.claims import say_from_rank_zero
 from minitron_megatron.config import TrainingConfig
 from minitron_megatron.data.datasets import MicroBatches, Samples
+from minitron_megatron.first_moments import STATUS_OF_SIGNAL
 from minitron_megatron.models.forward import Batch, attention_mask, forward_only, on_device
 from minitron_megatron.models.fp8 import ScalesBefore
 from minitron_megatron.models.graphs import capture_layers
@@ -30,6 +31,7 @@ from minitron_megatron.models.head import Summed
 from minitron_megatron.models.objective import VALIDATION_TERMS, Objective
 from minitron_megatron.parallel import collectives
 from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.readers import leave_lost_readers
 from minitron_megatron.train.guard import SpikeGuard
 from minitron_megatron.train.optimizer import apply_gradients, gather_weights, gradient_norm, set_learning_rate
 from minitron_megatron.train.rounds import Rounds
@@ -229,13 +231,14 @@ class Trainer:
 
 @contextmanager
 def stop_on_signal(trainer: Trainer) -> Iterator[None]:
-    """SIGTERM, SIGUSR1 (what Slurm sends before a limit) and Ctrl-C ask for a stop after the step that is running.
+    """SIGTERM, SIGUSR1 (what Slurm sends before a limit), SIGHUP and Ctrl-C ask for a stop after the step that is running.
 
     A second Ctrl-C ends at once.
     """
-    signals = [n for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
+    signals = [number for number in STATUS_OF_SIGNAL if signal.getsignal(number) is not signal.SIG_IGN]
 
     def ask(number: int, frame: FrameType | None) -> None:
+        leave_lost_readers()
         if number == signal.SIGINT and trainer.interrupted:
             before[signal.SIGINT](number, frame)
         trainer.stop_asked = True

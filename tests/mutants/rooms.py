@@ -50,6 +50,7 @@ ROOMS = {
         "ending.py": "claims ending",
         "claims.py": "claims ending plain_files",
         "first_moments.py": "ending",
+        "readers.py": "ending",
         "unheard.py": "unheard ending",
         "witness.py": "witness ending",
         "parallel/torchrun.py": "launcher ending submit",
