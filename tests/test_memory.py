@@ -1,4 +1,4 @@
-"""Importing, exporting and pruning hold a small constant, however large the model is."""
+"""Importing, exporting and pruning hold a small constant, however large the model is; training on CPUs what was planned."""
 
 import os
 import subprocess
@@ -7,20 +7,33 @@ from pathlib import Path
 
 import pytest
 
+from minitron_megatron import choosing
+from minitron_megatron.checkpoints.folder import open_model_folder
+from minitron_megatron.chosen import Pair
+from minitron_megatron.config import CompressConfig
+from minitron_megatron.parallel.layout import Layout
+from tests.test_commands import distill_words
+from tests.tiny import data_folder, hf_model, imported
+
 ROOT = Path(__file__).resolve().parent.parent
+# By the process itself: what its parent sees of it (getrusage) counts the parent's own memory, too.
+RUN = """
+import re, sys
+from pathlib import Path
+from minitron_megatron.cli.main import command
+name, *sys.argv[1:] = sys.argv[1:]
+command(name)
+print(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
 
 
 def peak(*words: object) -> int:
     """Largest resident set of a command, in bytes."""
-    name, *rest = map(str, words)
-    command = [sys.executable, str(ROOT / "launch" / f"{name}.py"), *rest]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    ) as child:
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-    assert child.returncode == 0
-    return usage.ru_maxrss * 1024
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return int(done.stdout.splitlines()[-1]) * 1024
 
 
 @pytest.mark.slow
@@ -40,3 +53,24 @@ def test_peak_memory_is_far_below_the_model(tmp_path):
             for kind in ("small", "large")
         ]
         assert peaks[1] - peaks[0] < 250e6, (command, peaks)
+
+
+@pytest.mark.slow
+def test_training_on_cpus_takes_what_was_planned(tmp_path):
+    """Within a quarter of it, for a wide vocabulary and a deep model: which of them is the most decides neither."""
+    for name, sizes, micro in (
+        ("wide", {"vocab_size": 32768, "hidden_size": 256, "num_hidden_layers": 2}, 4),
+        ("deep", {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "head_dim": 64}, 8),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        model = imported(hf_model(spread=0.02, max_position_embeddings=512, **sizes), folder)
+        data = data_folder(folder, model, documents=200)
+        shape = open_model_folder(model).shape
+        cfg = CompressConfig(output="x", processes=1, precision="fp32")
+        (gib,) = choosing._gib_on_cpus(cfg, Pair(shape, shape), Layout(), 256, 8, [micro])
+        words = distill_words(model, model, data, folder / "run", steps=2)
+        words = [word for word in words if not word.startswith(("data.sequence_length=", "trainer.global_batch_size="))]
+        own = ["data.sequence_length=256", "trainer.global_batch_size=8", f"trainer.micro_batch_size={micro}"]
+        found = peak(*words, *own, "precision=fp32", "data.max_epochs=9") / 2**30
+        assert found / 1.25 < gib < 1.25 * found, (name, found, gib)
