@@ -30,7 +30,7 @@ from minitron_megatron.cli.arguments import (
 )
 from minitron_megatron.cli.commands import COMMANDS, Command
 from minitron_megatron.cli.flags import check_flags
-from minitron_megatron.cli.logs import be_quiet, start_logging
+from minitron_megatron.cli.logs import be_quiet, left_unsaid, start_logging
 from minitron_megatron.cli.spelling import called
 from minitron_megatron.config import CommandConfig, check, flat, options
 from minitron_megatron.console import speaks, write_anywhere
@@ -119,7 +119,7 @@ def _run(entry: Command, composed: Any, given: frozenset[str], only_check: bool 
     idle = idle_options(config, given, called(entry.name))
     start_logging()
     if only_check:
-        with of_folders():
+        with of_folders(), left_unsaid():
             entry.only_check(config)
         return
     for line in [*idle, *([settled] if settled else []), *adapted_defaults(config)]:

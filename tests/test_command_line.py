@@ -120,6 +120,22 @@ def test_the_version_is_this_softwares(minitron, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{__version__}\n" * 2
 
 
+def test_what_is_said_of_a_check_is_left_to_the_ranks(monkeypatch, capsys):
+    import logging
+
+    log = logging.getLogger("minitron_megatron.x")
+    fine = Command("prune", PruneConfig, "", "")
+    monkeypatch.setattr(Command, "only_check", lambda *_: log.warning("all of them are taken"))
+    monkeypatch.setattr(launcher, "_checked", lambda *_: SimpleNamespace(output="o", dry_run=True))
+    for name in ("_lacking", "given_options", "idle_options"):
+        monkeypatch.setattr(launcher, name, lambda *_: [])
+    monkeypatch.setattr(launcher, "settle_lengths", lambda _: "")
+    launcher._run(fine, None, frozenset(), only_check=True)
+    assert "taken" not in capsys.readouterr().out
+    log.warning("later")
+    assert "later" in capsys.readouterr().out
+
+
 def test_where_only_the_words_are_checked_hydras_flags_start_nothing(monkeypatch):
     monkeypatch.setattr(launcher, "_hydras_main", lambda *_: pytest.fail("it runs"))
     for words in (["-m", "seed=1,2"], ["hydra.job.name=x"]):

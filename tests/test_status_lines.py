@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from minitron_megatron import status
+from minitron_megatron.checkpoints import locks, places
 from minitron_megatron.starts import STARTS, record_start, tail_of
 from minitron_megatron.status import Status, look_at
 from tests.test_status import start_of, training, whole, write
@@ -176,6 +177,32 @@ def test_what_is_a_number_of_a_line(line, found):
 )  # fmt: skip
 def test_starts_in_words(starts, said):
     assert status._words_of_starts(starts) == said
+
+
+@pytest.mark.parametrize(
+    ("lines", "owner"),
+    [
+        (["1: FLOCK  ADVISORY  WRITE 7 {0:02x}:{1:02x}:{2} 0 EOF"], 7),
+        (["1: POSIX  ADVISORY  WRITE 7 {0:02x}:{1:02x}:{2} 0 EOF"], None),
+        (["1: FLOCK  ADVISORY  WRITE 8 {0:02x}:{1:02x}:{3} 0 EOF", "2: FLOCK  ADVISORY  WRITE 7 {0:02x}:{1:02x}:{2} 0 EOF"], 7),
+        # The same number on another disk.
+        (["1: FLOCK  ADVISORY  WRITE 8 {4:02x}:{1:02x}:{2} 0 EOF", "2: FLOCK  ADVISORY  WRITE 7 {0:02x}:{1:02x}:{2} 0 EOF"], 7),
+        (["1: FLOCK  ADVISORY  WRITE 8 {4:02x}:{1:02x}:{2} 0 EOF"], None),
+        # Who waits holds nothing.
+        (["1: -> FLOCK  ADVISORY  WRITE 8 {0:02x}:{1:02x}:{2} 0 EOF",
+          "1: FLOCK  ADVISORY  WRITE 7 {0:02x}:{1:02x}:{2} 0 EOF"], 7),
+        # A part of a disk, as a volume of Btrfs, has numbers of its own, and its locks those of the mount.
+        (["1: FLOCK  ADVISORY  WRITE 7 fe:1f:{2} 0 EOF"], 7),
+    ],
+)  # fmt: skip
+def test_a_lock_is_found_by_disk_and_number(tmp_path, monkeypatch, lines, owner):
+    found = tmp_path.stat()
+    device = os.major(found.st_dev), os.minor(found.st_dev)
+    (tmp_path / "locks").write_text("\n".join(lines).format(*device, found.st_ino, found.st_ino + 1, device[0] + 1))
+    (tmp_path / "mounts").write_text(f"36 35 254:31 / {tmp_path} rw - btrfs /dev/sda rw\n")
+    monkeypatch.setattr(locks, "LOCKS", tmp_path / "locks")
+    monkeypatch.setattr(places, "MOUNTS", tmp_path / "mounts")
+    assert locks.holder(tmp_path) == owner
 
 
 def test_who_holds_a_lock_in_words():

@@ -15,10 +15,12 @@ import socket
 import time
 from pathlib import Path
 
+from minitron_megatron.checkpoints.places import devices_of
 from minitron_megatron.console import format_time
 from minitron_megatron.errors import UserError
 from minitron_megatron.starts import is_alive, read_starts, when_born
 
+LOCKS = Path("/proc/locks")
 _HELD: set[int] = set()
 
 
@@ -57,11 +59,15 @@ def unlock(descriptor: int) -> None:
 def holder(folder: Path) -> int | None:
     """The process that holds a folder's lock on this machine, by the kernel's list; None where nobody does."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        number = str(folder.stat().st_ino)
-        for line in Path("/proc/locks").read_text(encoding="utf-8").splitlines():
+        number, devices = str(folder.stat().st_ino), devices_of(folder)
+        for line in LOCKS.read_text(encoding="utf-8").splitlines():
+            # "1: FLOCK ADVISORY WRITE pid major:minor:inode …", the first two in hexadecimal
             fields = line.split()
+            if fields[1] != "FLOCK":  # of another kind, or waiting: "1: -> FLOCK …"
+                continue
+            major, minor, locked = fields[5].split(":")
             # 0: a process that this container does not see.
-            if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == number and int(fields[4]) > 0:
+            if locked == number and (int(major, 16), int(minor, 16)) in devices and int(fields[4]) > 0:
                 return int(fields[4])
     return None
 

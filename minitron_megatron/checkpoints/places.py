@@ -35,12 +35,27 @@ def check_replaceable(path: Path) -> None:
 
 def _is_mount_point(path: Path) -> bool:
     """Whether something is mounted at a folder; a part of the same disk too, which `os.path.ismount` does not see."""
-    if os.path.ismount(path):
-        return True
+    return os.path.ismount(path) or os.path.realpath(path) in _mounts()
+
+
+def devices_of(path: Path) -> set[tuple[int, int]]:
+    """Major and minor numbers by which the kernel may call the disk of a path: a part of one has numbers of its own."""
+    device = path.stat().st_dev
+    mounts, place = _mounts(), Path(os.path.realpath(path))
+    point = next((str(one) for one in (place, *place.parents) if str(one) in mounts), None)
+    return {(os.major(device), os.minor(device)), *([mounts[point]] if point else [])}
+
+
+def _mounts() -> dict[str, tuple[int, int]]:
+    """Mount points with the numbers of what is mounted there, by the kernel's list."""
     try:
         lines = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
-        return False
-    # "36 35 98:0 /root /mount\040point options …", where blanks and the like are octal
-    points = (re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), line.split()[4]) for line in lines)
-    return os.path.realpath(path) in points
+        return {}
+    found = {}
+    for line in lines:
+        # "36 35 98:0 /root /mount\040point options …", where blanks and the like are octal
+        _, _, device, _, point, *_ = line.split()
+        major, _, minor = device.partition(":")
+        found[re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point)] = int(major), int(minor)
+    return found

@@ -3,6 +3,8 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from minitron_megatron.console import console, speaks
 from minitron_megatron.plain_text import escaped
@@ -70,3 +72,14 @@ def start_logging() -> None:
     for name, logger in logging.root.manager.loggerDict.items():
         if name.startswith("minitron_megatron") and isinstance(logger, logging.Logger):
             logger.disabled = False
+
+
+@contextmanager
+def left_unsaid() -> Iterator[None]:
+    """Within it nothing is logged: of what the ranks are going to check and say themselves."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
