@@ -47,6 +47,7 @@ import torch
 import torch.distributed as dist
 from minitron_megatron.distill.losses import Divergence
 from minitron_megatron.models import kernels
+from minitron_megatron.models.vocab_parallel import _argmax_by_kernels, _entropy_by_kernels, valid_columns
 from tests import reference
 from tests.through_head import distance, label_loss
 
@@ -91,6 +92,15 @@ for dtype, of_dtype in shapes.items():
         nll = -torch.log_softmax(plain[..., :vocab], -1).gather(-1, labels[..., None])[..., 0]
         (nll * weights).sum().backward()
         close(*label_loss(student, labels, weights, vocab_size=vocab, group=group), {"loss": nll}, plain, dtype)
+        # Of several that are the highest, the first; on two ranks there is one on each.
+        teacher[-1, 0, [3, vocab - 1]] = 100
+        rows = teacher.chunk(world, -1)[rank][:, 0].contiguous()
+        first, columns = rank * rows.shape[-1], valid_columns(rows, vocab, group)
+        log_p = torch.log_softmax(teacher[:, 0, :vocab].double(), -1)
+        entropy = _entropy_by_kernels(rows, columns, group).double()
+        torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-5)
+        best = _argmax_by_kernels(rows, columns, first, group)
+        assert best[-1] == 3 and torch.equal(best[:-1], log_p[:-1].argmax(-1))
 if rank == 0:
     print("same")
 dist.barrier()
