@@ -99,9 +99,8 @@ def _check_options(cfg: ThroughputConfig) -> None:
     for engine in cfg.engine:
         if engine not in ENGINES:
             near = difflib.get_close_matches(engine, ENGINES, n=1)
-            raise UserError(
-                f"engine={engine} is not one of {', '.join(ENGINES)}{f': did you mean {near[0]}?' * len(near)}"
-            )
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise UserError(f"engine={engine} is not one of {', '.join(ENGINES)}{hint}")
     if not cfg.engine or len(set(cfg.engine)) < len(cfg.engine):
         raise UserError(f"engine={cfg.engine}: name one or several engines, each once")
     if not cfg.batch or min(cfg.batch) < 1 or len(set(cfg.batch)) < len(cfg.batch):
