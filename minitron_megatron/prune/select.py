@@ -194,7 +194,7 @@ def _check_dropped(source: ModelShape, drop_layers: list[int], sizes: Mapping[st
 def needs_scores(source: ModelShape, target: ModelShape, drop_layers: list[int]) -> bool:
     """Whether the target leaves anything to choose."""
     by_hand = {"num_layers"} if drop_layers else set()
-    if len(set(source.ffn_of_layers) | set(target.ffn_of_layers)) == 1:
+    if target.ffn_of_layers == tuple(n for i, n in enumerate(source.ffn_of_layers) if i not in drop_layers):
         by_hand.add("ffn_hidden_size")
     return any(getattr(source, n) != getattr(target, n) for n in TARGETS if n not in by_hand)
 
