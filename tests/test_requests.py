@@ -1,17 +1,22 @@
 """What lm-evaluation-harness asks becomes requests of a model, and what a model says figures: numbers alone, without a model."""
 
+import contextlib
 import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from minitron_megatron.data.questions import Request
 from minitron_megatron.errors import UserError
-from minitron_megatron.evaluate import adapter
+from minitron_megatron.evaluate import adapter, scoring
 from minitron_megatron.evaluate.adapter import MegatronLM, Ranks
 from minitron_megatron.evaluate.answers import Rule
 from minitron_megatron.evaluate.run_tasks import _figures
+from minitron_megatron.models.generation import NOT_FINITE
+from minitron_megatron.parallel.layout import Layout
 
 POSITIONS = 8
 
@@ -165,3 +170,143 @@ def test_figures_and_their_errors_have_names_of_their_own_and_questions_are_thos
     }
     assert _figures(said, "t") == {"acc": 0.5, "acc_stderr": 0.1, "f1,strict": 1.0, "fewshot": 3, "questions": 4}
     assert _figures(said, "g") == {"acc": 0.75, "questions": 9}
+
+
+def test_without_a_context_a_text_stands_behind_its_prefix(asked, monkeypatch):
+    """That is the token that begins a text, or where there is none the one that ends it."""
+    model = language_model(asked)
+    assert (model.eot_token_id, model.prefix_token_id, model.max_length, model.max_gen_toks) == (2, 1, POSITIONS, 256)
+    monkeypatch.setattr(Letters, "bos_token_id", None)
+    assert model.prefix_token_id == 2
+    monkeypatch.setattr(asked.tokenizer, "encode", lambda text, **_: [ord(one) for one in text])
+    answers(asked, "", "ab", max_gen_toks=2)
+    assert asked.calls[0][1] == [[2], [97, 98]]
+    assert model._loglikelihood_tokens([]) == [] and len(asked.calls) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_k": 3, "top_p": 0.25, "temperature": 1.0}])
+def test_what_is_drawn_is_drawn_as_the_task_says(asked, options):
+    answers(asked, "a", max_gen_toks=2, do_sample=True, **options)
+    how = asked.calls[0][5]
+    assert how | options == how and set(how) <= {"temperature", "top_k", "top_p"} and None not in how.values()
+
+
+def test_an_answer_of_no_logits_names_its_document(asked, monkeypatch):
+    monkeypatch.setattr(asked, "run", lambda *_: [[120], [120, NOT_FINITE], [NOT_FINITE]])
+    requests = [
+        SimpleNamespace(args=("a", {"until": [], "max_gen_toks": 2}), task_name="t", doc_id=n) for n in (3, 7, 9)
+    ]
+    with pytest.raises(UserError, match=r"tasks=\[t\], document 7: "):
+        language_model(asked).generate_until(requests)
+
+
+# On every rank
+
+
+def ranks(**more) -> Ranks:
+    layout = Layout(world_size=6, pipeline=2)
+    shape = SimpleNamespace(vocab_size=300)
+    return Ranks(["c"], layout, shape, Letters(), **{"tokens_at_once": 64, "prompts_at_once": 3, "seed": 9, **more})
+
+
+def test_requests_come_as_one_array_and_are_told_apart(monkeypatch):
+    given = []
+    monkeypatch.setattr(adapter, "score", lambda *found, **how: given.append((found, how)) or "scored")
+    assert ranks().score(np.arange(6, dtype=np.int32), [1, 3, 2], [1, 2, 1]) == "scored"
+    ((chunks, layout, vocabulary, requests), how) = given[0]
+    assert (chunks, layout.data, vocabulary, how) == (["c"], 3, 300, {"tokens_at_once": 64})
+    assert requests == [Request([0], 1), Request([1, 2, 3], 2), Request([4, 5], 1)]
+
+
+def test_prompts_are_answered_by_the_seed_and_the_stops_and_counted_over_all_ranks(monkeypatch):
+    given, moved = [], []
+
+    def generated(*found, advance, **how):
+        given.append((found, how))
+        advance(2)
+        return [[1], [2]]
+
+    class Bar:
+        def __enter__(self):
+            return moved.append
+
+        def __exit__(self, *_):
+            return None
+
+    monkeypatch.setattr(adapter, "generate", generated)
+    monkeypatch.setattr(adapter, "progress", lambda *words, **how: moved.append((*words, how)) or Bar())
+    assert ranks().generate([[5], [6]], [7, 8], ["xy"], 11, {"temperature": 0.5, "top_k": 2}) == [[1], [2]]
+    ((chunks, _, _, prompts, sampling), how) = given[0]
+    assert (chunks, prompts, how) == (["c"], [[5], [6]], {"batch_size": 3})
+    assert (sampling.max_new_tokens, sampling.stop_tokens, sampling.seed) == (11, [7, 8], 9)
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.5, 2, 1.0)
+    assert sampling.finished([120, 121]) and not sampling.finished([120, 122])
+    assert moved == [("answers", 2, {"unit": "prompts"}), 2 * 3]
+
+
+def test_a_method_that_rank_zero_runs_is_run_by_all(monkeypatch):
+    sent = []
+    monkeypatch.setattr(adapter.collectives, "broadcast_object", sent.append)
+    monkeypatch.setattr(Ranks, "score", lambda self, *given: given)
+    assert ranks().run("score", 1, 2) == (1, 2) and sent == [("score", (1, 2))]
+    orders = iter([("score", (3, 4)), ("score", (5,)), ("", None)])
+    done = []
+    monkeypatch.setattr(Ranks, "score", lambda self, *given: done.append(given))
+    monkeypatch.setattr(adapter.collectives, "broadcast_object", lambda _: next(orders))
+    monkeypatch.setattr(adapter.collectives, "is_rank_zero", lambda: False)
+    assert ranks().on_rank_zero(lambda: 1 / 0) is None and done == [(3, 4), (5,)]
+
+
+@pytest.mark.parametrize(
+    ("positions", "wanted"),
+    [
+        (range(6), [(6, 7, 0), (9, 8, 0), (9, 9, 2), (4, 5, 1)]),
+        # A context-parallel rank has some of the positions.
+        ([0, 1, 4, 5], [(4, 5, 1)]),
+        ([2, 3], [(0, 7, 0), (3, 8, 0), (3, 9, 2)]),
+        ([4, 5], []),
+    ],
+)
+def test_scored_tokens_are_the_last_of_each_request_that_has_this_input(positions, wanted):
+    """Row of [s · b] of the position before each, its id, and the request; fillers have none."""
+    requests = [Request([1, 2, 3, 7, 8], 2), Request([4, 9, 5], 1), Request([1, 2, 3, 7, 9], 1)]
+    collect = scoring._Collect(requests, [[0, 2], [1]], torch.zeros(3, 2), 300)
+    batch = {"position_ids": torch.tensor([list(positions)] * 3), "number": torch.tensor([0, 1, -1])}
+    assert list(zip(*collect._scored(batch), strict=True)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("at_once", "data", "sizes"),
+    [
+        (64, 1, [2, 1]),
+        (96, 1, [3, 1]),
+        (1, 1, [1, 1]),
+        (10**6, 1, [5, 2]),
+        (10**6, 2, [3, 1]),
+        (31, 1, [1, 1]),
+        (32, 1, [1, 1]),
+    ],
+)
+def test_requests_of_one_length_run_together_as_many_as_tokens_fit(monkeypatch, at_once, data, sizes):
+    """Of 32 and 64 tokens; no more than there are for a data-parallel rank, and one at least. Values come back in their order."""
+    runs = []
+
+    def forward(chunks, batches, *, collect, before, **how):
+        runs.append((how["sequence_length"], how["micro_batch_size"], how["num_micro_batches"], len(batches)))
+        for numbers in collect.numbers:
+            for number in numbers:
+                collect.table[number] += torch.tensor([-float(number), requests[number].scored - number % 2])
+
+    def share(samples, numbers, size, layout):
+        return scoring.MicroBatches(samples, numbers, size, 0, layout.data)
+
+    monkeypatch.setattr(scoring, "forward_only", forward)
+    monkeypatch.setattr(scoring.MicroBatches, "of_this_rank", share)
+    monkeypatch.setattr(scoring.collectives, "sum_over_all", lambda table: table)
+    monkeypatch.setattr(scoring, "progress", lambda *_, **__: contextlib.nullcontext(lambda n: None))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    requests = [Request([n, *range(40 if n in (1, 4) else 9)], 1 + n % 3) for n in range(7)]
+    values, greedy = scoring.score(["c"], Layout(world_size=data), 300, requests, tokens_at_once=at_once)
+    assert [(length, size) for length, size, *_ in runs] == [(32, sizes[0]), (64, sizes[1])]
+    assert all(count == number for _, _, count, number in runs)
+    assert values.tolist() == [-float(n) for n in range(7)] and greedy.tolist() == [n % 2 == 0 for n in range(7)]
