@@ -105,7 +105,13 @@ def test_scores_of_parts_merge_into_the_score_of_the_whole(parts, tmp_path):
     assert merged.model_digest == wanted.model_digest and set(merged.tensors) == set(wanted.tensors)
     for name, score in wanted.tensors.items():
         np.testing.assert_allclose(merged.tensors[name], score, rtol=1e-6, err_msg=name)
-    assert read_manifest(tmp_path / "merged")["results"]["samples"] == 5
+    results, of_b, of_a = (read_manifest(one)["results"] for one in (tmp_path / "merged", b, a))
+    assert (results["samples"], results["tokens"], results["parts"]) == (5, 5 * 32, of_b["parts"] + of_a["parts"])
+    assert results["sequence_length"] == 32 and list(read_manifest(tmp_path / "merged")["inputs"]) == [
+        "model",
+        "scores 1",
+        "scores 2",
+    ]
     # What was merged can be merged on.
     with pytest.raises(UserError, match="sample 0 was measured twice"):
         merge_scores(MergeScoresConfig(scores=[str(tmp_path / "merged"), str(a)], output=str(tmp_path / "again")))
@@ -238,3 +244,21 @@ def test_scores_are_whole_finite_and_of_this_model():
         short = {"a shape": values[1:], "none": None}
         for one in short.values():
             assert refused(check_scores, Scores(whole | {name: one}, "m"), SMALL_SHAPE, "m", "s"), name
+
+
+def test_results_say_what_was_measured_and_how(parts):
+    _, _, b, _ = parts
+    results = read_manifest(b)["results"]
+    data = read_manifest(b)["inputs"]["data"]
+    assert results.pop("parts") == [{"data": data, "seed": 1234, "first_sample": 2, "samples": 3}]
+    rate, seconds = results.pop("tokens_per_second"), results.pop("seconds")
+    assert 96 / (seconds + 0.01) - 1 <= rate <= 96 / max(seconds - 0.01, 1e-6) + 1
+    assert results == {
+        "sequence_length": 32,
+        "sequence_aggregation": "mean",
+        "batch_aggregation": "l2",
+        "heads": "per_token",
+        "head_dim": 8,
+        "samples": 3,
+        "tokens": 96,
+    }
