@@ -3,16 +3,20 @@
 import gc
 import json
 import os
+import statistics
+import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from minitron_megatron.benchmark import mistakes
 from minitron_megatron.benchmark.run import RESULTS, benchmark
 from minitron_megatron.benchmark.scaling import Scaling, too_large, with_efficiency
 from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.checkpoints.index import total_bytes
+from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.config import (
     BenchmarkConfig,
     BenchmarkScalingConfig,
@@ -245,3 +249,83 @@ def test_pruning_needs_a_folder(tmp_path):
     with pytest.raises(UserError, match="must be a model folder"):
         results(tmp_path, measure="prune")
     assert not (tmp_path / "out").exists()
+
+
+# First mistakes and starts
+
+
+def test_every_command_has_a_mistake_and_starts_are_commands():
+    assert set(mistakes.MISTAKES) == set(COMMANDS) and set(mistakes.STARTS) <= set(COMMANDS)
+    needed = [word.partition("=")[2] for words in mistakes.STARTS.values() for word in words.split()]
+    order = list(mistakes.STARTS)
+    for number, name in enumerate(order):
+        for word in mistakes.STARTS[name].split():
+            value = word.partition("=")[2]
+            assert value not in order or order.index(value) < number, (name, word)
+    assert {"random_model", "importance", "export_hf", "prune"} <= set(needed)
+
+
+def test_the_first_run_of_a_mistake_warms_up_and_medians_count(monkeypatch):
+    asked = []
+    of_mistakes = {name: iter([(99, 99), (1, 10), (5, 20), (2, 30)]) for name in COMMANDS}
+    of_starts = {name: iter([7, 1, 4]) for name in mistakes.STARTS}
+    monkeypatch.setattr(mistakes, "_mistake", lambda folder, name, words: asked.append(name) or next(of_mistakes[name]))
+    monkeypatch.setattr(
+        mistakes, "_start", lambda folder, name, words, number: asked.append((name, number)) or next(of_starts[name])
+    )
+    monkeypatch.setattr(mistakes, "_write_data", lambda path: None)
+    loads = iter([0.25, 0.35])
+    monkeypatch.setattr(mistakes.os, "getloadavg", lambda: (next(loads), 0, 0))
+    found = mistakes.first_mistakes_and_starts(BenchmarkConfig(output="x", measure="mistakes", repeats=3))
+    assert asked[:8] == [next(iter(mistakes.MISTAKES))] * 4 + [list(mistakes.MISTAKES)[1]] * 4
+    assert asked[-3:] == [(list(mistakes.STARTS)[-1], number) for number in range(3)]
+    assert (found["load_before"], found["load_after"]) == (0.25, 0.35)
+    for name, row in found["rows"].items():
+        own = {"seconds_starting": statistics.median([7, 1, 4])} if name in mistakes.STARTS else {}
+        assert row == {"mistake_seconds": 2, "mistake_processor_seconds": 20, **own}
+
+
+@pytest.mark.parametrize(("load", "warned"), [(0.3, False), (0.31, True)])
+def test_other_work_is_warned_of(monkeypatch, caplog, load, warned):
+    monkeypatch.setattr(mistakes.os, "getloadavg", lambda: (load, 0, 0))
+    for name in ("_mistake", "_start"):
+        monkeypatch.setattr(mistakes, name, lambda *_, name=name: (1, 1) if name == "_mistake" else 1)
+    monkeypatch.setattr(mistakes, "_write_data", lambda path: None)
+    mistakes.first_mistakes_and_starts(BenchmarkConfig(output="x", measure="mistakes", repeats=1))
+    assert len(caplog.messages) == warned
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "taken"),
+    [(2, "error: no", True), (1, "error: no", False), (2, "Traceback", False), (0, "", False)],
+)
+def test_a_mistake_is_refused_in_a_line(monkeypatch, tmp_path, status, said, taken):
+    asked = []
+    done = subprocess.CompletedProcess([], status, "", said)
+    monkeypatch.setattr(mistakes, "_run", lambda folder, name, words: asked.append(words) or (done, 1.5, 0.5))
+    for words, more in ((["a=1"], ["output=output"]), (["output=other"], []), (["folder=x"], [])):
+        if taken:
+            assert mistakes._mistake(tmp_path, "n", words) == (1.5, 0.5)
+        else:
+            with pytest.raises(UserError, match=f"n {words[0]} was to be refused, and ended with {status}"):
+                mistakes._mistake(tmp_path, "n", words)
+        assert asked[-1] == [*words, *more]
+
+
+def test_later_commands_start_from_the_first_output(monkeypatch, tmp_path):
+    """Whose manifest says how long it took to begin; a training's is its model's."""
+    asked = []
+
+    def ran(folder, name, words):
+        asked.append(words)
+        at = tmp_path / words[-1].partition("=")[2] / ("model" if name == "distill" else "")
+        at.mkdir(parents=True)
+        (at / "manifest.yaml").write_text("seconds_starting: 1.25\n")
+        return subprocess.CompletedProcess([], 0 if name != "search" else 1, "", "why"), 9.0, 9.0
+
+    monkeypatch.setattr(mistakes, "_run", ran)
+    assert [mistakes._start(tmp_path, "prune", ["a=1"], number) for number in (0, 1)] == [1.25, 1.25]
+    assert asked == [["a=1", f"output={tmp_path / 'prune'}"], ["a=1", f"output={tmp_path / 'prune_1'}"]]
+    assert mistakes._start(tmp_path, "distill", [], 0) == 1.25
+    with pytest.raises(UserError, match="search a=1 ended with 1: why"):
+        mistakes._start(tmp_path, "search", ["a=1"], 0)
