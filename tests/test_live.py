@@ -1,5 +1,6 @@
 """Cutting, of files and of live sharded models from any layout into any other, gives the very bits of a plain reference."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -8,12 +9,14 @@ from safetensors.torch import load_file
 
 from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.config import FAMILY_NAMES, PruneConfig, PruneOptions, TargetConfig
+from minitron_megatron.models.axes import slots
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.prune.foresee import bytes_of_ranks
-from minitron_megatron.prune.live import Side
+from minitron_megatron.prune.live import Side, _Move
 from minitron_megatron.prune.plan import read_plan
 from minitron_megatron.prune.prune import prune_model
+from minitron_megatron.prune.select import Kept
 from tests import jobs, reference
 from tests.test_axes import shape
 from tests.test_prune import exported, random_scores, write_scores
@@ -129,8 +132,6 @@ def test_any_family_and_axis_from_any_layout_to_any_other(gloo, cuts, family, na
 )
 def test_every_shard_of_every_tensor_has_a_rank(tensor, pipeline, virtual, tied, data):
     """Each layer is on one stage, each position of a sharded dimension on one tensor-parallel rank; replicas are equal."""
-    from minitron_megatron.models.axes import slots
-
     layout = Layout(
         tensor=tensor,
         pipeline=pipeline,
@@ -147,6 +148,50 @@ def test_every_shard_of_every_tensor_has_a_rank(tensor, pipeline, virtual, tied,
             for rank in ranks:
                 held[rank] += 1
     assert min(held.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ({}, {}),
+        ({"pipeline": 2}, {}),
+        ({"pipeline": 4}, {"tensor": 2}),
+        ({"tensor": 2}, {"tensor": 2, "pipeline": 2}),
+        ({"tensor": 4}, {"pipeline": 2}),
+        ({"pipeline": 8}, {}),
+    ],
+)
+def test_a_rank_keeps_what_it_has_and_replicas_share_what_others_need(source, target):
+    """Each position that a rank needs comes to it once, from a rank that holds it."""
+    small = shape(
+        num_layers=8,
+        hidden_size=8,
+        ffn_hidden_size=8,
+        num_attention_heads=4,
+        num_query_groups=4,
+        head_dim=4,
+        vocab_size=9,
+    )
+    smaller = small.resized(hidden_size=4)
+    sides = [Side(one, Layout(**layout, world_size=8)) for one, layout in ((small, source), (smaller, target))]
+    for slot in slots(smaller):
+        move = _Move(*sides, Kept(np.arange(8), hidden=np.array([0, 3, 5, 7])), slot)
+        pieces = [move._pieces(i) for i in range(sides[1].layout.tensor)]
+        messages = move._messages(pieces)
+        for i, piece in enumerate(pieces):
+            for to in sides[1].ranks(slot, i):
+                places = [piece.of[j][0] for rank, _, j, _ in messages if rank == to]
+                assert sorted(np.concatenate(places)) == list(range(len(piece.needed))), (slot.row.name, to)
+        for to, _, j, sender in messages:
+            holders = sides[0].ranks(slot, j)
+            assert sender == to if to in holders else sender in holders
+            # Replicated along the tensor-parallel axis: from the rank of the same number.
+            if slot.row.tensor_parallel_axis is None:
+                assert j == sides[1].layout.place(to)[0] % sides[0].layout.tensor
+        for i, j in {message[1:3] for message in messages}:
+            sent = [sender for to, *ij, sender in messages if ij == [i, j] and to != sender]
+            counts = [sent.count(rank) for rank in sides[0].ranks(slot, j)]
+            assert max(counts) - min(counts) <= 1 or not sent, (slot.row.name, counts)
 
 
 def test_bytes_of_a_rank_are_those_of_its_parameters(gloo, tmp_path):
