@@ -16,7 +16,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 import pytest
 from hypothesis import settings
 
-from tests import computing
+from tests import bars, computing
 from tests.pool import Pool
 
 # Files whose slow tests take longest begin first: at the end one would run alone.
@@ -43,6 +43,7 @@ settings.load_profile("any machine")
 def _watching(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ[computing.VARIABLE] = str(tmp_path_factory.mktemp("computing") / "bf16")
     computing.watch()
+    bars.watch()
 
 
 @pytest.fixture(autouse=True)

@@ -197,9 +197,10 @@ def _work(rank: int, pipe: Connection, stack_file: str) -> None:
         import megatron.core.optimizer  # noqa: F401
 
         from minitron_megatron.parallel.cpu import adapter
-        from tests.computing import watch
+        from tests import bars, computing
 
-        watch()
+        computing.watch()
+        bars.watch()
         dist.distributed_c10d.ProcessGroupGloo = _Gloo
         with adapter():
             # What is imported stays: collecting garbage after every layout need not look at it.

@@ -96,7 +96,8 @@ def _unpack(archive: Archive, output: Path, index: NemoFolder, cfg: ImportNemoCo
     def unpack() -> list[Path]:
         check_space(output, need + total_bytes(index.shape), what, why="what was unpacked goes at the end")
         target.mkdir()
-        with progress("unpack", need, unit="B") as advance:
+        held = sum(size for name, size in archive.sizes.items() if _is_wanted(name))
+        with progress("unpack", held, unit="B") as advance:
             archive.extract(target, _is_wanted, advance)
         # The folders of tensors; files of a zarr checkpoint can be a hundred thousand.
         return [*target.glob("*"), *target.glob("*/*")]

@@ -140,10 +140,11 @@ def write_weights(
     # Before any rank writes: the first chunks would count as room that is not there.
     from_rank_zero(lambda: check_space(folder, need, str(folder)))
     alone = collectives.world_size() == 1
-    with progress(description, need // collectives.world_size(), unit="B") as advance:
-        everything = list(chunks(shape)) if pieces is None else pieces
+    mine = _own_share(list(chunks(shape)) if pieces is None else pieces)
+    size = sum(torch.Size(chunk.shape).numel() for chunk in mine) * getattr(torch, shape.dtype).itemsize
+    with progress(description, size, unit="B") as advance:
         planner = _StreamPlanner(
-            everything,
+            mine,
             shape.dtype,
             fill,
             partial(_digest_of_finite, description, shape),
@@ -161,6 +162,11 @@ def write_weights(
     if collectives.is_rank_zero():
         _write_backend_file(folder)
     return _content_digest(shape, planner.digests)
+
+
+def _own_share(pieces: Sequence[Chunk]) -> list[Chunk]:
+    """What this rank writes of all chunks."""
+    return [chunk for i, chunk in enumerate(pieces) if i % collectives.world_size() == collectives.rank()]
 
 
 @contextmanager
@@ -224,7 +230,7 @@ def _name_of_row(slot: Slot, shape: ModelShape, row: int) -> str:
 
 
 class _StreamPlanner(SavePlanner):
-    """Plans this rank's share of the chunks and fills each when the writer asks for it, all in the same memory.
+    """Plans a rank's chunks and fills each when the writer asks for it, all in the same memory.
 
     New memory for each chunk would cost a third of a cut: the kernel clears every page of it before its first use. torch's
     writer asks for one chunk at a time, but keeps the last one of every key until its file ends.
@@ -249,11 +255,10 @@ class _StreamPlanner(SavePlanner):
         pass
 
     def create_local_plan(self) -> SavePlan:
-        mine = [c for i, c in enumerate(self.pieces) if i % collectives.world_size() == collectives.rank()]
-        largest = max((torch.Size(chunk.shape).numel() for chunk in mine), default=0)
+        largest = max((torch.Size(chunk.shape).numel() for chunk in self.pieces), default=0)
         self.memory = np.empty(largest * self.dtype.itemsize, np.uint8)
         items = []
-        for chunk in mine:
+        for chunk in self.pieces:
             index = MetadataIndex(chunk.key, torch.Size(chunk.offsets))
             self.chunks[index] = chunk
             data = TensorWriteData(
