@@ -7,12 +7,23 @@ import numpy as np
 import pytest
 import torch
 
-from minitron_megatron.config import DataConfig, ImportanceConfig, ImportanceOptions, ModelConfig, ParallelConfig
+from minitron_megatron.config import (
+    DataConfig,
+    ImportanceConfig,
+    ImportanceOptions,
+    LayersConfig,
+    ModelConfig,
+    ParallelConfig,
+)
 from minitron_megatron.errors import UserError
-from minitron_megatron.importance import hooks, measure, merge
+from minitron_megatron.importance import checks, hooks, layer_checks, measure, merge
 from minitron_megatron.importance.checks import check_calibration
 from minitron_megatron.importance.measure import measure_importance
+from minitron_megatron.importance.scores import Scores, check_scores
 from minitron_megatron.importance.statistics import BatchStatistic
+from minitron_megatron.models.axes import PROBES
+from minitron_megatron.parallel.layout import Layout
+from tests.test_selecting import SOURCE, UNEVEN
 
 
 @pytest.mark.parametrize(
@@ -54,6 +65,64 @@ def test_samples_are_within_the_data(options, says):
             check_calibration(cfg, data)
     else:
         check_calibration(cfg, data)
+
+
+@pytest.mark.parametrize("module", [checks, layer_checks])
+@pytest.mark.parametrize("questions", [False, True])
+def test_a_model_and_its_data_are_checked_before_they_meet(monkeypatch, module, questions):
+    """Weights, layout, tokenizer and output; of an analysis full windows alone, and the tokenizer where something is asked."""
+    asked = []
+    folder = SimpleNamespace(path="m", shape=SOURCE, digest="of m")
+    data = SimpleNamespace(digest="of d", tokens=lambda _: 10**6)
+    for name, found in (
+        ("open_model_folder", folder), ("open_data", data), ("check_weights", None), ("check_layout", None),
+        ("check_same_tokenizer", None), ("check_tokenizer", None), ("check_command_output", None), ("check_calibration", None),
+        ("check_sequence", None),
+        ("tokenizer_stamps", {"file t": "1"}), ("task_stamps", {"file x": "2"}),
+        ("WindowPlan", SimpleNamespace(whole=5)), ("QuestionFile", SimpleNamespace(digest="of q")),
+    ):  # fmt: skip
+        if hasattr(module, name):
+            monkeypatch.setattr(
+                module, name, lambda *given, name=name, found=found: asked.append((name, given)) or found
+            )
+    given = {"output": "o", "model": ModelConfig(path="m"), "data": DataConfig(path="d", sequence_length=8)}
+    inputs = {"model": "of m", "data": "of d"}
+    calls = {"check_weights": (folder,), "check_same_tokenizer": (data, {"model": "m"})}
+    if module is checks:
+        cfg = ImportanceConfig(**given)
+        found = checks.check_importance(cfg)
+        calls |= {
+            "open_data": ("d", "train", SOURCE, 8),
+            "check_layout": (SOURCE, Layout()),
+            "check_calibration": (cfg, data),
+        }
+    else:
+        cfg = LayersConfig(
+            **given, block=[2, 1], split="train", samples=9, limit=3, questions="q.jsonl" if questions else None
+        )
+        found = layer_checks.check_layers(cfg)
+        calls |= {
+            "open_data": ("d", "train", SOURCE, 8),
+            "check_layout": (SOURCE, Layout()),
+            "check_sequence": (8, Layout()),
+        }
+        assert (found.count, found.lengths, len(found.blocks)) == (5, [1, 2], 7)
+        if questions:
+            inputs |= {"questions": "of q", "file t": "1", "file x": "2"}
+            calls |= {"QuestionFile": ("q.jsonl", 3), "check_tokenizer": ("m",)}
+    assert dict(asked) | calls | {"check_command_output": (cfg, inputs)} == dict(asked) and found.inputs == inputs
+    assert (
+        ("check_tokenizer" in dict(asked)) == ("QuestionFile" in dict(asked)) == (questions and module is layer_checks)
+    )
+
+
+def test_scores_are_as_wide_as_the_widest_layer():
+    widths = {"ffn": 6, "kv_groups": 8, "hidden": 8}
+    scores = {probe.score: np.ones((4, widths[probe.axis])) for probe in PROBES}
+    whole = {**scores, "layers": np.ones(4), "vocab": np.ones(20)}
+    check_scores(Scores(whole, "m"), UNEVEN, "m", "s")
+    with pytest.raises(UserError, match="ffn is missing, misshapen or not finite"):
+        check_scores(Scores({**whole, "ffn": np.ones((4, 4))}, "m"), UNEVEN, "m", "s")
 
 
 SHARED = dict(zip(merge._SHARED, (32, "mean", "l2", "per_token", 8), strict=True))

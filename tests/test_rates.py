@@ -429,3 +429,6 @@ def test_each_models_best_batch_is_shown_where_there_are_several(monkeypatch, ba
     # Without the first model there is nothing to be over.
     assert command._flat(shown.best_rows([{**ROWS[1], "model": "a"}, ROWS[2]])["megatron"]) == [["b", 1, 50.0, ""]]
     assert shown.best_rows([]) == {}
+    # Of batches that are as fast the smaller one.
+    equal = [{**ROWS[2], "batch": batch} for batch in (1, 2)]
+    assert shown.best_rows(equal)["megatron"]["b"]["batch"] == 1
