@@ -266,7 +266,14 @@ def test_a_default_that_is_a_list_is_each_ones_own():
     first.recompute_modules.append("x")
     assert second.recompute_modules == ["core_attn"]
     assert option([1], "x").default_factory() == [1] and option(3, "x").default == 3
-    assert option(3, "x").metadata == {"doc": "x", "choices": (), "decides": ARITHMETIC, "when": (), "path": False}
+    assert option(3, "x").metadata == {
+        "doc": "x",
+        "choices": (),
+        "decides": ARITHMETIC,
+        "when": (),
+        "path": False,
+        "whole": False,
+    }
     assert (
         config.switch("x").metadata["choices"] == ("auto", True, False)
         and config.switch("x").metadata["decides"] == FREE

@@ -148,7 +148,7 @@ def test_names_of_rounds_are_those_of_folders(name, fine):
 
 def test_each_round_is_of_the_student_before_and_taught_by_it_or_by_the_first(monkeypatch):
     composed = []
-    config = SimpleNamespace(target=SimpleNamespace(), drop_layers=[], prune=None)
+    config = SimpleNamespace(target=SimpleNamespace(), drop_layers=[3], prune=None, plan=None)
 
     def compose(cfg, command, inputs, own, output):
         composed.append((command, dict(inputs), dict(own), output))
