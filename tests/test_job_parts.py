@@ -350,9 +350,17 @@ def test_a_rank_looks_again_and_again_with_longer_pauses(tmp_path, monkeypatch):
 
 
 def test_who_does_not_see_a_file_is_named(monkeypatch):
-    monkeypatch.setattr(collectives, "all_gather_objects", lambda mine: [("a", None), ("b", "x"), ("c", "y")])
-    with pytest.raises(UserError, match=r"^rank 1 \(b\) does not see x, which rank 0 \(a\) does"):
-        wait_until_seen(Path("x"))
+    """Rank 0, which has made it, does not look."""
+    said, first = [], [True, False]
+    monkeypatch.setattr(deciding, "_not_seen", lambda paths: str(*paths))
+    monkeypatch.setattr(collectives, "is_rank_zero", lambda: first.pop(0))
+    monkeypatch.setattr(
+        collectives, "all_gather_objects", lambda mine: said.append(mine[1]) or [("a", None), ("b", "x"), ("c", "y")]
+    )
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"^rank 1 \(b\) does not see x, which rank 0 \(a\) does"):
+            wait_until_seen(Path("x"))
+    assert said == [None, "x"]
 
 
 # Without a group, and without a GPU
