@@ -172,7 +172,8 @@ def test_a_run_is_checked_in_order_and_a_rehearsal_of_presets_as_far_as_it_goes(
     note("_inputs", (folders, "data"))
     note("check_another")
     note("check_run_folder", {"before": 1})
-    note("check_beginning", "beginning")
+    beginning, inputs = SimpleNamespace(inputs={"start_from": "x"}), {"an": "input", "start_from": "x"}
+    note("check_beginning", beginning)
     note("inputs_of", {"an": "input"})
     note("check_model_there")
     note("check_checkpoints")
@@ -189,14 +190,14 @@ def test_a_run_is_checked_in_order_and_a_rehearsal_of_presets_as_far_as_it_goes(
     ]  # fmt: skip
     rest = [
         ("_inputs", cfg, recipe), ("check_another", cfg, run), ("check_run_folder", run, cfg),
-        ("check_beginning", cfg, run, SMALL_SHAPE, found.layout), ("_say_same", recipe, folders),
-        ("inputs_of", recipe, folders, "data", "beginning"), ("check_model_there", run, {"an": "input"}),
-        ("check_checkpoints", run / "checkpoints", cfg, found.layout, SMALL_SHAPE, {"an": "input"}),
+        ("inputs_of", recipe, folders, "data"), ("check_beginning", cfg, run, SMALL_SHAPE, found.layout, inputs),
+        ("_say_same", recipe, folders), ("check_model_there", run, inputs),
+        ("check_checkpoints", run / "checkpoints", cfg, found.layout, SMALL_SHAPE, inputs),
     ]  # fmt: skip
     assert did == [*first, *(rest if opened else [])] and found.steps == 4
     assert (found.folders, found.data) == ((folders, "data") if opened else (None, None))
     assert (found.before, found.beginning, found.inputs) == (
-        ({"before": 1}, "beginning", {"an": "input"}) if opened else ({}, None, {})
+        ({"before": 1}, beginning, inputs) if opened else ({}, None, {})
     )
 
 
