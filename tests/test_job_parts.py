@@ -89,6 +89,11 @@ def test_layouts_are_named_by_what_is_split():
     assert str(Layout(sequence=True)) == "one process, sequence parallel"
 
 
+def test_a_layout_without_a_split_context_has_neighbours_without_one():
+    with pytest.raises(UserError, match=r"or use 4 × 1 × 1 or 2 × 1 × 1 or 4 × 2 × 1$"):
+        Layout(tensor=3, world_size=8)
+
+
 @pytest.mark.parametrize(
     ("given", "planned", "started", "found"),
     [(8, 4, "2", 8), (None, 4, "2", 4), (None, None, "2", 2), (None, None, None, 1)],
