@@ -370,6 +370,28 @@ def test_a_folder_of_transformers_has_weights_and_sizes(tmp_path, monkeypatch, c
         assert (found.vocab_size, found.max_position_embeddings) == (9, 1) and looked == [tmp_path] * tokenizer
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_what_is_judged_is_compared_with_the_output_that_is_there(monkeypatch, ours):
+    """Before anything runs: a folder's digest with the data's; of a Hugging Face folder, whose digest takes long, the data's."""
+    asked, data = [], SimpleNamespace(digest="of d")
+    folder = SimpleNamespace(path="m", shape="s", digest="of m")
+    for name, found in (
+        ("open_model_folder", folder), ("check_folder", "sizes"), ("_open_data", (data, 3)), ("_windows", (data, 3)),
+        ("check_layout", None), ("check_weights", None), ("check_same_tokenizer", None), ("check_command_output", None),
+    ):  # fmt: skip
+        monkeypatch.setattr(
+            checks, name, lambda *given, name=name, found=found, **_: asked.append((name, given)) or found
+        )
+    given = {} if ours else {"model": ModelConfig(), "hf": "h"}
+    cfg = config(data=EvaluateDataConfig(path="d"), **given)
+    found = checks.check_evaluate(cfg)
+    inputs = {"model": "of m", "data": "of d"} if ours else {"data": "of d"}
+    tokenizers = {"model": "m", "teacher": None} if ours else {"hf": "h"}
+    assert asked[-2:] == [("check_same_tokenizer", (data, tokenizers)), ("check_command_output", (cfg, inputs))]
+    assert (found.count, found.inputs) == (3, inputs if ours else {}) and (str(found.hf) == "h") == (not ours)
+    assert ("check_weights", (folder,)) in asked or not ours
+
+
 @pytest.mark.parametrize(("kinds", "context", "taken"), [
     (["multiple_choice", "loglikelihood"], 2, True),
     (["multiple_choice", "generate_until"], 1, True),
