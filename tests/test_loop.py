@@ -4,7 +4,7 @@ import math
 import os
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,6 +22,7 @@ from minitron_megatron.errors import UserError
 from minitron_megatron.first_moments import STATUS_OF_SIGNAL
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train import checkpoint, loop, optimizer, overlap, run, saved
+from minitron_megatron.train.rounds import Rounds
 from tests.test_bounds import SMALL_SHAPE, refused
 from tests.test_run_checks import LENGTH, config
 
@@ -250,6 +251,39 @@ def test_a_step_runs_in_rounds_whose_sums_are_divided_once(monkeypatch, at_once,
     rounds = [one for n, part in enumerate(parts, 1) for one in (("prepare", part), n == len(parts))]
     sums = [10.0, 20.0, 30.0] if last_stage else [0.0] * 3
     assert did == [("capture", len(parts[0])), "chunks", *rounds, (sums, [0.0, 1.0, 40.0])]
+
+
+def test_gradients_are_reduced_in_the_last_round_alone_and_parameters_gathered_for_the_first():
+    """What a schedule is given is put back after each round, and what it has counted divides nothing."""
+    did = []
+    config_ = SimpleNamespace(
+        no_sync_func="no sync", grad_sync_func="reduce", param_sync_func="gather",
+        finalize_model_grads_func=lambda model, tokens, **groups: did.append((model, tokens, groups)),
+    )  # fmt: skip
+    before = dict(vars(config_))
+
+    @contextmanager
+    def no_sync(n):
+        did.append(f"off {n}")
+        yield
+        did.append(f"on {n}")
+
+    chunks = [SimpleNamespace(config=config_, no_sync=lambda n=n: no_sync(n)) for n in range(2)]
+    rounds = Rounds(chunks)
+    for number, last in enumerate((False, False, True)):
+        with pytest.raises(KeyError), rounds.running(last=last):
+            assert config_.param_sync_func == ("gather" if number == 0 else None)
+            assert config_.grad_sync_func == ("reduce" if last else None)
+            assert config_.no_sync_func == ("no sync" if last else nullcontext)
+            assert did == ([] if last else ["off 0", "off 1"])
+            config_.finalize_model_grads_func(["model"], 640, pg="groups")
+            assert did == ([(["model"], None, {"pg": "groups"})] if last else ["off 0", "off 1"])
+            raise KeyError
+        assert vars(config_) == before
+        did.clear()
+    alone = Rounds(chunks)
+    with alone.running(last=True):
+        assert config_.param_sync_func == "gather"
 
 
 @pytest.mark.parametrize("taken", [True, False])

@@ -310,3 +310,22 @@ def test_a_forecast_is_of_the_fullest_rank_and_of_all_tokens():
     for order in (1, -1):
         assert foresee.gib_of_fullest(stages[::order], given) == max(memory_gib(given, stage) for stage in stages)
     assert foreseen(given, stages).tokens_per_second == 200.0
+
+
+def test_a_dry_run_shows_the_job_its_memory_its_time_what_is_assumed_and_other_layouts(monkeypatch):
+    """Of the layout without what is idle in it."""
+    did = []
+    for name in ("_show_job", "_show_memory", "_show_time", "_show_assumptions", "show_layouts", "say_assumed"):
+        monkeypatch.setattr(foresee, name, lambda *given, name=name: did.append((name, *given)))
+    monkeypatch.setattr(foresee, "forecast", lambda *given: did.append(("forecast", *given)) or "found")
+    cfg, layout = config(), Layout(world_size=2)
+    foresee.foresee(cfg, replace(layout, sequence=True), 7, MODELS, "check", {"before": 1})
+    assert did == [
+        ("say_assumed", cfg.cluster),
+        ("forecast", cfg, layout, MODELS, {"before": 1}),
+        ("_show_job", "found", 7, cfg),
+        ("_show_memory", "found"),
+        ("_show_time", "found", 7),
+        ("_show_assumptions", "found"),
+        ("show_layouts", cfg, layout, MODELS, "check"),
+    ]

@@ -184,7 +184,7 @@ ROOMS = {
         "train/metrics.py": "metrics train durable bars",
         "train/optimizer.py": "loop schedule distill train",
         "train/overlap.py": "loop graphs automatic",
-        "train/rounds.py": "teachers distill",
+        "train/rounds.py": "loop teachers distill",
         "train/run.py": "beginning loop restarts train continuing levers saved",
         "train/saved.py": "loop saved restarts inputs train plain_files",
         "train/schedule.py": "schedule",
