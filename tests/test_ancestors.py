@@ -10,6 +10,7 @@ from minitron_megatron.checkpoints import lineage as module
 from minitron_megatron.checkpoints.folder import MANIFEST, ModelFolder, output_folder, read_manifest
 from minitron_megatron.checkpoints.hf_folder import write_shape
 from minitron_megatron.checkpoints.lineage import Step, beginning_in_words, find_step, lineage, teachers
+from minitron_megatron.checkpoints.stamps import file_stamps
 from tests.test_bounds import SMALL_SHAPE
 
 KINDS = {
@@ -72,14 +73,14 @@ def folder(path: Path, inputs: dict | None = None, shape: bool = False, **config
 def test_a_folder_counts_where_it_is_whole_and_the_one_that_is_meant(tmp_path):
     """A run stands for its model; what is not there has its digest alone."""
     digest = folder(tmp_path / "a", shape=True)
-    whole = find_step(tmp_path / "a", None)
-    assert whole == find_step(tmp_path / "a", digest) == Step(tmp_path / "a", digest, read_manifest(tmp_path / "a"))
+    whole = find_step(tmp_path / "a", digest)
+    assert whole == Step(tmp_path / "a", digest, read_manifest(tmp_path / "a"))
     assert whole.shape == SMALL_SHAPE and Step(tmp_path / "a", digest).shape is None
     assert find_step(tmp_path / "a", "another") == Step(tmp_path / "a", "another")
     of_run = folder(tmp_path / "run" / "model")
-    assert find_step(tmp_path / "run", None).path == tmp_path / "run" / "model"
+    assert find_step(tmp_path / "run", of_run).path == tmp_path / "run" / "model"
     of_both = folder(tmp_path / "a" / "model")
-    assert find_step(tmp_path / "a", None).path == tmp_path / "a"
+    assert find_step(tmp_path / "a", digest).path == tmp_path / "a"
     assert find_step(tmp_path / "a", of_both).path == tmp_path / "a" / "model"
     (tmp_path / "run" / "model" / "file").write_text("")
     assert find_step(tmp_path / "run", of_run) == Step(tmp_path / "run", of_run)
@@ -103,6 +104,18 @@ def test_a_line_goes_from_the_newest_to_what_is_no_longer_there(tmp_path):
         ("imported", "imported", first),
         ("source", "gone", None),
     ]
+
+
+def test_what_was_imported_counts_where_its_files_are_those_that_were_read(tmp_path):
+    """An export that another one has replaced is no ancestor."""
+    digest = folder(tmp_path / "export", model={"path": "m"}, max_shard_gb=5.0)
+    stamps = file_stamps(tmp_path / "export", [tmp_path / "export" / "file"])
+    config = {"hf": str(tmp_path / "export")}
+    of_import = made(config, inputs=stamps)
+    assert of_import.source() == find_step(tmp_path / "export", digest) and of_import.source().kind == "exported"
+    source = Step(tmp_path / "export", None)
+    assert made(config).source() == made(config, inputs={"file file": "sha256:other"}).source() == source
+    assert made(config, inputs={**stamps, "file gone": "sha256:x"}).source() == source
 
 
 def test_teachers_stand_once_each_with_ancestors_that_are_not_the_models_own(monkeypatch):

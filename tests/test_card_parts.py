@@ -27,20 +27,15 @@ IMPORTANCE = {"importance": {"sequence": "mean", "batch": "l2"}, "data": {"path"
 
 
 @pytest.mark.parametrize(
-    ("scores", "of", "asked", "rows"),
-    [
-        (None, "m", "o/pruned_scores", True),
-        ("o/scores", "m", "o/scores", True),
-        ("o/scores", "another", "o/scores", False),
-        ("o/none", None, "o/none", False),
-    ],
+    ("scores", "there", "asked"),
+    [(None, True, "o/pruned_scores"), ("o/scores", True, "o/scores"), ("o/scores", False, "o/scores")],
 )
-def test_a_choice_is_by_layers_and_by_scores_of_the_same_source(monkeypatch, scores, of, asked, rows):
-    """Those that a pruning measured itself lie beside it."""
+def test_a_choice_is_by_layers_and_by_the_scores_that_were_read(monkeypatch, scores, there, asked):
+    """Those that a pruning measured itself lie beside it; of scores that were replaced since their digest alone is known."""
     looked = []
-    found = Step(Path("s"), None)
-    if of:
-        found = made("s", "S", IMPORTANCE | {"samples": 9}, inputs={"model": of}, results={"samples": 8})
+    found = Step(Path("s"), "S")
+    if there:
+        found = made("s", "S", IMPORTANCE | {"samples": 9}, inputs={"model": "m"}, results={"samples": 8})
     monkeypatch.setattr(card, "find_step", lambda path, digest: looked.append((str(path), digest)) or found)
     config = {"output": "o/pruned/", "scores": scores, "drop_layers": [2], "layers": "L", "prune": {"judge": "bi"}}
     of_scores = [
@@ -49,11 +44,13 @@ def test_a_choice_is_by_layers_and_by_scores_of_the_same_source(monkeypatch, sco
         ["calibration data", "text"],
         ["digest of the scores", "S"],
     ]
-    wanted = [["layers dropped by number", [2]], ["layers chosen by", "L, bi"], *(of_scores * rows)]
-    assert card._calibration(made("p", config=config, inputs={"model": "m"})) == wanted
-    assert looked == [(asked, None)]
-    without = made("p", config={**config, "drop_layers": [], "layers": None}, inputs={"model": "m"})
-    assert card._calibration(without) == [["layers dropped by number", None], *(of_scores * rows)]
+    of_scores = of_scores if there else of_scores[-1:]
+    of_layers = [["layers dropped by number", [2]], ["layers chosen by", "L, bi"]]
+    assert card._calibration(made("p", config=config, inputs={"model": "m", "scores": "S"})) == [*of_layers, *of_scores]
+    assert looked == [(asked, "S")]
+    without = made("p", config={**config, "drop_layers": [], "layers": None}, inputs={"model": "m", "scores": "S"})
+    assert card._calibration(without) == [["layers dropped by number", None], *of_scores]
+    assert card._calibration(made("p", config=config, inputs={"model": "m"})) == of_layers and len(looked) == 2
     assert card._calibration(made("p", config={**config, "plan": "plan.yaml"})) == [["chosen by", "a plan (plan.yaml)"]]
 
 

@@ -231,7 +231,7 @@ def test_a_cut_has_every_axis_before_and_after_and_the_loss_around_it(monkeypatc
     assert len(alone.tables) == 2 and cutting.cut_sections(traced(source)) == []
 
 
-def test_scores_are_those_that_the_command_names_else_any_of_the_model(monkeypatch):
+def test_scores_are_those_that_a_model_was_cut_by_and_no_others(monkeypatch):
     read = []
     monkeypatch.setattr(cutting, "load_scores", lambda path: read.append(path.name) or "scores")
     monkeypatch.setattr(cutting, "check_scores", lambda *given: read.append(given[2]))
@@ -244,17 +244,17 @@ def test_scores_are_those_that_the_command_names_else_any_of_the_model(monkeypat
         )
     ]  # fmt: skip
     for inputs, found in (
+        ({"scores": "of s1"}, "s1"),
         ({"scores": "of s2"}, "s2"),
-        ({"scores": "of s3"}, "s1"),
-        ({}, "s1"),
-        ({"scores": "of s4"}, "s1"),
+        ({"scores": "of s3"}, None),
+        ({"scores": "of s4"}, None),
+        ({"scores": "of replaced ones"}, None),
+        ({}, None),
     ):
         cut = folder("pruned", inputs=inputs, made="z")
-        assert cutting._scores_of(traced(source, *there, cut), cut, source) == "scores"
-        assert read == [found, "of teacher"]
+        assert cutting._scores_of(traced(source, *there, cut), cut, source) == ("scores" if found else None)
+        assert read == ([found, "of teacher"] if found else [])
         read.clear()
-    cut = folder("pruned", made="z")
-    assert cutting._scores_of(traced(source, *there[2:], cut), cut, source) is None
 
 
 # The page of a layer analysis

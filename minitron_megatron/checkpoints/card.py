@@ -174,16 +174,19 @@ def _pruning(step: Step) -> list[list[Any]]:
 
 
 def _calibration(step: Step) -> list[list[Any]]:
-    """What the choice was made by; scores are those of a folder that is still at hand and is of the same source."""
+    """What the choice was made by; what is said of scores is of those that were read, where these are still at hand."""
     if step.of("plan"):
         return [["chosen by", f"a plan ({step.of('plan')})"]]
     rows = [["layers dropped by number", step.of("drop_layers") or None]]
     if step.of("layers"):
         rows.append(["layers chosen by", f"{step.of('layers')}, {step.of('prune.judge')}"])
-    # Scores that a pruning measures itself lie beside its output.
-    measured = find_step(Path(step.of("scores") or f"{str(step.of('output')).rstrip('/')}_scores"), None)
-    if not measured.manifest or measured.inputs.get("model") != step.inputs.get("model"):
+    digest = step.inputs.get("scores")
+    if digest is None:
         return rows
+    # Scores that a pruning measures itself lie beside its output.
+    measured = find_step(Path(step.of("scores") or f"{str(step.of('output')).rstrip('/')}_scores"), digest)
+    if not measured.manifest:
+        return [*rows, ["digest of the scores", digest]]
     return [
         *rows,
         ["importance over tokens, over samples", " ".join(str(measured.of(f"importance.{n}")) for n in _AGGREGATION)],
@@ -192,7 +195,7 @@ def _calibration(step: Step) -> list[list[Any]]:
             f"{measured.results.get('samples', measured.of('samples'))} samples of {measured.of('data.sequence_length')} tokens",
         ],
         ["calibration data", measured.of("data.path")],
-        ["digest of the scores", measured.digest],
+        ["digest of the scores", digest],
     ]
 
 

@@ -1,9 +1,10 @@
 """How a model came about, read back from the manifests of its ancestors: distilled ◀ pruned ◀ imported ◀ Hugging Face folder.
 
 A manifest has the digest of each input and the path that it had. An ancestor counts where its folder is still there and has
-that digest; where it is not, the line ends with the digest alone.
+that digest, or the very files that an import has read; where it has not, the line ends with the digest alone.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from minitron_megatron.changing import in_words, other_in_words
 from minitron_megatron.checkpoints.folder import MANIFEST, SHAPE_FILE, ModelFolder, load_yaml, read_manifest
+from minitron_megatron.checkpoints.stamps import PREFIX, file_stamps
 from minitron_megatron.config import flat
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.shape import ModelShape
@@ -93,7 +95,7 @@ class Step:
         if path is None:
             return None
         digest = self.inputs.get(option.removesuffix(".path"))
-        return find_step(Path(path), digest)
+        return _read_by_import(Path(path), self.inputs) if digest is None else find_step(Path(path), digest)
 
     def source(self) -> "Step | None":
         """The model that this one was made from."""
@@ -112,15 +114,25 @@ def beginning_in_words(manifest: Mapping[str, Any]) -> str:
     return f"{of}, which had {'; '.join(words)}" if words else of
 
 
-def find_step(path: Path, digest: str | None) -> Step:
-    """A folder as a step; without its manifest unless it is whole and, where a digest is given, has that one."""
+def _read_by_import(path: Path, inputs: Mapping[str, str]) -> Step:
+    """A folder that is known by stamps of its files; an export is one with its manifest, where none of them was replaced."""
+    stamps = {name: stamp for name, stamp in inputs.items() if name.startswith(PREFIX)}
+    with contextlib.suppress(UserError, OSError):
+        files = [path / name.removeprefix(PREFIX) for name in stamps]
+        if files and (path / MANIFEST).is_file() and file_stamps(path, files) == stamps:
+            return find_step(path, read_manifest(path)["digest"])
+    return Step(path, None)
+
+
+def find_step(path: Path, digest: str) -> Step:
+    """A folder, or its model, as a step; without its manifest unless it is whole and has this digest."""
     for folder in (path, path / "model"):
         if (folder / MANIFEST).is_file():
             try:
                 manifest = read_manifest(folder)
             except UserError:
                 continue
-            if digest in (None, manifest["digest"]):
+            if manifest["digest"] == digest:
                 return Step(folder, manifest["digest"], manifest)
     return Step(path, digest)
 

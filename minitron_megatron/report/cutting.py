@@ -148,12 +148,10 @@ def _cut(lineage: Lineage, folder: RunFolder, source: RunFolder | None) -> Secti
 
 
 def _scores_of(lineage: Lineage, folder: RunFolder, source: RunFolder) -> Scores | None:
-    """Scores of the model that was cut, those that its command names rather than others."""
-    found = [one for one in lineage.folders if one.has(SCORES_FILE) and one.inputs.get("model") == source.digest]
-    if not found:
+    """The scores that a model was cut by: others of the same source would show another choice."""
+    chosen = lineage.source(folder, "scores")
+    if chosen is None or not chosen.has(SCORES_FILE) or chosen.inputs.get("model") != source.digest:
         return None
-    named = lineage.source(folder, "scores")
-    chosen = named if named in found else found[0]
     scores = load_scores(chosen.path)
     check_scores(scores, source.shape, source.digest, str(chosen.path))
     return scores
