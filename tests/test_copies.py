@@ -7,6 +7,7 @@ import pytest
 from blake3 import blake3
 
 from minitron_megatron.checkpoints import copies, digests, stamps
+from minitron_megatron.checkpoints import task_stamps as task_stamps_module
 from minitron_megatron.checkpoints.copies import by_node, check_copies, ranks_by_node, share_of_node, verify_copies
 from minitron_megatron.checkpoints.digests import (
     FileDigest,
@@ -16,6 +17,7 @@ from minitron_megatron.checkpoints.digests import (
     segments_of,
 )
 from minitron_megatron.checkpoints.folder import MANIFEST, output_folder, read_manifest
+from minitron_megatron.checkpoints.task_stamps import task_stamps
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel import collectives
 
@@ -213,10 +215,65 @@ def test_files_that_a_task_names_are_inputs_where_their_names_can_be(tmp_path, l
     (folder / name).write_text("data")
     task = folder / "task.yaml"
     task.write_text(f'a: [{{data: "{name}"}}, "a\\0b", 3]\n')
-    found = stamps.task_stamps([str(task), "arc_easy"])
+    found = task_stamps([str(task), "arc_easy"])
     assert (f"file {folder / name}" in found) is (length < 250) and f"file {task}" in found
     task.write_bytes(b"a: [\xff")
-    assert list(stamps.task_stamps([str(task)])) == [f"file {task}"]
+    assert list(task_stamps([str(task)])) == [f"file {task}"]
+
+
+def task_folder(root: Path) -> Path:
+    """A group of a task that is made from a base in another folder: every way in which task files name others."""
+    for name, text in {
+        "group.yaml": "group: mine\ntask: [part.yaml, arc_easy]\n",
+        "part.yaml": "include: [base/base]\ntask: part\nprocess_docs: !function utils.f\n",
+        "utils.py": "import helper\n",
+        "helper.py": "",
+        "base/base": "include: ../ring.yaml\ndataset_path: ../set\n"
+        "dataset_kwargs: {data_files: {test: 'parts/*.jsonl', train: one}}\n",
+        "ring.yaml": "include: base/base\nother: &a [*a]\nfewshot_config: {samples: !function base.fewshot.f}\n",
+        "base/fewshot.py": "",
+        "base/parts/1.jsonl": "",
+        "base/parts/2.jsonl": "",
+        "base/one": "",
+        "set/a/data.jsonl": "",
+        "set/README": "",
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root / "group.yaml"
+
+
+def test_every_file_that_a_task_reads_is_an_input(tmp_path):
+    """Whichever is another one, the task is another; what is not read may change."""
+    task = task_folder(tmp_path / "tasks")
+    files = [path for path in task.parent.rglob("*") if path.is_file()]
+    before = task_stamps([str(task)])
+    for file in (task.parent / name for name in ("base/parts/notes.txt", "base/unread", "README")):
+        file.write_text("not read")
+    assert len(files) == 12 and task_stamps([str(task)]) == before and task_stamps(["arc_easy"]) == {}
+    for file in files:
+        text = file.read_text()
+        file.write_text(f"{text}# another\n")
+        assert task_stamps([str(task)]) != before, file
+        file.write_text(text)
+    for name in ("set/a/new.jsonl", "base/parts/3.jsonl"):
+        (task.parent / name).write_text("")
+        assert task_stamps([str(task)]) != before, name
+        (task.parent / name).unlink()
+    assert task_stamps([str(task)]) == before
+
+
+def test_a_task_that_names_a_disk_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(task_stamps_module, "_MOST_FILES", 3)
+    task = tmp_path / "task.yaml"
+    (tmp_path / "set").mkdir()
+    task.write_text("dataset_path: set\n")
+    for i in range(3):
+        (tmp_path / "set" / str(i)).write_text("")
+    assert len(task_stamps([str(task)])) == 2
+    (tmp_path / "set" / "3").write_text("")
+    with pytest.raises(UserError, match=r"set names more than 3 files: name those that the task reads"):
+        task_stamps([str(task)])
 
 
 @pytest.mark.parametrize(

@@ -264,8 +264,8 @@ MODULES = {
     benchmark.loss machine witness""",
     "data are prepared by one process": "data.estimate data.prepare data.text data.tokenizer data.vocabulary",
     BEFORE: """cli.main cli.arguments cli.logs cli.spelling launcher evaluate.checks distill.cache_checks train.checks train.begin
-    checkpoints.export_checks checkpoints.hf_folder checkpoints.nemo_folder checkpoints.stamps data.folder data.indexed
-    data.same_tokenizer prune.plan checkpoints.unfinished checkpoints.places""",
+    checkpoints.export_checks checkpoints.hf_folder checkpoints.nemo_folder checkpoints.stamps checkpoints.task_stamps
+    data.folder data.indexed data.same_tokenizer prune.plan checkpoints.unfinished checkpoints.places""",
     RANK_ZERO: """checkpoints.card checkpoints.lineage checkpoints.tokenizer cli.next_command train.metrics starts
     evaluate.harness evaluate.answers""",
     "ends a process, and lets one of them speak": "claims first_moments unheard parallel.torchrun console",

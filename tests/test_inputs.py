@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from minitron_megatron.checkpoints.folder import MANIFEST, TOKENIZER, open_model_folder, output_folder, read_manifest
-from minitron_megatron.checkpoints.stamps import task_stamps
+from minitron_megatron.checkpoints.task_stamps import task_stamps
 from minitron_megatron.checkpoints.tokenizer import tokenizer_digest
 from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.config import (
@@ -35,6 +35,7 @@ from minitron_megatron.distill.cache import write_chunk
 from minitron_megatron.distill.cache_checks import check_cache_teacher
 from minitron_megatron.distill.contents import Contents
 from minitron_megatron.errors import UserError
+from minitron_megatron.evaluate import checks as evaluate_checks
 from minitron_megatron.evaluate.checks import check_evaluate
 from minitron_megatron.importance.checks import check_importance
 from minitron_megatron.importance.layer_checks import check_layers
@@ -418,13 +419,29 @@ def test_a_task_file_is_known_with_the_data_that_it_names(tmp_path):
     task.write_text(
         "task: mine\nprocess_docs: !function utils.f\ndataset_kwargs: {data_files: {test: questions.jsonl}}\n"
     )
+    (tmp_path / "utils.py").write_text("def f(documents): return documents\n")
     stamps = task_stamps(["winogrande", str(task)])
-    assert [Path(name.removeprefix("file ")).name for name in stamps] == ["questions.jsonl", "task.yaml"]
+    assert [Path(name.removeprefix("file ")).name for name in stamps] == ["questions.jsonl", "task.yaml", "utils.py"]
     (tmp_path / "questions.jsonl").write_text("{} ")
     assert stamps != task_stamps([str(task)]) and stamps.keys() == task_stamps([str(task)]).keys()
 
 
 # --- Stages -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_tasks_of_a_hugging_face_folder_are_inputs_too(tmp_path, monkeypatch):
+    """Whoever computes, a task whose data were replaced is another one."""
+    (tmp_path / "base.yaml").write_text("dataset_kwargs: {data_files: {test: questions.jsonl}}\n")
+    task = tmp_path / "task.yaml"
+    task.write_text("include: base.yaml\ntask: mine\n")
+    asked = []
+    monkeypatch.setattr(evaluate_checks, "check_folder", lambda *_, **__: None)
+    monkeypatch.setattr(evaluate_checks, "check_command_output", lambda _, inputs: asked.append(inputs))
+    cfg = EvaluateConfig(output=str(tmp_path / "out"), hf=str(tmp_path), tasks=[str(task)])
+    for text in ("{}", "{} "):
+        (tmp_path / "questions.jsonl").write_text(text)
+        assert check_evaluate(cfg).inputs == asked[-1] == task_stamps([str(task)]) and len(asked[-1]) == 3
+    assert asked[0] != asked[1]
 
 
 def stage(root: Path, name: str, content: str, counts: list[str]) -> Callable[[Stages], None]:

@@ -4,18 +4,13 @@ Small files (configs, tokenizers, texts) are told by their contents: a fresh dow
 told by size and time of change, as `cp -p` and rsync keep them: reading them all again for every command would take too long.
 """
 
-import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 # The largest file that is told by its contents, in bytes.
 LARGEST_READ = 32 * 2**20
-# A path has fewer characters.
-_LONGEST_PATH = 250
 # Before the names of files among the inputs of a manifest.
 PREFIX = "file "
 
@@ -40,20 +35,6 @@ def stamp_of_folder(name: str, folder: Path, files: Iterable[Path]) -> dict[str,
 def stamp_of_files(files: Iterable[Path]) -> str:
     """One stamp of many files in their order, by their names and whatever folder they are in. Raises OSError."""
     return f"sha256:{hashlib.sha256(repr([(file.name, stamp(file)) for file in files]).encode()).hexdigest()}"
-
-
-def task_stamps(names: Iterable[str]) -> dict[str, str]:
-    """Stamps of the task files among some names, and of the files that they name, as inputs."""
-    tasks = [Path(name) for name in names if Path(name).is_file()]
-    return file_stamps(Path(), [*tasks, *(file for task in tasks for file in _files_named_in(task))])
-
-
-def _files_named_in(task: Path) -> Iterator[Path]:
-    """Files that stand in a task file, as its data do: nothing is built of what it says."""
-    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
-        for event in yaml.parse(task.read_text(encoding="utf-8"), yaml.SafeLoader):
-            if isinstance(event, yaml.ScalarEvent) and len(event.value) < _LONGEST_PATH and "\0" not in event.value:
-                yield from (path for path in (Path(event.value), task.parent / event.value) if path.is_file())
 
 
 def stamp(file: Path) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 from minitron_megatron.checkpoints.folder import ModelFolder, load_json, open_model_folder
 from minitron_megatron.checkpoints.hf_folder import CONFIG_FILES, HF_FILES
 from minitron_megatron.checkpoints.index import check_weights
-from minitron_megatron.checkpoints.stamps import file_stamps, task_stamps
+from minitron_megatron.checkpoints.stamps import file_stamps
+from minitron_megatron.checkpoints.task_stamps import task_stamps
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.data.folder import Data, DataSizes, open_data
 from minitron_megatron.data.same_tokenizer import check_same_tokenizer
@@ -45,8 +46,9 @@ def check_evaluate(cfg: EvaluateConfig) -> Judging:
         if data is not None:
             check_same_tokenizer(data, {"hf": cfg.hf})
         # Its digest is made of all its bytes: later.
-        check_command_output(cfg, {"data": data.digest} if data else {})
-        return Judging(None, None, None, data, count, {}, Path(cfg.hf))
+        inputs = {**({"data": data.digest} if data else {}), **task_stamps(wanted_tasks(cfg.tasks))}
+        check_command_output(cfg, inputs)
+        return Judging(None, None, None, data, count, inputs, Path(cfg.hf))
     layout = Layout.from_config(cfg.parallel)
     folder = open_model_folder(cfg.model.folder("model"))
     teacher = open_model_folder(cfg.teacher.folder("teacher")) if cfg.teacher.path else None

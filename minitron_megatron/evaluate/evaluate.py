@@ -38,7 +38,7 @@ def evaluate(cfg: EvaluateConfig, checked: Judging | None = None) -> None:
     """`launch/evaluate.py`: results.json in the output folder, and a table."""
     checked = checked or check_evaluate(cfg)
     if checked.hf:
-        _evaluate_hf(cfg, checked.hf, checked.data, checked.count)
+        _evaluate_hf(cfg, checked.hf, checked.data, checked.count, checked.inputs)
         return
     layout, folder, teacher = checked.layout, checked.folder, checked.teacher
     data, count, inputs = checked.data, checked.count, checked.inputs
@@ -137,14 +137,14 @@ def _tasks(cfg: EvaluateConfig, layout: Layout, folder: ModelFolder, chunks: Any
     return collectives.broadcast_object(found)
 
 
-def _evaluate_hf(cfg: EvaluateConfig, folder: Path, data: Data | None, count: int) -> None:
+def _evaluate_hf(cfg: EvaluateConfig, folder: Path, data: Data | None, count: int, inputs: Mapping[str, str]) -> None:
     """Loss and tasks of a Hugging Face folder, by transformers."""
     from minitron_megatron.evaluate.hf import digest_of, hf_perplexity, load_model
     from minitron_megatron.evaluate.run_tasks import run_tasks
 
     if cfg.tasks:
         load_tokenizer(folder)
-    inputs = {"hf": digest_of(folder), **({"data": data.digest} if data else {})}
+    inputs = {"hf": digest_of(folder), **inputs}
     if cfg.dry_run:
         check_command_output(cfg, inputs)
         _dry_run(cfg, {"hf": str(folder), **({"windows": count} if data else {})})

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.checkpoints.index import check_weights
-from minitron_megatron.checkpoints.stamps import task_stamps
+from minitron_megatron.checkpoints.task_stamps import task_stamps
 from minitron_megatron.config import LayersConfig
 from minitron_megatron.data.folder import open_data
 from minitron_megatron.data.questions import QuestionFile

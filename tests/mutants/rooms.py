@@ -101,6 +101,7 @@ ROOMS = {
         "checkpoints/reading.py": "weights checkpoints index blocks",
         "checkpoints/unpickling.py": "index",
         "checkpoints/stamps.py": "copies trust inputs bounds checkpoints",
+        "checkpoints/task_stamps.py": "copies inputs",
         "checkpoints/tokenizer.py": "tokenizer_parts tokenizers hf_sources",
         "checkpoints/megatron_lm.py": "nemo_folder export_megatron",
         "checkpoints/nemo.py": "nemo_folder nemo",
