@@ -24,7 +24,7 @@ from minitron_megatron.config import AdoptDataConfig, PrepareDataConfig
 from minitron_megatron.data import prepare as preparing
 from minitron_megatron.data.adopt import adopt_data
 from minitron_megatron.data.datasets import MicroBatches, Windows, training_samples
-from minitron_megatron.data.folder import DocumentMasks, open_data, verify_data
+from minitron_megatron.data.folder import DocumentMasks, data_digest, open_data, verify_data
 from minitron_megatron.data.indexed import SplitWriter
 from minitron_megatron.data.prepare import Piece, _with_validation, prepare_data, split_of
 from minitron_megatron.data.text import documents, find_files
@@ -682,6 +682,21 @@ def test_impossible_blends_are_refused(model, blend, tmp_path, path, says):
     path = [entry.format(**names) if isinstance(entry, str) else entry for entry in path]
     with pytest.raises(UserError, match=says):
         opened(path, model)
+
+
+def test_the_same_data_by_another_spelling_are_no_blend(model, blend, tmp_path):
+    """A link, a copy, or a path through another folder: one epoch of it would be two."""
+    (tmp_path / "link").symlink_to(blend[0])
+    shutil.copytree(blend[0], tmp_path / "copy")
+    for again in (f"{blend[0]}/.", f"{blend[0]}/../data", tmp_path / "link", tmp_path / "copy"):
+        path = [1, blend[1], 1, blend[0], 2, str(again)]
+        says = (
+            f"the same data twice, as {re.escape(blend[0])} and as {re.escape(str(again))}: give it once, with the sum"
+        )
+        with pytest.raises(UserError, match=says):
+            opened(path, model)
+        with pytest.raises(UserError, match=says):
+            data_digest(path)
 
 
 def rewritten(data, tmp_path, change):

@@ -102,7 +102,9 @@ def _joint_digest(weights: Sequence[float], digests: list[str]) -> str:
 def data_digest(path: Any) -> str:
     """Digest of what `data.path=` names, where there is no model to check it with. Raises UserError."""
     weights, paths = parse_blend(path)
-    return _joint_digest(weights, [str(read_manifest(one)["digest"]) for one in paths])
+    digests = [str(read_manifest(one)["digest"]) for one in paths]
+    _check_once(paths, digests)
+    return _joint_digest(weights, digests)
 
 
 def open_data(
@@ -121,6 +123,7 @@ def open_data(
     check_positions(sequence_length, shape.max_position_embeddings, "the model")
     weights, paths = parse_blend(path)
     folders = tuple(_open_folder(one, split, shape, sequence_length) for one in paths)
+    _check_once(paths, [folder.digest for folder in folders])
     for key in ("tokenizer", "vocab_size", "end_of_document", "begin_of_document"):
         odd = next((f for f in folders if f.results.get(key) != folders[0].results.get(key)), None)
         if odd is not None:
@@ -148,10 +151,17 @@ def parse_blend(path: Any) -> tuple[list[float], list[str]]:
             )
         if not all(0 < weight < math.inf for weight in weights):
             raise UserError(f"data.path={path}: weights must be above 0")
-    twice = next((one for one in paths if paths.count(one) > 1), None)
-    if twice:
-        raise UserError(f"data.path names {twice} twice: give it once, with the sum of its weights")
+    _check_once(paths, paths)
     return [float(weight) for weight in weights], paths
+
+
+def _check_once(paths: Sequence[str], told_by: Sequence[str]) -> None:
+    """Raise UserError where a folder is twice in a blend, `told_by` its path or, of links and copies, its digest."""
+    twice = next((i for i, one in enumerate(told_by) if one in told_by[:i]), None)
+    if twice is not None:
+        first, second = paths[told_by.index(told_by[twice])], paths[twice]
+        what = f"{first} twice" if first == second else f"the same data twice, as {first} and as {second}"
+        raise UserError(f"data.path names {what}: give it once, with the sum of its weights")
 
 
 def _open_folder(path: str, split: str, shape: DataSizes, sequence_length: int) -> DataFolder:
