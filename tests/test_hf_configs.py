@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from minitron_megatron.checkpoints.hf_folder import HfFolder
 from minitron_megatron.config import FAMILY_NAMES
 from minitron_megatron.errors import UserError
+from minitron_megatron.models.axes import count_parameters
 from minitron_megatron.models.families import FAMILIES, hf_config, shape_from_hf
 from minitron_megatron.models.nemo import CLASSES, fields_of_nemo1, fields_of_nemo2, model_yaml, shape_from_nemo
 from tests.test_nemo import NEMO1, NEMO1_OF
@@ -131,6 +132,64 @@ def test_other_keys_are_refused_by_name(name, change, says):
 
 def test_a_null_says_that_there_is_no_such_thing():
     assert shape_from_hf(config_of(logits_soft_cap=None, attention_bias=None), "x") == shape_from_hf(config_of(), "x")
+
+
+# Of which transformers 4 takes a null as false, or as one for each query head, and transformers 5 loads none.
+TAKEN_AS_4 = {
+    *((name, key) for name in FAMILY_NAMES for key in ("tie_word_embeddings", "use_sliding_window")),
+    *((name, key) for name in FAMILY_NAMES for key in ("attention_bias", "mlp_bias")),
+    ("mistral", "num_key_value_heads"),
+}
+
+
+def built_by_transformers(config: dict) -> tuple[int, float, int]:
+    """Parameters, base of the rotary frequencies, and channels of a head that turn."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    own = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(own)
+    parameters = sum(one.numel() for one in model.parameters())
+    return parameters, own.rope_parameters["rope_theta"], 2 * len(model.model.rotary_emb.inv_freq)
+
+
+def with_nulls(name: str) -> dict[str, dict]:
+    """Configs of a family with a null at each key that is not harmless, and at each inside its rope."""
+    config, keys = config_of(name), FAMILIES[name].keys
+    found = {
+        key: {**config, key: None} for key in sorted((keys.read | set(keys.only)) - {"model_type", "architectures"})
+    }
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    rope |= {"partial_rotary_factor": 0.5} if FAMILIES[name].partial_rotary else {}
+    for place in ("rope_parameters", "rope_scaling"):
+        found |= {f"{place}.{key}": {**config, place: {**rope, key: None}} for key in rope}
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_a_null_is_what_it_is_to_transformers_or_refused(name):
+    """A null is no missing key: transformers has defaults for that alone."""
+    plain, taken = shape_from_hf(config_of(name), "x"), []
+    for key, config in with_nulls(name).items():
+        try:
+            shape = shape_from_hf(config, "x")
+        except UserError:
+            continue
+        taken.append(key)
+        if (name, key) in TAKEN_AS_4:
+            assert shape == (plain.resized(num_query_groups=plain.num_attention_heads) if "heads" in key else plain)
+            continue
+        found = built_by_transformers(config)
+        assert found == (count_parameters(shape), shape.rope_theta, shape.head_dim * shape.rotary_percent), key
+    assert {"rope_scaling", "kv_channels"} <= set(taken) and len(taken) > 5
+    refused = {"rope_theta", "vocab_size", "rope_parameters.rope_theta", "rope_scaling.rope_type"}
+    refused |= {
+        "qwen2": {"head_dim"},
+        "qwen3": {"head_dim"},
+        "nemotron": {"partial_rotary_factor", "num_key_value_heads"},
+    }.get(name, set())
+    assert not refused & set(taken)
 
 
 def test_keys_that_the_user_knows_are_passed_over_and_not_exported(tmp_path):

@@ -72,6 +72,8 @@ def _size(
 ) -> int:
     """A size; where a config has none, the family's, and where it has a null, or there is none either, `absent`."""
     values = config if family is None or key in config else family.defaults
+    if family is not None and key in family.no_null and key in config and config[key] is None:
+        raise UserError(f"{where}: {key}=null is no value of it for {family.architecture}: write the number")
     if absent is not None and values.get(key) is None:
         return absent
     return whole_number(values, key, where, SIZES[_OUR_NAMES.get(key, key)])

@@ -71,9 +71,9 @@ class Family:
 
     `fixed` are keys of it with the values that are computed here, the first of them written to exports; `only` those that
     its transformers class does not read, and others might. `defaults` are what transformers takes for keys that a config
-    leaves out; `harmless` are keys of it alone. `norm_eps` is the key of the norms' epsilon, and `partial_rotary` says
-    whether rotary embeddings may turn a part of each head only. Where `whole_heads`, transformers 5 takes no hidden size
-    that is not a multiple of the heads, for no need of the layers.
+    leaves out, and `no_null` those that no transformers takes as null; `harmless` are keys of it alone. `norm_eps` is the
+    key of the norms' epsilon, and `partial_rotary` says whether rotary embeddings may turn a part of each head only. Where
+    `whole_heads`, transformers 5 takes no hidden size that is not a multiple of the heads, for no need of the layers.
     """
 
     architecture: str
@@ -82,6 +82,7 @@ class Family:
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     harmless: frozenset[str] = frozenset()
+    no_null: frozenset[str] = frozenset()
     norm_eps: str = "rms_norm_eps"
     partial_rotary: bool = False
     whole_heads: bool = False
@@ -127,6 +128,7 @@ FAMILIES = {
         only={"attention_bias": (True, None), "qkv_bias": (True, None), "mlp_bias": (False,)},
         defaults={**_EPS, "num_key_value_heads": 32},
         harmless=_ANY_WINDOW,
+        no_null=frozenset({"head_dim"}),
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
@@ -135,6 +137,7 @@ FAMILIES = {
         only={"mlp_bias": (False,)},
         defaults={**_EPS, "num_key_value_heads": 32, "head_dim": 128},
         harmless=_ANY_WINDOW,
+        no_null=frozenset({"head_dim"}),
     ),
     "nemotron": Family(
         "NemotronForCausalLM",
@@ -142,6 +145,7 @@ FAMILIES = {
         {"hidden_act": ("relu2",), **_NO_BIAS},
         only={"sliding_window": (None,)},
         defaults={"norm_eps": 1e-5, "partial_rotary_factor": 0.5},
+        no_null=frozenset({"num_key_value_heads"}),
         norm_eps="norm_eps",
         partial_rotary=True,
     ),

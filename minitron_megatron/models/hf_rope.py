@@ -55,6 +55,11 @@ def _read(key: str, values: Mapping[str, Any], config: Mapping[str, Any], family
     if any(isinstance(value, Mapping) for value in values.values()):
         raise UserError(f"{where}: {key} that differ between layers are not supported")
     inside = f"{where}, {key}"
+    # With a null there, instead of no such key, transformers takes the null, and can make nothing of it.
+    for name in ("rope_type", "rope_theta", *(["partial_rotary_factor"] if family.partial_rotary else [])):
+        there, place = (values, inside) if name in values or name == "rope_type" else (config, where)
+        if name in there and there[name] is None:
+            raise UserError(f"{place}: {name}=null is no value of it: write what is meant, or leave the key out")
     kind = _same({"rope_type": values.get("rope_type"), "type": values.get("type")}, inside, "default")
     if kind not in ("default", "llama3"):
         raise UserError(f"{where}: rope scaling {shown(kind)} is not supported: only default and llama3 are")
