@@ -837,6 +837,13 @@ class MergeScoresConfig(CommandConfig):
     )
 
 
+_LIMITS = tuple(
+    f"budget.{name}"
+    for name in "parameters non_embedding_parameters memory_gib flops_per_token latency_ms tokens_per_second".split()
+)
+_CACHE = "budget.memory_gib"
+
+
 @dataclass
 class BudgetConfig:
     """What a pruned model may cost at most; one of the six limits, or several at once."""
@@ -854,11 +861,19 @@ class BudgetConfig:
         "CSV of measured shapes of this architecture: the sizes that vary, and latency_ms or tokens_per_second (docs/search.md)",
         path=True,
     )
-    at_least: float = option(0.9, "share of a limit that a shape must use, so that small ones are not listed")
-    batch: int = option(1, "memory_gib: sequences in the key-value cache")
-    context: int = option(4096, "tokens of a sequence in the key-value cache, and that a token attends over at most")
-    weight_bytes: float = option(2.0, "memory_gib: bytes of a weight: 2 in bf16, 1 in FP8, 0.5 in 4 bits")
-    cache_bytes: float = option(2.0, "memory_gib: bytes of a number in the key-value cache")
+    at_least: float = option(
+        0.9, "share of a limit that a shape must use, so that small ones are not listed", when=beside(*_LIMITS)
+    )
+    batch: int = option(1, "memory_gib: sequences in the key-value cache", when=beside(_CACHE))
+    context: int = option(
+        4096,
+        "tokens of a sequence in the key-value cache, and that a token attends over at most",
+        when=beside(_CACHE, "budget.flops_per_token"),
+    )
+    weight_bytes: float = option(
+        2.0, "memory_gib: bytes of a weight: 2 in bf16, 1 in FP8, 0.5 in 4 bits", when=beside(_CACHE)
+    )
+    cache_bytes: float = option(2.0, "memory_gib: bytes of a number in the key-value cache", when=beside(_CACHE))
 
 
 @dataclass

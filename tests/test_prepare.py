@@ -50,6 +50,28 @@ def test_a_file_is_text_by_its_ending_and_that_of_its_compression(name, kind):
     assert _kind(name) == kind
 
 
+@pytest.mark.parametrize(
+    ("names", "key", "said"),
+    [
+        (["a.md"], "body", True),
+        (["a.md", "b.jsonl.gz"], "body", False),
+        (["a.parquet"], "body", False),
+        (["a.md"], "text", False),
+    ],
+)
+def test_a_key_of_rows_is_said_where_no_file_has_rows(tmp_path, monkeypatch, caplog, names, key, said):
+    for name in names:
+        (tmp_path / name).write_text("x")
+    monkeypatch.setattr(prepare, "check_tokenizer", lambda folder: folder)
+    monkeypatch.setattr(prepare, "tokenizer_digest", lambda _: "t")
+    monkeypatch.setattr(prepare, "check_command_output", lambda *_: None)
+    cfg = PrepareDataConfig(input=[str(tmp_path / name) for name in names], output="o", text_key=key)
+    cfg.model.path = "m"
+    with caplog.at_level("INFO"):
+        prepare.check_prepare(cfg)
+    assert any("text_key=body has no effect: it is for rows" in line for line in caplog.messages) is said
+
+
 def test_many_other_kinds_are_counted_and_the_most_frequent_named(tmp_path, caplog):
     for name in ("a.txt", "b.c", "d.c", "e.f", "g.h", "i.j", "k.l", "m.n", "README"):
         (tmp_path / name).touch()

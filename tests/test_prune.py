@@ -1,6 +1,7 @@
 """Pruning: equal to a NumPy reference, identity at full size, planted truth, plans, and bad targets."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from minitron_megatron.checkpoints.folder import open_model_folder, output_folder, read_manifest
 from minitron_megatron.checkpoints.hf import export_hf
-from minitron_megatron.config import ExportHfConfig, PruneConfig, PruneOptions, TargetConfig
+from minitron_megatron.config import CalibrationConfig, ExportHfConfig, PruneConfig, PruneOptions, TargetConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.layers import Judged, LayerAnalysis
 from minitron_megatron.importance.scores import Scores, save_scores
@@ -288,6 +289,16 @@ def test_scores_of_another_model_are_refused(source, tmp_path):
         prune_model(
             PruneConfig(model=model_option(source), scores=str(where), target=target, output=str(tmp_path / "o"))
         )
+
+
+def test_what_a_cut_by_number_does_not_read_is_said_or_refused(source, tmp_path, caplog):
+    """Scores that choose nothing; data that nothing is measured on are there at least."""
+    cfg = PruneConfig(model=model_option(source), scores="/no/such", drop_layers=[1], output=str(tmp_path / "o"))
+    with caplog.at_level("INFO"):
+        assert not check_prune(cfg).scored
+    assert "scores=/no/such has no effect: the target leaves nothing for scores to choose" in caplog.messages
+    with pytest.raises(UserError, match="/no/such"):
+        check_prune(replace(cfg, data=CalibrationConfig(path="/no/such")))
 
 
 def analysis(path, digest, layers=4):

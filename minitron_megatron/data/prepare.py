@@ -37,7 +37,7 @@ from minitron_megatron.config import PrepareDataConfig
 from minitron_megatron.console import print_table, progress, speaks
 from minitron_megatron.data.encoding import Encoder
 from minitron_megatron.data.indexed import SplitWriter, token_dtype
-from minitron_megatron.data.text import documents, find_files
+from minitron_megatron.data.text import documents, find_files, has_rows
 from minitron_megatron.data.tokenizer import (
     check_tokenizer,
     check_vocabulary,
@@ -141,6 +141,8 @@ def check_prepare(cfg: PrepareDataConfig) -> Preparing:
     """Text files, tokenizer and output, before transformers is there. Raises UserError."""
     check_fraction(cfg.validation_fraction)
     files = find_inputs(cfg.input)
+    if cfg.text_key != PrepareDataConfig.text_key and not any(has_rows(file) for file in files):
+        log.info("text_key=%s has no effect: it is for rows, and %s has none", cfg.text_key, files[0])
     path = check_tokenizer(cfg.model.folder("model"))
     inputs = {"tokenizer": tokenizer_digest(path), **{str(f): stamp(f) for f in files}}
     check_command_output(cfg, inputs)

@@ -73,6 +73,11 @@ def _kind(name: str) -> str | None:
     return next((kind for kind in KNOWN if name.endswith(kind) and not (packed and kind in ROWS)), None)
 
 
+def has_rows(file: Path) -> bool:
+    """Whether a text file has its documents in rows, by its name."""
+    return _kind(file.name) in (*LINES, *ROWS)
+
+
 def _text_files(folder: Path) -> list[Path]:
     """Text files below a folder, sorted; what else is there is counted in one line. Raises UserError where there are none."""
     found, others, hidden, outputs = [], Counter[str](), 0, list[Path]()

@@ -12,6 +12,7 @@ The streams wait for one another by events; the host waits for neither. Embeddin
 where they are, and so do the values: results are the same bit for bit. The layers of all chunks of a rank share A and B.
 """
 
+import logging
 import math
 import mmap
 import weakref
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+log = logging.getLogger(__name__)
 # Where a parameter begins in a flat buffer, in bytes: as torch's allocator aligns tensors, for which kernels are chosen.
 ALIGNMENT = 512
 
@@ -34,6 +36,8 @@ def offload_layers(chunks: Sequence[torch.nn.Module]) -> "Offloaded":
     if offloaded.on_gpu:
         # What the layers stood in is of use to others as a whole, not in pieces.
         torch.cuda.empty_cache()
+    else:
+        log.info("distill.teacher_offload=true has no effect: without a GPU the teacher is in CPU memory")
     return offloaded
 
 

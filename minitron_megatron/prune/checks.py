@@ -9,7 +9,7 @@ from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder,
 from minitron_megatron.checkpoints.hf_folder import companion_stamps
 from minitron_megatron.checkpoints.index import check_weights
 from minitron_megatron.config import DataConfig, ImportanceConfig, PruneConfig
-from minitron_megatron.data.folder import Data, open_data
+from minitron_megatron.data.folder import Data, data_digest, open_data
 from minitron_megatron.data.same_tokenizer import check_same_tokenizer
 from minitron_megatron.data.vocabulary import check_cut
 from minitron_megatron.errors import UserError
@@ -77,6 +77,9 @@ def check_prune(cfg: PruneConfig) -> Goal | None:
     if cfg.data.path and (cfg.loss_samples or not cfg.scores):
         data = open_data(cfg.data.path, "train", source, cfg.data.sequence_length)
         check_same_tokenizer(data, {"model": folder.path})
+    elif cfg.data.path:
+        # Nothing is measured on it, but what is named is there.
+        data_digest(cfg.data.path)
     inputs = _inputs(cfg, folder, data)
     goal = Goal(folder, target, drop_layers, data, kept, cfg.scores is None, inputs)
     # Later commands run what this one makes: what they would refuse is refused before it is cut.
@@ -167,9 +170,11 @@ def _check_measuring(cfg: PruneConfig, goal: Goal) -> None:
 
 
 def _warn_of_idle_options(cfg: PruneConfig, goal: Goal) -> None:
-    """Merging and averaging say how heads go, not that they do."""
+    """Scores choose only where there is a choice; merging and averaging say how heads go, not that they do."""
     if goal.kept is not None:
         return
+    if cfg.scores and not goal.scored:
+        log.info("scores=%s has no effect: the target leaves nothing for scores to choose", cfg.scores)
     source, target = goal.folder.shape, goal.target
     if cfg.prune.heads == "merge" and target.num_attention_heads == source.num_attention_heads:
         log.warning("prune.heads=merge does nothing: the target keeps all %d heads", source.num_attention_heads)
