@@ -388,7 +388,7 @@ def test_what_is_judged_is_compared_with_the_output_that_is_there(monkeypatch, o
     inputs = {"model": "of m", "data": "of d"} if ours else {"data": "of d"}
     tokenizers = {"model": "m", "teacher": None} if ours else {"hf": "h"}
     assert asked[-2:] == [("check_same_tokenizer", (data, tokenizers)), ("check_command_output", (cfg, inputs))]
-    assert (found.count, found.inputs) == (3, inputs if ours else {}) and (str(found.hf) == "h") == (not ours)
+    assert (found.count, found.inputs) == (3, inputs) and (str(found.hf) == "h") == (not ours)
     assert ("check_weights", (folder,)) in asked or not ours
 
 
