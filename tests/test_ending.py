@@ -222,8 +222,8 @@ from minitron_megatron import ending
 from minitron_megatron.cli.main import ends_in_one_line
 from minitron_megatron.console import console
 with ends_in_one_line(), ending.keeping(lambda: "a step is saved"):
-    console().print("ready")
     try:
+        console().print("ready")
         time.sleep(60)
     finally:
         console().print("work that is saved, and said")
