@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from minitron_megatron.checkpoints.folder import TOKENIZER
+from minitron_megatron.checkpoints.folder import TOKENIZER, read_manifest
 from minitron_megatron.checkpoints.hf import export_hf, import_hf
 from minitron_megatron.checkpoints.tokenizer import (
     carry_tokenizer,
@@ -24,6 +24,7 @@ from minitron_megatron.checkpoints.tokenizer import (
 from minitron_megatron.config import ExportHfConfig, ImportHfConfig, PrepareDataConfig
 from minitron_megatron.data.prepare import prepare_data
 from minitron_megatron.data.same_tokenizer import check_same_tokenizer
+from minitron_megatron.data.tokenizer import check_vocabulary, load_tokenizer
 from minitron_megatron.data.vocabulary import _check_written, choose_tokens, numbered, write_tokenizer
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluate import checks as evaluate_checks
@@ -188,6 +189,62 @@ def test_data_that_were_cut_into_other_pieces_are_refused(made, tmp_path, change
         return
     with pytest.raises(UserError, match=says):
         check_same_tokenizer(data_of(tmp_path / "data"), {"teacher": tmp_path / "model"})
+
+
+# --- Tokens of the library --------------------------------------------------------------------------------------------
+
+
+def ids_in(folder: Path) -> set[int]:
+    """Ids that the JSON files of a tokenizer and of a model's configs have."""
+    found: set[int] = set()
+    tokenizer, config = (
+        json.loads((folder / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json")
+    )
+    found |= {*tokenizer["model"]["vocab"].values(), *(one["id"] for one in tokenizer["added_tokens"])}
+    found |= set(map(int, config.get("added_tokens_decoder", {})))
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        found |= {one for key, one in values.items() if key.endswith("_token_id") and one is not None}
+    return found
+
+
+@pytest.mark.parametrize("model", ["model", "hf"])
+def test_a_token_that_the_library_adds_beyond_a_full_vocabulary_needs_no_row(made, tmp_path, caplog, model):
+    """Of a model folder and of a Hugging Face one: no text gives it, no file has it; said once, and in nothing that is made."""
+    caplog.set_level(logging.INFO, "minitron_megatron")
+    save_hf(hf_model(family="qwen2", vocab_size=320), tmp_path / "hf")
+    write(tmp_path / "hf", made["bytes"], "Qwen2Tokenizer", None)
+    import_hf(ImportHfConfig(hf=str(tmp_path / "hf"), output=str(tmp_path / "model")))
+    assert len(read_tokenizer(tmp_path / "model" / TOKENIZER)) == 321
+    text = f"{TEXT} <|endoftext|> and </s>. Привет."
+    (tmp_path / "in.txt").write_text("\n\n".join(f"{text} {i}" for i in range(9)))
+    options = {"input": str(tmp_path / "in.txt"), "model": model_option(tmp_path / model), "workers": 1}
+    for special in ("text", "token"):
+        prepare_data(PrepareDataConfig(**options, output=str(tmp_path / special), special_tokens=special))
+        results = read_manifest(tmp_path / special)["results"]
+        assert results["vocab_size"] == 320 and np.fromfile(tmp_path / special / "train.bin", "<u2").max() < 320
+    tokenizer = load_tokenizer(tmp_path / model)
+    assert max(tokenizer.get_vocab().values()) == 319 and tokenizer.pad_token is None and tokenizer.unk_token_id is None
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    (said,) = (one.getMessage() for one in caplog.records if "left out: transformers adds it" in one.getMessage())
+    assert "<|endoftext|>" in said and "320 rows" in said
+    if model == "model":
+        export_hf(ExportHfConfig(model=model_option(tmp_path / "model"), output=str(tmp_path / "out")))
+        assert max(ids_in(tmp_path / "out")) == 319
+        kept = choose_tokens(tmp_path / "model" / TOKENIZER, np.arange(320, 0, -1), 290)
+        write_tokenizer(tmp_path / "model" / TOKENIZER, tmp_path / "cut", kept, 320)
+        assert max(ids_in(tmp_path / "cut")) == 289
+
+
+def test_a_token_that_a_file_has_beyond_the_models_rows_is_refused(made, tmp_path):
+    """With its id, or by its name alone: a text could give it."""
+    save_hf(hf_model(family="qwen2", vocab_size=320), tmp_path / "hf")
+    for more in ({"pad_token": "<|endoftext|>"}, {"added_tokens_decoder": decoder("<|endoftext|>")}):
+        write(tmp_path / "hf", made["bytes"], "Qwen2Tokenizer", None, **more)
+        with pytest.raises(UserError, match="its tokenizer has a vocabulary of 321, the model of 320"):
+            check_vocabulary(tmp_path / "hf", load_tokenizer(tmp_path / "hf"))
+    write(tmp_path / "hf", made["bytes"], "Qwen2Tokenizer", None, chat_template="{{ x }}<|endoftext|>")
+    assert check_vocabulary(tmp_path / "hf", load_tokenizer(tmp_path / "hf")) == 320
 
 
 # --- Cut vocabularies -------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def _write_companions(target: Path, folder: ModelFolder, files: dict[str, dict[s
         values = _generation_config(own, folder)
         (target / GENERATION).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if folder.tokenizer_path.is_dir():
-        export_tokenizer(folder.tokenizer_path, target)
+        export_tokenizer(folder.tokenizer_path, target, folder.shape.vocab_size)
     if len(files) > 1:
         size = count_parameters(folder.shape) * getattr(torch, folder.shape.dtype).itemsize
         weight_map = {name: file for file, tensors in files.items() for name in tensors}
@@ -174,7 +174,7 @@ def _generation_config(config: dict[str, Any], folder: ModelFolder) -> dict[str,
     found = {name: config.get(name) for name in names}
     if found["eos_token_id"] is None and folder.tokenizer_path.is_dir():
         try:
-            tokenizer = read_tokenizer(folder.tokenizer_path)
+            tokenizer = read_tokenizer(folder.tokenizer_path, folder.shape.vocab_size)
         except UserError as error:
             log.warning("generation_config.json names no end of text: %s", error)
         else:

@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -120,23 +121,23 @@ def carry_tokenizer(source: Path, target: Path) -> None:
         )
 
 
-def export_tokenizer(source: Path, target: Path) -> None:
+def export_tokenizer(source: Path, target: Path, rows: int | None = None) -> None:
     """Copy a model folder's tokenizer beside the config.json of an export. Raises UserError where it is another one there.
 
-    Another class may be chosen there: that of Mistral, for a Llama that is exported as one. Then tokenizer.json is written as the
-    first class has built it.
+    `rows` are those of the model's vocabulary. Another class may be chosen there: that of Mistral, for a Llama that is exported
+    as one. Then tokenizer.json is written as the first class has built it.
     """
     copy_tokenizer(source, target, alone=False)
     try:
-        own = read_tokenizer(source)
+        own = read_tokenizer(source, rows)
     except UserError as error:
         log.warning("%s: it is copied as it is", error)
         return
-    there = read_tokenizer(target)
+    there = read_tokenizer(target, rows)
     found = difference(own, there)
     if found is not None and hasattr(own, "backend_tokenizer"):
         _write_as_built(own, target)
-        there = read_tokenizer(target)
+        there = read_tokenizer(target, rows)
         found = difference(own, there)
     if found is not None:
         raise UserError(
@@ -154,14 +155,54 @@ def _write_as_built(tokenizer: Any, target: Path) -> None:
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_tokenizer(path: Path) -> Any:
-    """The Hugging Face tokenizer of a folder: no hub, no remote code. Raises UserError."""
+def read_tokenizer(path: Path, rows: int | None = None) -> Any:
+    """The Hugging Face tokenizer of a folder: no hub, no remote code. Raises UserError.
+
+    With the `rows` of a model's vocabulary it is without tokens beyond them that are in no file: transformers adds to some
+    classes a token of its own, which the model has no row for and no text gives.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a tokenizer's files can be wrong in as many ways as transformers has loaders
         raise UserError(f"{path}: the tokenizer cannot be loaded ({in_one_line(error, 200)})") from None
+    if rows is not None and hasattr(tokenizer, "backend_tokenizer"):
+        _drop(tokenizer, path, rows)
+    return tokenizer
+
+
+def _drop(tokenizer: Any, path: Path, rows: int) -> None:
+    """Have a tokenizer without the tokens from `rows` on that are in none of its files."""
+    beyond = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if number >= rows}
+    gone = {token for token in beyond if not any(_names(file, token) for file in tokenizer_files(path))}
+    if not gone:
+        return
+    from tokenizers import Tokenizer
+
+    values = json.loads(tokenizer.backend_tokenizer.to_str())
+    values["added_tokens"] = [one for one in values["added_tokens"] if one["content"] not in gone]
+    for name in _SPECIAL:
+        if getattr(tokenizer, name) in gone:
+            setattr(tokenizer, name, None)
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(values))
+    _say_dropped(path, ", ".join(sorted(gone)), rows)
+
+
+def _names(file: Path, token: str) -> bool:
+    """Whether a file of a tokenizer has a token, spelt as it is or as in JSON; chat templates, which may name any, aside."""
+    if file.name == CLASS_FILE or file.suffix == ".jinja":
+        return False
+    if file.name == "tokenizer_config.json":
+        values = load_json(file)
+        return token in json.dumps({**values, "chat_template": None}, ensure_ascii=False)
+    content = file.read_bytes()
+    return token.encode() in content or json.dumps(token)[1:-1].encode() in content
+
+
+@cache
+def _say_dropped(path: Path, tokens: str, rows: int) -> None:
+    log.info("%s: %s left out: transformers adds it beyond the model's %d rows, and no file has it", path, tokens, rows)
 
 
 def difference(one: Any, other: Any) -> str | None:

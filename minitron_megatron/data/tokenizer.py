@@ -23,7 +23,7 @@ def check_tokenizer(folder: Path | str) -> Path:
 def load_tokenizer(folder: Path | str) -> Any:
     """The Hugging Face tokenizer of a model folder or of a Hugging Face folder. Raises UserError."""
     path = check_tokenizer(folder)
-    tokenizer = read_tokenizer(path)
+    tokenizer = read_tokenizer(path, _rows(Path(folder)))
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no end-of-sequence token, which ends each document")
     return tokenizer
@@ -41,7 +41,14 @@ def tokenizer_stamps(folder: ModelFolder) -> dict[str, str]:
 
 def check_vocabulary(folder: Path, tokenizer: Any) -> int:
     """Its size. Raises UserError when the tokenizer has ids that the model beside it does not; a tokenizer alone is fine."""
-    size = vocabulary_size(tokenizer)
+    size, known = vocabulary_size(tokenizer), _rows(folder)
+    if known is not None and size > known:
+        raise UserError(f"model={folder}: its tokenizer has a vocabulary of {size}, the model of {known}")
+    return size
+
+
+def _rows(folder: Path) -> int | None:
+    """Rows of the vocabulary of the model in a folder; None where there is a tokenizer alone. Raises UserError."""
     if (folder / SHAPE_FILE).is_file():
         known = ModelShape.from_dict(load_yaml(folder / SHAPE_FILE), str(folder / SHAPE_FILE)).vocab_size
     elif (folder / "config.json").is_file():
@@ -51,9 +58,7 @@ def check_vocabulary(folder: Path, tokenizer: Any) -> int:
             raise UserError(f"{folder / 'config.json'} cannot be read ({error})") from None
     else:
         known = None
-    if isinstance(known, int) and size > known:
-        raise UserError(f"model={folder}: its tokenizer has a vocabulary of {size}, the model of {known}")
-    return size
+    return known if isinstance(known, int) else None
 
 
 def tokenizer_path(folder: Path) -> Path:

@@ -104,7 +104,7 @@ def choose_tokens(folder: Path, counts: np.ndarray, size: int) -> np.ndarray:
         UserError: not a byte-pair tokenizer, or `size` is too small for the tokens that must stay.
     """
     pairs = BytePairs(folder)
-    kept = pairs.always() | special_ids(folder)
+    kept = pairs.always() | special_ids(folder, len(counts))
     if max(kept) >= len(counts):
         raise UserError(f"{folder} has token {max(kept)}, and the model beside it a vocabulary of {len(counts)}")
     if size < len(kept):
@@ -121,10 +121,13 @@ def choose_tokens(folder: Path, counts: np.ndarray, size: int) -> np.ndarray:
     return np.array(sorted(kept))
 
 
-def write_tokenizer(source: Path, target: Path, kept: np.ndarray) -> None:
-    """A tokenizer's files with the kept ids alone, numbered anew in ascending order, in a new folder. Raises UserError."""
+def write_tokenizer(source: Path, target: Path, kept: np.ndarray, rows: int | None = None) -> None:
+    """A tokenizer's files with the kept ids alone, numbered anew in ascending order, in a new folder. Raises UserError.
+
+    `rows` are those of the vocabulary of the source's model.
+    """
     pairs, new = BytePairs(source), numbered(kept)
-    lost = sorted((pairs.always() | special_ids(source)) - set(new))
+    lost = sorted((pairs.always() | special_ids(source, rows)) - set(new))
     if lost:
         raise UserError(f"vocab leaves out token {lost[0]}, a special or single-byte token of {source}: keep it")
     cut = cut_files(source, new)
@@ -141,18 +144,18 @@ def write_tokenizer(source: Path, target: Path, kept: np.ndarray) -> None:
             (target / CLASS_FILE).write_text(class_config(source) or "{}", encoding="utf-8")
         elif file.name not in (*cut, *_SAID_TWICE):
             log.warning("%s left out: which ids of the whole vocabulary it has is not known", file)
-    _check_written(source, target, new)
+    _check_written(source, target, new, rows)
 
 
-def special_ids(folder: Path) -> set[int]:
+def special_ids(folder: Path, rows: int | None = None) -> set[int]:
     """Ids of all special and added tokens, as transformers loads them: some stand in tokenizer_config.json alone."""
-    tokenizer = read_tokenizer(folder)
+    tokenizer = read_tokenizer(folder, rows)
     return {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
 
 
-def _check_written(source: Path, target: Path, new: New) -> None:
+def _check_written(source: Path, target: Path, new: New, rows: int | None = None) -> None:
     """Raise UserError unless a cut tokenizer, as it is loaded, has the tokens of its source that stay, with their new ids."""
-    own, cut = read_tokenizer(source), read_tokenizer(target)
+    own, cut = read_tokenizer(source, rows), read_tokenizer(target, rows and len(new))
     wanted = {token: new[i] for token, i in own.get_vocab().items() if i in new}
     found = cut.get_vocab()
     odd = sorted(token for token in {*wanted, *found} if wanted.get(token) != found.get(token))
