@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 import time
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from minitron_megatron.checkpoints.folder import open_model_folder, read_manifest
+from minitron_megatron.checkpoints.folder import open_model_folder, output_folder, read_manifest
 from minitron_megatron.config import BudgetConfig, PruneOptions, RankConfig, RankWeightsConfig, SpaceConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.layers import Judged, LayerAnalysis
@@ -19,7 +20,10 @@ from minitron_megatron.importance.scores import Scores
 from minitron_megatron.launcher import CONF, compose
 from minitron_megatron.models.axes import count_parameters, flops_per_token
 from minitron_megatron.models.shape import ModelShape
+from minitron_megatron.prune.named import Named, named_target
 from minitron_megatron.prune.select import choose, target_shape
+from minitron_megatron.report.folders import find
+from minitron_megatron.report.lineage import lineage_section, trace
 from minitron_megatron.search.budget import Budget
 from minitron_megatron.search.latency import fit, read_latency
 from minitron_megatron.search.predict import AXES, make_predictor
@@ -329,6 +333,58 @@ def words_of(source, scores_folder, *own: str) -> list[str]:
     return [f"model={source}", f"scores={scores_folder}", *tiny, *own]
 
 
+def test_a_target_that_is_no_longer_what_was_ranked_is_said(tmp_path, caplog):
+    """Its file edited, an option over it, a size left out; where nothing can be known nothing is claimed."""
+    sizes = dict.fromkeys(SIZES, 4)
+    with output_folder(
+        tmp_path / "found",
+        command="minitron search x=1",
+        config={"output": str(tmp_path / "found")},
+        inputs={},
+        resume=True,
+    ) as out:
+        (out.path / "targets").mkdir()
+        for rank in (1, 2):
+            (out.path / "targets" / f"rank_{rank:02d}.yaml").write_text(yaml.safe_dump(sizes))
+        listed = [{"rank": 1, **sizes}, {"rank": 2, **sizes, "hidden_size": 8}, dict(sizes)]
+        (out.path / "candidates.yaml").write_text(yaml.safe_dump({"candidates": listed}))
+    file, search = f"{tmp_path}/found/targets/rank_01.yaml", read_manifest(tmp_path / "found")["digest"]
+    asked = {**sizes, "vocab_size": None}
+    ranked = named_target(["model=m", f"target={file}"], asked)
+    assert ranked == Named(file, 1, search, {})
+    ranked.say()
+    assert not caplog.records
+    edited = named_target([f"target={file}"], {**asked, "hidden_size": 3, "num_layers": None, "vocab_size": 9})
+    assert edited.others == {"hidden_size": [4, 3], "num_layers": [4, None], "vocab_size": [None, 9]}
+    edited.say()
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert (
+        "is not what the search ranked 1 (num_layers=None, not 4, hidden_size=3, not 4, vocab_size=9, not None)" in said
+    )
+    assert named_target([f"target={file.replace('01', '02')}"], asked).others == {"hidden_size": [8, 4]}
+    for other in (
+        "target=mine.yaml",
+        "target=llama3_1_minitron_4b_width",
+        "target.hidden_size=4",
+        f"target={file.replace('01', '07')}",
+    ):
+        assert named_target([other], asked) is None
+    pruned = {
+        "command": f"minitron prune target={file}",
+        "inputs": {},
+        "config": {"output": str(tmp_path / "m")},
+        "resume": True,
+    }
+    for name, target in (("as_ranked", ranked), ("edited", edited)):
+        with output_folder(tmp_path / name, **pruned) as out:
+            (out.path / "x").write_text(name)
+            out.results = {"target": asdict(target)}
+    told = {row[0]: row[2] for row in lineage_section(trace(find([str(tmp_path)])[0])).tables[0].rows}
+    assert (told["as_ranked"], told["edited"]) == ("target=found", "target=found (by path, not as it was ranked)")
+    (tmp_path / "found" / "candidates.yaml").write_text("[]")
+    assert named_target([f"target={file}"], asked) is None
+
+
 def test_the_command_of_a_target_makes_a_model_of_these_sizes(source, scores_folder, tmp_path):
     words = words_of(source, scores_folder, "keep=2", "prune.groups=mean", f"output={tmp_path / 'found'}")
     search_shapes(compose_in_test("search", words))
@@ -343,6 +399,8 @@ def test_the_command_of_a_target_makes_a_model_of_these_sizes(source, scores_fol
     assert first["rank"] == 1 and {n: getattr(pruned.shape, n) for n in SIZES} == {n: first[n] for n in SIZES}
     assert count_parameters(pruned.shape) == first["parameters"]
     manifest = read_manifest(tmp_path / "found")
+    target = read_manifest(pruned.path)["results"]["target"]
+    assert target["search"] == manifest["digest"] and (target["rank"], target["others"]) == (1, {})
     assert manifest["results"]["best"] == first and manifest["results"]["fitting"] == values["fitting"]
     files = {"candidates.yaml", "parameters.svg", "targets/rank_01.yaml", "targets/rank_02.yaml"}
     assert set(manifest["files"]) == files

@@ -8,6 +8,7 @@ from pathlib import Path
 from minitron_megatron.checkpoints.folder import ModelFolder, open_model_folder, read_manifest
 from minitron_megatron.checkpoints.hf_folder import companion_stamps
 from minitron_megatron.checkpoints.index import check_weights
+from minitron_megatron.cli import spelling
 from minitron_megatron.config import DataConfig, ImportanceConfig, PruneConfig
 from minitron_megatron.data.folder import Data, data_digest, open_data
 from minitron_megatron.data.same_tokenizer import check_same_tokenizer
@@ -21,6 +22,7 @@ from minitron_megatron.models.limits import check_layout, check_sequence, tensor
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.outputs import check_command_output
 from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.prune.named import Named, named_target
 from minitron_megatron.prune.plan import kept_digest, read_plan
 from minitron_megatron.prune.select import Kept, needs_scores, target_shape
 
@@ -40,6 +42,7 @@ class Goal:
     kept: Kept | None
     measured: bool
     inputs: dict[str, str]
+    named: Named | None = None
 
     @property
     def runs_models(self) -> bool:
@@ -62,7 +65,7 @@ def check_prune(cfg: PruneConfig) -> Goal | None:
         return None
     folder = open_model_folder(cfg.model.folder("model"))
     check_weights(folder)
-    source, kept = folder.shape, None
+    source, kept, named = folder.shape, None, None
     drop_layers = list(cfg.drop_layers)
     if cfg.plan:
         _check_plan_alone(cfg)
@@ -71,6 +74,7 @@ def check_prune(cfg: PruneConfig) -> Goal | None:
         drop_layers = drop_layers or _best_block(cfg, folder)
         _check_asked(cfg)
         target = target_shape(source, vars(cfg.target), drop_layers, cfg.prune)
+        named = named_target(spelling.TYPED[1:], vars(cfg.target))
     if target.vocab_size < source.vocab_size:
         check_cut(folder)
     data = None
@@ -81,7 +85,7 @@ def check_prune(cfg: PruneConfig) -> Goal | None:
         # Nothing is measured on it, but what is named is there.
         data_digest(cfg.data.path)
     inputs = _inputs(cfg, folder, data)
-    goal = Goal(folder, target, drop_layers, data, kept, cfg.scores is None, inputs)
+    goal = Goal(folder, target, drop_layers, data, kept, cfg.scores is None, inputs, named)
     # Later commands run what this one makes: what they would refuse is refused before it is cut.
     check_layout(target, Layout.from_config(cfg.parallel), "the target", resizing=None if cfg.plan else "target")
     _check_measuring(cfg, goal)
@@ -91,6 +95,8 @@ def check_prune(cfg: PruneConfig) -> Goal | None:
     # What scores choose is not known yet.
     check_command_output(cfg, inputs | ({"plan": kept_digest(kept)} if kept else {}))
     _warn_of_idle_options(cfg, goal)
+    if named:
+        named.say()
     if target == source:
         log.warning(
             "nothing is cut: the target is as large as model=%s, and the output is that model again", folder.path

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,7 @@ def _write(cfg: PruneConfig, goal: Goal, kept: Kept, losses: dict[str, float]) -
             "parameters": count_parameters(target),
             "parameters_source": count_parameters(folder.shape),
             "kept_digest": kept_digest(kept),
+            **({"target": asdict(goal.named)} if goal.named else {}),
             "seconds": round(time.monotonic() - began, 2),
             **({"loss_around_the_cut": losses} if losses else {}),
         }
@@ -179,7 +180,7 @@ def _write_companions(folder: ModelFolder, target: Path, kept: Kept) -> None:
     if kept.vocab is None:
         copy_companions(folder, target)
         return
-    write_tokenizer(folder.tokenizer_path, target / TOKENIZER, kept.vocab)
+    write_tokenizer(folder.tokenizer_path, target / TOKENIZER, kept.vocab, folder.shape.vocab_size)
     (target / KEPT_FILE).write_text(json.dumps(kept.vocab.tolist()) + "\n", encoding="utf-8")
     if (folder.path / HF_FILES).is_dir():
         (target / HF_FILES).mkdir()

@@ -1,8 +1,8 @@
 """What was made from what: by the digests in manifests, and where those say nothing by the paths in commands.
 
 An input's digest is that of the folder it came from, wherever that is now; of folders of equal contents it is the one that the
-command names. Where a manifest has no digest of what guided a command (import_hf of its source, prune of its target's search) the
-path in the command counts, if it is one folder's.
+command names. Where a manifest has no digest of what guided a command (import_hf of its source, prune of a target that was edited
+since it was ranked) the path in the command counts, if it is one folder's.
 """
 
 import graphlib
@@ -55,11 +55,25 @@ def trace(folders: Sequence[RunFolder]) -> Lineage:
         by_digest.setdefault(folder.digest, []).append(folder)
     made_from, by_path = {}, {}
     for folder in folders:
-        digests = {o: _named(folder, o, by_digest[d]) for o, d in folder.inputs.items() if d in by_digest}
+        read = {**folder.inputs, **_ranked(folder)}
+        digests = {o: _named(folder, o, by_digest[d]) for o, d in read.items() if d in by_digest}
         paths = {o: one for o, one in _by_path(folder, folders).items() if o not in digests}
         made_from[folder.name] = {o: one for o, one in {**digests, **paths}.items() if one is not folder}
         by_path[folder.name] = set(paths)
     return Lineage(_ordered(folders, made_from), made_from, by_path)
+
+
+def _ranked(folder: RunFolder) -> dict[str, str]:
+    """The search that a pruned model's target is of, where it is what was ranked there."""
+    target = folder.results.get("target")
+    known = isinstance(target, Mapping) and not target.get("others") and isinstance(target.get("search"), str)
+    return {"target": target["search"]} if known else {}
+
+
+def _edited(folder: RunFolder, option: str) -> str:
+    """Of a target that is no longer what a search ranked, that it is not."""
+    target = folder.results.get("target") if option == "target" else None
+    return ", not as it was ranked" if isinstance(target, Mapping) and target.get("others") else ""
 
 
 def _named(folder: RunFolder, option: str, equal: Sequence[RunFolder]) -> RunFolder:
@@ -133,7 +147,8 @@ def lineage_section(lineage: Lineage) -> Section:
     rows = []
     for folder in lineage.folders:
         sources = {
-            option: f"{option}={one.name}" + (" (by path)" if option in lineage.by_path[folder.name] else "")
+            option: f"{option}={one.name}"
+            + (f" (by path{_edited(folder, option)})" if option in lineage.by_path[folder.name] else "")
             for option, one in lineage.made_from[folder.name].items()
         }
         outside = [
