@@ -2,9 +2,11 @@
 
 Two spellings of one path are one value: `model=m` is `model=/home/u/m` where the command was started in /home/u. Each record has
 the folder of its start (STARTED_IN), from which its relative paths are meant. Words that are the same are the same in any folder:
-whether the files are is told by their digests.
+whether the files are is told by their digests. So are paths of copies: what a command reads is among its inputs, and where these
+are the same, in the same order, a path that names something says nothing more.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -49,12 +51,15 @@ class Asked:
         return {STARTED_IN: self.started_in, "inputs": dict(self.inputs), "config": dict(self.options)}
 
     def as_spelt_in(self, now: "Asked") -> "Asked":
-        """The same, each path that `now` has too as it is spelt there."""
-        return replace(
-            self,
-            options=as_spelt_now(self.options, self.started_in, now.options),
-            inputs=_names_as_spelt_now(self.inputs, self.started_in, now.inputs),
-        )
+        """The same, each path that `now` has too as it is spelt there; where it reads the same, those of copies as well.
+
+        `now` may have a part of the inputs: those that are known by then.
+        """
+        options = as_spelt_now(self.options, self.started_in, now.options)
+        inputs = _names_of_copies(_names_as_spelt_now(self.inputs, self.started_in, now.inputs), now.inputs)
+        if inputs and reads_the_same(inputs, now.inputs):
+            options = as_copied(options, now.options)
+        return replace(self, options=options, inputs=inputs)
 
     def fingerprint(self) -> str:
         """Tells options and inputs from others, the same before and after they were written to a file."""
@@ -99,8 +104,56 @@ def _names_as_spelt_now(before: Mapping[str, Any], started_in: str | None, now: 
 
 def _input(name: str, started_in: str | None) -> tuple[str, str]:
     """What stands before the path in the name of an input, and the path."""
-    kind = next((word for word in _BEFORE_PATHS if name.startswith(word)), "")
+    kind = _kind(name)
     return kind, _absolute(name.removeprefix(kind), started_in)
+
+
+def _names_of_copies(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs of a record, those that are named by their path as that of their copies, one by one in their order."""
+    old = [name for name in before if name not in now]
+    new = [name for name in now if name not in before and _names_file(name)]
+    same = len(old) == len(new) and all(
+        _kind(a) == _kind(b) and before[a] == now[b] for a, b in zip(old, new, strict=True)
+    )
+    names = dict(zip(old, new, strict=True)) if same else {}
+    return {names.get(name, name): value for name, value in before.items()}
+
+
+def reads_the_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether all inputs of now are those of a record, which may have more; files in the order in which they are read."""
+    files = [name for name in now if _names_file(name)]
+    return all(before.get(name) == one for name, one in now.items()) and [n for n in before if n in files] == files
+
+
+def as_copied(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a record that reads what is read now, by dotted names: each path to something as it is now.
+
+    An output is no input: where it was is compared.
+    """
+    return {
+        name: _copied(value, now[name]) if name in now and name != "output" and _names_path(name) else value
+        for name, value in before.items()
+    }
+
+
+def _copied(before: Any, now: Any) -> Any:
+    if isinstance(before, list | tuple) and isinstance(now, list | tuple) and len(before) == len(now):
+        return [_copied(one, other) for one, other in zip(before, now, strict=True)]
+    if not isinstance(before, str) or not isinstance(now, str) or "" in (before, now):
+        return before
+    same_pattern = glob.has_magic(now) and os.path.basename(before) == os.path.basename(now)
+    # The name of a task is no path; adopt_data takes the beginning of two names.
+    return now if os.path.exists(now) or os.path.exists(f"{now}.bin") or same_pattern else before
+
+
+def _names_file(name: str) -> bool:
+    """Whether the name of an input is the path of a file, rather than what a command calls it."""
+    return bool(_kind(name)) or os.path.exists(name)
+
+
+def _kind(name: str) -> str:
+    """What stands before the path in the name of an input."""
+    return next((word for word in _BEFORE_PATHS if name.startswith(word)), "")
 
 
 def _absolute(path: str, started_in: str | None) -> str:

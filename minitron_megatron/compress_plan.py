@@ -50,6 +50,9 @@ from minitron_megatron.parallel.layout import world_size_from_env
 from minitron_megatron.plain_files import read_json
 from minitron_megatron.stages import STAGES_FILE, read_stages, write_json
 
+# Options from which nothing that is chosen follows: where the output is, and how this start is done.
+_OF_THIS_START = frozenset({"output", "dry_run", "resume", "verify", "processes", "start", "cluster"})
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -199,8 +202,7 @@ def remember_choices(root: Path, plan: Plan) -> None:
 
 def _lasting(cfg: CompressConfig) -> dict[str, Any]:
     """Options that what is chosen follows from; not those of a stage that may change when it continues."""
-    of_this_start = ("dry_run", "resume", "verify", "processes", "start", "cluster")
-    found = {key: value for key, value in resolved_config(cfg).items() if key not in of_this_start}
+    found = {key: value for key, value in resolved_config(cfg).items() if key not in _OF_THIS_START}
     for stage in FOLDERS:
         free = free_options(COMMANDS[stage].config)
         found[stage] = {k: v for k, v in flat_options(found[stage], stage).items() if k not in free}
@@ -211,7 +213,7 @@ def _chosen_before(file: Path, asked: Asked) -> Choices | None:
     """What an earlier run with the same options chose, on whatever machine."""
     try:
         values = read_json(file)
-        before = Asked.read(values["asked"], frozenset())
+        before = Asked.read(values["asked"], _OF_THIS_START)
         if before.as_spelt_in(asked).fingerprint() != asked.fingerprint():
             return None
         return Choices(dict(values["options"]), [tuple(line) for line in values["lines"]], dict(values["seconds"]))

@@ -1,7 +1,8 @@
 """Commands as the stages of something longer: each in a process of its own, printed before it runs.
 
     output/stages.json    what is done: {stage: {seconds, what, starting}}, `what` being its command and what the whole starts
-                          from, `starting` the seconds that the command took to its first useful work
+                          from, `starting` the seconds that the command took to its first useful work. Paths in the folder
+                          of the whole are written as of {output}: it may be copied, or get another name
 
 A stage is done when its output is whole (its command wrote the manifest) and it was asked for in the same words; then a
 second run passes it by. Asked for otherwise, its command runs again and says itself what it thinks of the output it finds.
@@ -11,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -42,6 +44,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # What is done, in the folder of a whole.
 STAGES_FILE = "stages.json"
 STAGES_KEPT = "the stages that are done are kept; the same command goes on from there"
+# In a command that is done: the folder of the whole.
+HERE = "{output}"
 # In the environment of a stage: what follows on it is known already, and need not be said.
 STAGE = "MINITRON_STAGE"
 # Imports and checks of a command that computes, of several processes of it, and of one that does not, in times of torch's.
@@ -174,6 +178,7 @@ class Stages:
         words: Sequence[str] = (),
         inputs: Mapping[str, str] | None = None,
         start: str = CompressConfig.start,
+        root: Path | None = None,
     ) -> None:
         """Stages that are remembered in a file.
 
@@ -182,8 +187,10 @@ class Stages:
             words: options that every command gets.
             inputs: digest, by name, of what the first stages start from; with other ones nothing counts as done.
             start: how a stage of several processes is started.
+            root: the folder of the whole; that of the file, if not given.
         """
         self.file, self.words, self.inputs, self.start = file, tuple(words), dict(inputs or {}), start
+        self.root = root or file.parent
         self.done = read_stages(file)
         # Digests of outputs by stage, of those that this start has come past.
         self.outputs: dict[str, str] = {}
@@ -208,7 +215,7 @@ class Stages:
         `output` is its command's, if it is one. Where an output of a stage before is another one now, the work is for the command
         to judge: it compares what it reads. Raises UserError where the stage's own output is another one now.
         """
-        before, past = self.done.get(name), dict(self.outputs)
+        before, past = self._before(name), dict(self.outputs)
         if before and before["what"] == what and there.exists() and before.get("past", past) == past:
             self._note_output(name, output, before.get("digest"))
             console().print(f"{name}: done before in {before['seconds']:.0f} s ({there})", style="dim")
@@ -286,11 +293,23 @@ class Stages:
             if not whole(output):
                 raise UserError(f"{name}: stopped before its end; the same command continues it")
 
-        what = {"command": [command, *options], "inputs": self.inputs}
+        what = self._placed({"command": [command, *options], "inputs": self.inputs})
         self.run(name, output if whole(output) else output / MANIFEST, work, what, output)
         if asked:
             status = asked[0].status
             stop_together(f"after {name}, {_by(status)}: {name} is done; the same command goes on from there", status)
+
+    def _before(self, name: str) -> dict[str, Any] | None:
+        """What is known of a stage, its command with the folder of the whole as HERE."""
+        before = self.done.get(name)
+        return before and {**before, "what": self._placed(before["what"])}
+
+    def _placed(self, what: Any) -> Any:
+        """A stage's command with the folder of the whole as HERE."""
+        if not isinstance(what, dict) or not isinstance(words := what.get("command"), list):
+            return what
+        root = re.compile(rf"(?<![\w./-]){re.escape(str(self.root))}(?![\w.-])")
+        return {**what, "command": [root.sub(HERE, str(word)) for word in words]}
 
     def _kept(self, name: str) -> str:
         """What an end in the middle of a stage leaves, whose command keeps nothing of it."""

@@ -267,7 +267,7 @@ def _stage_words(output: Path, rank: int) -> list[str]:
     """The options that a candidate's distillation was given, but for models and places."""
     done = json.loads((output / f"candidates/rank_{rank:02d}/stages.json").read_text())
     given = done[f"rank {rank}, rung 2"]["what"]["command"][1:]
-    return [word for word in given if not word.startswith(("student=", "output="))]
+    return [word.replace(stages.HERE, str(output)) for word in given if not word.startswith(("student=", "output="))]
 
 
 def pruned_here(plan, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,27 @@ def test_the_same_command_again_runs_nothing(folders, whole):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done before in") == 8 and not shown(done.stdout)
     assert before == {f: f.stat().st_mtime_ns for f in root.rglob("*") if f.is_file() and f.parent != root}
+
+
+@pytest.mark.slow
+def test_a_copy_under_another_name_is_done_as_well(hydra, folders, whole, tmp_path, monkeypatch):
+    """Model, data and chain: by the words for the copies; and where a command is asked again, it finds its copy whole."""
+    copies = [shutil.copytree(one, tmp_path / f"copy{i}") for i, one in enumerate(folders)]
+    chain = shutil.copytree(whole[0], tmp_path / "other")
+    before = summary(chain)
+    asked = []
+
+    def ask(program, processes):
+        asked.append(program)
+        return run_program(program, processes)
+
+    monkeypatch.setattr("minitron_megatron.stages.run_program", ask)
+    rehearse(*words(folders, chain)[1:])
+    assert not asked and [one["seconds"] for one in summary(chain)["rounds"]] == [
+        one["seconds"] for one in before["rounds"]
+    ]
+    rehearse(*words(copies, chain)[1:])
+    assert len(asked) == 7 and summary(chain)["rounds"][1]["digest"] == before["rounds"][1]["digest"]
 
 
 @pytest.mark.slow

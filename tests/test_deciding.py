@@ -265,7 +265,7 @@ MODULES = {
     "data are prepared by one process": "data.estimate data.prepare data.text data.tokenizer data.vocabulary",
     BEFORE: """cli.main cli.arguments cli.logs cli.spelling launcher evaluate.checks distill.cache_checks train.checks train.begin
     checkpoints.export_checks checkpoints.hf_folder checkpoints.nemo_folder checkpoints.stamps checkpoints.task_stamps
-    data.folder data.indexed data.same_tokenizer prune.plan checkpoints.unfinished checkpoints.places""",
+    data.folder data.indexed data.same_tokenizer prune.named prune.plan checkpoints.unfinished checkpoints.places""",
     RANK_ZERO: """checkpoints.card checkpoints.lineage checkpoints.tokenizer cli.next_command train.metrics starts
     evaluate.harness evaluate.answers""",
     "ends a process, and lets one of them speak": "claims first_moments unheard parallel.torchrun console",
@@ -275,7 +275,8 @@ MODULES = {
 FUNCTIONS = {
     BEFORE: """checkpoints.folder.read_manifest checkpoints.folder._of_another_kind checkpoints.folder.open_model_folder
     checkpoints.folder.check_space
-    checkpoints.folder.check_place train.overlap.check_overlap_device parallel.job.pick_device parallel.job.process_group
+    checkpoints.folder.check_place checkpoints.folder._is_output asked._copied asked._names_file
+    train.overlap.check_overlap_device parallel.job.pick_device parallel.job.process_group
     parallel.job._of_this_start parallel.job.check_device_type parallel.tools.tool_job
     parallel.precision.recalled train.saved.check_room train.saved.newest_whole train.saved._sized
     checkpoints.index.check_files checkpoints.index.read_index""",

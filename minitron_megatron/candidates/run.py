@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.asked import STARTED_IN, as_spelt_now
+from minitron_megatron.asked import STARTED_IN, as_copied, as_spelt_now
 from minitron_megatron.candidates import halving
 from minitron_megatron.candidates.plan import Candidate, Plan, make_plan
 from minitron_megatron.candidates.results import show, summary, write
@@ -96,6 +96,8 @@ def _check_settings(plan: Plan) -> None:
     # As they are read again.
     now = json.loads(json.dumps(plan.settings))
     before = as_spelt_now(before, before.pop(STARTED_IN, None), now)
+    if all(before.get(name) == digest for name, digest in plan.inputs.items()):
+        before = as_copied(before, now)
     differ = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if differ:
         key, *others = differ
@@ -174,7 +176,7 @@ def run_rung(cfg: DistillCandidatesConfig, plan: Plan, one: Candidate, rung: int
         console().print(f"{name}: done before ({one.after(rung)})", style="dim")
         return
     one.folder.mkdir(parents=True, exist_ok=True)
-    stages = Stages(one.folder / STAGES_FILE, inputs=plan.inputs, start=cfg.start)
+    stages = Stages(one.folder / STAGES_FILE, inputs=plan.inputs, start=cfg.start, root=plan.root)
     prune = one.prune
     stages.command(f"rank {one.rank}, prune", prune.output, prune.command, *prune.words, processes=prune.processes)
     shape_of(one)

@@ -1,16 +1,19 @@
 """The folder that `launch/search.py` writes, read again: which shapes it ranked, and how each is cut from the model."""
 
+import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.checkpoints.folder import load_yaml, read_output
+from minitron_megatron.asked import STARTED_IN
+from minitron_megatron.checkpoints.folder import load_yaml, read_manifest, read_output
 from minitron_megatron.config import PruneOptions
 from minitron_megatron.errors import UserError
+from minitron_megatron.prune.named import CANDIDATES as FILE
+from minitron_megatron.prune.named import TARGETS
 from minitron_megatron.search.space import SIZES
-
-FILE, TARGETS = "candidates.yaml", "targets"
 
 
 def target_file(rank: int) -> str:
@@ -71,19 +74,41 @@ class SearchFolder:
         return self.path / target_file(one.rank)
 
 
+def _place(search: Path, written: str, digest: str, manifest: Mapping[str, Any]) -> str:
+    """Where an input of a search is: where it was, or as far from the search as it was, where all were moved together."""
+    start = str(manifest.get(STARTED_IN, ""))
+    then, output = (
+        Path(os.path.abspath(os.path.join(start, one))) for one in (written, manifest["config"].get("output") or "")
+    )
+    along = Path(os.path.normpath(search.absolute() / os.path.relpath(then, output)))
+    if _digest(Path(written)) == digest or _digest(along) != digest:
+        return written
+    return str(along.relative_to(Path.cwd()) if along.is_relative_to(Path.cwd()) else along)
+
+
+def _digest(folder: Path) -> str | None:
+    """The digest of an output, of a run that of its model; None where there is none."""
+    for one in (folder, folder / "model"):
+        with contextlib.suppress(UserError):
+            return str(read_manifest(one)["digest"])
+    return None
+
+
 def read_search(path: Path | str) -> SearchFolder:
     """Read the output of launch/search.py. Raises UserError where it is missing, damaged or something else."""
     path, manifest = Path(path), read_output(Path(path), FILE, "search")
     try:
         config, listed = manifest["config"], load_yaml(path / FILE)["candidates"]
-        source = Source(config["model"]["path"], config["scores"], config["layers"], PruneOptions(**config["prune"]))
         ranked = [
             Ranked(int(one["rank"]), {name: int(one[name]) for name in SIZES}, float(one["predicted_loss"]))
             for one in listed
             if "rank" in one
         ]
         inputs = {name: str(manifest["inputs"][name]) for name in ("model", "scores")}
-        inputs |= {"layers": str(manifest["inputs"]["layers"])} if source.layers else {}
+        inputs |= {"layers": str(manifest["inputs"]["layers"])} if config["layers"] else {}
+        places = {"model": config["model"]["path"], "scores": config["scores"], "layers": config["layers"]}
+        places |= {name: _place(path, places[name], inputs[name], manifest) for name in inputs}
+        source = Source(**places, prune=PruneOptions(**config["prune"]))
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} is damaged ({reason}): run search again") from None

@@ -92,6 +92,15 @@ def check_another(cfg: TrainingConfig, run: Path) -> None:
         raise UserError(f"{OPTION}={asked} is the output itself, which continues without it: choose another output=")
 
 
+def began_with(run: Path, asked: Path) -> bool:
+    """Whether a run, or checkpoint, that is asked for has the checkpoint that the one in the output folder began with."""
+    if (began := _read(run / FILE)) is None:
+        return False
+    name = Path(began.checkpoint).name
+    there = (asked / "checkpoints" / name, *([asked] if asked.name == name else []))
+    return any((folder / saved.FORMAT).is_file() and _stamp(folder) == began.stamp for folder in there)
+
+
 def check_beginning(
     cfg: TrainingConfig, run: Path, shape: ModelShape, layout: Layout, inputs: Mapping[str, str]
 ) -> Beginning | None:
@@ -158,20 +167,18 @@ def _look_at(cfg: TrainingConfig, path: Path, inputs: Mapping[str, str]) -> Begi
     before = saved.options_of(written, now)
     if before is None:
         before = saved.read_options(source, now) if known else {}
+    before = saved.with_copies(before, written.inputs, now, inputs)
     other = {
         name: [before.get(name), value]
         for name, value in now.items()
         if not name.startswith("trainer.start_") and (name in before or name.startswith("distill."))
     }
     options = {name: [a, b] for name, (a, b) in other.items() if as_stored(a) != as_stored(b)}
-    # Where it has the digests of all files, it tells; their bytes are compared with them before they are read.
-    files = [path / saved.FORMAT] if written.files is not None else [file for file in path.iterdir() if file.is_file()]
-    stamp = stamp_of_folder("start_from", path, files)
     began = _read(source / FILE)
     before, others = asdict(began) if began else None, _other_inputs(written.inputs, inputs)
     if written.inputs is None and takes == EVERYTHING:
         log.warning("%s does not say what data and models it is of: that they are the same is not known", path)
-    return Beginning(str(path), step, takes, *stamp.values(), options, before, others)
+    return Beginning(str(path), step, takes, _stamp(path), options, before, others)
 
 
 def _other_inputs(before: Mapping[str, str] | None, now: Mapping[str, str]) -> dict[str, list[str | None]]:
@@ -180,6 +187,14 @@ def _other_inputs(before: Mapping[str, str] | None, now: Mapping[str, str]) -> d
         return {}
     names = {name for name in {*before, *now} if (name in before and name in now) or name.startswith(PREFIX)}
     return {name: [before.get(name), now.get(name)] for name in sorted(names) if before.get(name) != now.get(name)}
+
+
+def _stamp(path: Path) -> str:
+    """What tells that a checkpoint is another one. Raises UserError where it is damaged."""
+    # Where it has the digests of all files, it tells; their bytes are compared with them before they are read.
+    named = saved.whole(path).written.files is not None
+    files = [path / saved.FORMAT] if named else [file for file in path.iterdir() if file.is_file()]
+    return next(iter(stamp_of_folder("start_from", path, files).values()))
 
 
 def _read(file: Path) -> Beginning | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from minitron_megatron.automatic import check_switches, is_on
@@ -39,7 +40,8 @@ from minitron_megatron.models.limits import (
 from minitron_megatron.models.shape import ModelShape
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.train import identity, saved
-from minitron_megatron.train.begin import Beginning, check_another, check_beginning
+from minitron_megatron.train.begin import OPTION as START
+from minitron_megatron.train.begin import Beginning, began_with, check_another, check_beginning
 from minitron_megatron.train.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -137,9 +139,9 @@ def check_run(cfg: TrainingConfig, recipe: Recipe) -> Checked:
     folders, data = _inputs(cfg, recipe)
     run = Path(cfg.output)
     check_another(cfg, run)
-    before = check_run_folder(run, cfg)
-    shape = folders[recipe.trained].shape
     inputs = inputs_of(recipe, folders, data)
+    before = check_run_folder(run, cfg, inputs)
+    shape = folders[recipe.trained].shape
     beginning = check_beginning(cfg, run, shape, layout, inputs)
     _say_same(recipe, folders)
     inputs |= beginning.inputs if beginning else {}
@@ -322,10 +324,13 @@ def _is_beginning(path: Path) -> bool:
     return path.name == identity.FILE or (path.name.startswith(".") and path.name.endswith(".partial"))
 
 
-def check_run_folder(run: Path, cfg: TrainingConfig) -> dict[str, Any]:
+def check_run_folder(
+    run: Path, cfg: TrainingConfig, inputs: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
     """The options that the run in the output folder has had so far, by their dotted names; none where there is no run.
 
-    Raises UserError when it is another run, or something else.
+    `inputs` are digests of what is read, the beginning aside: an option that names a copy is the same. Raises UserError when it
+    is another run, or something else.
     """
     if not run.exists() or all(map(_is_beginning, run.iterdir())):
         return {}
@@ -335,11 +340,15 @@ def check_run_folder(run: Path, cfg: TrainingConfig) -> dict[str, Any]:
         raise UserError(f"output={run} has a run in it and resume=false: remove it or choose another output=")
     now, decides = what_is_trained(cfg), decided_by(type(cfg))
     named = {kind: {k: v for k, v in now.items() if decides[k] == kind} for kind in (SAMPLES, ARITHMETIC, LENGTH)}
-    identity.check_own(run, {**named[SAMPLES], **named[ARITHMETIC]}, named[LENGTH])
+    identity.check_own(run, {**named[SAMPLES], **named[ARITHMETIC]}, named[LENGTH], inputs)
     there, _ = saved.newest_whole(run / "checkpoints")
     # config.yaml is written before a step is taken: the length that counts is that with which steps were.
     taken = (there and there.written.options) or {}
     before = {**saved.read_options(run, now), **{k: taken[k] for k in named[LENGTH] if k in taken}}
+    before = saved.with_copies(before, _read_so_far(run, there), now, inputs)
+    asked = {before.get(START), now.get(START)}
+    if len(asked) == 2 and None not in asked and began_with(run, Path(now[START])):
+        before[START] = now[START]
     differ = list(differences(before, now))
     changes = [name for name in differ if decides[name] == PUBLISHED]
     lengths = [k for k in differ if decides[k] == LENGTH and None not in (before[k], now[k])]
@@ -360,6 +369,13 @@ def check_run_folder(run: Path, cfg: TrainingConfig) -> dict[str, Any]:
     for name in changes:
         log.info("%s is %s from here on, and was %s", name, typed(now[name]), typed(before[name]))
     return before
+
+
+def _read_so_far(run: Path, there: saved.Checkpoint | None) -> Mapping[str, str] | None:
+    """Digests of what a run has read so far, by its newest checkpoint or the model that it has published."""
+    if there is not None and there.written.inputs is not None:
+        return there.written.inputs
+    return read_manifest(run / "model").get("inputs") if (run / "model" / MANIFEST).is_file() else None
 
 
 def check_checkpoints(

@@ -9,6 +9,7 @@ import json
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from minitron_megatron.changing import differences, in_words
@@ -28,7 +29,9 @@ def identify(run: Path) -> str:
     return own
 
 
-def check_own(run: Path, fixed: Mapping[str, Any], length: Mapping[str, Any]) -> None:
+def check_own(
+    run: Path, fixed: Mapping[str, Any], length: Mapping[str, Any], inputs: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Raise UserError, naming it, where a checkpoint in the output folder is of another run.
 
     Where run.json is gone or cannot be read, the run is that of the checkpoints with its options.
@@ -37,10 +40,11 @@ def check_own(run: Path, fixed: Mapping[str, Any], length: Mapping[str, Any]) ->
         run: the output folder.
         fixed: options that decide the run's samples and arithmetic, by dotted names.
         length: those that decide its length, which may have grown.
+        inputs: digests of what it reads, by name.
     """
     there, own = _written(run), _kept(run)
     if own is None:
-        ours = {one.run for one in there.values() if not _differences(one, fixed)}
+        ours = {one.run for one in there.values() if not _differences(one, fixed, inputs)}
         if len(ours) > 1:
             raise UserError(
                 f"{run / 'checkpoints'} has checkpoints of {len(ours)} runs with the same options, and {run / FILE}, which says "
@@ -49,7 +53,7 @@ def check_own(run: Path, fixed: Mapping[str, Any], length: Mapping[str, Any]) ->
         own = next(iter(ours), None)
     for path, one in there.items():
         if one.run != own:
-            how = ", ".join(_differences(one, {**fixed, **length})[:2])
+            how = ", ".join(_differences(one, {**fixed, **length}, inputs)[:2])
             raise UserError(
                 f"{path} is of another run ({f'with {how}' if how else 'with the same options'}): put back the one of "
                 f"output={run} or remove it; with trainer.start_from={path} a run in another output= begins with it"
@@ -62,9 +66,9 @@ def _written(run: Path) -> dict[Path, saved.Written]:
     return {path: one for path, one in found if isinstance(one, saved.Written) and one.run is not None}
 
 
-def _differences(written: saved.Written, now: Mapping[str, Any]) -> list[str]:
-    """Options of a checkpoint's run that are others now, in words."""
-    before = saved.options_of(written, now) or {}
+def _differences(written: saved.Written, now: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
+    """Options of a checkpoint's run that are others now, in words; a copy of an input is no other one."""
+    before = saved.with_copies(saved.options_of(written, now) or {}, written.inputs, now, inputs)
     return [in_words(name, before[name], now[name]) for name in differences(before, now)]
 
 

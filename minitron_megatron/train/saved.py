@@ -21,7 +21,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from minitron_megatron.asked import STARTED_IN, as_spelt_now
+from minitron_megatron.asked import STARTED_IN, as_copied, as_spelt_now
 from minitron_megatron.changing import shortened
 from minitron_megatron.checkpoints.digests import FileDigest
 from minitron_megatron.checkpoints.folder import check_space, load_yaml
@@ -326,6 +326,21 @@ def options_of(written: Written, now: Mapping[str, Any]) -> dict[str, Any] | Non
         return None
     found = dict(written.options)
     return as_spelt_now(found, found.pop(STARTED_IN, None), now)
+
+
+def with_copies(
+    options: Mapping[str, Any], read: Mapping[str, str] | None, now: Mapping[str, Any], inputs: Mapping[str, str]
+) -> dict[str, Any]:
+    """Options of a run, by their dotted names, each path to a copy of what is read now as it is spelt now.
+
+    Args:
+        options: of the run.
+        read: digests, by name, of what it has read; None where that was not noted.
+        now: options of this process.
+        inputs: digests of what it reads.
+    """
+    same = {_OPTIONS.get(name, f"{name}.path") for name, one in (read or {}).items() if inputs.get(name) == one}
+    return {**options, **as_copied({name: value for name, value in options.items() if name in same}, now)}
 
 
 def read_options(run: Path, now: Mapping[str, Any]) -> dict[str, Any]:
