@@ -257,6 +257,29 @@ def test_what_others_made_is_left_alone(tmp_path):
     assert (tmp_path / "o" / "precious").read_text() == "x"
 
 
+def test_no_output_is_made_inside_of_a_whole_one(tmp_path, monkeypatch):
+    """In a run's folder, or somebody else's with a file of that name, it can be; one that is there is left alone."""
+    for name in ("free", "run/model", "m"):
+        write(tmp_path / name, {})
+    monkeypatch.chdir(tmp_path / "run")
+    for inside in (tmp_path / "m" / "sub", tmp_path / "m" / "a" / "b", Path("model/sub"), Path("../m/.sub")):
+        with pytest.raises(
+            UserError, match=r"output=\S+ is inside of \S+(m|model), a whole output, with which it would be"
+        ):
+            write(inside, {})
+        with pytest.raises(UserError, match="is inside of"):
+            check_output(inside, config={}, inputs={}, resume=True)
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["file", "manifest.yaml"]
+    write(tmp_path / "run" / "judged", {})
+    (tmp_path / "mine").mkdir()
+    for number, text in enumerate(("kind: Deployment", "{", "[digest, files]")):
+        (tmp_path / "mine" / "manifest.yaml").write_text(text)
+        write(tmp_path / "mine" / f"o{number}", {})
+    before = tmp_path / "m" / "earlier"
+    (tmp_path / "free").rename(before)
+    assert write(before, {}) is True
+
+
 def test_a_second_run_waits_outside(tmp_path):
     with output_folder(tmp_path / "o", command="", config={}, inputs={}, resume=True) as out:
         (out.path / "file").write_text("first")

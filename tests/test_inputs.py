@@ -12,6 +12,16 @@ import yaml
 
 from minitron_megatron.checkpoints.folder import MANIFEST, TOKENIZER, open_model_folder, output_folder, read_manifest
 from minitron_megatron.checkpoints.task_stamps import task_stamps
+from minitron_megatron.checkpoints.digests import digests_of
+from minitron_megatron.checkpoints.folder import (
+    MANIFEST,
+    TOKENIZER,
+    _beside,
+    open_model_folder,
+    output_folder,
+    read_manifest,
+)
+from minitron_megatron.checkpoints.stamps import task_stamps
 from minitron_megatron.checkpoints.tokenizer import tokenizer_digest
 from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.config import (
@@ -106,10 +116,11 @@ def sources(tmp_path_factory):
 
 
 def as_made(folder: Path) -> Path:
-    """A folder whose files were changed, as if its command had made it so: its manifest has their sizes."""
+    """A folder whose files were changed, as if its command had made it so: its manifest has their sizes and digests."""
     manifest = yaml.safe_load((folder / MANIFEST).read_text())
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
     manifest["files"] = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    manifest["digests"] = digests_of(folder, _beside(manifest["files"]))
     (folder / MANIFEST).write_text(yaml.safe_dump(manifest))
     return folder
 

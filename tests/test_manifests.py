@@ -41,7 +41,9 @@ def changed(path, **values):
     return path
 
 
-@pytest.mark.parametrize("key", ["files", "digest", "inputs", "results", "config", "command", "made", "fingerprint"])
+@pytest.mark.parametrize(
+    "key", ["files", "digest", "inputs", "results", "config", "command", "made", "fingerprint", "digests"]
+)
 def test_a_manifest_of_another_kind_is_refused_by_its_key(tmp_path, key):
     path = made(tmp_path / "o", {})
     for value in (3, [1], None):
@@ -52,7 +54,7 @@ def test_a_manifest_of_another_kind_is_refused_by_its_key(tmp_path, key):
             read_manifest(changed(path, **{key: "leave out"}))
 
 
-@given(st.sampled_from(["files", "digest", "inputs", "results", "config", "made", "seconds", "versions"]), _json)
+@given(st.sampled_from(["files", "digest", "digests", "inputs", "results", "config", "made", "seconds"]), _json)
 def test_whatever_a_manifest_says_it_is_read_or_refused_in_a_line(tmp_path_factory, key, value):
     path = made(tmp_path_factory.mktemp("m") / "o", {}, {"model.yaml": "a: 1"})
     changed(path, **{key: value})

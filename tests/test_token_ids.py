@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minitron_megatron.checkpoints.digests import digests_of
 from minitron_megatron.checkpoints.export_checks import check_export_hf
-from minitron_megatron.checkpoints.folder import open_model_folder
+from minitron_megatron.checkpoints.folder import _beside, open_model_folder
 from minitron_megatron.checkpoints.hf import export_hf
 from minitron_megatron.config import ExportHfConfig, PruneConfig, TargetConfig
 from minitron_megatron.data.token_ids import renumber
@@ -202,12 +203,13 @@ def model(tmp_path_factory):
 
 
 def resized(path) -> None:
-    """Write the manifest's sizes anew, as after a change by hand."""
+    """Write the manifest's sizes and digests anew, as after a change by hand."""
     import yaml
 
     manifest = yaml.safe_load((path / "manifest.yaml").read_text())
     found = sorted(f for f in path.rglob("*") if f.is_file() and f.name != "manifest.yaml")
     manifest["files"] = {str(f.relative_to(path)): f.stat().st_size for f in found}
+    manifest["digests"] = digests_of(path, _beside(manifest["files"]))
     (path / "manifest.yaml").write_text(yaml.safe_dump(manifest))
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from hydra import initialize_config_dir
 
-from minitron_megatron.checkpoints import copies
+from minitron_megatron.checkpoints import copies, folder
 from minitron_megatron.checkpoints.card import read_results
 from minitron_megatron.checkpoints.copies import check_copies, verify_copies
 from minitron_megatron.checkpoints.folder import RESULTS, load_results, open_model_folder, output_folder, read_manifest
@@ -80,6 +81,29 @@ def test_what_was_found_is_compared_whenever_it_is_read(tmp_path, reader):
     flip(tmp_path / "out" / odd)
     with pytest.raises(UserError, match=DIFFER):
         read(tmp_path / "out")
+
+
+@pytest.mark.parametrize("file", ["model.yaml", "plan.yaml", "huggingface/config.json", "tokenizer/tokenizer.json"])
+def test_what_lies_beside_weights_is_compared_whenever_a_model_is_opened(model, tmp_path, monkeypatch, file):
+    """Their digest is that of the weights alone; a large file is compared with verify=true, and none of an earlier version's."""
+    with output_folder(tmp_path / "m", command="x", config={}, inputs={}, resume=True) as out:
+        shutil.copytree(model, out.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.yaml"))
+        (out.path / "plan.yaml").write_text("layers: [0, 1]\n")
+        out.digest = open_model_folder(model).digest
+    verify_digest(open_model_folder(tmp_path / "m"))
+    monkeypatch.setattr(folder, "_SMALL", (tmp_path / "m" / file).stat().st_size)
+    whole = open_model_folder(tmp_path / "m")
+    flip(tmp_path / "m" / file)
+    says = rf"m/{file} differs from its digest in manifest\.yaml: put it back"
+    with pytest.raises(UserError, match=says):
+        open_model_folder(tmp_path / "m")
+    monkeypatch.setattr(folder, "_SMALL", 0)
+    with pytest.raises(UserError, match=says):
+        verify_digest(whole)
+    manifest = yaml.safe_load((tmp_path / "m" / "manifest.yaml").read_text())
+    assert not any(name.startswith("weights/") for name in manifest["digests"])
+    (tmp_path / "m" / "manifest.yaml").write_text(yaml.safe_dump({**manifest, "digests": {}}))
+    verify_digest(whole)
 
 
 # Small texts

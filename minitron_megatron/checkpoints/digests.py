@@ -104,6 +104,11 @@ def sha256_of(file: Path) -> bytes:
         return hashlib.file_digest(opened, "sha256").digest()
 
 
+def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """A digest of each of some files, by name. Raises OSError."""
+    return {name: f"sha256:{sha256_of(folder / name).hex()}" for name in names}
+
+
 def joint_digest(files: Mapping[str, bytes]) -> str:
     """The digest of a folder out of the SHA-256 of each of its files, for who has those from writing them."""
     whole = hashlib.sha256()

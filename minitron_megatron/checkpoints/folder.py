@@ -10,12 +10,13 @@ A model folder holds model.yaml (its shape), weights/ (Megatron distributed chec
 import datetime
 import errno
 import logging
+import math
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ import yaml
 from minitron_megatron import __version__
 from minitron_megatron.asked import STARTED_IN, Asked
 from minitron_megatron.changing import differences, in_words
-from minitron_megatron.checkpoints.digests import digest_of_files
+from minitron_megatron.checkpoints.digests import digest_of_files, digests_of
 from minitron_megatron.checkpoints.locks import unlock
 from minitron_megatron.checkpoints.places import check_replaceable, place_of
 from minitron_megatron.checkpoints.stamps import PREFIX, for_all_nodes, say_others
@@ -45,6 +46,9 @@ from minitron_megatron.starts import record_start
 MANIFEST, SHAPE_FILE, WEIGHTS, TOKENIZER = "manifest.yaml", "model.yaml", "weights", "tokenizer"
 # In outputs: what a command that measures found, and a line for each step of a training run.
 RESULTS, METRICS = "results.json", "metrics.jsonl"
+# Beside a model's weights, of which its digest is, files up to so many bytes are compared whenever it is opened; all of them with
+# verify=true. A large vocabulary has more.
+_SMALL = 2**20
 # Of a run that the spike guard ended: why, in a line.
 DIVERGED = "diverged.txt"
 log = logging.getLogger(__name__)
@@ -110,7 +114,7 @@ class ModelFolder:
 
 
 # What kind of value a manifest has under each key, where it has it.
-_KINDS = dict.fromkeys(("files", "inputs", "results", "config", "versions"), dict) | dict.fromkeys(
+_KINDS = dict.fromkeys(("files", "inputs", "results", "config", "versions", "digests"), dict) | dict.fromkeys(
     ("digest", "command", "made", "fingerprint", STARTED_IN), str
 )
 
@@ -201,9 +205,24 @@ def open_model_folder(path: Path | str) -> ModelFolder:
     if not (path / SHAPE_FILE).is_file() or not (path / WEIGHTS / ".metadata").is_file():
         made = manifest.get("command", "another command")
         raise UserError(f"{path} is not a model folder (it was made by {made}): give the output of import_hf or prune")
+    check_beside(path, manifest, _SMALL)
     return ModelFolder(
         path, ModelShape.from_dict(load_yaml(path / SHAPE_FILE), str(path / SHAPE_FILE)), manifest["digest"]
     )
+
+
+def check_beside(path: Path, manifest: Mapping[str, Any], most: float = math.inf) -> None:
+    """Raise UserError where a file beside a model's weights, of `most` bytes, is no longer the one that was written there.
+
+    Folders of earlier versions have no digests of these files.
+    """
+    known = manifest.get("digests", {})
+    for name, size in manifest["files"].items():
+        if name in known and size <= most and digests_of(path, [name])[name] != known[name]:
+            raise UserError(
+                f"{path / name} differs from its digest in {MANIFEST}: put it back as it was (edit a copy elsewhere), or make "
+                "the folder again"
+            )
 
 
 def verify_files(path: Path, digest: str) -> None:
@@ -315,6 +334,11 @@ def check_place(path: Path, *, try_it: bool = False) -> Path:
     if os.path.islink(place_of(path)):
         raise UserError(f"output={path} is a link to itself: choose another output=")
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    around = next((p for p in path.absolute().parents if _is_output(p)), None)
+    if around is not None and not (path / MANIFEST).is_file():
+        raise UserError(
+            f"output={path} is inside of {around}, a whole output, with which it would be removed: choose another output="
+        )
     if not existing.is_dir():
         raise UserError(f"output={path} cannot be made: {existing} is a file; choose another output=")
     if not os.access(existing, os.W_OK):
@@ -327,6 +351,14 @@ def check_place(path: Path, *, try_it: bool = False) -> Path:
                 f"output={path} cannot be made in {existing} ({error.strerror}): choose another output="
             ) from None
     return existing
+
+
+def _is_output(path: Path) -> bool:
+    """Whether a folder is a whole output: other programs call files so, too."""
+    try:
+        return (path / MANIFEST).is_file() and {"digest", "files"} <= set(load_yaml(path / MANIFEST))
+    except UserError:
+        return False
 
 
 def _already_there(
@@ -383,6 +415,7 @@ def _finish(
         "command": command,
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "digest": output.digest or digest_of_files(output.path, files),
+        **({"digests": digests_of(output.path, _beside(files))} if SHAPE_FILE in files else {}),
         "fingerprint": asked.fingerprint(),
         **_cost(output),
         **({"precision": dict(output.precision)} if output.precision else {}),
@@ -410,6 +443,11 @@ def _finish(
         path.rmdir()
     os.rename(output.path, path)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _beside(files: Iterable[str]) -> list[str]:
+    """Files of a model folder that its digest is not of."""
+    return [name for name in files if Path(name).parts[0] != WEIGHTS]
 
 
 def _cost(output: Output) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from minitron_megatron.checkpoints.copies import by_node, share_of_node
 from minitron_megatron.checkpoints.damage import cause_of, is_damage
 from minitron_megatron.checkpoints.finite import BLOCK_BYTES as BLOCK_OF_CACHE
 from minitron_megatron.checkpoints.finite import first_odd, has_odd
-from minitron_megatron.checkpoints.folder import ModelFolder, check_space
+from minitron_megatron.checkpoints.folder import ModelFolder, check_beside, check_space, read_manifest
 from minitron_megatron.checkpoints.hf_folder import part_positions
 from minitron_megatron.checkpoints.index import short, total_bytes
 from minitron_megatron.checkpoints.reading import WeightReader, as_bits, safe_reading
@@ -372,11 +372,13 @@ def _round_whole(wanted: dict[str, dict[str, Any]]) -> None:
 def verify_digest(folder: ModelFolder) -> None:
     """Read every chunk on every node (each rank its share of them) and compare the content with the manifest's digest.
 
-    Raises UserError on every rank where they differ, and where there is a NaN or an infinity.
+    What lies beside the weights is compared, too. Raises UserError on every rank where something differs, and where there is a
+    NaN or an infinity.
     """
     digests, problem = {}, None
     mine = share_of_node(chunks(folder.shape))
     try:
+        check_beside(folder.path, read_manifest(folder.path))
         reader = WeightReader(folder.weights)
         for chunk in mine:
             tensor = reader.read_slot(chunk.slot, folder.shape, chunk.start, chunk.stop)
