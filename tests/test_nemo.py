@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import tarfile
@@ -15,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from minitron_megatron.checkpoints import weights
+from minitron_megatron.checkpoints import stamps, weights
 from minitron_megatron.checkpoints.folder import open_model_folder
 from minitron_megatron.checkpoints.hf import export_hf
 from minitron_megatron.checkpoints.hf_folder import HfFolder
@@ -27,6 +28,7 @@ from minitron_megatron.config import ExportHfConfig, ExportNemoConfig, ImportNem
 from minitron_megatron.errors import UserError
 from minitron_megatron.models.nemo import check_nemo_class, fields_of_nemo1, fields_of_nemo2, shape_from_nemo
 from minitron_megatron.models.shape import RopeScaling
+from minitron_megatron.parallel import collectives
 from tests.jobs import LiveBytes
 from tests.test_commands import ROOT, error_of, run
 from tests.test_export_megatron import MEGATRON_ROPE, TOKENS, load_plain
@@ -292,6 +294,43 @@ def test_hostile_archives_are_refused(tmp_path, kind, mode):
         import_(archive, tmp_path / "out")
     assert "\n" not in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["bad.nemo"]
+
+
+def imported_from_copies(roots: list[str], nemo: str, output: str) -> str:
+    """What an import says where each rank is a node with a copy of its own; files are large, and told by size and time."""
+    where, read = os.getcwd(), stamps.LARGEST_READ
+    os.chdir(roots[collectives.rank()])
+    stamps.LARGEST_READ = 0
+    try:
+        import_nemo(ImportNemoConfig(nemo=nemo, output=output))
+        return ""
+    except UserError as error:
+        return str(error)
+    finally:
+        stamps.LARGEST_READ = read
+        os.chdir(where)
+
+
+@pytest.mark.parametrize("form", ["folder", "archive"])
+def test_a_node_with_another_copy_of_a_checkpoint_is_named(gloo, models, tmp_path, form):
+    """As of Hugging Face folders: the same size, and the same time."""
+    roots = [tmp_path / "one", tmp_path / "two"]
+    shutil.copytree(models("llama")[1], roots[0] / "nemo")
+    if form == "archive":
+        shutil.move(roots[0] / "nemo", tmp_path / "unpacked")
+        packed(unpacked(models("llama")[0], tmp_path / "other", "torch_dist"), roots[0] / "nemo")
+    shutil.copytree(roots[0], roots[1])
+    assert gloo(2, imported_from_copies, list(map(str, roots)), "nemo", str(tmp_path / "whole")) == ["", ""]
+    there = roots[1] / "nemo"
+    odd = there if form == "archive" else next((there / "weights").glob("*.distcp"))
+    stat, content = odd.stat(), bytearray(odd.read_bytes())
+    content[-1] ^= 1
+    odd.write_bytes(content)
+    os.utime(odd, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    one, two = gloo(2, imported_from_copies, list(map(str, roots)), "nemo", str(tmp_path / "not"))
+    name = odd.relative_to(roots[1])
+    assert one == two and re.search(rf"have different files: {re.escape(str(name))} is .* on rank 0 .* on rank 1", one)
+    assert not (tmp_path / "not").exists()
 
 
 def test_other_bytes_are_refused(models, tmp_path):

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-from minitron_megatron.checkpoints import digests, locks
+from minitron_megatron.checkpoints import copies, digests, locks
 from minitron_megatron.checkpoints.folder import open_model_folder, output_folder
 from minitron_megatron.checkpoints.unfinished import partial_folder
 from minitron_megatron.config import DistillConfig
@@ -232,6 +232,40 @@ def test_a_rank_that_reads_otherwise_damages_nothing(gloo, tmp_path, odd, says):
     found = gloo(2, chosen, str(folder), odd)
     assert len(set(found)) == 1 and re.search(says, found[0][1]) and "\n" not in found[0][1]
     assert sorted(os.listdir(folder)) == ["step_00000002", "step_00000004"]
+
+
+def of_copies(roots: list[str], verify: bool, looks: bool = True) -> tuple[int | None, str]:
+    """What a rank takes where each is a node with disks of its own."""
+    where, of_node, look = os.getcwd(), copies.node, copies._look
+    os.chdir(roots[dist.get_rank()])
+    copies.node = lambda: (f"node-{dist.get_rank()}", "")
+    if not looks:
+        copies._look = lambda name, pages: str(os.stat(name).st_size)
+    try:
+        found = checkpoint.newest(Path("checkpoints"), verify=verify)
+        return found and found.step, ""
+    except UserError as error:
+        return None, str(error)
+    finally:
+        copies.node, copies._look = of_node, look
+        os.chdir(where)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "__1_0.distcp", "metadata.json", saved.FORMAT])
+def test_a_node_with_another_copy_of_a_checkpoint_is_named(gloo, tmp_path, name):
+    """Whichever rank compares the file's digest; where a look cannot tell, every node reads all of it with verify=true."""
+    roots = [str(tmp_path / "one"), str(tmp_path / "two")]
+    written(tmp_path / "one" / "checkpoints", 2, 4)
+    shutil.copytree(*roots)
+    for verify in (False, True):
+        assert gloo(2, of_copies, roots, verify) == [(4, "")] * 2
+    overwrite(tmp_path / "two" / "checkpoints" / "step_00000004" / name)
+    one, two = gloo(2, of_copies, roots, False)
+    assert one == two and "rank 1" in one[1] and ("different files" in one[1] or "reads other bytes" in one[1])
+    if name != saved.FORMAT:
+        one, two = gloo(2, of_copies, roots, True, False)
+        assert one == two and f"rank 1 on {socket.gethostname()} reads other bytes of {name} than rank 0 does" in one[1]
+    assert len(os.listdir(tmp_path / "one" / "checkpoints")) == len(os.listdir(tmp_path / "two" / "checkpoints")) == 2
 
 
 def test_without_a_whole_one_nothing_is_set_aside(gloo, tmp_path):

@@ -135,6 +135,14 @@ class NemoFolder:
             offsets, sizes = (*lead, chunk.start, *(0 for _ in rest)), (*(1 for _ in lead), rows, *rest)
             out[:rows] = self._reader.read(key, offsets, sizes).view(rows, *rest)
 
+    @cached_property
+    def read_files(self) -> list[Path]:
+        """Config and weights, as far as an import reads them."""
+        config = _config_file(self.root, self.where)
+        assert config is not None
+        there = (file for file in self.weights.rglob("*") if file.is_file())
+        return [config, *(file for file in there if _is_wanted(str(file.relative_to(self.weights))))]
+
     def tokenizer(self) -> Path | None:
         """The folder of its Hugging Face tokenizer, if it has one."""
         values = self.config.get("tokenizer")
@@ -250,11 +258,8 @@ def _stamps(cfg: ImportNemoConfig, path: Path, source: NemoFolder) -> dict[str, 
     if path.is_file():
         stamps |= file_stamps(path.parent, [path])
     else:
-        weights = [
-            f for f in source.weights.rglob("*") if f.is_file() and _is_wanted(str(f.relative_to(source.weights)))
-        ]
-        config = _config_file(source.root, str(path))
-        stamps |= file_stamps(path, [config] if config else [])
+        config, *weights = source.read_files
+        stamps |= file_stamps(path, [config])
         stamps |= stamp_of_folder("weights", source.weights, weights)
     tokenizer = Path(cfg.tokenizer) if cfg.tokenizer is not None else None if path.is_file() else source.tokenizer()
     if tokenizer is not None:

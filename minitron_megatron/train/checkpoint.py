@@ -28,6 +28,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+from minitron_megatron.checkpoints.copies import check_copies, share_of_node
 from minitron_megatron.checkpoints.damage import cause_of, is_damage
 from minitron_megatron.checkpoints.digests import FileDigest, digest_files, other_segments, segments_of
 from minitron_megatron.checkpoints.reading import safe_reading
@@ -330,10 +331,10 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def newest(folder: Path) -> Checkpoint | None:
+def newest(folder: Path, *, verify: bool = False) -> Checkpoint | None:
     """The newest checkpoint of a run whose bytes are those that were written; the same on every rank, all of which call it.
 
-    Newer ones that are damaged are set aside, which rank 0 says in a line each.
+    Newer ones that are damaged are set aside, which rank 0 says in a line each. With `verify` every node reads every byte.
 
     Raises:
         UserError: there are checkpoints, and none is whole; or a rank reads other bytes than rank 0, or cannot read them.
@@ -341,7 +342,7 @@ def newest(folder: Path) -> Checkpoint | None:
     damaged: dict[str, str] = {}
     while True:
         found, damaged = ask_rank_zero(bound(saved.newest_whole, folder, damaged))
-        reason = None if found is None else other_bytes(found)
+        reason = None if found is None else other_bytes(found, verify=verify)
         if reason is None:
             break
         damaged[found.path.name] = reason
@@ -361,15 +362,18 @@ def newest(folder: Path) -> Checkpoint | None:
     return found
 
 
-def check_whole(path: Path) -> None:
+def check_whole(path: Path, *, verify: bool = False) -> None:
     """Raise UserError where a checkpoint of another run, which this one begins with, is damaged. Every rank calls it."""
-    reason = other_bytes(ask_rank_zero(bound(saved.whole, path)))
+    reason = other_bytes(ask_rank_zero(bound(saved.whole, path)), verify=verify)
     if reason is not None:
         raise saved.is_damaged(path, reason)
 
 
-def other_bytes(found: Checkpoint) -> str | None:
+def other_bytes(found: Checkpoint, *, verify: bool = False) -> str | None:
     """What is not as it was written of a checkpoint; None where all is. Every rank calls it, and reads its share.
+
+    The share is one of the job's bytes, or with `verify` of its node's. Nodes may have copies on disks of their own: every rank
+    looks at a little of every file, too (copies.py).
 
     Raises:
         UserError: a rank reads other bytes than rank 0 does, or cannot read them.
@@ -378,9 +382,11 @@ def other_bytes(found: Checkpoint) -> str | None:
     if files is None:
         if collectives.is_rank_zero():
             log.warning("%s was written by an earlier version, without digests: its bytes are not compared", path)
+        check_copies(files=ask_rank_zero(lambda: [str(file) for file in path.iterdir() if file.is_file()]))
         return None
-    share = segments_of(files)[collectives.rank() :: collectives.world_size()]
-    wait_until_seen(path, *sorted({path / name for name, _ in share}))
+    ours = segments_of(files)
+    share = share_of_node(ours) if verify else ours[collectives.rank() :: collectives.world_size()]
+    wait_until_seen(path, *sorted(path / name for name in files))
     everything = collectives.all_gather_objects((socket.gethostname(), *_others(path, files, share)))
     for rank, (host, _, problem) in enumerate(everything):
         if problem is not None:
@@ -389,6 +395,7 @@ def other_bytes(found: Checkpoint) -> str | None:
             )
     suspects = [(place, rank, host) for rank, (host, others, _) in enumerate(everything) for place in others]
     if not suspects:
+        check_copies(files=[path / name for name in (FORMAT, *files)])
         return None
     # A node that has another folder there, or an old view of it, does not make a checkpoint a damaged one.
     own = ask_rank_zero(lambda: _others(path, files, [place for place, *_ in suspects])[0])

@@ -279,11 +279,11 @@ class _Run:
     def _prepare(self, folders: Mapping[str, ModelFolder]) -> tuple[Trainer, int]:
         """Objective, model and optimizer on this rank, and the step to begin with."""
         cfg, recipe, layout = self.cfg, self.recipe, self.layout
-        there, first = checkpoint.newest(self.folder), self.beginning
+        there, first = checkpoint.newest(self.folder, verify=cfg.verify), self.beginning
         if there is not None:
             saved.check_readable(there, layout)
         elif first is not None:
-            checkpoint.check_whole(Path(first.checkpoint))
+            checkpoint.check_whole(Path(first.checkpoint), verify=cfg.verify)
         objective = recipe.objective(cfg, folders, layout)
         source = folders[recipe.trained]
         dtype = model_dtype(source.shape, cfg.precision)
