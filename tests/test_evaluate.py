@@ -450,6 +450,22 @@ def test_fewer_than_were_asked_for_is_said(made, tmp_path, caplog):
     assert third == f"limit=997, and questions={file} has 3 questions: all of them are taken"
 
 
+def test_a_limit_that_is_more_than_a_task_has_is_said(tasks, caplog):
+    """Of evaluate and of the layer analysis; of the tasks that have fewer alone, and nothing where none has."""
+    caplog.set_level("INFO", "minitron_megatron")
+    wanted = {tasks["words"]: 0, tasks["write"]: 0}
+    load(wanted, fewshot=None, seed=1, limit=6)
+    load(wanted, fewshot=None, seed=1, limit=9)
+    load_tasks([tasks["words"]], fewshot=0, limit=9, seed=1)
+    for limit in (None, 1, 5):
+        load(wanted, fewshot=None, seed=1, limit=limit)
+    load_tasks([tasks["words"]], fewshot=0, limit=8, seed=1)
+    one, both, analysed = (record.getMessage() for record in caplog.records)
+    assert one == "limit=6, and write has 5 questions: all of them are taken"
+    assert both == "limit=9, and words has 8 questions, write has 5 questions: all of them are taken"
+    assert analysed == "limit=9, and words has 8 questions: all of them are taken"
+
+
 def test_a_task_that_runs_what_a_model_writes_must_be_confirmed(made, tasks, tmp_path, monkeypatch):
     """Before the task's own code runs: here it would fail."""
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)

@@ -83,7 +83,7 @@ def _load(cfg: EvaluateConfig) -> Any:
     from minitron_megatron.evaluate.harness import load, wanted_tasks
 
     wanted = wanted_tasks(cfg.tasks)
-    loaded = load(wanted, fewshot=cfg.fewshot, seed=cfg.seed, unsafe=cfg.confirm_run_unsafe_code)
+    loaded = load(wanted, fewshot=cfg.fewshot, seed=cfg.seed, unsafe=cfg.confirm_run_unsafe_code, limit=cfg.limit)
     writing = next((name for name, task in loaded.tasks.items() if task.OUTPUT_TYPE == "generate_until"), None)
     if writing and cfg.parallel.context > 1:
         raise UserError(

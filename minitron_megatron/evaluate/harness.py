@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 # Tasks that the harness does not have.
 OWN = CONF / "lm_eval"
 _METRICS = {"none": "acc", "characters": "acc_norm", "bytes": "acc_bytes"}
+# Tasks that one line names.
+_NAMED = 4
 
 
 class HarnessTask:
@@ -105,7 +107,14 @@ def wanted_tasks(tasks: Any) -> dict[str, int | None]:
     return given
 
 
-def load(wanted: Mapping[str, int | None], *, fewshot: int | None, seed: int, unsafe: bool = False) -> Loaded:
+def load(
+    wanted: Mapping[str, int | None],
+    *,
+    fewshot: int | None,
+    seed: int,
+    unsafe: bool = False,
+    limit: int | None = None,
+) -> Loaded:
     """Tasks by name (a group gives all of its tasks) or by the path of a task file. Raises UserError.
 
     Args:
@@ -113,23 +122,35 @@ def load(wanted: Mapping[str, int | None], *, fewshot: int | None, seed: int, un
         fewshot: examples where `wanted` has None; None for the task's own number.
         seed: draws the examples, and whatever else a task draws.
         unsafe: tasks that run what the model writes, or functions of their own, are meant.
+        limit: how many questions of each are going to be asked at most; said of those that have fewer.
     """
     found = Loaded({}, {})
     for _, loaded in _each(list(wanted.items()), fewshot, seed, unsafe):
         found.tasks.update(loaded["tasks"])
         found.groups.update(loaded["groups"])
+    _say_fewer(found.tasks, limit)
     return found
 
 
 def load_tasks(names: Sequence[str], *, fewshot: int | None, limit: int | None, seed: int) -> list[HarnessTask]:
     """Multiple-choice tasks as sources of questions, at most `limit` of each; otherwise as `load`. Raises UserError."""
-    tasks = []
+    tasks: list[HarnessTask] = []
     for name, loaded in _each([(name, None) for name in names], fewshot, seed, False):
         for task in loaded["tasks"].values():
             if task.OUTPUT_TYPE != "multiple_choice" or "acc" not in task.aggregation():
                 raise UserError(f"tasks=[{name}]: {task.task_name} is not multiple choice judged by acc: leave it out")
             tasks.append(_build(task, name, limit))
+    _say_fewer({task.name: task.task for task in tasks}, limit)
     return tasks
+
+
+def _say_fewer(tasks: Mapping[str, Any], limit: int | None) -> None:
+    """Name the tasks that have fewer questions than they are limited to, in one line."""
+    counts = {name: len(task.eval_docs) for name, task in tasks.items()} if limit else {}
+    fewer = [f"{name} has {count} questions" for name, count in counts.items() if count < (limit or 0)]
+    if fewer:
+        more = f" and {len(fewer) - _NAMED} more have fewer" if len(fewer) > _NAMED else ""
+        log.info("limit=%d, and %s%s: all of them are taken", limit, ", ".join(fewer[:_NAMED]), more)
 
 
 def _each(
