@@ -127,6 +127,8 @@ def test_results_are_of_what_was_written_and_how_fast(tmp_path, monkeypatch):
         "token_dtype": "int32",
         "end_of_document": 3,
         "documents_with_special_tokens": 1,
+        "characters": 0,
+        "characters_lost": 0,
         "seconds": 0.13,
         "tokens_per_second": round(15 / 0.128),
     }

@@ -16,6 +16,7 @@ import re
 from typing import Any
 
 from minitron_megatron.config import PrepareDataConfig
+from minitron_megatron.data.coverage import Coverage
 from minitron_megatron.errors import UserError
 
 AUTO, NONE = "auto", "none"
@@ -32,6 +33,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, *, begin: str = AUTO, end: str = AUTO, special_tokens: str = "text") -> None:
         """Of a Hugging Face tokenizer; `begin`, `end` and `special_tokens` are options of prepare_data."""
         self.tokenizer, self.spell = tokenizer, special_tokens == "text"
+        self.coverage = Coverage(tokenizer)
         self.ids = special_ids(tokenizer)
         self.end_token = _end(tokenizer, self.ids) if end == AUTO else end
         self.begin_token = _begin(tokenizer) if begin == AUTO else None if begin == NONE else begin

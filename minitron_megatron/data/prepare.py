@@ -35,6 +35,7 @@ from minitron_megatron.checkpoints.stamps import stamp
 from minitron_megatron.checkpoints.tokenizer import copy_tokenizer, tokenizer_digest
 from minitron_megatron.config import PrepareDataConfig
 from minitron_megatron.console import print_table, progress, speaks
+from minitron_megatron.data.coverage import Losses
 from minitron_megatron.data.encoding import Encoder
 from minitron_megatron.data.indexed import SplitWriter, token_dtype
 from minitron_megatron.data.text import documents, find_files, has_rows
@@ -71,7 +72,8 @@ class Piece(NamedTuple):
 class Encoded(NamedTuple):
     """A document's ids [tokens], end-of-document last, in the dtype on disk; `size` are the bytes of its text.
 
-    `named`: a special token's string is in the text.
+    `named`: a special token's string is in the text, which has so many `characters`; so many of them are `lost`, the first of
+    which is an `example` (coverage.py).
     """
 
     split: str
@@ -80,13 +82,17 @@ class Encoded(NamedTuple):
     file: int
     number: int
     named: bool
+    characters: int = 0
+    lost: int = 0
+    example: str = ""
 
 
 @dataclass
 class Done:
     """How far a run is: `documents` (`bytes` of text) of input file number `file` and all before it are written.
 
-    In `named` documents a special token's string is in the text.
+    In `named` documents a special token's string is in the text. Of its `characters` so many are `lost`, first `example`, in file
+    number `lost_in`.
     """
 
     counts: dict[str, dict[str, int]] = field(
@@ -97,6 +103,10 @@ class Done:
     bytes: int = 0
     named: int = 0
     seconds: float = 0.0
+    characters: int = 0
+    lost: int = 0
+    example: str = ""
+    lost_in: int = 0
 
     @classmethod
     def read(cls, folder: Path) -> "Done":
@@ -120,11 +130,18 @@ class Done:
         """Tokens of both splits."""
         return sum(count["tokens"] for count in self.counts.values())
 
+    def losses(self, files: Sequence[Path]) -> Losses:
+        """What the tokenizer could not write of the text in these files."""
+        return Losses(self.characters, self.lost, self.example, str(files[self.lost_in]) if self.lost else "")
+
     def add(self, one: Encoded) -> None:
         """A document was written."""
         self.bytes = one.size + (self.bytes if one.file == self.file else 0)
         self.file, self.documents = one.file, one.number
         self.named += one.named
+        if one.lost and not self.lost:
+            self.example, self.lost_in = one.example, one.file
+        self.characters, self.lost = self.characters + one.characters, self.lost + one.lost
         for name, more in (("documents", 1), ("tokens", len(one.ids)), ("bytes", one.size)):
             self.counts[one.split][name] += more
 
@@ -240,6 +257,7 @@ def _write(cfg: PrepareDataConfig, files: list[Path], out: Output, encoder: Enco
             for split, count in done.counts.items()
         }
         _tokenise_all(cfg, files, out, writers, done, dtype)
+        _say_lost(done.losses(files), out)
         for writer in writers.values():
             writer.finish()
     # The journal first: without it nothing is taken for the start of something.
@@ -252,9 +270,18 @@ def _write(cfg: PrepareDataConfig, files: list[Path], out: Output, encoder: Enco
         "token_dtype": dtype.name,
         **encoder.results(),
         "documents_with_special_tokens": done.named,
+        "characters": done.characters,
+        "characters_lost": done.lost,
+        **({"first_lost": {"text": done.example, "file": str(files[done.lost_in])}} if done.lost else {}),
         "seconds": round(done.seconds, 2),
         "tokens_per_second": round(done.tokens / max(done.seconds, 1e-9)),
     }
+
+
+def _say_lost(losses: Losses, out: Output) -> None:
+    """Warn of what the tokenizer could not write. Raises UserError, and leaves nothing to go on from, where it is most of it."""
+    out.keep = out.keep and not losses.most
+    losses.say()
 
 
 def _tokenise_all(
@@ -382,8 +409,9 @@ def _leave_signals_to_parent() -> None:
 def _encode(chunk: Sequence[tuple[str, Piece]], dtype: np.dtype) -> list[Encoded]:
     encoded = []
     for split, piece in chunk:
-        ids, named = np.array(_encoder(piece.text), dtype=dtype), _encoder.names_tokens(piece.text)
-        encoded.append(Encoded(split, ids, len(piece.text.encode()), piece.file, piece.number, named))
+        ids, named = _encoder(piece.text), _encoder.names_tokens(piece.text)
+        about = len(piece.text.encode()), piece.file, piece.number, named, len(piece.text)
+        encoded.append(Encoded(split, np.array(ids, dtype=dtype), *about, *_encoder.coverage.lost(piece.text, ids)))
     return encoded
 
 

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from minitron_megatron.data.coverage import Coverage
 from minitron_megatron.errors import UserError
 from minitron_megatron.plain_files import parse_json
 
@@ -161,9 +162,13 @@ def encode(tokenizer: Any, context: str, continuation: str) -> Request:
 
 
 def encode_all(tokenizer: Any, source: QuestionSource, max_positions: int) -> list[Request]:
-    """Requests of a source's texts. Raises UserError where one is too long for the model or has nothing to score."""
-    requests = []
-    for context, continuation, where in source.texts():
+    """Requests of a source's texts; says what the tokenizer cannot write of them.
+
+    Raises UserError where one is too long for the model or has nothing to score, and where most of the text is lost.
+    """
+    requests, texts = [], source.texts()
+    Coverage(tokenizer).of_texts((context + choice, where) for context, choice, where in texts).say()
+    for context, continuation, where in texts:
         request = encode(tokenizer, context, continuation)
         if len(request.tokens) - 1 > max_positions:
             raise UserError(

@@ -24,7 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from minitron_megatron.console import progress
 from minitron_megatron.data.questions import Request
 from minitron_megatron.errors import UserError
-from minitron_megatron.evaluate.answers import Rule, finite, not_finite
+from minitron_megatron.evaluate.answers import Rule, check_written, finite, not_finite
 from minitron_megatron.evaluate.scoring import score
 from minitron_megatron.models.generation import NOT_FINITE, Sampling, generate, stop_strings
 from minitron_megatron.models.shape import ModelShape
@@ -157,6 +157,7 @@ class MegatronLM(TemplateLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log-likelihood, is greedy) of each (context, continuation). Raises UserError where one is not finite."""
+        check_written(self.tokenizer, requests)
         return finite(requests, super().loglikelihood(requests, disable_tqdm=disable_tqdm))
 
     def _loglikelihood_tokens(
@@ -179,6 +180,7 @@ class MegatronLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood of whole texts, each in windows of the model's positions. Raises UserError where one is not finite."""
+        check_written(self.tokenizer, requests)
         windows, owners = [], []
         for number, request in enumerate(requests):
             (text,) = request.args
@@ -196,6 +198,7 @@ class MegatronLM(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """What the model goes on with after each context, up to a stop string. Raises UserError where logits are not finite."""
+        check_written(self.tokenizer, requests)
         self.rule.say()
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):

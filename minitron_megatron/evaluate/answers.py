@@ -1,5 +1,6 @@
 """What holds of every answer to a task, by a model folder (adapter.py) as by a Hugging Face one (hf_tasks.py).
 
+written       characters that the tokenizer has no token for are said, as of any text (data/coverage.py)
 finite        a log-likelihood or logit that is not finite ends the evaluation: of NaNs the first choice would be the highest
 generated     greedily, or as the task says, up to any end of text that the model's own configs name; nothing else of them counts
 """
@@ -12,11 +13,23 @@ from typing import Any
 
 from minitron_megatron.checkpoints.folder import load_json
 from minitron_megatron.checkpoints.hf_folder import CONFIG_FILES, GENERATION
+from minitron_megatron.data.coverage import Coverage
 from minitron_megatron.errors import UserError
 
 # Of generation_config.json, what says neither how tokens are picked nor how long an answer is.
 _NOT_SAID = ("transformers_version", "use_cache")
 log = logging.getLogger(__name__)
+
+
+def check_written(tokenizer: Any, requests: Sequence[Any]) -> None:
+    """Say what a tokenizer cannot write of the texts of requests. Raises UserError where it is most of them."""
+    texts = (
+        (part, f"tasks=[{request.task_name}], document {request.doc_id}")
+        for request in requests
+        for part in request.args
+        if isinstance(part, str)
+    )
+    Coverage(tokenizer).of_texts(texts).say()
 
 
 def finite[T](requests: Sequence[Any], values: list[T]) -> list[T]:

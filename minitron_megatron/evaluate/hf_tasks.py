@@ -8,7 +8,7 @@ from lm_eval.models.huggingface import HFLM
 
 from minitron_megatron.config import EvaluateConfig
 from minitron_megatron.data.tokenizer import load_tokenizer
-from minitron_megatron.evaluate.answers import Rule, finite, not_finite
+from minitron_megatron.evaluate.answers import Rule, check_written, finite, not_finite
 from minitron_megatron.evaluate.hf import cannot_be_loaded, load_model
 from minitron_megatron.parallel.job import pick_device
 
@@ -42,14 +42,17 @@ class TransformersLM(HFLM):
 
     def loglikelihood(self, requests: list[Any], **how: Any) -> list[tuple[float, bool]]:
         """See HFLM. Raises UserError where one is not finite."""
+        check_written(self.tokenizer, requests)
         return finite(requests, super().loglikelihood(requests, **how))
 
     def loglikelihood_rolling(self, requests: list[Any], **how: Any) -> list[float]:
         """See HFLM. Raises UserError where one is not finite."""
+        check_written(self.tokenizer, requests)
         return finite(requests, super().loglikelihood_rolling(requests, **how))
 
     def generate_until(self, requests: list[Any], **how: Any) -> list[str]:
         """See HFLM. Raises UserError where logits are not finite."""
+        check_written(self.tokenizer, requests)
         self._rule.say()
         try:
             return super().generate_until(requests, **how)

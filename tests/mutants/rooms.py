@@ -120,10 +120,11 @@ ROOMS = {
     },
     "data": {
         "data/": "prepare data encoding",
+        "data/coverage.py": "coverage",
         "data/datasets.py": "samples data encoding",
         "data/prepare.py": "prepare tokenise data encoding",
         "data/windows.py": "samples data",
-        "data/encoding.py": "encoding",
+        "data/encoding.py": "encoding coverage",
         "data/estimate.py": "prepare one_command",
         "data/folder.py": "samples blend data encoding",
         "data/questions.py": "questions layers evaluate",
@@ -152,6 +153,9 @@ ROOMS = {
         "prune/compare.py": "prune_checks merging",
         "prune/plan.py": "plans prune merging",
         "prune/select.py": "selecting prune merging",
+        "prune/foresee.py": "live merging",
+        "prune/compare.py": "prune merging",
+        "prune/named.py": "search",
     },
     "distill": {
         "distill/": "distill teachers",
