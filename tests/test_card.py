@@ -16,6 +16,7 @@ from minitron_megatron.checkpoints.hf import export_hf, import_hf
 from minitron_megatron.config import ExportHfConfig, ImportHfConfig, PruneConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.prune.prune import prune_model
+from tests.test_token_ids import resized
 from tests.tiny import hf_model, model_option, save_hf
 
 
@@ -106,8 +107,8 @@ def test_an_export_says_how_it_generates_and_comes_back_as_it_was(pruned, tmp_pa
 def test_the_tokenizer_says_it_where_the_config_does_not(pruned):
     config = pruned / "huggingface" / "config.json"
     assert '"eos_token_id"' in config.read_text()
-    # Of the same length: the manifest knows sizes.
     config.write_text(config.read_text().replace('"eos_token_id"', '"eos_token_xx"'))
+    resized(pruned)
     written = json.loads((exported(pruned) / "generation_config.json").read_text())
     assert written == {"bos_token_id": 0, "eos_token_id": 1}
 
