@@ -109,7 +109,7 @@ class Loaded:
             monkeypatch.setattr(run, name, lambda *_, value=value: value)
         guard = self.part("guard")
         monkeypatch.setattr(run, "Trainer", lambda *given: SimpleNamespace(guard=guard, given=given))
-        monkeypatch.setattr(checkpoint, "check_whole", lambda path: self.did.append(("whole", path)))
+        monkeypatch.setattr(checkpoint, "check_whole", lambda path, verify: self.did.append(("whole", path)))
         monkeypatch.setattr(saved, "check_readable", lambda there, layout: self.did.append(("readable", there.step)))
 
         def load(path, chunks, optimizer, trainer):
@@ -162,13 +162,13 @@ STATES = [("guard", {"losses": [1.0], "in_a_row": 2}), ("objective", {"alpha": 0
 def test_what_a_run_begins_with(monkeypatch, caplog, there, takes, options, weights, more, start, says):
     caplog.set_level(logging.INFO)
     parts = Loaded(monkeypatch)
-    monkeypatch.setattr(checkpoint, "newest", lambda _: saved.Checkpoint(4, OWN, None) if there else None)
+    monkeypatch.setattr(checkpoint, "newest", lambda _, verify: saved.Checkpoint(4, OWN, None) if there else None)
     objective = parts.part("objective")
     recipe = SimpleNamespace(
         trained="student", models={"student": SimpleNamespace(engine="te")}, objective=lambda *_: objective
     )
     first = Beginning("other", 4, takes, "stamp", options) if takes else None
-    cfg = SimpleNamespace(precision="fp32", trainer="trainer", optim="optim", ddp="ddp")
+    cfg = SimpleNamespace(verify=False, precision="fp32", trainer="trainer", optim="optim", ddp="ddp")
     this = SimpleNamespace(cfg=cfg, recipe=recipe, layout=Layout(), folder=None, beginning=first)
     loop, found = run._Run._prepare(this, {"student": SimpleNamespace(shape=SMALL_SHAPE, weights="folder")})
     checked = [("readable", 4)] if there else [("whole", OTHER)] if takes else []

@@ -167,7 +167,7 @@ def test_layers_are_judged_by_tasks_of_choices_with_acc(monkeypatch, kind, metri
     task = Task(DOCUMENTS, metrics)
     for name, value in vars(plain_task("t", [])).items():
         setattr(task, name, value)
-    task.OUTPUT_TYPE = kind
+    task.OUTPUT_TYPE, task.eval_docs = kind, range(4)
     loading(monkeypatch, {"n": task})
     if taken:
         (found,) = load_tasks(["n"], fewshot=None, limit=4, seed=1)
@@ -409,7 +409,7 @@ def test_text_is_not_generated_with_context_parallelism(monkeypatch, kinds, cont
     else:
         with pytest.raises(UserError, match=r"tasks=\[1\] generates text, which parallel\.context=2 cannot"):
             evaluate._load(cfg)
-    assert asked == [({"0": None, "1": None}, {"fewshot": 4, "seed": 8, "unsafe": True})]
+    assert asked == [({"0": None, "1": None}, {"fewshot": 4, "seed": 8, "unsafe": True, "limit": None})]
 
 
 @pytest.mark.parametrize(("limit", "questions"), [(None, 12), (4, 8), (5, 10), (6, 11), (7, 12)])

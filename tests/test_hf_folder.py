@@ -262,13 +262,17 @@ def test_texts_end_as_the_config_says_or_else_the_tokenizer(tmp_path, monkeypatc
     if tokenizer:
         (tmp_path / "t").mkdir()
 
-    def read(path):
+    def read(path, rows):
+        assert rows == 9
         if tokenizer == "unreadable":
             raise UserError("it cannot be read")
         return SimpleNamespace(bos_token_id=7, eos_token_id=8, pad_token_id=None)
 
     monkeypatch.setattr(hf, "read_tokenizer", read)
-    found = _generation_config({**config, "hidden_size": 3}, SimpleNamespace(tokenizer_path=tmp_path / "t"))
+    found = _generation_config(
+        {**config, "hidden_size": 3},
+        SimpleNamespace(tokenizer_path=tmp_path / "t", shape=SimpleNamespace(vocab_size=9)),
+    )
     asks = "eos_token_id" not in config
     assert found == ({"bos_token_id": 7, "eos_token_id": 8} if asks and tokenizer == "read" else config)
     said = ["generation_config.json names no end of text: it cannot be read"]

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minitron_megatron.checkpoints.folder import MANIFEST, TOKENIZER, open_model_folder, output_folder, read_manifest
-from minitron_megatron.checkpoints.task_stamps import task_stamps
 from minitron_megatron.checkpoints.digests import digests_of
 from minitron_megatron.checkpoints.folder import (
     MANIFEST,
@@ -21,7 +19,7 @@ from minitron_megatron.checkpoints.folder import (
     output_folder,
     read_manifest,
 )
-from minitron_megatron.checkpoints.stamps import task_stamps
+from minitron_megatron.checkpoints.task_stamps import task_stamps
 from minitron_megatron.checkpoints.tokenizer import tokenizer_digest
 from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.config import (

@@ -96,8 +96,9 @@ def test_a_model_folder_has_a_shape_and_an_index(tmp_path, lacks):
 
 
 def test_the_model_of_a_run_is_meant_where_the_run_itself_is_none(tmp_path):
-    for path in (tmp_path / "run" / "model", tmp_path / "both", tmp_path / "both" / "model"):
+    for path in (tmp_path / "run" / "model", tmp_path / "both", tmp_path / "moved"):
         write(path)
+    (tmp_path / "moved").rename(tmp_path / "both" / "model")
     with pytest.raises(UserError, match=rf"^{tmp_path}/run/model is not a model folder"):
         open_model_folder(tmp_path / "run")
     with pytest.raises(UserError, match=rf"^{tmp_path}/both is not a model folder"):

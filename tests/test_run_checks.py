@@ -172,7 +172,7 @@ def test_a_run_is_checked_in_order_and_a_rehearsal_of_presets_as_far_as_it_goes(
     note("_inputs", (folders, "data"))
     note("check_another")
     note("check_run_folder", {"before": 1})
-    beginning, inputs = SimpleNamespace(inputs={"start_from": "x"}), {"an": "input", "start_from": "x"}
+    beginning = SimpleNamespace(inputs={"start_from": "6"})
     note("check_beginning", beginning)
     note("inputs_of", {"an": "input"})
     note("check_model_there")
@@ -188,16 +188,18 @@ def test_a_run_is_checked_in_order_and_a_rehearsal_of_presets_as_far_as_it_goes(
         *(("_shape", model, name, dry_run) for name, model in models.items()),
         ("_models", recipe, shapes), ("_say_larger", "models"), ("check", shapes, found.layout),
     ]  # fmt: skip
+    whole = {"an": "input", "start_from": "6"}
     rest = [
-        ("_inputs", cfg, recipe), ("check_another", cfg, run), ("check_run_folder", run, cfg),
-        ("inputs_of", recipe, folders, "data"), ("check_beginning", cfg, run, SMALL_SHAPE, found.layout, inputs),
-        ("_say_same", recipe, folders), ("check_model_there", run, inputs),
-        ("check_checkpoints", run / "checkpoints", cfg, found.layout, SMALL_SHAPE, inputs),
+        ("_inputs", cfg, recipe), ("check_another", cfg, run), ("inputs_of", recipe, folders, "data"),
+        ("check_run_folder", run, cfg, {"an": "input"}),
+        ("check_beginning", cfg, run, SMALL_SHAPE, found.layout, {"an": "input"}), ("_say_same", recipe, folders),
+        ("check_model_there", run, whole),
+        ("check_checkpoints", run / "checkpoints", cfg, found.layout, SMALL_SHAPE, whole),
     ]  # fmt: skip
     assert did == [*first, *(rest if opened else [])] and found.steps == 4
     assert (found.folders, found.data) == ((folders, "data") if opened else (None, None))
     assert (found.before, found.beginning, found.inputs) == (
-        ({"before": 1}, beginning, inputs) if opened else ({}, None, {})
+        ({"before": 1}, beginning, whole) if opened else ({}, None, {})
     )
 
 

@@ -35,13 +35,11 @@ def check_copies(*folders: Path, files: Iterable[Path] = ()) -> None:
 
     Args:
         folders: with manifests; the files that those list are looked at, a part of them where they are thousands.
-        files: others, likewise; those that rank 0 names.
+        files: others, all of them; those that rank 0 names.
     """
     if collectives.world_size() == 1:
         return
-    names = ask_rank_zero(
-        lambda: [*(path for folder in folders for path in _some(folder)), *_part(sorted(map(str, files)))]
-    )
+    names = ask_rank_zero(lambda: [*(path for folder in folders for path in _some(folder)), *map(str, files)])
     pages = max(1, min(_PAGES, _PAGES_OF_ALL // max(1, len(names))))
     with ThreadPoolExecutor(MOST_THREADS) as pool:
         seen = pool.map(partial(_look, pages=pages), names)
@@ -49,11 +47,11 @@ def check_copies(*folders: Path, files: Iterable[Path] = ()) -> None:
 
 
 def _some(folder: Path) -> list[str]:
-    return [str(folder / name) for name in (MANIFEST, *_part(sorted(read_manifest(folder)["files"])))]
+    return [str(folder / name) for name in (MANIFEST, *some_of(sorted(read_manifest(folder)["files"])))]
 
 
-def _part(names: list[str]) -> list[str]:
-    """As many of some names as are looked at, the first and the last among them."""
+def some_of[T: (str, Path)](names: list[T]) -> list[T]:
+    """As many of thousands of names as are looked at, the first and the last among them."""
     if len(names) <= _MOST_FILES:
         return names
     return sorted({names[0], names[-1], *random.Random(len(names)).sample(names, _MOST_FILES)})

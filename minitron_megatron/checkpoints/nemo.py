@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from minitron_megatron.checkpoints.archive import Archive
-from minitron_megatron.checkpoints.copies import check_copies
+from minitron_megatron.checkpoints.copies import check_copies, some_of
 from minitron_megatron.checkpoints.export_checks import Exporting, check_export_nemo
 from minitron_megatron.checkpoints.exporting import export_for
 from minitron_megatron.checkpoints.folder import (
@@ -72,7 +72,7 @@ def import_nemo(cfg: ImportNemoConfig, checked: Opened | None = None) -> None:
         if cfg.dry_run:
             print_shape(f"{path} would be imported", source.shape)
             return
-        check_copies(files=[path] if archive else source.read_files)
+        check_copies(files=[path] if archive else some_of(sorted(source.read_files)))
         with command_output(cfg, checked.inputs) as out:
             if out.done:
                 return

@@ -144,7 +144,7 @@ def check_run(cfg: TrainingConfig, recipe: Recipe) -> Checked:
     shape = folders[recipe.trained].shape
     beginning = check_beginning(cfg, run, shape, layout, inputs)
     _say_same(recipe, folders)
-    inputs |= beginning.inputs if beginning else {}
+    inputs = {**inputs, **(beginning.inputs if beginning else {})}
     check_model_there(run, inputs)
     check_checkpoints(run / "checkpoints", cfg, layout, shape, inputs)
     return Checked(recipe, layout, steps, shapes, models, check, folders, data, before, beginning, inputs)

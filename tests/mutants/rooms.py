@@ -153,8 +153,6 @@ ROOMS = {
         "prune/compare.py": "prune_checks merging",
         "prune/plan.py": "plans prune merging",
         "prune/select.py": "selecting prune merging",
-        "prune/foresee.py": "live merging",
-        "prune/compare.py": "prune merging",
         "prune/named.py": "search",
     },
     "distill": {
