@@ -22,7 +22,7 @@ from minitron_megatron.benchmark.checks import check_benchmark
 from minitron_megatron.candidates.run import check_candidates
 from minitron_megatron.changing import as_stored, differences, free_options
 from minitron_megatron.checkpoints import weights
-from minitron_megatron.checkpoints.folder import check_output, open_model_folder
+from minitron_megatron.checkpoints.folder import check_output, open_model_folder, read_manifest
 from minitron_megatron.checkpoints.hf import export_hf, import_hf
 from minitron_megatron.checkpoints.index import _allowed, check_weights
 from minitron_megatron.checkpoints.lineage import Step, _line, find_step
@@ -218,10 +218,14 @@ def test_files_of_inputs_that_are_gone_or_new_are_named():
 def test_a_line_of_ancestors_ends_where_it_comes_back(tmp_path, monkeypatch):
     """Two folders whose manifests name each other."""
     for name, other in ("ab", "ba"):
-        write(tmp_path / name, {"model": {"path": str(tmp_path / other)}, "target": {}, "drop_layers": []})
+        write(tmp_path / name, {"model": {"path": str(tmp_path / other)}, "target": {}, "drop_layers": []}, name)
+    digests = {name: read_manifest(tmp_path / name)["digest"] for name in "ab"}
+    for name, other in ("ab", "ba"):
+        file = tmp_path / name / "manifest.yaml"
+        file.write_text(file.read_text().replace("inputs: {}", f"inputs: {{model: '{digests[other]}'}}"))
     source, asked = Step.source, []
     monkeypatch.setattr(Step, "source", lambda self: asked.append(self) or (source(self) if len(asked) < 9 else None))
-    assert [step.path.name for step in _line(find_step(tmp_path / "a", None))] == ["a", "b"]
+    assert [step.path.name for step in _line(find_step(tmp_path / "a", digests["a"]))] == ["a", "b"]
 
 
 def test_a_list_is_the_same_after_it_was_written():

@@ -79,7 +79,9 @@ def test_a_folder_counts_where_it_is_whole_and_the_one_that_is_meant(tmp_path):
     assert find_step(tmp_path / "a", "another") == Step(tmp_path / "a", "another")
     of_run = folder(tmp_path / "run" / "model")
     assert find_step(tmp_path / "run", of_run).path == tmp_path / "run" / "model"
-    of_both = folder(tmp_path / "a" / "model")
+    # No output is made inside of another, but a folder may be put there.
+    of_both = folder(tmp_path / "b")
+    (tmp_path / "b").rename(tmp_path / "a" / "model")
     assert find_step(tmp_path / "a", digest).path == tmp_path / "a"
     assert find_step(tmp_path / "a", of_both).path == tmp_path / "a" / "model"
     (tmp_path / "run" / "model" / "file").write_text("")

@@ -156,7 +156,7 @@ def test_every_command_names_functions_that_exist():
             "hf=a path, with = odd 'ch@racters' does not exist",
         ),
         (("importance", "output=x", "data.path=y", "model=z", "parallel.tensor=2"), "does not divide"),
-        (("import_hf", "output=x", "hf=[1"), "'hf=[1' cannot be read"),
+        (("import_hf", "output=x", "hf=[1"), "hf=[1 cannot be read"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

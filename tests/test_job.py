@@ -206,7 +206,7 @@ def test_what_becomes_of_a_job(monkeypatch, tmp_path, capsys):
     (tmp_path / "j" / "job.sh").write_text("edit script\n"[:11])
     submit(replace(cfg, submit=True), job)
     # One that was edited is the one that is submitted.
-    assert capsys.readouterr().out == f"Submitted: job 77 ({tmp_path}/j/job.sh)\n" and given == ["edit script"]
+    assert capsys.readouterr().out.endswith(f"Submitted: job 77 ({tmp_path}/j/job.sh)\n") and given == ["edit script"]
     assert rehearsed == [("distill", ["a=1"], 12)] * 3
 
 

@@ -211,6 +211,7 @@ def test_what_is_read_is_opened_and_is_an_input(monkeypatch, options, opened, in
     for name, found in (
         ("open_model_folder", FOLDER), ("check_weights", None), ("check_same_tokenizer", None), ("check_scores", None),
         ("companion_stamps", {"file x": "1"}), ("load_scores", scores()), ("read_manifest", {"digest": "of it"}),
+        ("data_digest", "of data"),
     ):  # fmt: skip
         monkeypatch.setattr(checks, name, lambda *_, found=found: found)
     monkeypatch.setattr(checks, "open_data", lambda path, split, *_: splits.append(split) or data)

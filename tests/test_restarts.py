@@ -215,7 +215,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path, monkeypatch):
     }.items():  # fmt: skip
         monkeypatch.setattr(run, name, lambda *_, value=value: value)
     monkeypatch.setattr(checkpoint, "load", load)
-    cfg = SimpleNamespace(precision="fp32", trainer=None, optim=None, ddp=None)
+    cfg = SimpleNamespace(precision="fp32", trainer=None, optim=None, ddp=None, verify=False)
     this = SimpleNamespace(cfg=cfg, recipe=recipe, layout=Layout(), folder=folder, beginning=None)
     found, start = run._Run._prepare(this, {"student": SimpleNamespace(shape=None, weights=None)})
     assert (loaded, start, found) == (["step_00000010"], 10, loop)

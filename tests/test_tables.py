@@ -131,7 +131,7 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, caplog)
     monkeypatch.setenv("RANK", "1")
     with console.progress("reading", 10) as advance:
         now[0] = 900.0
-        advance(5, made=3)
+        advance(10, made=3)
     assert len(caplog.messages) == 3
 
 

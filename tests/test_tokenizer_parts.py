@@ -195,7 +195,7 @@ def read(monkeypatch):
     """Tokenizers by the name of their folder; None for one that cannot be read."""
     made = {}
 
-    def reading(path):
+    def reading(path, _=None):
         if made[path.name] is None:
             raise UserError(f"{path.name} cannot be read")
         return made[path.name]
@@ -234,7 +234,7 @@ def test_a_tokenizer_is_written_as_its_class_built_it_where_another_class_reads_
     own = Words(AB, eos_token="</s>")
     own.backend_tokenizer = SimpleNamespace(save=lambda file: saved.append(file) or Path(file).write_text("built"))
     others = [Words({"a": 0}, eos_token="</s>"), Words(AB, eos_token="</s>")]
-    monkeypatch.setattr(tokenizer, "read_tokenizer", lambda path: own if path == source else others.pop(0))
+    monkeypatch.setattr(tokenizer, "read_tokenizer", lambda path, _: own if path == source else others.pop(0))
     export_tokenizer(source, tmp_path / "target")
     assert saved == [str(tmp_path / "target" / "tokenizer.json")] and not others
     text = (tmp_path / "target" / "tokenizer_config.json").read_text()

@@ -13,6 +13,7 @@ OF_OTHERS = {
     "TransformersLM": {"loglikelihood_rolling", "_create_model"},
     "_StreamPlanner": {"set_up_planner", "create_local_plan", "create_global_plan", "finish_plan", "resolve_data"},
     "_Unpickler": {"find_class"},
+    "_Console": {"on_broken_pipe"},
     "_Stream": {"record_event"},
     "Epochs": {"index_split"},
 }

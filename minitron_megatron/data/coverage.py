@@ -124,4 +124,4 @@ class Coverage:
     def _lacks(self, piece: str) -> bool:
         """Whether no token has one of the characters of a piece, but for the mark of a space before it."""
         values = [token.value for token in self._backend.model.tokenize(piece)]
-        return bool(set(piece) - {"▁"} - set("".join(values))) and not any(map(_BYTE.fullmatch, values))
+        return bool(set(piece) - {"\u2581"} - set("".join(values))) and not any(map(_BYTE.fullmatch, values))
