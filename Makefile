@@ -10,8 +10,8 @@ MINUTES ?= 15
 # Files of tests at once, where there are two cores and the memory: what one starts (at most four ranks) takes 4 GiB. The default tests
 # compute; the slow ones wait for processes that start and end, and a third file keeps the cores busy.
 FILES_IN = $(shell [ "$$(nproc)" -ge 2 ] && awk '/^MemAvailable/ {exit $$2 < $(1)}' /proc/meminfo && printf '%s' '-n $(2) --dist loadfile')
-AT_ONCE := $(or $(call FILES_IN,14e6,3),$(call FILES_IN,9e6,2))
-SLOW_AT_ONCE := $(or $(call FILES_IN,18e6,4),$(AT_ONCE))
+AT_ONCE := $(call FILES_IN,9e6,2)
+SLOW_AT_ONCE := $(or $(call FILES_IN,14e6,3),$(AT_ONCE))
 
 .PHONY: help setup demo test test-slow test-bf16 mutants lint lock clean
 
