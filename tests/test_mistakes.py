@@ -1,13 +1,13 @@
 """A mistake that options and folders show is one line, and said before torch is there: by every command."""
 
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +18,6 @@ from minitron_megatron.checkpoints.folder import load_yaml
 from minitron_megatron.cli import main, starting
 from minitron_megatron.cli.commands import COMMANDS
 from minitron_megatron.launcher import check_processes
-from tests.first_mistakes import HEAVY
 from tests.test_bounds import refused
 from tests.test_prune import random_scores, write_scores
 from tests.tiny import data_folder, hf_model, imported
@@ -114,19 +113,24 @@ def run(name: str, words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def answers(name: str, cases: list[list[str]], **environment: str) -> list[dict]:
-    """What each case of a command ends with, in one fresh process."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.first_mistakes", name],
-        input=json.dumps(cases),
-        capture_output=True,
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Callable[..., list]]:
+    """What tests/first_mistakes.py, one process of it, answers to a request."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.first_mistakes"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env={**os.environ, **environment},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    ) as process:
+
+        def ask(**request: object) -> list:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield ask
+        process.stdin.close()
 
 
 def words_of(template: str, folders: dict[str, object]) -> list[str]:
@@ -146,20 +150,12 @@ def test_every_command_has_its_mistakes():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_module_that_checks_imports_nothing_heavy(name):
-    module = f"minitron_megatron.{COMMANDS[name].check.partition(':')[0]}"
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys, {module}; print(*sys.modules)"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=True,
-    )
-    assert not set(HEAVY) & set(done.stdout.split())
+def test_the_module_that_checks_imports_nothing_heavy(name, ask):
+    assert ask(module=f"minitron_megatron.{COMMANDS[name].check.partition(':')[0]}") == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_first_mistakes_are_one_line_each_before_torch_is_there(name, whole, tmp_path):
+def test_first_mistakes_are_one_line_each_before_torch_is_there(name, whole, ask, tmp_path):
     """An unknown option; each folder missing, and half-written; an output that is there with other options."""
     template, output = BY_HAND[name], f"output={tmp_path / 'x'}"
     command = ["--", "prune", "nonsense=1", "output=y"] if name == "submit" else []
@@ -180,27 +176,26 @@ def test_first_mistakes_are_one_line_each_before_torch_is_there(name, whole, tmp
         shutil.copytree(whole["model"], tmp_path / "other")
         cases.append([*words_of(template, whole), "seed=7", f"output={tmp_path / 'other'}"])
         says.append(OTHER_OUTPUT.get(name, "was made with other options or inputs"))
-    check_all(answers(name, cases), says)
+    check_all(ask(name=name, cases=cases), says)
     assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"status", "submit"}))
-def test_an_output_that_cannot_be_made_is_said_before_torch_is_there(name, whole, tmp_path):
+def test_an_output_that_cannot_be_made_is_said_before_torch_is_there(name, whole, ask, tmp_path):
     (tmp_path / "file").write_text("x")
     words = words_of(BY_HAND[name], whole)
     places = [tmp_path / "file" / "x", "/proc/x y=[,$", tmp_path / ("a" * 300), tmp_path / ("a" * 250), "a${seed}"]
     says = [f"output={place} cannot be made" for place in places[:-1]] + ["output=a${seed} has an interpolation"]
-    check_all(answers(name, [[*words, f"output={place}"] for place in places]), says)
+    check_all(ask(name=name, cases=[[*words, f"output={place}"] for place in places]), says)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("name", IN_THREE)
-def test_a_shape_that_does_not_divide_is_one_line_before_torch_is_there(name, whole, tmp_path):
+def test_a_shape_that_does_not_divide_is_one_line_before_torch_is_there(name, whole, ask, tmp_path):
     words = words_of(f"{BY_HAND[name]} {IN_THREE[name]}", whole)
     started = {} if name in ("throughput", "compress") else {"WORLD_SIZE": "3"}
-    check_all(
-        answers(name, [[*words, "parallel.tensor=3", f"output={tmp_path / 'x'}"]], **started), ["does not divide"]
-    )
+    cases = [[*words, "parallel.tensor=3", f"output={tmp_path / 'x'}"]]
+    check_all(ask(name=name, cases=cases, environment=started), ["does not divide"])
 
 
 def test_the_benchmark_knows_every_commands_mistake():
