@@ -96,8 +96,6 @@ def compare(measured, wanted, blocks) -> None:
     [
         (1, {}),
         (2, {"tensor": 2}),
-        (2, {"tensor": 2, "sequence": True}),
-        (2, {"pipeline": 2}),
         (2, {"pipeline": 2, "virtual_pipeline": 2}),
         (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
         (4, {"pipeline": 4}),
@@ -140,7 +138,7 @@ def with_options(arguments: tuple, options: dict):
         return jobs.layers_without(*arguments, **options)
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(1, {}), (2, {"pipeline": 2}), (2, {}), (2, {"tensor": 2})], ids=names)
+@pytest.mark.parametrize(("ranks", "layout"), [(2, {"pipeline": 2}), (2, {}), (2, {"tensor": 2})], ids=names)
 def test_a_block_costs_the_layers_after_it(gloo, plain, ranks, layout):
     """Rows that went through feed-forward blocks: L a sample for the whole model, and L − end for each block."""
     _, path, data, _ = plain

@@ -269,8 +269,11 @@ def _optimizer_resumes(folder, kind, dtype, layout):
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.bf16)], ids=["fp32", "bf16"]
 )
-@pytest.mark.parametrize("kind", ["dp_reshardable", "fully_reshardable"])
-@pytest.mark.parametrize(("world_size", "sizes"), [(1, {}), (4, {"tensor": 2})], ids=str)
+@pytest.mark.parametrize(
+    ("world_size", "sizes", "kind"),
+    [(1, {}, "dp_reshardable"), (4, {"tensor": 2}, "dp_reshardable"), (4, {"tensor": 2}, "fully_reshardable")],
+    ids=str,
+)
 def test_the_distributed_optimizer_resumes_exactly_on_cpus(gloo, tmp_path, world_size, sizes, kind, dtype):
     layout = Layout(**sizes, world_size=world_size)
     results = gloo(world_size, _optimizer_resumes, str(tmp_path / "x"), kind, dtype, layout, layout=layout)
