@@ -33,16 +33,15 @@ def divergences_on_ranks(student, teacher, kinds, weights, logits_bytes=2**14):
     return [(terms["loss"], gradient) for terms, gradient in found]
 
 
-def mixed_on_ranks(student, teacher, how, labels, cross_entropy, weights):
-    """(terms, this rank's columns' gradient), with the labels' cross entropy in the loss, and all that is measured."""
+def mixed_on_ranks(student, teacher, kinds, labels, cross_entropy, weights):
+    """(terms, this rank's columns' gradient) of each kind: the labels' cross entropy in the loss, and all that is measured."""
     from megatron.core import parallel_state as ps
 
     from tests.through_head import distance
 
     more = {"labels": labels, "cross_entropy": cross_entropy, "measure": True}
-    return distance(
-        student, teacher, how, weights, vocab_size=VOCABULARY, group=ps.get_tensor_model_parallel_group(), **more
-    )
+    more |= {"vocab_size": VOCABULARY, "group": ps.get_tensor_model_parallel_group()}
+    return [distance(student, teacher, how, weights, **more) for how in kinds]
 
 
 def cross_entropy_on_ranks(student, labels, weights):
@@ -87,56 +86,59 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_every_distance_equals_torch_in_float64(gloo, ranks, temperature):
-    """Forward and backward; padded columns have values, and must not matter or get a gradient."""
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_every_distance_equals_torch_in_float64(gloo, ranks):
+    """Forward and backward, at two temperatures; padded columns have values, and must not matter or get a gradient."""
     student, teacher = random_logits(0), random_logits(1)
     teacher[..., VOCABULARY:] += 20
     weights = torch.rand(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    kinds = [replace(how, temperature=temperature) for how in KINDS]
+    temperatures = (1.0, 2.5)
+    kinds = [replace(how, temperature=t) for t in temperatures for how in KINDS]
     # The top K of everything is everything.
-    asked = [*kinds, Divergence("topk_kl", temperature, top_k=VOCABULARY)]
+    asked = [*kinds, *(Divergence("topk_kl", t, top_k=VOCABULARY) for t in temperatures)]
+    wholes = [Divergence(temperature=t) for t in temperatures]
     parts = gloo(ranks, divergences_on_ranks, student, teacher, asked, weights, layout={"tensor": ranks})
-    for how, *found in zip([*kinds, kinds[0]], *parts, strict=True):
+    for how, *found in zip([*kinds, *wholes], *parts, strict=True):
         plain = student.clone().requires_grad_()
         wanted = reference.divergence(plain, teacher, VOCABULARY, how)
         (wanted * weights).sum().backward()
         check_loss_and_gradient(found, wanted, plain.grad)
 
 
-@pytest.mark.parametrize(
-    "how", [*KINDS, Divergence(temperature=2.0)], ids=lambda how: f"{how.kind}-{how.rest}-{how.temperature}"
-)
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_labels_mix_in_and_terms_inform(gloo, ranks, how):
+def test_labels_mix_in_and_terms_inform(gloo, ranks):
     """The labels' cross entropy at temperature 1, whatever the distance's; entropy and agreement are of the plain softmaxes."""
     student, teacher = random_logits(0), random_logits(1)
     # A third of the tokens agree.
     student[:2] = teacher[:2] + 0.01 * student[:2]
     weights = torch.rand(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     labels = torch.randint(0, VOCABULARY, (5, 3), generator=torch.Generator().manual_seed(5))
-    plain = student.clone().requires_grad_()
-    wanted = reference.distillation_terms(plain, teacher, VOCABULARY, how, labels, 0.25)
-    (wanted["loss"] * weights).sum().backward()
-    found = gloo(ranks, mixed_on_ranks, student, teacher, how, labels, 0.25, weights, layout={"tensor": ranks})
-    for terms, _ in found:
-        assert terms.keys() == wanted.keys()
-        for name, values in terms.items():
-            torch.testing.assert_close(values, wanted[name].detach(), rtol=1e-9, atol=1e-12)
-    assert 0 < wanted["agreement"].mean() < 1
-    torch.testing.assert_close(torch.cat([part for _, part in found], -1), plain.grad, rtol=1e-9, atol=1e-14)
+    kinds = [*KINDS, Divergence(temperature=2.0)]
+    parts = gloo(ranks, mixed_on_ranks, student, teacher, kinds, labels, 0.25, weights, layout={"tensor": ranks})
+    for how, *found in zip(kinds, *parts, strict=True):
+        plain = student.clone().requires_grad_()
+        wanted = reference.distillation_terms(plain, teacher, VOCABULARY, how, labels, 0.25)
+        (wanted["loss"] * weights).sum().backward()
+        for terms, _ in found:
+            assert terms.keys() == wanted.keys()
+            for name, values in terms.items():
+                torch.testing.assert_close(values, wanted[name].detach(), rtol=1e-9, atol=1e-12)
+        assert 0 < wanted["agreement"].mean() < 1
+        torch.testing.assert_close(torch.cat([part for _, part in found], -1), plain.grad, rtol=1e-9, atol=1e-14)
 
 
-@pytest.mark.parametrize("logits_bytes", [1, 2**13, 2**16, 2**20])
-def test_pieces_do_not_matter(gloo, logits_bytes):
+def divergences_in_pieces(student, teacher, kinds, weights, sizes):
+    return [divergences_on_ranks(student, teacher, kinds, weights, size) for size in sizes]
+
+
+def test_pieces_do_not_matter(gloo):
     """From a row at a time to all at once."""
     given = random_logits(0), random_logits(1), KINDS, torch.rand(5, 3, generator=torch.Generator().manual_seed(3))
-    wanted = gloo(1, divergences_on_ranks, *given, layout={})[0]
-    found = gloo(1, divergences_on_ranks, *given, logits_bytes, layout={})[0]
-    for (loss, gradient), (loss_wanted, gradient_wanted) in zip(found, wanted, strict=True):
-        torch.testing.assert_close(loss, loss_wanted, rtol=1e-12, atol=1e-13)
-        torch.testing.assert_close(gradient, gradient_wanted, rtol=1e-10, atol=1e-14)
+    wanted, *others = gloo(1, divergences_in_pieces, *given, [2**14, 1, 2**13, 2**16, 2**20], layout={})[0]
+    for found in others:
+        for (loss, gradient), (loss_wanted, gradient_wanted) in zip(found, wanted, strict=True):
+            torch.testing.assert_close(loss, loss_wanted, rtol=1e-12, atol=1e-13)
+            torch.testing.assert_close(gradient, gradient_wanted, rtol=1e-10, atol=1e-14)
 
 
 def check_loss_and_gradient(found, loss, gradient):
@@ -286,9 +288,26 @@ def merged(shape, parts):
     return found
 
 
+UNTIED = pytest.mark.parametrize("pair", [False], ids=["untied"], indirect=True)
+ALL_TIED = pytest.mark.parametrize("pair", [True], ids=["tied"], indirect=True)
+# Tied, what differs is the gradient of a matrix that stages share.
+TIED = [layout for layout in LAYOUTS if "pipeline" in layout[1] and layout[0] == 2] + [LAYOUTS[0], LAYOUTS[5]]
+
+
+@UNTIED
 @pytest.mark.parametrize(("ranks", "layout"), LAYOUTS, ids=names)
 def test_loss_and_gradients_are_the_same_in_every_layout(gloo, pair, ranks, layout):
     """Against transformers in float64: loss to 1e-5 and gradients to 1e-4 of their largest, in float32."""
+    check_against_transformers(gloo, pair, ranks, layout)
+
+
+@ALL_TIED
+@pytest.mark.parametrize(("ranks", "layout"), TIED, ids=names)
+def test_loss_and_gradients_are_the_same_with_one_matrix_at_both_ends(gloo, pair, ranks, layout):
+    check_against_transformers(gloo, pair, ranks, layout)
+
+
+def check_against_transformers(gloo, pair, ranks, layout):
     from minitron_megatron.checkpoints.folder import open_model_folder
 
     teacher, student, tokens, loss, gradients = pair
@@ -300,7 +319,8 @@ def test_loss_and_gradients_are_the_same_in_every_layout(gloo, pair, ranks, layo
         assert float((found[name] - wanted).abs().max() / wanted.abs().max()) <= 1e-4, name
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 4, 8])
+@UNTIED
+@pytest.mark.parametrize("micro_batch_size", [1, 8])
 def test_the_split_into_micro_batches_does_not_matter(gloo, pair, micro_batch_size):
     teacher, student, tokens, loss, _ = pair
     ((found, _),) = gloo(1, jobs.loss_and_gradients, teacher, student, tokens, {}, micro_batch_size, layout={})
@@ -326,15 +346,33 @@ def training(request, gloo, pair):
     return found[0], teacher, student, samples
 
 
-@pytest.mark.parametrize(
-    ("pair", "training"),
-    [(False, 4), (True, 4), pytest.param(False, 20, marks=pytest.mark.slow)],
-    ids=["untied", "tied", "twenty"],
-    indirect=True,
-)
-@pytest.mark.parametrize(("ranks", "layout"), [*LAYOUTS[1:], (4, {"pipeline": 2})], ids=names)
+# What spreads the optimizer's work in ways of its own: gradients are those of every layout by the test above.
+SPREAD = [
+    (2, {"tensor": 2, "sequence": True}),
+    (3, {"pipeline": 3}),
+    (2, {}),
+    (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
+]
+# Stages that hold copies of one embedding.
+SHARED = [(2, {"pipeline": 2, "virtual_pipeline": 2}), (4, {"pipeline": 2})]
+
+
+@UNTIED
+@pytest.mark.parametrize("training", [4, pytest.param(20, marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize(("ranks", "layout"), SPREAD + SHARED, ids=names)
 def test_optimizer_steps_are_the_same_in_every_layout(gloo, training, ranks, layout):
     """The distributed optimizer with clipping, over four and twenty steps: losses to 1e-4, gradient norms to 1e-3."""
+    check_steps(gloo, training, ranks, layout)
+
+
+@ALL_TIED
+@pytest.mark.parametrize("training", [4], indirect=True)
+@pytest.mark.parametrize(("ranks", "layout"), SHARED, ids=names)
+def test_optimizer_steps_are_the_same_where_stages_share_a_matrix(gloo, training, ranks, layout):
+    check_steps(gloo, training, ranks, layout)
+
+
+def check_steps(gloo, training, ranks, layout):
     wanted, *run = training
     for found in gloo(ranks, jobs.training_losses, *run, layout, 2, len(wanted), layout=layout):
         for (loss, norm), (loss_wanted, norm_wanted) in zip(found, wanted, strict=True):
@@ -343,14 +381,23 @@ def test_optimizer_steps_are_the_same_in_every_layout(gloo, training, ranks, lay
     assert wanted[-1][0] < wanted[0][0]
 
 
-@pytest.mark.parametrize("pair", [False], ids=["untied"], indirect=True)
+@UNTIED
 @pytest.mark.parametrize(("ranks", "layout"), [(1, {}), (2, {}), (4, {"tensor": 2, "pipeline": 2})], ids=names)
-@pytest.mark.parametrize("clip", [0.0, 0.05, 1.0])
-def test_gradients_are_divided_and_clipped_as_megatron_does(gloo, pair, clip, ranks, layout):
-    """In one pass, over four steps: losses and gradient norms to 1e-5; a clip of 0.05 is below every norm, 0 is none."""
+def test_gradients_are_divided_and_clipped_as_megatron_does(gloo, pair, ranks, layout):
+    """In one pass, over two steps: losses and gradient norms to 1e-5; a clip of 0.05 is below every norm, 0 is none."""
     teacher, student, tokens, _, _ = pair
-    run = teacher, student, tokens.repeat(4, 1).roll(1, dims=1), layout, 2, 4, {"optim": {"clip_grad": clip}}
-    ours, theirs = (gloo(ranks, jobs.training_losses, *run, kind, layout=layout)[0] for kind in (False, True))
-    for mine, wanted in zip(ours, theirs, strict=True):
-        assert mine == pytest.approx(wanted, rel=1e-5)
-        assert mine[1] > 0.05
+    samples = tokens.repeat(2, 1).roll(1, dims=1)
+    # Whether a clip is above, below or none does not depend on the layout.
+    clips = [0.05] if ranks < 4 else [0.0, 0.05, 1.0]
+    for ours, theirs in gloo(ranks, in_both_ways, teacher, student, samples, layout, clips, layout=layout)[0]:
+        for mine, wanted in zip(ours, theirs, strict=True):
+            assert mine == pytest.approx(wanted, rel=1e-5)
+            assert mine[1] > 0.05
+
+
+def in_both_ways(teacher, student, samples, layout, clips):
+    """Two steps divided and clipped by our optimizer, and by Megatron's own, for each clip."""
+    run = teacher, student, samples, layout, 2, 2
+    return [
+        [jobs.training_losses(*run, {"optim": {"clip_grad": clip}}, kind) for kind in (False, True)] for clip in clips
+    ]
