@@ -384,9 +384,9 @@ def check_steps(gloo, training, ranks, layout):
 @UNTIED
 @pytest.mark.parametrize(("ranks", "layout"), [(1, {}), (2, {}), (4, {"tensor": 2, "pipeline": 2})], ids=names)
 def test_gradients_are_divided_and_clipped_as_megatron_does(gloo, pair, ranks, layout):
-    """In one pass, over two steps: losses and gradient norms to 1e-5; a clip of 0.05 is below every norm, 0 is none."""
+    """In one pass, over four steps: losses and gradient norms to 1e-5; a clip of 0.05 is below every norm, 0 is none."""
     teacher, student, tokens, _, _ = pair
-    samples = tokens.repeat(2, 1).roll(1, dims=1)
+    samples = tokens.repeat(4, 1).roll(1, dims=1)
     # Whether a clip is above, below or none does not depend on the layout.
     clips = [0.05] if ranks < 4 else [0.0, 0.05, 1.0]
     for ours, theirs in gloo(ranks, in_both_ways, teacher, student, samples, layout, clips, layout=layout)[0]:
@@ -396,8 +396,8 @@ def test_gradients_are_divided_and_clipped_as_megatron_does(gloo, pair, ranks, l
 
 
 def in_both_ways(teacher, student, samples, layout, clips):
-    """Two steps divided and clipped by our optimizer, and by Megatron's own, for each clip."""
-    run = teacher, student, samples, layout, 2, 2
+    """Four steps divided and clipped by our optimizer, and by Megatron's own, for each clip."""
+    run = teacher, student, samples, layout, 2, 4
     return [
         [jobs.training_losses(*run, {"optim": {"clip_grad": clip}}, kind) for kind in (False, True)] for clip in clips
     ]

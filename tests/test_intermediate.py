@@ -136,6 +136,15 @@ def training_terms(teacher, student, tokens, layout, micro_batch_size, steps, ho
     return [{**r.terms, "norm": r.grad_norm} for r in results], weights
 
 
+@pytest.fixture(scope="module")
+def steps_of_one(gloo, pair):
+    """(terms of four steps of one process, its projection after them)."""
+    teacher, student, tokens, *_ = pair
+    samples = tokens.repeat(4, 1).roll(1, dims=1)
+    ((wanted, (weight,)),) = gloo(1, training_terms, teacher, student, samples, {}, 4, 4, {}, layout={})
+    return wanted, weight
+
+
 OVERLAPPED = {
     "recompute": "full",
     "ddp": {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 2000},
@@ -152,11 +161,10 @@ OVERLAPPED = {
     ],
     ids=names,
 )
-def test_optimizer_steps_are_the_same_in_every_layout(gloo, pair, ranks, layout, how):
+def test_optimizer_steps_are_the_same_in_every_layout(gloo, pair, steps_of_one, ranks, layout, how):
     """With the distributed optimizer and clipping, over four steps; copies of the projection stay one."""
     teacher, student, tokens, *_ = pair
-    samples = tokens.repeat(4, 1).roll(1, dims=1)
-    ((wanted, (weight,)),) = gloo(1, training_terms, teacher, student, samples, {}, 4, 4, {}, layout={})
+    samples, (wanted, weight) = tokens.repeat(4, 1).roll(1, dims=1), steps_of_one
     for found, weights in gloo(ranks, training_terms, teacher, student, samples, layout, 2, 4, how, layout=layout):
         for there, here in zip(found, wanted, strict=True):
             assert there == {name: pytest.approx(value, rel=1e-3) for name, value in here.items()}

@@ -49,12 +49,9 @@ SEQUENCE = {"tensor": 2, "sequence": True}
 # processes, student's layout, teacher's where it differs, how far it runs ahead
 MODES = [
     (2, PIPELINE, None, None),
-    (2, PIPELINE, None, 2),
     (2, PIPELINE, None, 3),
     (2, INTERLEAVED, None, 2),
-    (2, INTERLEAVED, None, 4),
     (2, PIPELINE, {"tensor": 2, "pipeline": 1}, None),
-    (2, PIPELINE, {"tensor": 2, "pipeline": 1, "sequence": True}, 4),
     (2, TENSOR, {"tensor": 1, "pipeline": 2}, 2),
     (2, SEQUENCE, {"tensor": 1, "sequence": False}, None),
     (2, DATA, {"tensor": 2}, 1),
