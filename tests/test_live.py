@@ -113,7 +113,7 @@ def test_a_piece_that_several_replicas_need_is_made_once(gloo, cuts):
 
 
 @pytest.mark.bf16
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from(FAMILY_NAMES),
     st.sampled_from([*TARGETS, *GROUPS]),
