@@ -86,12 +86,11 @@ def _hydra(entry: Command, words: list[str], only_check: bool, given: frozenset[
     `given` are the options that were typed.
     """
     import hydra
+    from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from minitron_megatron.cli.composed import composed, keep_options
-
-    keep_options(entry.name, entry.config)
+    ConfigStore.instance().store(name=f"{entry.name}_options", node=entry.config)
     flags = [word for word in words if not is_override(word)]
     try:
         if flags or any(is_for_hydra(word) for word in words):
@@ -100,7 +99,7 @@ def _hydra(entry: Command, words: list[str], only_check: bool, given: frozenset[
             _hydras_main(entry, flags, [word for word in words if is_override(word)], given)
             return
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            _run(entry, composed(entry.name, words), given, only_check)
+            _run(entry, hydra.compose(config_name=entry.name, overrides=words), given, only_check)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error, entry.config)) from None
 
@@ -192,19 +191,19 @@ def compose(name: str, words: list[str]) -> Any:
 
     Raises UserError as that command would.
     """
+    import hydra
+    from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
-
-    from minitron_megatron.cli.composed import composed, keep_options
 
     config_class = COMMANDS[name].config
     check_words(words, name, config_class)
     words, files = with_preset_files(words, name, config_class)
-    keep_options(name, config_class)
+    ConfigStore.instance().store(name=f"{name}_options", node=config_class)
     with naming_files(files):
         try:
-            found = composed(name, [as_override(word, config_class) for word in words])
-            config = _checked(found, name, config_class)
+            composed = hydra.compose(config_name=name, overrides=[as_override(word, config_class) for word in words])
+            config = _checked(composed, name, config_class)
             given = given_options(config, typed_options(words))
             settle_lengths(config)
             for line in idle_options(config, given, name):

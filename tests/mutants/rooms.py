@@ -16,7 +16,6 @@ ROOMS = {
     "commands": {
         "": "mistakes light",
         "cli/": "command_line mistakes next light commands",
-        "cli/composed.py": "composed arguments preset_files",
         "cli/arguments.py": "command_line arguments preset_files mistakes submit",
         "cli/flags.py": "command_line",
         "cli/next_command.py": "next",
