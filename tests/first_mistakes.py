@@ -9,6 +9,7 @@ imports the module that checks a command. Each case is a fork of that: a process
 hold a heavy module, and each case looks for itself.
 """
 
+import gc
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ import hydra
 
 from minitron_megatron.cli import next_command, spelling  # noqa: F401
 from minitron_megatron.cli.commands import COMMANDS
+from minitron_megatron.cli.composed import keep_options
 from minitron_megatron.cli.main import command
 from minitron_megatron.launcher import CONF
 
@@ -70,6 +72,7 @@ def ended(name: str, words: list[str]) -> dict:
 def answers(name: str, cases: list[list[str]], environment: dict[str, str] | None = None) -> list[dict]:
     os.environ.update(environment or {})
     import_module(f"minitron_megatron.{COMMANDS[name].check.partition(':')[0]}")
+    keep_options(name, COMMANDS[name].config)
     return [of_a_fork(lambda words=words: ended(name, words)) for words in cases]
 
 
@@ -88,5 +91,6 @@ def warm() -> None:
 
 if __name__ == "__main__":
     warm()
+    gc.freeze()
     for line in sys.stdin:
         print(json.dumps(of_a_fork(lambda line=line: answer(json.loads(line)))), flush=True)
