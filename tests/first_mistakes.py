@@ -23,7 +23,6 @@ import hydra
 
 from minitron_megatron.cli import next_command, spelling  # noqa: F401
 from minitron_megatron.cli.commands import COMMANDS
-from minitron_megatron.cli.composed import keep_options
 from minitron_megatron.cli.main import command
 from minitron_megatron.launcher import CONF
 
@@ -72,7 +71,6 @@ def ended(name: str, words: list[str]) -> dict:
 def answers(name: str, cases: list[list[str]], environment: dict[str, str] | None = None) -> list[dict]:
     os.environ.update(environment or {})
     import_module(f"minitron_megatron.{COMMANDS[name].check.partition(':')[0]}")
-    keep_options(name, COMMANDS[name].config)
     return [of_a_fork(lambda words=words: ended(name, words)) for words in cases]
 
 
