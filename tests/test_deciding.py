@@ -275,7 +275,7 @@ MODULES = {
 FUNCTIONS = {
     BEFORE: """checkpoints.folder.read_manifest checkpoints.folder._of_another_kind checkpoints.folder.open_model_folder
     checkpoints.folder.check_space
-    checkpoints.folder.check_place checkpoints.folder._is_output asked._copied asked._names_file
+    checkpoints.folder.check_place checkpoints.folder.is_output asked._copied asked._names_file
     train.overlap.check_overlap_device parallel.job.pick_device parallel.job.process_group
     parallel.job._of_this_start parallel.job.check_device_type parallel.tools.tool_job
     parallel.precision.recalled train.saved.check_room train.saved.newest_whole train.saved._sized

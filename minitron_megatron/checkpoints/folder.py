@@ -334,7 +334,7 @@ def check_place(path: Path, *, try_it: bool = False) -> Path:
     if os.path.islink(place_of(path)):
         raise UserError(f"output={path} is a link to itself: choose another output=")
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-    around = next((p for p in path.absolute().parents if _is_output(p)), None)
+    around = next((p for p in path.absolute().parents if is_output(p)), None)
     if around is not None and not (path / MANIFEST).is_file():
         raise UserError(
             f"output={path} is inside of {around}, a whole output, with which it would be removed: choose another output="
@@ -353,10 +353,10 @@ def check_place(path: Path, *, try_it: bool = False) -> Path:
     return existing
 
 
-def _is_output(path: Path) -> bool:
-    """Whether a folder is a whole output: other programs call files so, too."""
+def is_output(path: Path) -> bool:
+    """Whether a folder is a finished output: other programs call files manifest.yaml, too."""
     try:
-        return (path / MANIFEST).is_file() and {"digest", "files"} <= set(load_yaml(path / MANIFEST))
+        return (path / MANIFEST).is_file() and {"fingerprint", "command", "files"} <= set(load_yaml(path / MANIFEST))
     except UserError:
         return False
 

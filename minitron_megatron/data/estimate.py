@@ -28,9 +28,10 @@ def estimate_tokens(files: Sequence[Path], key: str, encoder: Encoder) -> tuple[
     for file in looked_at:
         characters = 0
         for text in documents(file, key):
-            ids = encoder(text[:_CHARACTERS])
+            read = text[:_CHARACTERS]
+            ids = encoder(read)
             tokens += len(ids)
-            losses.add(len(text[:_CHARACTERS]), *encoder.coverage.lost(text[:_CHARACTERS], ids), str(file))
+            losses.add(len(read), *encoder.coverage.lost(read, ids), str(file))
             written = text if file.name.lower().endswith(PLAIN) else json.dumps({key: text}, ensure_ascii=False)
             size_seen += len(written[:_CHARACTERS].encode())
             characters += len(text)

@@ -5,7 +5,6 @@ order; every complaint names the file and the line or row.
 """
 
 import bz2
-import contextlib
 import glob
 import gzip
 import io
@@ -17,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from minitron_megatron.checkpoints.folder import MANIFEST, load_yaml
+from minitron_megatron.checkpoints.folder import is_output
 from minitron_megatron.errors import UserError, in_one_line
 from minitron_megatron.plain_files import parse_json
 from minitron_megatron.starts import read_starts
@@ -115,7 +114,7 @@ def _below(folder: Path, outputs: list[Path]) -> Iterator[Path]:
     way = {str(folder): frozenset((os.path.realpath(folder),))}
     for where, inside, names in os.walk(folder, followlinks=True, onerror=refuse):
         here = way.pop(where)
-        if where != str(folder) and _is_output(Path(where)):
+        if where != str(folder) and _is_of_ours(Path(where)):
             inside.clear()
             outputs.append(Path(where))
             continue
@@ -137,15 +136,9 @@ def _told(outputs: Sequence[Path]) -> str:
     return f"what commands of this software have made ({named})"
 
 
-def _is_output(folder: Path) -> bool:
-    """Whether a folder is an output of this software, finished or not; other folders may have files of such names too."""
-    if read_starts(folder):
-        return True
-    if not (folder / MANIFEST).is_file():
-        return False
-    with contextlib.suppress(UserError):
-        return {"fingerprint", "command", "files"} <= set(load_yaml(folder / MANIFEST))
-    return False
+def _is_of_ours(folder: Path) -> bool:
+    """Whether a folder is an output of this software, finished or not."""
+    return bool(read_starts(folder)) or is_output(folder)
 
 
 def _matched(name: str) -> list[Path]:
@@ -157,7 +150,7 @@ def _matched(name: str) -> list[Path]:
     found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     # As below a folder: only the folders that the pattern itself names may be outputs.
     below = {one: [place for place in (one, *one.parents) if first.parent in place.parents] for one in found}
-    outputs = sorted(filter(_is_output, set[Path]().union(*below.values())))
+    outputs = sorted(filter(_is_of_ours, set[Path]().union(*below.values())))
     found = [one for one in found if not set(below[one]) & set(outputs)]
     if found and outputs:
         log.warning("input=%s: %d matches taken, left out: %s", name, len(found), _told(outputs))
