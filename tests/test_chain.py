@@ -4,7 +4,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -12,20 +11,15 @@ import yaml
 from minitron_megatron import compress
 from minitron_megatron.checkpoints.folder import SHAPE_FILE, WEIGHTS, output_folder
 from minitron_megatron.chosen import Choices, Text
-from minitron_megatron.composing import Stage
 from minitron_megatron.compress_plan import Checked, Plan
 from minitron_megatron.compress_rounds import Round
 from minitron_megatron.compress_source import Source
 from minitron_megatron.config import CompressConfig
 from minitron_megatron.models.axes import count_parameters
 from tests.test_bounds import SMALL_SHAPE
+from tests.test_rounds import STUDENT, a_round, stage
 
-STUDENT = SMALL_SHAPE.resized(num_layers=2)
 N, M = count_parameters(SMALL_SHAPE), count_parameters(STUDENT)
-
-
-def stage(command: str, output: Path, config: object = None, processes: int = 1) -> Stage:
-    return Stage(command, (f"a={command}",), output, processes, config)
 
 
 def made(path: Path, files: dict[str, str], **results) -> None:
@@ -34,15 +28,6 @@ def made(path: Path, files: dict[str, str], **results) -> None:
             (out.path / name).parent.mkdir(exist_ok=True)
             (out.path / name).write_text(text)
         out.results = results
-
-
-def a_round(root: Path, name: str, commands: str) -> Round:
-    at = root / name
-    trains = SimpleNamespace(data=SimpleNamespace(sequence_length=8), trainer=SimpleNamespace(steps=3, tokens=None,
-                                                                                              global_batch_size=4))  # fmt: skip
-    configs = {"distill": trains, "evaluate": SimpleNamespace(split="validation")}
-    stages = {one: stage(one, at / one, configs.get(one), 2 if one == "distill" else 1) for one in commands.split()}
-    return Round(name, SMALL_SHAPE, SMALL_SHAPE, STUDENT, stages)
 
 
 def finish(one: Round, loss: float, *, judged: bool = True) -> None:

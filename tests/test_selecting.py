@@ -7,17 +7,8 @@ from minitron_megatron.config import PruneOptions
 from minitron_megatron.errors import UserError
 from minitron_megatron.importance.scores import Scores
 from minitron_megatron.prune.select import choose, needs_scores, target_shape
-from tests.test_axes import shape
+from tests.test_plans import SOURCE
 
-SOURCE = shape(
-    num_layers=4,
-    hidden_size=8,
-    ffn_hidden_size=6,
-    num_attention_heads=8,
-    num_query_groups=4,
-    head_dim=4,
-    vocab_size=20,
-)
 PLAIN = SOURCE.resized(num_query_groups=8)
 UNEVEN = SOURCE.resized(ffn_hidden_size=(6, 4, 5, 6))
 MEAN, MERGE, BOTH = (
